@@ -1,0 +1,81 @@
+"""Image prompts for diffusion models, independent of any user interface.
+
+    adapter = load_adapter("ip-adapter_sd15.safetensors")
+    prompt = encode_image_prompt(adapter, TransformersImageEncoder("image_encoder"), image)
+    patch = bake(adapter, prompt, layout_of(unet), WeightSchedule(strength=0.8))
+    with backends.diffusers.apply(unet, patch): ...
+"""
+
+from .attention import KeyValue, Scale, add_image_attention, attend, scale_for
+from .checkpoints import FORMATS, AdapterSpec, AdapterWeights, describe_adapter, load_adapter, save_adapter
+from .errors import (
+    AdapterError,
+    CorruptFileError,
+    IncompatibleAdapterError,
+    IncompatibleEncoderError,
+    InvalidInputError,
+    UnknownFormatError,
+    UnsafeFileError,
+)
+from .image_encoder import ENCODERS, EncoderSpec, ImageEncoder, ImageFeatures, TransformersImageEncoder, preprocess
+from .layouts import layout_of
+from .masks import RegionMask
+from .patch import AdapterPatch, SiteCall, bake, check_adapter
+from .processors import AttnProcessor, IPAttnProcessor, build_processors
+from .prompt import ImagePrompt, combine_prompts, encode_image_prompt
+from .report import describe_fit, describe_spec, spec_facts
+from .schedule import PRESETS, SCALINGS, SiteRule, WeightSchedule, parse_curve, parse_numbers, parse_site_factors
+from .sites import CrossAttentionSite, ModelLayout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ENCODERS",
+    "FORMATS",
+    "PRESETS",
+    "SCALINGS",
+    "AdapterError",
+    "AdapterPatch",
+    "AdapterSpec",
+    "AdapterWeights",
+    "AttnProcessor",
+    "CorruptFileError",
+    "CrossAttentionSite",
+    "EncoderSpec",
+    "IPAttnProcessor",
+    "ImageEncoder",
+    "ImageFeatures",
+    "ImagePrompt",
+    "IncompatibleAdapterError",
+    "IncompatibleEncoderError",
+    "InvalidInputError",
+    "KeyValue",
+    "ModelLayout",
+    "RegionMask",
+    "Scale",
+    "SiteCall",
+    "SiteRule",
+    "TransformersImageEncoder",
+    "UnknownFormatError",
+    "UnsafeFileError",
+    "WeightSchedule",
+    "add_image_attention",
+    "attend",
+    "bake",
+    "build_processors",
+    "check_adapter",
+    "combine_prompts",
+    "describe_adapter",
+    "describe_fit",
+    "describe_spec",
+    "encode_image_prompt",
+    "layout_of",
+    "load_adapter",
+    "parse_curve",
+    "parse_numbers",
+    "parse_site_factors",
+    "preprocess",
+    "save_adapter",
+    "scale_for",
+    "spec_facts",
+]

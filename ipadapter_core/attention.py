@@ -1,0 +1,92 @@
+"""The maths: ``base(q, K_text, V_text) + Σ strength · mask · attend(q, K_image, V_image)``.
+
+Letters: ``b`` batch (chunks of conditionings times latents), ``l`` latent tokens, ``n`` image tokens, ``h`` heads,
+``d`` head width, ``c = h d`` channels, ``g`` groups of the batch that share image tokens (``b`` is a multiple of ``g``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .schedule import Scaling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyValue:
+    """Image keys and values of one site in attention layout, ``g h n d`` each."""
+
+    k: Tensor
+    v: Tensor
+    v_mean: Tensor | None = None
+    """Mean of ``v`` over the image tokens, ``g 1 c``; only ``K+mean(V)`` reads it."""
+
+
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """``b n (h d)`` to the attention layout ``b h n d``."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A strength resolved for one site: factor of the keys (of q, equally), of the output, and of the mean value."""
+
+    key: float
+    output: float
+    mean: float
+
+
+def scale_for(scaling: Scaling, weight: float, channels: int) -> Scale:
+    """How a weight acts under a scaling rule (names and formulas as in ComfyUI_IPAdapter_plus).
+
+    ``K+V`` also scales the keys, so weak weights flatten the attention. The C penalty multiplies the weight by
+    channels / 1280; ``K+mean(V)`` scales keys and only the mean of V (Fooocus' channel penalty). As attention weights
+    sum to 1, shifting V's mean shifts the output, hence no rule needs scaled copies of K or V.
+    """
+    match scaling:
+        case "V only":
+            return Scale(1.0, weight, 0.0)
+        case "K+V":
+            return Scale(weight, weight, 0.0)
+        case "K+V w/ C penalty":
+            penalised = weight * channels / 1280
+            return Scale(penalised, penalised, 0.0)
+        case "K+mean(V) w/ C penalty":
+            penalised = weight * channels / 1280
+            return Scale(penalised, 1.0, penalised - 1.0)
+
+
+def attend(q: Tensor, kv: KeyValue, heads: int, key_scale: float = 1.0) -> Tensor:
+    """Attention of latent tokens ``b l c`` to image tokens; returns ``b l c``.
+
+    Batch members that share image tokens are folded into the query length, so K and V are never repeated.
+    """
+    b, length, channels = q.shape
+    groups = kv.k.shape[0]
+    if key_scale < 0:  # fused kernels take the row maximum before they scale
+        q, key_scale = -q, -key_scale
+    rows = q.reshape(groups, b // groups * length, heads, channels // heads).transpose(1, 2)
+    scale = None if key_scale == 1.0 else key_scale * (channels // heads) ** -0.5
+    out = F.scaled_dot_product_attention(rows, kv.k, kv.v, scale=scale)
+    return out.transpose(1, 2).reshape(b, length, channels)
+
+
+def add_image_attention(base: Tensor, q: Tensor, kv: KeyValue, heads: int, scale: Scale, mask: Tensor | None) -> Tensor:
+    """``base + mask · (output · attend(q, key·K, V) + mean · mean(V))``, all ``b l c``; mask ``1|b l 1`` or None."""
+    image = attend(q, kv, heads, scale.key)
+    if scale.mean != 0.0:
+        mean = split_mean(kv.v) if kv.v_mean is None else kv.v_mean
+        if mean.shape[0] not in (1, image.shape[0]):
+            mean = mean.repeat_interleave(image.shape[0] // mean.shape[0], 0)
+        image = torch.add(image, mean, alpha=scale.mean)
+    if mask is None:
+        return torch.add(base, image, alpha=scale.output)
+    return torch.addcmul(base, image, mask, value=scale.output)
+
+
+def split_mean(v: Tensor) -> Tensor:
+    """Mean over the image tokens of values ``g h n d``, as ``g 1 (h d)``."""
+    return v.mean(2, keepdim=True).transpose(1, 2).flatten(2)

@@ -1,0 +1,273 @@
+"""ComfyUI: image attention through ``attn2`` replace patches of a duck-typed ModelPatcher (comfy is not imported).
+
+A hook sits in every site's slot, keeps whatever was there and calls it first. Two stateless wrappers tell the hooks
+what a model call consists of: which chunks belong to the negative prompt (by the guider's names, not by index, so that
+dual-CFG and perp-neg guiders work), which part of the latent each chunk sees, and how far sampling is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from uuid import uuid4
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import split_heads
+from ..errors import IncompatibleAdapterError
+from ..layouts import layout_of
+from ..masks import Area
+from ..patch import COND, UNCOND, AdapterPatch, SiteCall
+from ..sites import CrossAttentionSite, ModelLayout
+
+KEY = "image_prompt"
+"""Our entry in transformer_options and the key of our wrappers."""
+
+NEGATIVE_NAMES = frozenset({"negative", "empty_negative_prompt"})
+"""Names under which guiders keep conditionings without the image; all others carry it."""
+
+Attention = Callable[..., Tensor]
+Options = Mapping[str, Any]
+
+
+class PatcherLike(Protocol):
+    """What this backend needs of ComfyUI's ModelPatcher."""
+
+    model_options: dict[str, Any]
+    wrappers: dict[str, dict[str, list[Callable[..., Any]]]]
+
+    def clone(self) -> PatcherLike: ...
+    def get_model_object(self, name: str) -> Any: ...
+    def set_model_attn2_replace(
+        self, patch: Any, block_name: str, number: int, transformer_index: int | None = None
+    ) -> None: ...
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable[..., Any]) -> None: ...
+    def remove_wrappers_with_key(self, wrapper_type: str, key: str) -> None: ...
+
+
+def comfy_layout(model: PatcherLike) -> ModelLayout:
+    """Sites of a ComfyUI MODEL; IncompatibleAdapterError if it is no UNet with cross-attention."""
+    unet: nn.Module = model.get_model_object("diffusion_model")
+    return layout_of(unet)
+
+
+def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None = None) -> PatcherLike:
+    """A clone of ``model`` on which ``patch`` acts besides everything already applied; ``model`` itself is untouched.
+
+    ``attention`` is the host's ``(q, k, v, heads, attn_precision=, transformer_options=)`` for the text part.
+    """
+    layout = comfy_layout(model)
+    if layout != patch.layout:
+        raise IncompatibleAdapterError(
+            f"the image prompt was prepared for {patch.layout.name}, the model is {layout.name}; prepare it for this model"
+        )
+    clone = model.clone()
+    slots: Mapping[Any, Any] = clone.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+    for index, site in enumerate(layout.sites):
+        if patch.active(index):
+            hook = AttentionHook.joining(_occupant(slots, site), index, patch, attention or torch_attention)
+            # The field's convention: blocks of one transformer layer are addressed without its index.
+            clone.set_model_attn2_replace(hook, site.block, site.number, None if _two_part(slots, site) else site.depth)
+    for kind, wrapper in (("predict_noise", note_step), ("calc_cond_batch", note_chunks)):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
+
+
+def applied_patches(model: PatcherLike) -> tuple[AdapterPatch, ...]:
+    """The image prompts that act on a MODEL, in order; one that acts nowhere leaves no trace and is not listed."""
+    slots: Mapping[Any, Any] = model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+    hooks = [hook for hook in slots.values() if isinstance(hook, AttentionHook)]
+    return tuple(dict.fromkeys(patch for hook in hooks for patch in hook.patches))
+
+
+def _two_part(slots: Mapping[Any, Any], site: CrossAttentionSite) -> bool:
+    return site.single and (site.block, site.number, site.depth) not in slots
+
+
+def _occupant(slots: Mapping[Any, Any], site: CrossAttentionSite) -> Any:
+    """What the host would call at this site: a three-part key beats a two-part one."""
+    return slots.get((site.block, site.number, site.depth), slots.get((site.block, site.number)))
+
+
+# --- what a model call consists of -----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class StepNote:
+    """One sampling step: the guider's conditionings by list identity and the progress, computed when first asked."""
+
+    names: dict[int, str]
+    sigma: Tensor
+    percent_to_sigma: Callable[[float], float]
+    _percent: float | None = None
+
+    def percent(self) -> float:
+        """Sampling progress 0..1; reading sigma synchronises the device, once per step and only for windows or curves."""
+        if self._percent is None:
+            self._percent = percent_of(float(self.sigma.flatten()[0]), self.percent_to_sigma)
+        return self._percent
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    branch: int
+    area: Area | None
+
+
+@dataclass(frozen=True, slots=True)
+class CallNote:
+    """The conditionings of one ``calc_cond_batch`` by uuid, and the size of the whole latent."""
+
+    step: StepNote | None
+    chunks: Mapping[object, Chunk]
+    latent: tuple[int, int]
+
+
+def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:
+    """Invert the host's monotone ``percent_to_sigma`` by bisection."""
+    low, high = 0.0, 1.0
+    if sigma >= percent_to_sigma(1e-7):
+        return 0.0
+    if sigma <= percent_to_sigma(1 - 1e-7):
+        return 1.0
+    for _ in range(26):
+        middle = (low + high) / 2
+        low, high = (middle, high) if percent_to_sigma(middle) > sigma else (low, middle)
+    return (low + high) / 2
+
+
+def note_step(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: Any = None) -> Any:
+    """PREDICT_NOISE wrapper: remember which conditioning is which, and the sigma."""
+    guider = executor.class_obj
+    conds: Mapping[str, Any] = getattr(guider, "conds", {})
+    sampling = getattr(guider.inner_model, "model_sampling", None)
+    if sampling is not None:
+        names = {id(cond): name for name, cond in conds.items() if cond is not None}
+        model_options = _with_note(model_options or {}, StepNote(names, timestep, sampling.percent_to_sigma))
+    return executor(x, timestep, model_options, seed)
+
+
+def note_chunks(
+    executor: Any, model: Any, conds: Sequence[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+) -> Any:
+    """CALC_COND_BATCH wrapper: remember branch and area of every conditioning by its uuid."""
+    found = model_options.get("transformer_options", {}).get(KEY)
+    step = found if isinstance(found, StepNote) else found.step if isinstance(found, CallNote) else None
+    if step is None and hasattr(model, "model_sampling"):
+        step = StepNote({}, timestep, model.model_sampling.percent_to_sigma)
+    latent = (int(x.shape[-2]), int(x.shape[-1]))
+    chunks: dict[object, Chunk] = {}
+    distinct: list[Any] = []
+    for index, entries in enumerate(conds):
+        name = step.names.get(id(entries)) if step is not None else None
+        negative = index == 1 if name is None else name in NEGATIVE_NAMES
+        copied: list[Any] = []
+        for entry in entries or ():
+            if entry.get("uuid") in chunks:  # the host copies uuids when it completes area conditionings
+                entry = {**entry, "uuid": uuid4()}
+            chunks[entry.get("uuid")] = Chunk(UNCOND if negative else COND, _area(entry.get("area"), latent))
+            copied.append(entry)
+        distinct.append(None if entries is None else copied)
+    return executor(model, distinct, x, timestep, _with_note(model_options, CallNote(step, chunks, latent)))
+
+
+def _with_note(model_options: dict[str, Any], note: object) -> dict[str, Any]:
+    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), KEY: note}}
+
+
+def _area(area: Sequence[Any] | None, latent: tuple[int, int]) -> Area | None:
+    if area is None or len(area) != 4 or not all(isinstance(value, int) for value in area):
+        return None
+    height, width, top, left = area
+    return min(height, latent[0] - top), min(width, latent[1] - left), top, left
+
+
+# --- the hook ---------------------------------------------------------------------------------------------------------
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
+    """Plain attention ``b l c`` for callers outside ComfyUI."""
+    q, k, v = (split_heads(t, heads) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionHook:
+    """Occupies one ``attn2`` slot: text attention (or what was there before), then every image prompt in turn.
+
+    Frozen: applying another prompt makes a new hook, so model clones that share this one never change.
+    """
+
+    index: int
+    patches: tuple[AdapterPatch, ...]
+    previous: Callable[..., Tensor] | None
+    attention: Attention
+
+    @classmethod
+    def joining(cls, occupant: Any, index: int, patch: AdapterPatch, attention: Attention) -> AttentionHook:
+        """A hook for a slot that may hold nothing, a hook of ours or somebody else's callable."""
+        if isinstance(occupant, AttentionHook):
+            return cls(index, (*occupant.patches, patch), occupant.previous, attention)
+        return cls(index, (patch,), occupant, attention)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        if torch.compiler.is_compiling():
+            # ComfyUI drops guards on transformer_options: traced, this call's branches would be frozen into the graph.
+            return torch.compiler.disable(self._run)(q, k, v, extra_options)
+        return self._run(q, k, v, extra_options)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        heads: int = extra_options["n_heads"]
+        if self.previous is not None:
+            out = self.previous(q, k, v, extra_options)
+        else:
+            precision = extra_options.get("attn_precision")
+            out = self.attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
+        call = site_call(q, heads, extra_options)
+        for patch in self.patches:
+            out = patch.add_to(out, self.index, call)
+        return out
+
+    def to(self, device: Any) -> AttentionHook:
+        """The host moves patches when it (un)loads a model: copies on an accelerator are dropped with it."""
+        if isinstance(device, torch.device) and device.type == "cpu":
+            for patch in self.patches:
+                patch.sites[self.index].release(device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionHook:
+        return self  # hosts before 0.13 deep-copy model options in every clone
+
+
+def site_call(q: Tensor, heads: int, options: Options) -> SiteCall:
+    """Translate ComfyUI's ``extra_options`` of one attention call."""
+    note = options.get(KEY)
+    order: Sequence[int] = options.get("cond_or_uncond") or (0,)
+    latent = tuple(int(n) for n in options["original_shape"][-2:]) if "original_shape" in options else None
+    areas: tuple[Area | None, ...] | None = None
+    if isinstance(note, CallNote):
+        fallback = [Chunk(UNCOND if index == 1 else COND, None) for index in order]
+        uuids: Sequence[object] = options.get("uuids") or (None,) * len(order)
+        chunks = [note.chunks.get(uuid, other) for uuid, other in zip(uuids, fallback, strict=True)]
+        branches = tuple(chunk.branch for chunk in chunks)
+        if any(chunk.area is not None for chunk in chunks):
+            areas = tuple(chunk.area for chunk in chunks)
+        if latent is None or areas is not None:
+            latent = note.latent
+    else:
+        branches = tuple(UNCOND if index == 1 else COND for index in order)
+    step = note.step if isinstance(note, CallNote) else note if isinstance(note, StepNote) else None
+    shape = options.get("activations_shape")
+    grid = (int(shape[-2]), int(shape[-1])) if shape is not None and shape[-2] * shape[-1] == q.shape[1] else None
+    return SiteCall(q, heads, branches, step.percent if step is not None else _unknown_percent, latent, grid, areas)
+
+
+def _unknown_percent() -> float:
+    raise IncompatibleAdapterError(
+        "this sampler runs the model outside ComfyUI's guiders, so the sampling progress is unknown; set start to 0, end to 1 "
+        "and remove the curve, or use a sampler built on ComfyUI's own"
+    )

@@ -1,0 +1,259 @@
+"""Adapter files: opened, told apart, read into `AdapterWeights`, and written.
+
+A new family is one new file beside this one and one line in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import AdapterError, CorruptFileError, InvalidInputError, UnknownFormatError
+from ..image_encoder import ENCODERS
+from ..projectors import TORCH, Operations
+from ..state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
+from . import base, full_face, plus
+from .containers import normalise, recognise
+from .format import (
+    BARE,
+    AdapterModule,
+    AdapterSpec,
+    AdapterWeights,
+    Format,
+    Unconditional,
+    check_finite,
+    check_tensors,
+    empty_module,
+    few,
+)
+
+__all__ = [
+    "FORMATS",
+    "AdapterModule",
+    "AdapterSpec",
+    "AdapterWeights",
+    "Format",
+    "describe_adapter",
+    "load_adapter",
+    "save_adapter",
+]
+
+FORMATS: tuple[Format, ...] = (base.FORMAT, plus.FORMAT, full_face.FORMAT)
+
+Layout = Literal["flat", "nested"]
+EXTENSIONS: Mapping[Layout, tuple[str, ...]] = {
+    "flat": (".safetensors", ".sft"),
+    "nested": (".bin", ".pt", ".pth", ".ckpt"),
+}
+
+
+def load_adapter(
+    source: Source,
+    *,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    operations: Operations = TORCH,
+) -> AdapterWeights:
+    """Load an adapter from a file or a state dict, on the CPU.
+
+    The weights keep the file's dtype unless `dtype` is given; a file that mixes dtypes gets the widest of them. They
+    are mapped from the file where its format allows, so nothing is read twice. `operations` says whose layers are
+    built: torch.nn's, or comfy.ops.manual_cast's.
+
+    Raises UnknownFormatError for what is not an adapter of a known family, CorruptFileError for incomplete or damaged
+    ones and for NaN weights, UnsafeFileError for pickles that carry code, FileNotFoundError.
+    """
+    file = open_state_dict(source, name=name)
+    try:
+        spec, format, tensors = _read(file)
+        module = empty_module(format, spec, BARE if operations is TORCH else operations)
+        check_finite(tensors)
+    except AdapterError as error:
+        raise _named(error, file.name) from error
+    if dtype is None:
+        dtype = reduce(_wider, (tensor.dtype for tensor in tensors.values()))
+    module.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
+    return AdapterWeights(spec, module.requires_grad_(False).eval(), file.name, file.metadata)
+
+
+def describe_adapter(source: Source, *, name: str | None = None) -> AdapterSpec:
+    """What an adapter is, without its numbers: of a safetensors file only the header is read.
+
+    Raises what `load_adapter` raises, but for NaN weights, which it does not see.
+    """
+    file = describe_state_dict(source, name=name)
+    try:
+        return _read(file)[0]
+    except AdapterError as error:
+        raise _named(error, file.name) from error
+
+
+def save_adapter(
+    adapter: AdapterWeights,
+    path: str | os.PathLike[str],
+    *,
+    layout: Layout = "flat",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write an adapter as released files are, in its dtype, and return the path.
+
+    "flat" makes a safetensors file with `image_proj.` and `ip_adapter.` keys that describes itself in its metadata
+    (the spec, the adapter's own entries, then `metadata`); "nested" a .bin of two dictionaries, which has no room for
+    metadata. The file appears whole or not at all.
+
+    Raises InvalidInputError for an extension that does not belong to the layout, an adapter without numbers, metadata
+    that is not text, or a folder that does not exist.
+    """
+    path = Path(path)
+    if layout not in EXTENSIONS:
+        raise InvalidInputError(f"layout is {layout!r}; choose 'flat' (safetensors) or 'nested' (.bin).")
+    if path.suffix.lower() not in EXTENSIONS[layout]:
+        raise InvalidInputError(
+            f"{path.name} should end in {' or '.join(EXTENSIONS[layout])} for the layout {layout!r}."
+        )
+    if not path.parent.is_dir():
+        raise InvalidInputError(f"the folder {path.parent} does not exist: create it first.")
+    texts = {**adapter.metadata, **_as_metadata(adapter.spec), **(metadata or {})}
+    if not all(isinstance(text, str) for entry in texts.items() for text in cast("tuple[object, object]", entry)):
+        raise InvalidInputError("metadata must be text to text: write numbers as strings.")
+    state = adapter.module.checkpoint_state()
+    if any(tensor.is_meta for tensor in state.values()):
+        raise InvalidInputError(f"{adapter.name} has shapes but no numbers (meta tensors): load it from a file first.")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write(
+            {key: tensor.cpu().contiguous() for key, tensor in state.items()},
+            unfinished,
+            layout,
+            {"format": "pt", **texts},
+        )
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _write(state: dict[str, Tensor], path: Path, layout: Layout, texts: dict[str, str]) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    if layout == "flat":
+        save_file(state, path, metadata=texts)
+        path.chmod(mode)  # safetensors leaves files that only their owner can read
+    else:
+        groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+        for key, tensor in state.items():
+            group, rest = key.split(".", 1)
+            # clone: torch.save writes the whole storage of a view, and a mapped tensor is a view of its whole file
+            groups[group][rest] = tensor.clone()
+        torch.save(groups, path)
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _read(file: TensorFile) -> tuple[AdapterSpec, Format, dict[str, Tensor]]:
+    """The spec, the format that claims the file, and its tensors under the keys of `AdapterModule`."""
+    state = normalise(file.tensors)
+    format = _claim(state)
+    spec = format.parse(state)
+    try:
+        module = empty_module(format, spec, BARE)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise CorruptFileError(f"its sizes do not make a network ({error}): the file is damaged.") from error
+    return _with_hints(spec, file.metadata), format, check_tensors(module, state)
+
+
+def _claim(state: StateDict) -> Format:
+    claims = [format for format in FORMATS if format.detect(state)]
+    has_layers = any(key.startswith("ip_adapter.") for key in state)
+    if len(claims) == 1 and has_layers:
+        return claims[0]
+    seen = _seen(state)
+    if len(claims) > 1:
+        names = " and ".join(format.name for format in claims)
+        raise UnknownFormatError(f"could be {names} at once, so it is none of them. {seen} Export it again.")
+    if claims:
+        raise UnknownFormatError(
+            f"holds the image_proj half of a {claims[0].name} adapter and no ip_adapter layers. {seen} "
+            "The export is incomplete: save both groups."
+        )
+    known = recognise(state)
+    if known is not None:
+        what, advice = known
+        raise UnknownFormatError(f"looks like {what}. {advice}. {seen}")
+    near = next((format for format in FORMATS if format.resembles(state)), None)
+    if near is not None:
+        foreign = near.foreign_keys(state)
+        raise UnknownFormatError(
+            f"resembles a {near.name} adapter but has {len(foreign)} keys that such a file has not: {few(foreign)}. "
+            "It may be of a newer family, which an update of this pack may read."
+        )
+    if has_layers:
+        raise UnknownFormatError(
+            f"has ip_adapter layers, but its image_proj group is missing or of no known family. {seen} "
+            "Export both groups, or choose another file."
+        )
+    raise UnknownFormatError(f"is not an IP-Adapter file. {seen} Choose e.g. ip-adapter-plus_sd15.safetensors.")
+
+
+def _seen(state: StateDict) -> str:
+    if not state:
+        return "It holds no tensors."
+    first = sorted(state, key=lambda key: (not key.startswith("image_proj."), key))[:6]
+    listed = ", ".join(f"{key[:80]} {list(state[key].shape)}" for key in first)
+    return f"It holds {len(state)} tensors: {listed}{', …' if len(state) > len(first) else ''}."
+
+
+def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:
+    """Fill in from metadata what shapes cannot tell; what they do tell stands."""
+    encoder = metadata.get("encoder", "")
+    if spec.encoder == "custom" and encoder and not _contradicts(encoder, spec):
+        spec = replace(spec, encoder=encoder)
+    base_model = metadata.get("base_model", "")
+    if spec.base_model.startswith("custom ") and base_model and base_model not in {"SD1.5", "SD2", "SDXL", "Kolors"}:
+        spec = replace(spec, base_model=base_model)
+    unconditional = metadata.get("unconditional")
+    if unconditional in get_args(Unconditional):
+        spec = replace(spec, unconditional=cast(Unconditional, unconditional))
+    tokens = metadata.get("num_tokens", "")
+    if spec.num_tokens == 0 and tokens.isascii() and tokens.isdigit() and 0 < len(tokens) < 6:
+        spec = replace(spec, num_tokens=int(tokens))
+    return spec
+
+
+def _contradicts(encoder: str, spec: AdapterSpec) -> bool:
+    known = ENCODERS.get(encoder)
+    return known is not None and known.width(spec.feature) != spec.feature_dim
+
+
+def _as_metadata(spec: AdapterSpec) -> dict[str, str]:
+    return {
+        "family": spec.family,
+        "base_model": spec.base_model,
+        "encoder": spec.encoder,
+        "num_tokens": str(spec.num_tokens),
+        "token_dim": str(spec.token_dim),
+        "feature": spec.feature,
+        "feature_dim": str(spec.feature_dim),
+        "unconditional": spec.unconditional,
+    }
+
+
+def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    if a == b:
+        return a
+    if a.itemsize == 1 or b.itemsize == 1:  # float8 has no promotion rule
+        return max(a, b, key=lambda dtype: dtype.itemsize) if a.itemsize != b.itemsize else torch.float16
+    return torch.promote_types(a, b)
+
+
+def _named(error: AdapterError, name: str) -> AdapterError:
+    return type(error)(f"{name}: {error}")

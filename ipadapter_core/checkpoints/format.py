@@ -1,0 +1,291 @@
+"""What a family declares (`Format`), what is read from a file (`AdapterSpec`), what is built (`AdapterWeights`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CorruptFileError, IncompatibleEncoderError
+from ..image_encoder import Feature, find_encoder
+from ..projectors import TORCH, Operations
+from ..state_dict import StateDict
+
+Unconditional = Literal["zero_embeds", "zero_pixels"]
+
+LAYER_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_([kv])_ip\.weight")
+"""One number per attention of the UNet, down, up, mid; odd ones are cross-attention (the only ones here)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """Facts about an adapter, all read from keys and shapes.
+
+    `num_tokens` counts the image tokens of one reference; 0 if it depends on the encoder and the encoder is not known.
+    `layer_channels` holds the rows of the i-th `to_k_ip`, in checkpoint order (down, up, mid); `token_dim` its columns.
+    `encoder` is the name in `image_encoder.ENCODERS` that the feature's width points to, or "custom".
+    `options` holds the sizes only this family's projector has (`depth`, `queries`, `hidden_dim`, …).
+    """
+
+    family: str
+    base_model: str
+    num_tokens: int
+    token_dim: int
+    feature: Feature
+    feature_dim: int
+    unconditional: Unconditional
+    encoder: str
+    layer_channels: tuple[int, ...]
+    options: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One checkpoint family: how its files are recognised, read and built.
+
+    A state (normalised by `containers.normalise`) is claimed when the image_proj key `anchor` is there, the rest of
+    every image_proj key matches `allowed`, every other key matches `layers`, and `unless` does not tell it for another
+    family's look-alike. `parse` reads the sizes, `build` makes the empty projector for them.
+    """
+
+    name: str
+    anchor: str
+    allowed: re.Pattern[str]
+    parse: Callable[[StateDict], AdapterSpec]
+    build: Callable[[AdapterSpec, Operations], nn.Module]
+    unless: Callable[[StateDict], bool] = lambda state: False
+    layers: re.Pattern[str] = LAYER_KEY
+
+    def detect(self, state: StateDict) -> bool:
+        return self.resembles(state) and not self.foreign_keys(state) and not self.unless(state)
+
+    def resembles(self, state: StateDict) -> bool:
+        """Whether the key that marks this family is there, whatever else may be."""
+        return f"image_proj.{self.anchor}" in state
+
+    def foreign_keys(self, state: StateDict) -> list[str]:
+        """The keys that no file of this family has."""
+        return sorted(key for key in state if not self._belongs(key))
+
+    def _belongs(self, key: str) -> bool:
+        if key.startswith("image_proj."):
+            return self.allowed.fullmatch(key.removeprefix("image_proj.")) is not None
+        return self.layers.fullmatch(key) is not None
+
+
+class Bare:
+    """torch.nn's layers that never fill themselves with random numbers: their weights come from a file."""
+
+    class Linear(nn.Linear):
+        def reset_parameters(self) -> None: ...
+
+    class LayerNorm(nn.LayerNorm):
+        def reset_parameters(self) -> None: ...
+
+
+BARE: Operations = cast(Operations, Bare)
+
+
+class AdapterModule(nn.Module):
+    """An adapter's layers: `projector`, and `to_k_ip[i]`, `to_v_ip[i]` of the cross-attention with key number 2i+1."""
+
+    def __init__(self, projector: nn.Module, spec: AdapterSpec, *, operations: Operations = TORCH) -> None:
+        super().__init__()
+        self.casts_weights = operations is not TORCH and operations is not BARE
+        """Whether the layers bring their weights to the input's device and dtype themselves (comfy.ops.manual_cast)."""
+        self.projector = projector
+        self.to_k_ip = nn.ModuleList(operations.Linear(spec.token_dim, c, bias=False) for c in spec.layer_channels)
+        self.to_v_ip = nn.ModuleList(operations.Linear(spec.token_dim, c, bias=False) for c in spec.layer_channels)
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """The weights under the keys of a flat released file (`image_proj.…`, `ip_adapter.1.to_k_ip.weight`)."""
+        return {checkpoint_key(key): tensor.detach() for key, tensor in self.state_dict().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """A loaded adapter: its spec, its layers, and where it came from."""
+
+    spec: AdapterSpec
+    module: AdapterModule
+    name: str = "adapter"
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.module.to_k_ip.parameters()).dtype
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """Image tokens `b n d` of features: `b e` image embeds or `b t e` penultimate states, see `spec.feature`.
+
+        With layers of torch.nn the features are brought to the weights' device and dtype; layers that cast their own
+        weights get them as they are. Raises IncompatibleEncoderError when the features have another rank or width.
+        """
+        spec = self.spec
+        rank = 2 if spec.feature == "image_embeds" else 3
+        if features.ndim != rank or features.shape[-1] != spec.feature_dim:
+            expected = f"[batch, {spec.feature_dim}]" if rank == 2 else f"[batch, tokens, {spec.feature_dim}]"
+            raise IncompatibleEncoderError(
+                f"{self.name} ({spec.family}, {spec.base_model}) needs {spec.feature} of shape {expected} from the "
+                f"{spec.encoder} image encoder and got {list(features.shape)}: choose that encoder."
+            )
+        return cast(Tensor, self.module.projector(self._fitting(features)))
+
+    def key_value(self, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Image keys and values `b n c` at the cross-attention of checkpoint order `index` (key number 2·index+1)."""
+        key, value = self.module.to_k_ip[index], self.module.to_v_ip[index]
+        tokens = self._fitting(tokens)
+        return cast(Tensor, key(tokens)), cast(Tensor, value(tokens))
+
+    def _fitting(self, x: Tensor) -> Tensor:
+        return x if self.module.casts_weights else x.to(next(self.module.to_k_ip.parameters()))
+
+
+def empty_module(format: Format, spec: AdapterSpec, operations: Operations) -> AdapterModule:
+    """The layers of `spec` on the meta device: shapes, no memory."""
+    with torch.device("meta"):
+        return AdapterModule(format.build(spec, operations), spec, operations=operations)
+
+
+def module_key(key: str) -> str | None:
+    """The key of a checkpoint tensor inside `AdapterModule`; None if it has no place there."""
+    if key.startswith("image_proj."):
+        return "projector." + key.removeprefix("image_proj.")
+    layer = LAYER_KEY.fullmatch(key)
+    if layer is None or int(layer[1]) % 2 == 0:
+        return None
+    return f"to_{layer[2]}_ip.{int(layer[1]) // 2}.weight"
+
+
+def checkpoint_key(key: str) -> str:
+    """The inverse of `module_key`."""
+    if key.startswith("projector."):
+        return "image_proj." + key.removeprefix("projector.")
+    kind, index, name = key.split(".")
+    return f"ip_adapter.{2 * int(index) + 1}.{kind}.{name}"
+
+
+def shape_of(state: StateDict, key: str, *, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor that the family cannot do without.
+
+    Raises CorruptFileError when it is missing, has another rank or an axis of length 0.
+    """
+    if key not in state:
+        raise CorruptFileError(f"the tensor '{key}' is missing: the file is incomplete; download or export it again.")
+    shape = tuple(state[key].shape)
+    if len(shape) != rank or 0 in shape:
+        raise CorruptFileError(f"'{key}' has shape {list(shape)}, {rank} non-empty axes were expected; it is damaged.")
+    return shape
+
+
+def divided(total: int, unit: int, key: str) -> int:
+    """`total / unit`. Raises CorruptFileError when it is not a whole number above 0."""
+    if total % unit or total < unit:
+        raise CorruptFileError(f"'{key}' has {total} rows, a multiple of {unit} was expected: the file is damaged.")
+    return total // unit
+
+
+def layer_channels(state: StateDict, token_dim: int) -> tuple[int, ...]:
+    """Rows of `to_k_ip` for the key numbers 1, 3, 5, …
+
+    Raises CorruptFileError when a key or a value layer is missing, a number is left out or an even one is there, or
+    a layer does not take tokens of `token_dim`.
+    """
+    numbers: dict[str, set[int]] = {"k": set(), "v": set()}
+    for match in filter(None, map(LAYER_KEY.fullmatch, state)):
+        numbers[match[2]].add(int(match[1]))
+    keys, values = numbers["k"], numbers["v"]
+    expected = set(range(1, 2 * max(len(keys), len(values)) + 1, 2))
+    missing = [f"{n}.to_k_ip.weight" for n in sorted(expected - keys)]
+    missing += [f"{n}.to_v_ip.weight" for n in sorted(expected - values)]
+    if missing or not expected:
+        extra = sorted((keys | values) - expected)
+        also = f" and there are unexpected numbers {few(map(str, extra))}" if extra else ""
+        raise CorruptFileError(
+            f"ip_adapter holds {len(keys)} key and {len(values)} value layers, but the numbers must run 1, 3, 5, … "
+            f"without a gap: missing {few(missing) or '1.to_k_ip.weight'}{also}. "
+            "The file is incomplete; download or export it again."
+        )
+    channels: list[int] = []
+    for number in sorted(keys):
+        key_name = f"ip_adapter.{number}.to_k_ip.weight"
+        rows, columns = shape_of(state, key_name, rank=2)
+        if columns != token_dim:
+            raise CorruptFileError(
+                f"'{key_name}' takes tokens of {columns} channels, but image_proj makes tokens of {token_dim}: "
+                "the two halves come from different adapters."
+            )
+        channels.append(rows)
+    return tuple(channels)
+
+
+def base_model(token_dim: int, layers: int) -> str:
+    """The base model that has this width of text tokens and this number of cross-attentions."""
+    known = {(768, 16): "SD1.5", (1024, 16): "SD2", (2048, 70): "SDXL"}
+    return known.get((token_dim, layers), f"custom {token_dim}")
+
+
+def encoder_name(feature: Feature, width: int) -> str:
+    """The name in `image_encoder.ENCODERS` that a feature of this width points to, or "custom"."""
+    encoder = find_encoder(feature, width)
+    return "custom" if encoder is None else encoder.name
+
+
+def check_tensors(module: AdapterModule, state: StateDict) -> dict[str, Tensor]:
+    """The checkpoint's tensors under the module's keys, checked to be exactly the module's.
+
+    Raises CorruptFileError naming the first missing, unexpected, misshapen or non-float tensors.
+    """
+    expected = {checkpoint_key(key): tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    missing = [key for key in expected if key not in state]
+    if missing:
+        raise CorruptFileError(
+            f"{len(missing)} of {len(expected)} tensors are missing: {few(missing)}. "
+            "The file is incomplete; download or export it again."
+        )
+    unexpected = sorted(key for key in state if key not in expected)
+    if unexpected:
+        raise CorruptFileError(f"{len(unexpected)} tensors have no place in this family: {few(unexpected)}.")
+    misshapen = [
+        f"{key} is {list(state[key].shape)} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if tuple(state[key].shape) != shape
+    ]
+    if misshapen:
+        raise CorruptFileError(f"{len(misshapen)} tensors do not fit the rest: {few(misshapen)}. The file is damaged.")
+    stored = [f"{key} is {state[key].dtype}" for key in expected if not state[key].is_floating_point()]
+    if stored:
+        raise CorruptFileError(f"weights must be floating point: {few(stored)}. Use a float16 or float32 file.")
+    return {cast(str, module_key(key)): state[key] for key in expected}
+
+
+def check_finite(tensors: StateDict) -> None:
+    """Raise CorruptFileError naming the first tensors that hold NaN or infinity; one pass, no copy."""
+    bad = [checkpoint_key(key) for key, tensor in tensors.items() if not _is_finite(tensor)]
+    if bad:
+        raise CorruptFileError(
+            f"{len(bad)} tensors hold NaN or infinite numbers: {few(bad)}. The training diverged or the file was "
+            "damaged when it was converted; use another file."
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or tensor.numel() == 0:
+        return True
+    if tensor.element_size() == 1:  # float8 has no aminmax
+        tensor = tensor.float()
+    # Both ends are NaN if any number is, and one is infinite if any is: 10 times faster than isfinite().all() on a CPU.
+    ends: Any = torch.aminmax(tensor)
+    return bool(torch.isfinite(ends.min) & torch.isfinite(ends.max))
+
+
+def few(names: Iterable[str], limit: int = 4) -> str:
+    """The first few of many names, for a message."""
+    listed = [name[:80] for name in names]
+    rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + rest

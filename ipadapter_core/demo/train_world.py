@@ -1,0 +1,546 @@
+"""Make the demo world: ``python -m ipadapter_core.demo.train_world --pictures node_modules --out world``.
+
+Stages, each resumable and each a plain diffusers or transformers model saved with ``save_pretrained``:
+
+1. ``autoencoder`` an AutoencoderTiny: the encoder is an exact PCA of 4x4 patches, only the decoder is learned;
+2. ``unet``        text encoder and UNet together, v-prediction with zero terminal SNR;
+3. ``image-encoder`` a CLIP-style vision tower, aligned with the captions and able to redraw what it sees;
+4. ``adapters``    IP-Adapter base and plus on the frozen UNet.
+
+About two hours on one AVX-512/AMX core in all; no network and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from .pictures import BACKGROUNDS, SIZE, STUDIOS, Pictures, caption, draw_captions, draw_scenes, load_pictures
+
+LATENT_CHANNELS = 16
+LATENT_SCALE = 4.0
+"""scaling_factor of the autoencoder: its tanh clamp at 3 leaves latents of a quarter of unit variance untouched."""
+TEXT_DIM = 192
+TEXT_LENGTH = 16
+
+
+def fit(
+    name: str,
+    modules: nn.Module,
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    folder: Path,
+    preview: Callable[[nn.Module, int], None] | None = None,
+    every: int = 500,
+    ema_decay: float = 0.999,
+) -> nn.Module:
+    """Minimise ``loss(step)`` over ``modules`` with AdamW, warm-up and cosine decay; returns the averaged weights.
+
+    Writes ``<name>.jsonl`` (step and mean loss) and a resumable ``<name>.pt`` below ``folder``.
+    """
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    warmup = min(200, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1.0)) + 1e-3)
+    )
+    ema = torch.optim.swa_utils.AveragedModel(
+        modules,
+        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay),
+        use_buffers=False,
+    )
+    state_file, log_file = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    start = 0
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start = state["step"]
+    running: list[float] = []
+    for step in (bar := tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)):
+        value = loss(step)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step >= warmup:
+            ema.update_parameters(modules)
+        running.append(value.item())
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            mean = sum(running) / len(running)
+            running.clear()
+            bar.set_postfix(loss=f"{mean:.4f}")
+            with log_file.open("a") as log:
+                log.write(json.dumps({"step": step + 1, "loss": round(mean, 5)}) + "\n")
+        if (step + 1) % every == 0 or step + 1 == steps:
+            state = {
+                "modules": modules.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+            }
+            torch.save(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
+            if preview is not None:
+                preview(ema.module, step + 1)
+    return ema.module
+
+
+# --- 1. autoencoder -------------------------------------------------------------------------------------------------
+
+
+def patch_pca(images: Tensor) -> tuple[Tensor, Tensor]:
+    """PCA of 4x4 patches of ``b 3 y x`` images (0..1): mean ``48`` and projection ``16 48``.
+
+    Latent channels keep the square root of their natural standard deviation, so that sampling settles the coarse
+    channels first, and have a mean square of 1.
+    """
+    patches = rearrange(images, "b c (y i) (x j) -> (b y x) (c i j)", i=4, j=4)
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    values, vectors = values.flip(0)[:LATENT_CHANNELS], vectors.flip(1)[:, :LATENT_CHANNELS].T
+    target = values.sqrt().sqrt()
+    target = target / target.square().mean().sqrt()
+    return mean, vectors * (target / values.sqrt())[:, None]
+
+
+def build_autoencoder(mean: Tensor, projection: Tensor) -> AutoencoderTiny:
+    """An AutoencoderTiny whose encoder computes the PCA exactly: identity, two 2x2 regroupings, projection."""
+    autoencoder = AutoencoderTiny(
+        encoder_block_out_channels=(48, 48, 48),
+        decoder_block_out_channels=(48, 48, 48),
+        num_encoder_blocks=(0, 0, 0),
+        num_decoder_blocks=(3, 2, 1),
+        latent_channels=LATENT_CHANNELS,
+        scaling_factor=LATENT_SCALE,
+    )
+    # diffusers derives the pipeline's image size from this list's length: 2 ** (3 - 1) = 4 pixels a latent
+    autoencoder.register_to_config(block_out_channels=(48, 48, 48))
+    first, half, quarter, last = autoencoder.encoder.layers
+    with torch.no_grad():
+        for layer in (first, half, quarter, last):
+            layer.weight.zero_()
+            if layer.bias is not None:
+                layer.bias.zero_()
+        for c in range(3):
+            first.weight[c, c, 1, 1] = 1
+            for i in range(2):
+                for j in range(2):
+                    fine = c * 4 + i * 2 + j
+                    half.weight[fine, c, 1 + i, 1 + j] = 1
+                    for y in range(2):
+                        for x in range(2):
+                            quarter.weight[c * 16 + (2 * y + i) * 4 + (2 * x + j), fine, 1 + y, 1 + x] = 1
+        last.weight[:, :, 1, 1] = projection / LATENT_SCALE
+        last.bias.copy_(-(projection @ mean) / LATENT_SCALE)
+    return autoencoder
+
+
+def encode(autoencoder: AutoencoderTiny, images: Tensor) -> Tensor:
+    """Images ``b 3 64 64`` in 0..1 to scaled latents ``b 16 16 16`` (the same linear map, without the wide convs)."""
+    last = autoencoder.encoder.layers[-1]
+    patches = rearrange(images, "b c (y i) (x j) -> b (c i j) y x", i=4, j=4)
+    with torch.no_grad():
+        return F.conv2d(patches, last.weight[:, :, 1:2, 1:2], last.bias) * LATENT_SCALE
+
+
+def decode(autoencoder: AutoencoderTiny, latents: Tensor) -> Tensor:
+    """Scaled latents to images in 0..1."""
+    return (autoencoder.decode(latents / LATENT_SCALE).sample / 2 + 0.5).clamp(0, 1)
+
+
+def train_autoencoder(pictures: Pictures, work: Path, steps: int) -> AutoencoderTiny:
+    generator = torch.Generator().manual_seed(1)
+    seen = pictures.where(held_out=False)
+
+    def scenes(count: int) -> Tensor:
+        index = seen[torch.randint(len(seen), (count,), generator=generator)]
+        return draw_scenes(pictures, index, generator, recolour_rate=0.25).images
+
+    torch.manual_seed(1)
+    autoencoder = build_autoencoder(*patch_pca(scenes(2000)))
+    autoencoder.encoder.requires_grad_(False)
+    decoder = autoencoder.decoder.to(memory_format=torch.channels_last)
+
+    def loss(step: int) -> Tensor:
+        images = scenes(8)
+        latents = encode(autoencoder, images)
+        latents = latents + 0.05 * torch.randn(latents.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = decoder((latents / LATENT_SCALE).contiguous(memory_format=torch.channels_last))
+        out = out.float() / 2 + 0.5
+        edges = (out.diff(dim=-1) - images.diff(dim=-1)).abs().mean() + (out.diff(dim=-2) - images.diff(dim=-2)).abs().mean()
+        return (out - images).abs().mean() + edges
+
+    def preview(module: nn.Module, step: int) -> None:
+        images = scenes(16)
+        with torch.no_grad():
+            out = module(encode(autoencoder, images) / LATENT_SCALE) / 2 + 0.5
+        save_sheet(torch.cat([images, out]), 16, work / f"autoencoder-{step:06d}.png")
+
+    autoencoder.decoder = fit("autoencoder", decoder, loss, steps=steps, lr=2e-3, folder=work, preview=preview)
+    return autoencoder
+
+
+# --- 2. UNet and text encoder ---------------------------------------------------------------------------------------
+
+
+def train_tokenizer(pictures: Pictures) -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer learned from every caption of the world; ``model_max_length`` is 16."""
+    captions = [
+        caption(studio, name, colour)
+        for name in sorted(set(pictures.names))
+        for studio in STUDIOS
+        for colour in BACKGROUNDS
+    ]
+    tokenizer = CLIPTokenizer().train_new_from_iterator(captions, vocab_size=1200)
+    tokenizer.model_max_length = TEXT_LENGTH
+    return tokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    return tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    # An eos id of 2 would switch transformers to a legacy rule that pools at the largest token id.
+    assert tokenizer.eos_token_id != 2
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_DIM,
+            intermediate_size=4 * TEXT_DIM,
+            num_hidden_layers=3,
+            num_attention_heads=TEXT_DIM // 64,
+            max_position_embeddings=TEXT_LENGTH,
+            projection_dim=TEXT_DIM,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        block_out_channels=(64, 128, 256),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_DIM,
+        attention_head_dim=4,
+        norm_num_groups=32,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def velocity_loss(unet: nn.Module, latents: Tensor, text: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the predicted velocity at uniformly drawn timesteps, computed in bfloat16."""
+    noise = torch.randn(latents.shape, generator=generator)
+    t = torch.randint(1000, (latents.shape[0],), generator=generator)
+    noisy = scheduler.add_noise(latents, noise, t).contiguous(memory_format=torch.channels_last)
+    target = scheduler.get_velocity(latents, noise, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = unet(noisy, t, text).sample
+    return F.mse_loss(predicted.float(), target)
+
+
+PREVIEW_PROMPTS = [
+    "fluent apple on white background", "noto frog on blue background", "twemoji pizza on yellow background",
+    "panda face on red background", "fluent banana on purple background", "rose on black background",
+    "noto elephant on pink background", "twemoji strawberry on sky background", "green apple", "octopus",
+    "emoji on teal background", "noto emoji on orange background", "carrot on white background",
+    "fluent hamburger on blue background", "bee on green background", "penguin on grey background",
+]  # fmt: skip
+
+
+@torch.no_grad()
+def sample(
+    unet: nn.Module, text: Tensor, empty: Tensor, scheduler: DDIMScheduler, *, steps: int = 25, guidance: float = 3.0, seed: int = 0
+) -> Tensor:
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(text.shape[0], LATENT_CHANNELS, SIZE // 4, SIZE // 4, generator=generator)
+    both = torch.cat([empty.expand_as(text), text])
+    for t in scheduler.timesteps:
+        negative, positive = unet(torch.cat([x, x]), t, both).sample.chunk(2)
+        x = scheduler.step(negative + guidance * (positive - negative), t, x).prev_sample
+    return x
+
+
+def train_unet(
+    pictures: Pictures, tokenizer: CLIPTokenizer, autoencoder: AutoencoderTiny, work: Path, steps: int, batch: int
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    torch.manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
+    seen = pictures.where(held_out=False)
+    unet = build_unet().to(memory_format=torch.channels_last)
+    # torch's CPU flash attention is several times slower than plain matmuls in bfloat16 backward
+    unet.set_attn_processor(AttnProcessor())
+    models = nn.ModuleDict({"unet": unet, "text": build_text_encoder(tokenizer)})
+    scheduler = build_scheduler()
+
+    def loss(step: int) -> Tensor:
+        index = seen[torch.randint(len(seen), (batch,), generator=generator)]
+        scenes = draw_scenes(pictures, index, generator, recolour_rate=0.2)
+        ids = tokenize(tokenizer, draw_captions(pictures, scenes, generator))
+        with torch.autocast("cpu", torch.bfloat16):
+            text = models["text"](ids).last_hidden_state
+        return velocity_loss(models["unet"], encode(autoencoder, scenes.images), text, scheduler, generator)
+
+    pinv = torch.linalg.pinv(autoencoder.encoder.layers[-1].weight[:, :, 1, 1])
+
+    def preview(averaged: nn.Module, step: int) -> None:
+        ids = tokenize(tokenizer, [*PREVIEW_PROMPTS, ""])
+        with torch.no_grad():
+            text = averaged["text"](ids).last_hidden_state  # pyright: ignore
+            x = sample(averaged["unet"], text[:-1], text[-1:], scheduler)  # pyright: ignore
+            bias = autoencoder.encoder.layers[-1].bias[:, None, None]
+            patches = torch.einsum("pl,blyx->bpyx", pinv, x / LATENT_SCALE - bias)
+            images = rearrange(patches, "b (c i j) y x -> b c (y i) (x j)", c=3, i=4)
+        save_sheet(images, 8, work / f"unet-{step:06d}.png")
+
+    averaged = fit("unet", models, loss, steps=steps, lr=1e-3, folder=work, preview=preview)
+    return averaged["unet"], averaged["text"]  # pyright: ignore
+
+
+# --- 3. image encoder -----------------------------------------------------------------------------------------------
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+VISION_DIM = 192
+VISION_PATCH = 8
+EMBED_DIM = 256
+THUMBNAIL = 32
+
+
+def build_image_encoder() -> CLIPVisionModelWithProjection:
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=VISION_DIM,
+            intermediate_size=4 * VISION_DIM,
+            num_hidden_layers=4,
+            num_attention_heads=VISION_DIM // 64,
+            projection_dim=EMBED_DIM,
+            image_size=SIZE,
+            patch_size=VISION_PATCH,
+            hidden_act="gelu",
+            # torch's CPU flash attention is several times slower than plain matmuls in bfloat16 backward
+            attn_implementation="eager",
+        )
+    )
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images ``b 3 y x`` in 0..1 to CLIP pixel values."""
+    return (images - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+class EncoderTraining(nn.Module):
+    """The image encoder with the parts that only its training needs.
+
+    A table of name and background vectors stands in for a text tower. Two decoders redraw the picture, a thumbnail
+    from ``image_embeds`` alone and the full size from the penultimate patch tokens, so that both features keep what
+    an adapter must see of pictures without a name: colours, layout, detail.
+    """
+
+    def __init__(self, names: int) -> None:
+        super().__init__()
+        self.encoder = build_image_encoder()
+        self.to_text = nn.Linear(EMBED_DIM, 128, bias=False)
+        self.names = nn.Embedding(names, 128)
+        self.backgrounds = nn.Embedding(len(BACKGROUNDS), 128)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.thumbnail = nn.Sequential(
+            nn.LayerNorm(EMBED_DIM), nn.Linear(EMBED_DIM, 1024), nn.GELU(), nn.Linear(1024, 3 * THUMBNAIL**2)
+        )
+        self.patches = nn.Sequential(
+            nn.LayerNorm(VISION_DIM), nn.Linear(VISION_DIM, 384), nn.GELU(), nn.Linear(384, 3 * VISION_PATCH**2)
+        )
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images ``b 3 64 64`` in 0..1 to image_embeds ``b 256`` and penultimate tokens ``b 65 192``."""
+        out = self.encoder(normalise(images), output_hidden_states=True)
+        return out.image_embeds, out.hidden_states[-2]
+
+    def redraw(self, embeds: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The thumbnail ``b 3 32 32`` that image_embeds hold and the picture ``b 3 64 64`` that the tokens hold."""
+        small = rearrange(self.thumbnail(embeds), "b (c y x) -> b c y x", c=3, y=THUMBNAIL)
+        grid = {"y": SIZE // VISION_PATCH, "i": VISION_PATCH, "c": 3}
+        large = rearrange(self.patches(tokens[:, 1:]), "b (y x) (c i j) -> b c (y i) (x j)", **grid)
+        return small, large
+
+    def match_text(self, embeds: Tensor, name: Tensor, background: Tensor) -> Tensor:
+        """CLIP's contrastive loss over the batch; pairs with the same name and background all count as right."""
+        image = F.normalize(self.to_text(embeds), dim=-1)
+        text = F.normalize(self.names(name) + self.backgrounds(background), dim=-1)
+        logits = self.log_scale.clamp(max=math.log(50.0)).exp() * (image @ text.T).float()
+        same = ((name[:, None] == name) & (background[:, None] == background)).float()
+        target = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train_image_encoder(pictures: Pictures, work: Path, steps: int, batch: int) -> EncoderTraining:
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
+    seen = pictures.where(held_out=False)
+    vocabulary = {name: i for i, name in enumerate(sorted(set(pictures.names)))}
+    name_of = torch.tensor([vocabulary[name] for name in pictures.names])
+    model = EncoderTraining(len(vocabulary))
+
+    def loss(step: int) -> Tensor:
+        index = seen[torch.randint(len(seen), (batch,), generator=generator)]
+        scenes = draw_scenes(pictures, index, generator, recolour_rate=0.3)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds, tokens = model.features(scenes.images)
+            small, large = model.redraw(embeds, tokens)
+            matched = model.match_text(embeds, name_of[index], scenes.background)
+        half = F.avg_pool2d(scenes.images, SIZE // THUMBNAIL)
+        small = small.float()
+        quarter = (F.avg_pool2d(small, 2) - F.avg_pool2d(half, 2)).abs().mean()
+        return (small - half).abs().mean() + quarter + (large.float() - scenes.images).abs().mean() + 0.03 * matched
+
+    def preview(averaged: nn.Module, step: int) -> None:
+        assert isinstance(averaged, EncoderTraining)
+        images, small, large = redraw_held_out(averaged, pictures, seed=0)
+        rows = [images[:16], F.interpolate(small[:16], scale_factor=2.0, mode="bilinear"), large[:16]]
+        save_sheet(torch.cat(rows), 16, work / f"image-encoder-{step:06d}.png")
+        figures = {"step": step, **measure_image_encoder(averaged, pictures)}
+        with (work / "image-encoder-held-out.jsonl").open("a") as log:
+            log.write(json.dumps(figures) + "\n")
+
+    averaged = fit("image-encoder", model, loss, steps=steps, lr=1e-3, folder=work, preview=preview)
+    assert isinstance(averaged, EncoderTraining)
+    return averaged
+
+
+@torch.no_grad()
+def redraw_held_out(model: EncoderTraining, pictures: Pictures, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One scene of every held-out picture and what the two decoders redraw of it."""
+    generator = torch.Generator().manual_seed(seed)
+    held_out = pictures.where(held_out=True)
+    held_out = held_out[torch.randperm(len(held_out), generator=generator)]
+    images = draw_scenes(pictures, held_out, generator, recolour_rate=0.0).images
+    return images, *model.redraw(*model.features(images))
+
+
+@torch.no_grad()
+def measure_image_encoder(model: EncoderTraining, pictures: Pictures) -> dict[str, float]:
+    """On held-out pictures: decibels of what the decoders redraw, and how often the nearest image_embeds among all
+    held-out pictures, each drawn anew in another place on another background, are those of the same picture."""
+
+    def decibels(a: Tensor, b: Tensor) -> float:
+        return -10 * math.log10(F.mse_loss(a.clamp(0, 1), b).item())
+
+    images, small, large = redraw_held_out(model, pictures, seed=0)
+    half = F.avg_pool2d(images, SIZE // THUMBNAIL)
+    figures = {
+        "thumbnail16_db": decibels(F.avg_pool2d(small, 2), F.avg_pool2d(half, 2)),
+        "thumbnail32_db": decibels(small, half),
+        "mean_colour32_db": decibels(half.mean((2, 3), keepdim=True).expand_as(half), half),
+        "tokens64_db": decibels(large, images),
+    }
+    held_out = pictures.where(held_out=True)
+    right = 0.0
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(100 + seed)
+        views = [draw_scenes(pictures, held_out, generator, recolour_rate=0.0) for _ in range(2)]
+        a, b = (F.normalize(model.features(view.images)[0], dim=-1) for view in views)
+        right += (torch.arange(len(held_out)) == (a @ b.T).argmax(1)).float().mean().item() / 4
+    figures[f"retrieval_of_{len(held_out)}"] = right
+    return {key: round(value, 3) for key, value in figures.items()}
+
+
+def save_image_encoder(encoder: CLIPVisionModelWithProjection, folder: Path) -> None:
+    """The vision model in fp16 with the preprocessor_config.json that transformers and diffusers read."""
+    copy.deepcopy(encoder).half().save_pretrained(folder)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
+    )
+    processor.save_pretrained(folder)
+
+
+def save_sheet(images: Tensor, columns: int, path: Path, zoom: int = 2) -> None:
+    """Write ``b 3 y x`` images in 0..1 as one PNG grid."""
+    grid = rearrange(images.clamp(0, 1), "(r c) k y x -> (r y) (c x) k", c=columns)
+    sheet = Image.fromarray((grid * 255).round().byte().numpy())
+    sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(path)
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("autoencoder", "unet", "image-encoder"))
+    parser.add_argument("--pictures", type=Path, required=True, help="node_modules folder with the three emoji packages")
+    parser.add_argument("--work", type=Path, default=Path("world-training"), help="states, logs and previews")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int, help="default 32 for the unet, 64 for the image encoder")
+    args = parser.parse_args(argv if argv is None else list(argv))
+    args.work.mkdir(parents=True, exist_ok=True)
+    pictures = load_pictures(args.pictures)
+    if args.stage == "autoencoder":
+        train_autoencoder(pictures, args.work, args.steps or 2500).save_pretrained(args.work / "vae")
+    if args.stage == "unet":
+        generator = torch.Generator().manual_seed(1)
+        seen = pictures.where(held_out=False)
+        index = seen[torch.randint(len(seen), (2000,), generator=generator)]
+        autoencoder = build_autoencoder(*patch_pca(draw_scenes(pictures, index, generator, recolour_rate=0.25).images))
+        tokenizer = train_tokenizer(pictures)
+        tokenizer.save_pretrained(args.work / "tokenizer")
+        unet, text = train_unet(pictures, tokenizer, autoencoder, args.work, args.steps or 5000, args.batch or 32)
+        unet.half().save_pretrained(args.work / "unet")
+        text.half().save_pretrained(args.work / "text_encoder")
+    if args.stage == "image-encoder":
+        model = train_image_encoder(pictures, args.work, args.steps or 4000, args.batch or 64)
+        save_image_encoder(model.encoder, args.work / "image_encoder")
+        print(json.dumps(measure_image_encoder(model, pictures)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""From adapter and prompt to what a backend applies: image keys and values per site, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .attention import KeyValue, Scale, add_image_attention, scale_for, split_heads, split_mean
+from .checkpoints import AdapterWeights
+from .errors import IncompatibleAdapterError, InvalidInputError
+from .masks import Area, RegionMask, inference_mode
+from .prompt import ImagePrompt
+from .schedule import SiteWeight, WeightSchedule
+from .sites import ModelLayout
+
+UNCOND, COND = 0, 1
+"""Branches of classifier-free guidance; baked tensors hold them in this order, the order in which hosts batch them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BakedSite:
+    """Image K and V of one site, ``2 m h n d`` each (branch, own reference per latent or 1, …), without any strength.
+
+    ``_prepared`` keeps the arrangement that each kind of call needs; usual ones are views.
+    """
+
+    k: Tensor
+    v: Tensor
+    _prepared: dict[tuple[object, ...], KeyValue] = field(default_factory=dict[tuple[object, ...], KeyValue], repr=False)
+
+    def arranged(self, branches: tuple[int, ...], latents: int, flipped: bool, like: Tensor) -> KeyValue:
+        """K and V for chunks of the given branches with ``latents`` members each, in dtype and on device of ``like``.
+
+        Flipped: the positive branch gets nothing, the negative one the positive's image.
+        """
+        shared = self.k.shape[1] == 1
+        key = (branches, 1 if shared else latents, flipped, like.device, like.dtype, inference_mode())
+        found = self._prepared.get(key)
+        if found is None:
+            k, v = (self._arrange(t, branches, latents, flipped).to(like.device, like.dtype) for t in (self.k, self.v))
+            found = self._prepared[key] = KeyValue(k, v, split_mean(v))
+        return found
+
+    def _arrange(self, tensor: Tensor, branches: tuple[int, ...], latents: int, flipped: bool) -> Tensor:
+        if not inference_mode() and not torch.compiler.is_compiling() and tensor.is_inference():
+            tensor = tensor.clone()  # autograd may not save tensors made in inference mode
+        if flipped:
+            tensor = torch.stack([tensor[COND], torch.zeros_like(tensor[COND])])
+        m = tensor.shape[1]
+        if m > 1 and m != latents:
+            tensor = torch.cat([tensor[:, :latents], tensor[:, -1:].expand(-1, max(latents - m, 0), -1, -1, -1)], 1)
+        start = branches[0]
+        if branches == tuple(range(start, start + len(branches))):
+            return tensor[start : start + len(branches)].flatten(0, 1)
+        return tensor[list(branches)].flatten(0, 1)
+
+    def release(self, device: torch.device) -> None:
+        """Forget arrangements that live on other devices than ``device``."""
+        for key in [key for key, kv in self._prepared.items() if kv.k.device != device]:
+            self._prepared.pop(key, None)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCall:
+    """One attention call in host-neutral terms, the same for every adapter on the site.
+
+    ``branches`` names the chunks of the batch in order (COND or UNCOND); each holds ``q.shape[0] / len(branches)``
+    latents. ``latent`` is the whole latent's size, ``areas`` the part each chunk sees (None: all), ``grid`` the rows and
+    columns of ``q``'s tokens. The last three matter only for masks.
+    """
+
+    q: Tensor
+    heads: int
+    branches: tuple[int, ...]
+    percent: Callable[[], float]
+    latent: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None
+    areas: tuple[Area | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterPatch:
+    """An image prompt ready to be applied: baked K/V per site of ``layout``, schedule and mask.
+
+    Changing the schedule or the mask bakes nothing: ``patch.with_schedule(…)`` shares the tensors.
+    """
+
+    name: str
+    layout: ModelLayout
+    sites: tuple[BakedSite, ...]
+    schedule: WeightSchedule
+    mask: RegionMask | None
+    weights: tuple[SiteWeight, ...]
+
+    def with_schedule(self, schedule: WeightSchedule) -> AdapterPatch:
+        """The same image under another schedule."""
+        return replace(self, schedule=schedule, weights=schedule.site_weights(self.layout))
+
+    def with_mask(self, mask: RegionMask | Tensor | None) -> AdapterPatch:
+        """The same image in another region."""
+        return replace(self, mask=RegionMask.from_tensor(mask) if isinstance(mask, Tensor) else mask)
+
+    def active(self, site: int) -> bool:
+        """Whether the site can ever see the image; an inactive one needs no hook."""
+        return self.weights[site].weight != 0.0
+
+    def add_to(self, base: Tensor, site: int, call: SiteCall) -> Tensor:
+        """Add this image's attention to the attention output ``base`` (``b l c``) of one site."""
+        weight = self.weights[site]
+        factor = 1.0 if self.schedule.constant else self.schedule.at(call.percent())
+        if weight.weight * factor == 0.0:
+            return base
+        latents = call.q.shape[0] // len(call.branches)
+        kv = self.sites[site].arranged(call.branches, latents, weight.flipped, call.q)
+        scale = self._scale(site, weight.weight * factor)
+        mask = None if self.mask is None else self._grid(call, latents)
+        return add_image_attention(base, call.q, kv, call.heads, scale, mask)
+
+    def _scale(self, site: int, weight: float) -> Scale:
+        return scale_for(self.schedule.scaling, weight, self.layout.sites[site].channels)
+
+    def _grid(self, call: SiteCall, latents: int) -> Tensor:
+        assert self.mask is not None
+        if call.grid is None or call.latent is None:
+            raise InvalidInputError(
+                f"a region mask needs the latent's size, but this attention has {call.q.shape[1]} tokens, which is no level "
+                f"of a latent of {call.latent}; another node changes the token count (token merging?): remove it or the mask"
+            )
+        areas = call.areas or (None,) * len(call.branches)
+        grids = [self.mask.grid(call.latent, area, call.grid, call.q, latents) for area in areas]
+        if all(grid is grids[0] for grid in grids):
+            rows = grids[0]
+            return rows if rows.shape[0] == 1 or len(grids) == 1 else rows.repeat(len(grids), 1, 1)
+        return torch.cat([grid.expand(latents, -1, -1) for grid in grids])
+
+
+_Baked = WeakKeyDictionary[nn.Module, dict[ModelLayout, tuple[BakedSite, ...]]]
+_BAKED: WeakKeyDictionary[ImagePrompt, _Baked] = WeakKeyDictionary()
+"""K/V live as long as the prompt and the adapter that made them; a changed strength or mask finds them here."""
+
+
+def bake(
+    adapter: AdapterWeights,
+    prompt: ImagePrompt,
+    layout: ModelLayout,
+    schedule: WeightSchedule | None = None,
+    mask: RegionMask | Tensor | None = None,
+    *,
+    prepare: Callable[[], object] | None = None,
+) -> AdapterPatch:
+    """Project the prompt's tokens to K and V of every site, once per prompt, adapter and layout.
+
+    ``prepare`` is called before weights are used (to move them to the device), hence not where K/V are already there.
+    Raises IncompatibleAdapterError if the adapter was trained for another base model.
+    """
+    check_adapter(adapter, layout)
+    if prompt.token_dim != adapter.spec.token_dim:
+        raise IncompatibleAdapterError(
+            f"the image prompt was encoded for {prompt.adapter!r} ({prompt.token_dim} wide tokens), not for {adapter.name!r} "
+            f"({adapter.spec.token_dim}); encode the image with the adapter that you apply"
+        )
+    schedule = schedule or WeightSchedule()
+    weights = schedule.site_weights(layout)
+    region = RegionMask.from_tensor(mask) if isinstance(mask, Tensor) else mask
+    baked = _BAKED.setdefault(prompt, WeakKeyDictionary()).setdefault(adapter.module, {})
+    if layout not in baked:
+        if prepare is not None:
+            prepare()
+        baked[layout] = _project(adapter, prompt, layout)
+    return AdapterPatch(adapter.name, layout, baked[layout], schedule, region, weights)
+
+
+@torch.no_grad()
+def _project(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) -> tuple[BakedSite, ...]:
+    weight = next(adapter.module.to_k_ip.parameters())
+    tokens = torch.cat([prompt.uncond, prompt.cond]).to(weight.device, weight.dtype)
+    sites: list[BakedSite] = []
+    for site in layout.sites:
+        k, v = (
+            split_heads(t, site.heads).contiguous().unflatten(0, (2, -1))
+            for t in adapter.key_value(site.checkpoint_index, tokens)
+        )
+        sites.append(BakedSite(k, v))
+    return tuple(sites)
+
+
+def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    """Raise IncompatibleAdapterError unless the adapter's layers fit the model's sites one by one."""
+    spec = adapter.spec
+    if spec.token_dim != layout.token_dim or len(spec.layer_channels) != len(layout.sites):
+        raise IncompatibleAdapterError(
+            f"{adapter.name!r} is an adapter for {spec.base_model} ({len(spec.layer_channels)} attention layers, "
+            f"{spec.token_dim} wide); the model is {layout.name} ({len(layout.sites)} layers, {layout.token_dim} wide). "
+            f"Load an adapter made for this model, or a {spec.base_model} model"
+        )
+    for site in layout.sites:
+        channels = spec.layer_channels[site.checkpoint_index]
+        if channels != site.channels:
+            raise IncompatibleAdapterError(
+                f"{adapter.name!r} has {channels} channels in layer {2 * site.checkpoint_index + 1}, but {site.label} of "
+                f"{layout.name} has {site.channels}; the adapter was made for another variant of this model"
+            )

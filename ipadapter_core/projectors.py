@@ -1,0 +1,154 @@
+"""Image features to image tokens: the networks that IP-Adapter files call `image_proj`.
+
+Attribute names are the key names of released files, so a `state_dict()` here is an `image_proj` group there.
+Shapes in the docstrings: `b` batch, `e` feature dim, `t` tokens of the image encoder, `n` image tokens, `d` token dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Operations(Protocol):
+    """Where layers come from: `torch.nn`, `comfy.ops.manual_cast`, or anything else with these two constructors."""
+
+    @property
+    def Linear(self) -> Any: ...
+
+    @property
+    def LayerNorm(self) -> Any: ...
+
+
+TORCH: Operations = cast(Operations, torch.nn)
+"""torch.nn as `Operations`: the default everywhere."""
+
+DIM_HEAD = 64
+"""Channels per attention head in every released resampler; only their number varies (12, 20, …)."""
+
+
+def head_count(inner: int) -> int:
+    """Number of attention heads of a resampler with `inner` attention channels.
+
+    Released files use 64 channels per head. A width that 64 does not divide (only tiny test models have one) cannot be
+    split by that rule and is read as one single head.
+    """
+    return inner // DIM_HEAD if inner % DIM_HEAD == 0 else 1
+
+
+class ImageProjModel(nn.Module):
+    """Base adapters: one pooled image embedding to `num_tokens` tokens, `b e -> b n d`.
+
+    Source: tencent ip_adapter/ip_adapter.py; https://arxiv.org/abs/2308.06721, section 3.2.
+    """
+
+    def __init__(self, feature_dim: int, token_dim: int, num_tokens: int, *, operations: Operations = TORCH) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.token_dim = token_dim
+        self.proj = operations.Linear(feature_dim, num_tokens * token_dim)
+        self.norm = operations.LayerNorm(token_dim)
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        tokens: Tensor = self.norm(self.proj(image_embeds).unflatten(-1, (self.num_tokens, self.token_dim)))
+        return tokens
+
+
+class MLPProjModel(nn.Module):
+    """Full-face adapters: every encoder token becomes one image token, `b t e -> b t d`.
+
+    Source: tencent ip_adapter/ip_adapter.py.
+    """
+
+    def __init__(self, feature_dim: int, hidden_dim: int, token_dim: int, *, operations: Operations = TORCH) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            operations.Linear(feature_dim, hidden_dim),
+            nn.GELU(),
+            operations.Linear(hidden_dim, token_dim),
+            operations.LayerNorm(token_dim),
+        )
+
+    def forward(self, penultimate: Tensor) -> Tensor:
+        return self.proj(penultimate)
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the image tokens and to themselves, `(b t h, b n h) -> b n h`."""
+
+    def __init__(self, dim: int, inner: int, *, operations: Operations = TORCH) -> None:
+        super().__init__()
+        self.heads = head_count(inner)
+        self.norm1 = operations.LayerNorm(dim)
+        self.norm2 = operations.LayerNorm(dim)
+        self.to_q = operations.Linear(dim, inner, bias=False)
+        self.to_kv = operations.Linear(dim, inner * 2, bias=False)
+        self.to_out = operations.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        latents = self.norm2(latents)
+        q = self._split(self.to_q(latents))
+        k, v = (self._split(part) for part in self.to_kv(torch.cat((self.norm1(x), latents), dim=1)).chunk(2, dim=-1))
+        # The root of the scale on q and on k, before the product: in fp16 the product of unscaled ones can overflow.
+        scale = q.shape[-1] ** -0.25
+        weights = torch.softmax(((q * scale) @ (k * scale).mT).float(), dim=-1).to(v.dtype)
+        out: Tensor = self.to_out((weights @ v).transpose(1, 2).flatten(2))
+        return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Resampler(nn.Module):
+    """Plus adapters: `queries` learned latents read the encoder's penultimate tokens, `b t e -> b n d`.
+
+    `hidden_dim` is the width of the latents, `inner_dim` the width of the attention (heads × 64), `ff_dim` the width
+    of the feed-forward (4 × hidden in released files).
+    Source: tencent ip_adapter/resampler.py, after the Perceiver resampler of open_flamingo.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        hidden_dim: int,
+        token_dim: int,
+        *,
+        queries: int = 16,
+        depth: int = 4,
+        inner_dim: int | None = None,
+        ff_dim: int | None = None,
+        operations: Operations = TORCH,
+    ) -> None:
+        super().__init__()
+        inner_dim = hidden_dim if inner_dim is None else inner_dim
+        ff_dim = 4 * hidden_dim if ff_dim is None else ff_dim
+        self.latents = nn.Parameter(torch.randn(1, queries, hidden_dim) / hidden_dim**0.5)
+        self.proj_in = operations.Linear(feature_dim, hidden_dim)
+        self.proj_out = operations.Linear(hidden_dim, token_dim)
+        self.norm_out = operations.LayerNorm(token_dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                (
+                    PerceiverAttention(hidden_dim, inner_dim, operations=operations),
+                    nn.Sequential(
+                        operations.LayerNorm(hidden_dim),
+                        operations.Linear(hidden_dim, ff_dim, bias=False),
+                        nn.GELU(),
+                        operations.Linear(ff_dim, hidden_dim, bias=False),
+                    ),
+                )
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, penultimate: Tensor) -> Tensor:
+        x: Tensor = self.proj_in(penultimate)
+        latents = self.latents.to(x).expand(len(x), -1, -1)
+        for layer in self.layers:
+            attention, feed_forward = cast(nn.ModuleList, layer)
+            latents = attention(x, latents) + latents
+            latents = feed_forward(latents) + latents
+        tokens: Tensor = self.norm_out(self.proj_out(latents))
+        return tokens

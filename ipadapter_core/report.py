@@ -1,0 +1,77 @@
+"""What people read about an adapter: its facts, what it needs, and where it acts in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .checkpoints import AdapterSpec, AdapterWeights
+from .image_encoder import ENCODERS
+from .patch import AdapterPatch, check_adapter
+from .schedule import roles_of
+from .sites import ModelLayout
+
+FAMILIES = {
+    "base": "base (linear projector)",
+    "plus": "plus (Resampler); plus-face and composition adapters have the same shape",
+    "full-face": "full-face (MLP, every encoder token)",
+}
+
+
+def spec_facts(spec: AdapterSpec) -> dict[str, object]:
+    """The facts of an adapter as plain values, for JSON."""
+    files = ENCODERS[spec.encoder].files if spec.encoder in ENCODERS else ()
+    return {
+        "family": spec.family,
+        "base_model": spec.base_model,
+        "tokens": spec.num_tokens,
+        "token_dim": spec.token_dim,
+        "layers": len(spec.layer_channels),
+        "encoder": spec.encoder,
+        "encoder_files": list(files),
+        "feature": spec.feature,
+        "feature_dim": spec.feature_dim,
+        "unconditional": spec.unconditional,
+        **dict(spec.options),
+    }
+
+
+def describe_spec(spec: AdapterSpec, name: str) -> str:
+    """A few lines on what the file is and which encoder and base model it needs."""
+    files = ENCODERS[spec.encoder].files if spec.encoder in ENCODERS else ()
+    tokens = spec.num_tokens or "as many as the encoder gives"
+    lines = [
+        name,
+        f"  family         {FAMILIES.get(spec.family, spec.family)}",
+        f"  base model     {spec.base_model} ({len(spec.layer_channels)} cross-attentions, text width {spec.token_dim})",
+        f"  image tokens   {tokens}",
+        f"  image encoder  {spec.encoder}: {spec.feature}, {spec.feature_dim} wide",
+        f"  unconditional  {spec.unconditional.replace('_', ' ')}",
+    ]
+    if files:
+        lines.append(f"  encoder files  {', '.join(files)}")
+    return "\n".join(lines)
+
+
+def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence[AdapterPatch]) -> str:
+    """The sites of a model with their roles, and the weight of every applied image prompt there.
+
+    Raises IncompatibleAdapterError if the adapter does not fit the model.
+    """
+    check_adapter(adapter, layout)
+    roles = roles_of(layout)
+    lines = [f"{layout.name}: {len(layout.sites)} sites, this adapter fits all of them"]
+    header = f"  {'site':<12} {'t':>3} {'key':>4} {'channels':>8}  {'role':<12}"
+    lines.append(header + "".join(f" {f'prompt {i + 1}':>9}" for i in range(len(patches))))
+    for index, site in enumerate(layout.sites):
+        role = "composition" if site.transformer in roles.composition else "style" if site.transformer in roles.style else ""
+        row = (
+            f"  {site.label:<12} {site.transformer:>3} {2 * site.checkpoint_index + 1:>4} {site.channels:>8}  {role:<12}"
+        )
+        for patch in patches:
+            weight = patch.weights[index]
+            cell = "-" if weight.weight == 0 else f"{weight.weight:.3g}" + (" neg." if weight.flipped else "")
+            row += f" {cell:>9}"
+        lines.append(row.rstrip())
+    if not patches:
+        lines.append("  (no image prompt is applied to this model)")
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""Encode Image Prompt."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..ipadapter_core import parse_numbers
+from . import host
+from .sockets import CATEGORY, Prompt, adapter_input, combine_input
+
+
+class EncodeImagePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ImagePromptEncode",
+            display_name="Encode Image Prompt",
+            category=CATEGORY,
+            description="Turns reference images into an image prompt for one adapter. A batch of images is several references.",
+            inputs=[
+                adapter_input(),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    tooltip="The image encoder that the adapter was trained with; Inspect Adapter names it. "
+                    "Most need CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors.",
+                ),
+                io.Image.Input("image", tooltip="One or more reference images, of any size."),
+                io.Combo.Input(
+                    "crop",
+                    options=["center", "top", "bottom", "left", "right", "pad", "stretch"],
+                    tooltip="How a reference that is not square becomes the encoder's square: keep one part, pad with the "
+                    "encoder's mean colour, or stretch.",
+                ),
+                combine_input(),
+                io.String.Input(
+                    "strengths",
+                    default="",
+                    tooltip="Strength of each reference, such as '1, 0.5'; empty: all 1. 0 is no image, below 0 steers away.",
+                ),
+                io.Combo.Input(
+                    "unconditional",
+                    options=["auto", "zero_pixels", "zero_embeds", "black"],
+                    tooltip="What the negative prompt sees instead of the image. auto: as in the adapter's training. "
+                    "black: an encoded black image, as ComfyUI_IPAdapter_plus had it for plus adapters.",
+                ),
+                io.Boolean.Input(
+                    "per_latent",
+                    default=False,
+                    tooltip="On: reference i steers image i of the latent batch. Off: all references steer every image.",
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Part of the reference that counts (white); same size as the image."
+                ),
+                io.Image.Input("negative", optional=True, tooltip="An image to steer away from."),
+            ],
+            outputs=[Prompt.Output(display_name="image_prompt")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        adapter: host.ManagedAdapter,
+        clip_vision: object,
+        image: Tensor,
+        crop: str,
+        combine: str,
+        strengths: str,
+        unconditional: str,
+        per_latent: bool,
+        mask: Tensor | None = None,
+        negative: Tensor | None = None,
+    ) -> io.NodeOutput:
+        options = {"crop": crop, "combine": combine, "unconditional": unconditional, "per_latent": per_latent}
+        values = parse_numbers(strengths) or None
+        prompt = host.encode(adapter, clip_vision, image, masks=mask, negative=negative, strengths=values, **options)
+        return io.NodeOutput(prompt)

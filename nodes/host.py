@@ -1,0 +1,146 @@
+"""Everything this pack asks of ComfyUI: model folders, memory management, CLIP vision, attention."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import folder_paths
+import torch
+from torch import Tensor
+
+from ..ipadapter_core import (
+    AdapterPatch,
+    AdapterWeights,
+    ImageFeatures,
+    ImagePrompt,
+    InvalidInputError,
+    RegionMask,
+    WeightSchedule,
+    bake,
+    encode_image_prompt,
+    load_adapter,
+)
+from ..ipadapter_core.backends import comfy as backend
+
+FOLDER = "ipadapter"
+
+
+def register_model_folder() -> None:
+    """Make ``models/ipadapter`` and ``output/ipadapter`` known, besides what others registered under the same name."""
+    for base in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        path = os.path.join(base, FOLDER)
+        if path not in folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]:
+            folder_paths.add_model_folder_path(FOLDER, path)
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | folder_paths.supported_pt_extensions)
+
+
+def adapter_files() -> list[str]:
+    return folder_paths.get_filename_list(FOLDER)
+
+
+@dataclass(eq=False)
+class ManagedAdapter:
+    """An adapter whose weights ComfyUI's memory manager moves and unloads."""
+
+    weights: AdapterWeights
+    patcher: comfy.model_patcher.ModelPatcher
+
+    def to_device(self) -> AdapterWeights:
+        """The weights, on the compute device until the memory manager needs the room."""
+        comfy.model_management.load_models_gpu([self.patcher])
+        return self.weights
+
+
+_LOADED: WeakValueDictionary[tuple[str, int, int], ManagedAdapter] = WeakValueDictionary()
+
+
+def load_ip_adapter(file: str) -> ManagedAdapter:
+    """One copy per file, however many nodes load it; a changed file is read again."""
+    path = folder_paths.get_full_path_or_raise(FOLDER, file)
+    stat = os.stat(path)
+    key = (path, stat.st_mtime_ns, stat.st_size)
+    adapter = _LOADED.get(key)
+    if adapter is None:
+        device = comfy.model_management.get_torch_device()
+        half = comfy.model_management.should_use_fp16(device)
+        weights = load_adapter(path, name=file, dtype=torch.float16 if half else torch.float32)
+        # Plain modules in a plain patcher: dynamic (per-layer) loading buys nothing for layers that run once per prompt.
+        patcher = comfy.model_patcher.ModelPatcher(
+            weights.module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
+        )
+        adapter = _LOADED[key] = ManagedAdapter(weights, patcher)
+    return adapter
+
+
+def adapter_fingerprint(file: str) -> str:
+    stat = os.stat(folder_paths.get_full_path_or_raise(FOLDER, file))
+    return f"{file} {stat.st_mtime_ns} {stat.st_size}"
+
+
+class ClipVisionEncoder:
+    """ComfyUI's CLIP_VISION as the core's ImageEncoder."""
+
+    def __init__(self, clip_vision: Any) -> None:
+        self._clip_vision = clip_vision
+        model = clip_vision.model
+        embeddings = getattr(getattr(model, "vision_model", None), "embeddings", None)
+        if embeddings is None:
+            raise InvalidInputError(
+                f"the CLIP vision input is a {type(model).__name__}; image prompts need a CLIP or SigLIP vision model, such as "
+                "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors in models/clip_vision"
+            )
+        self.hidden_size = int(embeddings.patch_embedding.weight.shape[0])
+        projection = getattr(model.visual_projection, "weight", None)
+        self.projection_dim = self.hidden_size if projection is None else int(projection.shape[0])
+        self.image_size = int(clip_vision.image_size)
+        self.mean = tuple(clip_vision.image_mean)
+        self.std = tuple(clip_vision.image_std)
+        self.name = f"CLIP vision model ({self.hidden_size} wide, {self.image_size} px)"
+
+    def encode(self, pixel_values: Tensor) -> ImageFeatures:
+        comfy.model_management.load_models_gpu([self._clip_vision.patcher])
+        pixels = pixel_values.to(self._clip_vision.load_device, torch.float32)
+        _, penultimate, embeds, *_ = self._clip_vision.model(pixel_values=pixels, intermediate_output=-2)
+        device = comfy.model_management.intermediate_device()
+        return ImageFeatures(image_embeds=embeds.to(device), penultimate=penultimate.to(device))
+
+
+def encode(adapter: ManagedAdapter, clip_vision: Any, images: Tensor, **options: Any) -> ImagePrompt:
+    """encode_image_prompt with ComfyUI's encoder, memory manager and progress bar."""
+    encoder = ClipVisionEncoder(clip_vision)
+    return encode_image_prompt(adapter.to_device(), encoder, images, progress=progress_bar(), **options)
+
+
+def progress_bar() -> Callable[[int, int], None]:
+    bars: list[comfy.utils.ProgressBar] = []
+
+    def report(done: int, total: int) -> None:
+        if not bars:
+            bars.append(comfy.utils.ProgressBar(total))
+        bars[0].update_absolute(done, total)
+
+    return report
+
+
+def apply(
+    model: Any, adapter: ManagedAdapter, prompt: ImagePrompt, schedule: WeightSchedule, mask: Tensor | None
+) -> tuple[Any, AdapterPatch]:
+    """Bake the prompt for this model and hook it onto a clone."""
+    layout = backend.comfy_layout(model)
+    region = None if mask is None else RegionMask.from_tensor(mask)
+    patch = bake(adapter.weights, prompt, layout, schedule, region, prepare=adapter.to_device)
+    return backend.apply(model, patch, attention), patch
+
+
+def attention(*args: Any, **kwargs: Any) -> Tensor:
+    """The host's attention, looked up at the call: launch options and other packs may replace it."""
+    return comfy.ldm.modules.attention.optimized_attention(*args, **kwargs)

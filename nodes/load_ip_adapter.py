@@ -1,0 +1,36 @@
+"""Load IP-Adapter."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import host
+from .sockets import CATEGORY, Adapter
+
+
+class LoadIPAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ImagePromptLoadAdapter",
+            display_name="Load IP-Adapter",
+            category=CATEGORY,
+            description="Loads an IP-Adapter file of any public layout from models/ipadapter (or output/ipadapter). "
+            "What the file is comes from its contents, so it may have any name.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.adapter_files(),
+                    tooltip="An IP-Adapter for the SD1.5, SD2 or SDXL family (.safetensors, .bin, .pt, .pth, .ckpt).",
+                )
+            ],
+            outputs=[Adapter.Output(display_name="adapter")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        return host.adapter_fingerprint(file)
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(host.load_ip_adapter(file))

@@ -1,0 +1,72 @@
+"""Adapter Schedule."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..ipadapter_core import WeightSchedule, parse_curve, parse_site_factors
+from .sockets import CATEGORY, Schedule
+
+
+class AdapterSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ImagePromptSchedule",
+            display_name="Adapter Schedule",
+            category=CATEGORY,
+            description="Finer control for Apply Adapter to Model: strength over the steps and per place in the model.",
+            inputs=[
+                io.String.Input(
+                    "curve",
+                    default="0: 1, 1: 1",
+                    multiline=True,
+                    tooltip="Strength factor over the sampling progress as 'progress: factor' points, linear in between. "
+                    "'0: 1, 0.5: 0.3, 1: 0' fades out. Empty: constant.",
+                ),
+                io.String.Input(
+                    "sites",
+                    default="",
+                    multiline=True,
+                    tooltip="Factor per place, later entries win: 'all: 0.2, output: 1', 'input 4: 0', 'input 4.1: 0', "
+                    "'style: 1.2', 'composition: 0', 't3: 0' (the index of weight presets). Inspect Adapter lists them.",
+                ),
+                io.Boolean.Input(
+                    "separate_composition",
+                    default=False,
+                    tooltip="On: the presets with composition use composition_strength there, the precise ones boost. "
+                    "Off: both follow the strength.",
+                ),
+                io.Float.Input(
+                    "composition_strength",
+                    default=1.0,
+                    min=-5.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="Strength of the composition layers in 'style and composition'.",
+                ),
+                io.Float.Input(
+                    "boost",
+                    default=1.0,
+                    min=-5.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="How strongly the precise presets push the other part towards the negative prompt.",
+                ),
+            ],
+            outputs=[Schedule.Output(display_name="schedule")],
+        )
+
+    @classmethod
+    def execute(
+        cls, curve: str, sites: str, separate_composition: bool, composition_strength: float, boost: float
+    ) -> io.NodeOutput:
+        points = parse_curve(curve)
+        return io.NodeOutput(
+            WeightSchedule(
+                curve=() if all(factor == 1 for _, factor in points) else points,
+                site_factors=parse_site_factors(sites),
+                composition_strength=composition_strength if separate_composition else None,
+                boost=boost if separate_composition else None,
+            )
+        )

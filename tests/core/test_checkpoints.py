@@ -1,0 +1,584 @@
+"""Adapter files: told apart by keys, sized by shapes, filled without a copy, refused with a reason, written whole."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, nested, tiny_state
+from torch import Tensor, nn
+
+from ipadapter_core import checkpoints
+from ipadapter_core.checkpoints import FORMATS, AdapterWeights, describe_adapter, load_adapter, save_adapter
+from ipadapter_core.checkpoints.containers import normalise
+from ipadapter_core.checkpoints.format import checkpoint_key, module_key
+from ipadapter_core.errors import (
+    AdapterError,
+    CorruptFileError,
+    IncompatibleEncoderError,
+    InvalidInputError,
+    UnknownFormatError,
+)
+
+FAMILIES = ("base", "plus", "full-face")
+
+
+def meta(family: str, **sizes: object) -> dict[str, Tensor]:
+    shapes = adapter_shapes(family, **sizes)  # pyright: ignore
+    return {key: torch.empty(shape, dtype=torch.float16, device="meta") for key, shape in shapes.items()}
+
+
+SD15 = {"token_dim": 768, "channels": SD15_CHANNELS}
+SDXL = {"token_dim": 2048, "channels": SDXL_CHANNELS}
+PLUS_SD15 = {"hidden_dim": 768, "inner_dim": 768, "depth": 4, "num_tokens": 16, "feature_dim": 1280}
+PLUS_SDXL = {"hidden_dim": 1280, "inner_dim": 1280, "depth": 4, "num_tokens": 16, "feature_dim": 1280}
+
+# name: family, sizes, parameters (published sizes; see the catalogue A.6), base model, tokens, encoder
+RELEASED: dict[str, tuple[str, dict[str, object], int, str, int, str]] = {
+    "ip-adapter_sd15": ("base", {**SD15, "feature_dim": 1024}, 22_319_616, "SD1.5", 4, "ViT-H/14"),
+    "ip-adapter_sd15_vit-G": ("base", {**SD15, "feature_dim": 1280}, 23_106_048, "SD1.5", 4, "ViT-bigG/14"),
+    "ip-adapter-plus_sd15": ("plus", {**SD15, **PLUS_SD15}, 49_087_488, "SD1.5", 16, "ViT-H/14"),
+    "ip-adapter-full-face_sd15": (
+        "full-face",
+        {**SD15, "feature_dim": 1280, "hidden_dim": 1280},
+        21_794_304,
+        "SD1.5",
+        257,
+        "ViT-H/14",
+    ),
+    "ip-adapter_sdxl": ("base", {**SDXL, "feature_dim": 1280}, 351_285_248, "SDXL", 4, "ViT-bigG/14"),
+    "ip-adapter_sdxl_vit-h": ("base", {**SDXL, "feature_dim": 1024}, 349_188_096, "SDXL", 4, "ViT-H/14"),
+    "ip-adapter-plus_sdxl_vit-h": ("plus", {**SDXL, **PLUS_SDXL}, 423_748_864, "SDXL", 16, "ViT-H/14"),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_files_by_their_shapes(name: str) -> None:
+    family, sizes, parameters, base_model, tokens, encoder = RELEASED[name]
+    state = meta(family, **sizes)
+    spec = describe_adapter(state)
+    assert (spec.family, spec.base_model, spec.num_tokens, spec.encoder) == (family, base_model, tokens, encoder)
+    assert spec.token_dim == sizes["token_dim"]
+    assert spec.feature_dim == sizes["feature_dim"]
+    assert spec.layer_channels == sizes["channels"]
+    assert spec.feature == ("image_embeds" if family == "base" else "penultimate")
+    assert spec.unconditional == ("zero_embeds" if family == "base" else "zero_pixels")
+    adapter = load_adapter(state)
+    assert sum(p.numel() for p in adapter.module.parameters()) == parameters
+    assert all(p.is_meta and not p.requires_grad for p in adapter.module.parameters())
+
+
+def test_the_numbers_of_heads_of_released_resamplers() -> None:
+    for sizes, heads in (({**SD15, **PLUS_SD15}, 12), ({**SDXL, **PLUS_SDXL}, 20)):
+        module = load_adapter(meta("plus", **sizes)).module
+        found = [m.heads for m in module.modules() if hasattr(m, "heads")]
+        assert found == [heads] * 4
+
+
+def test_sd2_and_kolors() -> None:
+    assert describe_adapter(meta("base", token_dim=1024, channels=SD15_CHANNELS)).base_model == "SD2"
+    sizes = {**SDXL, "hidden_dim": 2048, "inner_dim": 768, "depth": 4, "num_tokens": 16, "feature_dim": 1024}
+    spec = describe_adapter(meta("plus", **sizes))
+    assert (spec.base_model, spec.encoder) == ("Kolors", "ViT-L/14-336")
+
+
+def test_custom_trainings_load() -> None:
+    base = load_adapter(tiny_state("base", num_tokens=7, token_dim=192, channels=(8, 8, 16, 16, 8)))
+    assert (base.spec.num_tokens, base.spec.base_model, base.spec.encoder) == (7, "custom 192", "custom")
+    assert base.tokens(torch.zeros(2, 24)).shape == (2, 7, 192)
+    plus = load_adapter(tiny_state("plus", depth=2, num_tokens=9, hidden_dim=40, inner_dim=128, ff_dim=56))
+    assert plus.spec.options == {"queries": 9, "depth": 2, "hidden_dim": 40, "inner_dim": 128, "ff_dim": 56}
+    assert plus.tokens(torch.zeros(2, 5, 24)).shape == (2, 9, 32)
+    face = load_adapter(tiny_state("full-face", hidden_dim=20))
+    assert face.spec.num_tokens == 0  # as many as the unknown encoder has
+    assert face.tokens(torch.zeros(2, 5, 24)).shape == (2, 5, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_claimed_once_and_keeps_every_number(family: str) -> None:
+    state = tiny_state(family)
+    assert [format.name for format in FORMATS if format.detect(state)] == [family]
+    loaded = load_adapter(state).module.checkpoint_state()
+    assert loaded.keys() == state.keys()
+    for key in state:
+        assert torch.equal(loaded[key], state[key])
+        assert loaded[key].data_ptr() == state[key].data_ptr()  # the very tensors: no copy
+
+
+def test_keys_and_values_are_in_checkpoint_order() -> None:
+    channels = tuple(range(1, 14))  # more than ten: text order would put 11 before 3
+    state = tiny_state("base", channels=channels)
+    adapter = load_adapter(dict(sorted(state.items())))
+    assert adapter.spec.layer_channels == channels
+    tokens = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    for i in range(13):
+        key, value = adapter.key_value(i, tokens)
+        torch.testing.assert_close(key, tokens @ state[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"].T)
+        torch.testing.assert_close(value, tokens @ state[f"ip_adapter.{2 * i + 1}.to_v_ip.weight"].T)
+
+
+def test_key_names_map_both_ways() -> None:
+    for key in tiny_state("plus"):
+        assert checkpoint_key(module_key(key) or "") == key
+    assert module_key("ip_adapter.2.to_k_ip.weight") is None
+
+
+# --- construction ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_initialised_at_random(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in [n for n in dir(nn.init) if n.endswith("_") and not n.startswith("_")]:
+        monkeypatch.setattr(nn.init, name, lambda *_, name=name, **__: calls.append(name))
+    nn.Linear(2, 2)
+    assert calls  # the trap works
+    calls.clear()
+    before = torch.get_rng_state()
+    load_adapter(tiny_state(family))
+    assert calls == []
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loading_allocates_no_second_copy(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(tiny_state("base", token_dim=256, channels=(512,) * 8, dtype=torch.float16), path)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        load_adapter(path)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in trace.key_averages())
+    assert allocated < 0.02 * path.stat().st_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_are_kept_unless_asked(dtype: torch.dtype) -> None:
+    state = tiny_state("base", dtype=dtype)
+    adapter = load_adapter(state)
+    assert {p.dtype for p in adapter.module.parameters()} == {dtype}
+    assert adapter.dtype == dtype
+    assert {p.dtype for p in load_adapter(state, dtype=torch.float64).module.parameters()} == {torch.float64}
+    assert adapter.tokens(torch.ones(1, 24)).dtype == dtype  # float32 features of an encoder are brought to it
+
+
+def test_mixed_dtypes_become_the_widest() -> None:
+    state = tiny_state("base", dtype=torch.float16)
+    state["image_proj.norm.weight"] = state["image_proj.norm.weight"].float()
+    assert load_adapter(state).dtype == torch.float32
+    state = {k: t.to(torch.float8_e4m3fn) if k.startswith("ip_") else t for k, t in tiny_state("base").items()}
+    assert load_adapter(state).dtype == torch.float32
+    state = {k: t.to(torch.float8_e4m3fn) for k, t in tiny_state("base").items()}
+    assert load_adapter(state).dtype == torch.float8_e4m3fn
+
+
+class CastingLinear(nn.Linear):
+    """Like comfy.ops.manual_cast: the weight follows the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input)
+        return nn.functional.linear(input, self.weight.to(input), bias)
+
+
+class CastingLayerNorm(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.layer_norm(
+            input, self.normalized_shape, self.weight.to(input), self.bias.to(input), self.eps
+        )
+
+
+class Casting:
+    Linear = CastingLinear
+    LayerNorm = CastingLayerNorm
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_come_from_the_operations_given(family: str) -> None:
+    state = tiny_state(family, dtype=torch.float16)
+    adapter = load_adapter(state, operations=Casting)
+    linears = [m for m in adapter.module.modules() if isinstance(m, nn.Linear)]
+    assert linears
+    assert all(type(m) is CastingLinear for m in linears)
+    assert adapter.dtype == torch.float16
+    features = torch.ones(1, 24) if family == "base" else torch.ones(1, 5, 24)
+    tokens = adapter.tokens(features)
+    assert tokens.dtype == torch.float32
+    assert adapter.key_value(0, tokens)[0].dtype == torch.float32
+    expected = load_adapter(state, dtype=torch.float32).tokens(features)
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-6)
+
+
+def test_features_of_another_encoder_are_refused() -> None:
+    with pytest.raises(IncompatibleEncoderError, match=r"needs image_embeds of shape \[batch, 24\].*got \[2, 25\]"):
+        load_adapter(tiny_state("base")).tokens(torch.zeros(2, 25))
+    with pytest.raises(IncompatibleEncoderError, match=r"penultimate of shape \[batch, tokens, 24\].*got \[2, 24\]"):
+        load_adapter(tiny_state("plus")).tokens(torch.zeros(2, 24))
+
+
+# --- containers --------------------------------------------------------------------------------------------------
+
+
+def trainer_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renames = {"image_proj": "image_proj_model", "ip_adapter": "adapter_modules"}
+    return {renames[key.split(".", 1)[0]] + "." + key.split(".", 1)[1]: t for key, t in state.items()}
+
+
+def containers(state: dict[str, Tensor]) -> dict[str, dict[str, object]]:
+    unet = {"unet.conv_in.weight": torch.full((2, 2), float("nan"))}
+    renamed = trainer_names(state)
+    zeros = {key: torch.zeros_like(t) for key, t in renamed.items()}
+    both = nested(state)
+    return {
+        "flat": {**state},
+        "nested": {**both},
+        "trainer names": {**renamed},
+        "raw dump with UNet": {**unet, **renamed},
+        "nested adapter_modules": {"image_proj": both["image_proj"], "adapter_modules": both["ip_adapter"]},
+        "twice, trainer names first": {**zeros, **state},
+        "twice, trainer names last": {**state, **zeros},
+        "image encoder": {**state, "image_encoder.visual.proj": torch.ones(2)},
+        "DDP": {f"module.{key}": t for key, t in renamed.items()},
+        "DDP and compiled": {f"module._orig_mod.{key}": t for key, t in renamed.items()},
+        "training state": {
+            "state_dict": {**renamed},
+            "epoch": 3,
+            "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}},
+        },
+        "with scalars": {**both, "global_step": 100, "note": "hello"},
+    }
+
+
+@pytest.mark.parametrize("kind", containers({"image_proj.x": torch.ones(1), "ip_adapter.x": torch.ones(1)}))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_container_gives_the_same_adapter(family: str, kind: str, tmp_path: Path) -> None:
+    state = tiny_state(family)
+    container = containers(state)[kind]
+    path = tmp_path / "a.bin"
+    torch.save(container, path)
+    for source in (container, path):
+        loaded = load_adapter(source)
+        assert loaded.spec == describe_adapter(state) == describe_adapter(source)
+        found = loaded.module.checkpoint_state()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_normalising_keeps_foreign_groups_for_the_error() -> None:
+    assert set(normalise({"unet.x": torch.ones(1)})) == {"unet.x"}
+    assert set(normalise({"unet.x": torch.ones(1), "image_proj.y": torch.ones(1)})) == {"image_proj.y"}
+
+
+# --- what is not one of the families -----------------------------------------------------------------------------
+
+
+def named(*keys: str, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {key: torch.empty(shapes.get(key, (2, 2)), device="meta") for key in keys}
+
+
+def without_projector(**sizes: object) -> dict[str, Tensor]:
+    return {key: t for key, t in meta("base", **sizes).items() if key.startswith("ip_adapter.")}
+
+
+def face_projector(norm: int = 32) -> dict[str, Tensor]:
+    state = named("image_proj.proj.0.weight", "image_proj.proj.0.bias", "image_proj.proj.2.weight")
+    return {**state, "image_proj.norm.weight": torch.empty(norm, device="meta")}
+
+
+LORA_INSIDE = named("ip_adapter.0.to_q_lora.down.weight", "ip_adapter.0.to_q_lora.up.weight")
+PERCEIVER = {**face_projector(), **named("image_proj.perceiver_resampler.proj_in.weight")}
+OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "FaceID": ({**face_projector(), **without_projector(), **LORA_INSIDE}, "FaceID"),
+    "FaceID portrait": ({**face_projector(), **without_projector()}, "FaceID"),
+    "FaceID LoRA on base": ({**meta("base"), **LORA_INSIDE}, "FaceID adapter"),
+    "FaceID Plus": ({**PERCEIVER, **without_projector(), **LORA_INSIDE}, "FaceID Plus"),
+    "Kolors FaceID": ({**PERCEIVER, **face_projector(4096), **without_projector()}, "FaceID Plus adapter for Kolors"),
+    "InstantID": (meta("plus", **{**SDXL, **PLUS_SDXL, "feature_dim": 512}), "InstantID"),
+    "Instruct": ({**meta("plus"), **named("image_proj.proj_new_input.weight")}, "Instruct"),
+    "SD3.5": ({**meta("plus"), **named("ip_adapter.0.norm_ip.linear.weight")}, "Stable Diffusion 3.5"),
+    "XLabs": (named("ip_adapter_proj_model.proj.weight", "double_blocks.0.processor.x"), "XLabs"),
+    "InstantX": (
+        {**face_projector(), **named("ip_adapter.0.to_k_ip.weight", "ip_adapter.0.to_v_ip.weight")},
+        "InstantX",
+    ),
+    "InstantCharacter": (named("image_proj.proj.x", "ip_adapter.0.norm_ip_k.weight"), "InstantCharacter"),
+    "Anima PE": (named("resampler.queries", "ip_gate.0", "to_k_ip.0.weight"), "Anima"),
+    "Anima SigLIP2": (named("resampler.latents", "ip_cross_attns.0.to_k_ip.weight"), "Anima"),
+    "Style Components": ({**face_projector(), **named("ip_adapter.1.to_v_ip.weight")}, "Style Components"),
+    "IP-Adapter-Art": (named("encoder_hid_proj.image_projection_layers.0.norm.weight"), "IP-Adapter-Art"),
+    "PuLID": (named("pulid_ca.0.to_q.weight", "pulid_encoder.x"), "PuLID"),
+    "kohya LoRA": (named("lora_unet_mid_block_attn.lora_down.weight", "lora_unet_x.alpha"), "a LoRA"),
+    "diffusers LoRA": (named("unet.mid_block.to_q.lora_A.weight", "unet.mid_block.to_q.lora_B.weight"), "a LoRA"),
+    "old diffusers LoRA": (named("down_blocks.0.attn1.processor.to_q_lora.down.weight"), "a LoRA"),
+    "ControlNet": (named("controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.x"), "a ControlNet"),
+    "full checkpoint": (
+        named("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x"),
+        "full checkpoint",
+    ),
+    "CLIP vision": (named("vision_model.embeddings.patch_embedding.weight"), "an image encoder"),
+    "open_clip": (named("visual.conv1.weight", "logit_scale"), "an image encoder"),
+    "text encoder": (named("text_model.embeddings.token_embedding.weight"), "a text encoder"),
+    "UNet": (named("down_blocks.0.resnets.0.conv1.weight"), "diffusion model"),
+    "VAE": (named("decoder.conv_in.weight", "encoder.conv_in.weight"), "VAE"),
+    "dump without adapter": (named("unet.conv_in.weight"), "diffusion model"),
+    "optimiser": (named("state.0.exp_avg"), "optimiser"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_files_are_refused_by_name(kind: str) -> None:
+    state, word = OTHERS[kind]
+    assert not any(format.detect(state) for format in FORMATS)
+    for read in (load_adapter, describe_adapter):
+        with pytest.raises(UnknownFormatError) as caught:
+            read(state, name="thing.bin")
+        message = str(caught.value)
+        assert message.startswith("thing.bin: ")
+        assert word in message
+        assert next(iter(sorted(state)))[:20] in message or "tensors:" in message
+        assert message.rstrip().endswith(".")
+
+
+def test_a_state_without_anything_known_shows_what_it_holds() -> None:
+    with pytest.raises(UnknownFormatError, match=r"not an IP-Adapter.*foo\.bar \[2, 2\]"):
+        load_adapter(named("foo.bar"))
+    with pytest.raises(UnknownFormatError, match="holds no tensors"):
+        load_adapter({"epoch": 3})
+    with pytest.raises(UnknownFormatError, match="image_proj group is missing"):
+        load_adapter(without_projector())
+    with pytest.raises(UnknownFormatError, match=r"image_proj half of a base adapter and no ip_adapter layers"):
+        load_adapter({k: t for k, t in meta("base").items() if k.startswith("image_proj.")})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("extra", ["image_proj.surprise.weight", "novelty.x", "image_proj.layers.0.2.1.weight"])
+def test_unexpected_groups_and_projector_keys_are_named(family: str, extra: str) -> None:
+    with pytest.raises(UnknownFormatError, match=f"resembles a {family} adapter but has 1 keys.*{extra}"):
+        load_adapter({**tiny_state(family), extra: torch.ones(1)})
+
+
+def test_two_claims_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "FORMATS", (*FORMATS, replace(FORMATS[0], name="twin")))
+    with pytest.raises(UnknownFormatError, match=r"base and twin at once.*image_proj\.norm\.bias"):
+        load_adapter(tiny_state("base"))
+
+
+def test_one_line_in_formats_adds_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {**face_projector(), **without_projector()}
+    faceid = replace(
+        FORMATS[0],
+        name="faceid",
+        anchor="proj.2.weight",
+        allowed=re.compile(r"proj\.[02]\.(weight|bias)|norm\.weight"),
+        parse=lambda state: (_ for _ in ()).throw(CorruptFileError("claimed by faceid")),
+    )
+    monkeypatch.setattr(checkpoints, "FORMATS", (*FORMATS, faceid))
+    with pytest.raises(CorruptFileError, match="claimed by faceid"):
+        load_adapter(state)
+
+
+# --- incomplete and damaged sets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_single_missing_tensor_is_an_error_of_ours(family: str) -> None:
+    state = tiny_state(family)
+    for missing in state:
+        with pytest.raises(AdapterError) as caught:
+            load_adapter({key: t for key, t in state.items() if key != missing})
+        anchor = missing.removeprefix("image_proj.") in {f.anchor for f in FORMATS}
+        assert anchor or missing.split(".", 1)[1] in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_single_misshapen_tensor_is_an_error_of_ours(family: str) -> None:
+    state = tiny_state(family)
+    feature = {"base": "proj.weight", "plus": "proj_in.weight", "full-face": "proj.0.weight"}[family]
+    for key, tensor in state.items():
+        shorter = [tensor[..., :-1]] if key != f"image_proj.{feature}" else []  # there it is another feature width
+        for damaged in (*shorter, tensor[:-1], tensor[None], tensor.new_zeros(0), tensor.flatten()[0]):
+            with pytest.raises(AdapterError, match="state dict: "):
+                load_adapter({**state, key: damaged})
+
+
+def test_gaps_are_named() -> None:
+    state = tiny_state("base", channels=(8,) * 5)
+    with pytest.raises(CorruptFileError, match=r"5 key and 4 value layers.*missing 5\.to_v_ip\.weight"):
+        load_adapter({key: t for key, t in state.items() if key != "ip_adapter.5.to_v_ip.weight"})
+    holed = {key: t for key, t in state.items() if not key.startswith("ip_adapter.5.")}
+    with pytest.raises(CorruptFileError, match=r"missing 5\.to_k_ip.*unexpected numbers 9"):
+        load_adapter(holed)
+    even = {
+        **state,
+        "ip_adapter.2.to_k_ip.weight": torch.zeros(8, 32),
+        "ip_adapter.2.to_v_ip.weight": torch.zeros(8, 32),
+    }
+    with pytest.raises(CorruptFileError, match="unexpected numbers 2"):
+        load_adapter(even)
+    huge = {**state, "ip_adapter.99999.to_k_ip.weight": torch.zeros(8, 32)}
+    with pytest.raises(CorruptFileError, match="missing"):
+        load_adapter(huge)
+    with pytest.raises(UnknownFormatError, match=r"1 keys that such a file has not: ip_adapter\.1\.to_k_ip\.bias"):
+        load_adapter({**state, "ip_adapter.1.to_k_ip.bias": torch.zeros(8)})
+    plus = {key.replace("layers.1.", "layers.2."): t for key, t in tiny_state("plus").items()}
+    with pytest.raises(CorruptFileError, match=r"layers\.1 is missing"):
+        load_adapter(plus)
+
+
+def test_halves_of_different_adapters_are_named() -> None:
+    mixed = {**tiny_state("base", token_dim=48)}
+    mixed |= {key: t for key, t in tiny_state("base").items() if key.startswith("ip_adapter.")}
+    with pytest.raises(CorruptFileError, match="tokens of 32 channels, but image_proj makes tokens of 48"):
+        load_adapter(mixed)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_single_bad_number_is_found_and_named(value: float, dtype: torch.dtype) -> None:
+    for key in ("image_proj.latents", "ip_adapter.3.to_v_ip.weight"):
+        state = tiny_state("plus", dtype=dtype)
+        state[key].view(-1)[-1] = value
+        with pytest.raises(CorruptFileError, match=rf"1 tensors hold NaN or infinite numbers: {key}"):
+            load_adapter(state)
+        describe_adapter(state)  # does not look at numbers
+
+
+def test_float8_nan_is_found() -> None:
+    state = {key: t.to(torch.float8_e4m3fn) for key, t in tiny_state("base").items()}
+    state["image_proj.norm.weight"] = torch.full((32,), float("nan")).to(torch.float8_e4m3fn)
+    with pytest.raises(CorruptFileError, match=r"image_proj\.norm\.weight"):
+        load_adapter(state)
+
+
+def test_integers_are_no_weights() -> None:
+    state = tiny_state("base")
+    state["ip_adapter.1.to_k_ip.weight"] = state["ip_adapter.1.to_k_ip.weight"].to(torch.int8)
+    with pytest.raises(CorruptFileError, match=r"floating point: ip_adapter\.1\.to_k_ip\.weight is torch\.int8"):
+        load_adapter(state)
+
+
+# --- saving ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layout", "name"), [("flat", "a.safetensors"), ("nested", "a.bin"), ("nested", "a.pt")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(tmp_path: Path, family: str, layout: str, name: str) -> None:
+    adapter = load_adapter(tiny_state(family, dtype=torch.float16))
+    path = save_adapter(adapter, tmp_path / name, layout=layout)  # pyright: ignore
+    again = load_adapter(path)
+    assert again.spec == adapter.spec
+    before, after = adapter.module.checkpoint_state(), again.module.checkpoint_state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and after[key].dtype == torch.float16 for key in before)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # whoever may read new files may read this one
+    # once more, from a file that is mapped, over that very file
+    save_adapter(again, path, layout=layout)  # pyright: ignore
+    assert all(torch.equal(t, before[key]) for key, t in load_adapter(path).module.checkpoint_state().items())
+    assert path.stat().st_size < 1.5 * sum(t.nbytes for t in before.values()) + 20_000
+
+
+def test_layouts_are_those_of_released_files(tmp_path: Path) -> None:
+    state = tiny_state("base")
+    adapter = load_adapter(state)
+    flat = load_file(save_adapter(adapter, tmp_path / "a.safetensors"))
+    assert flat.keys() == state.keys()
+    content = torch.load(save_adapter(adapter, tmp_path / "a.bin", layout="nested"), weights_only=True)
+    assert list(content) == ["image_proj", "ip_adapter"]
+    assert content["ip_adapter"].keys() == nested(state)["ip_adapter"].keys()
+
+
+def test_a_saved_file_describes_itself(tmp_path: Path) -> None:
+    adapter = load_adapter(meta_free_sd15(), name="mine")
+    path = save_adapter(adapter, tmp_path / "a.safetensors", metadata={"trained_on": "emoji"})
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata == {
+        "format": "pt",
+        "family": "base",
+        "base_model": "custom 768",
+        "encoder": "ViT-H/14",
+        "num_tokens": "4",
+        "token_dim": "768",
+        "feature": "image_embeds",
+        "feature_dim": "1024",
+        "unconditional": "zero_embeds",
+        "trained_on": "emoji",
+    }
+    assert load_adapter(path).metadata == metadata
+
+
+def meta_free_sd15() -> dict[str, Tensor]:
+    return tiny_state("base", token_dim=768, feature_dim=1024)
+
+
+def test_metadata_only_fills_what_shapes_leave_open(tmp_path: Path) -> None:
+    def describe(family: str, sizes: dict[str, int], metadata: dict[str, str]) -> checkpoints.AdapterSpec:
+        save_file(tiny_state(family, **sizes), tmp_path / "a.safetensors", metadata=metadata)
+        spec = describe_adapter(tmp_path / "a.safetensors")
+        assert spec == load_adapter(tmp_path / "a.safetensors").spec
+        return spec
+
+    lies = {"family": "plus", "num_tokens": "99", "token_dim": "1", "feature_dim": "1", "feature": "penultimate"}
+    spec = describe("base", {"feature_dim": 1024}, {**lies, "encoder": "my encoder", "base_model": "SDXL"})
+    assert spec == describe("base", {"feature_dim": 1024}, {})
+    spec = describe("full-face", {}, {"encoder": "world vit", "num_tokens": "17", "base_model": "tiny world"})
+    assert (spec.encoder, spec.num_tokens, spec.base_model) == ("world vit", 17, "tiny world")
+    assert describe("full-face", {}, {"num_tokens": "٣"}).num_tokens == 0
+    assert describe("base", {}, {"encoder": "ViT-H/14"}).encoder == "custom"  # 24 wide: it cannot be
+    assert describe("plus", {}, {"unconditional": "zero_embeds"}).unconditional == "zero_embeds"
+    assert describe("plus", {}, {"unconditional": "nonsense"}).unconditional == "zero_pixels"
+
+
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+@pytest.mark.parametrize("moment", ["writing", "replacing"])
+def test_a_failed_save_leaves_the_old_file(
+    tmp_path: Path, layout: str, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ("a.safetensors" if layout == "flat" else "a.bin")
+    path.write_bytes(b"the old file")
+
+    def half(*args: object, **_: object) -> None:
+        target = next(a for a in args if isinstance(a, Path))
+        target.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    if moment == "writing":
+        monkeypatch.setattr(
+            checkpoints if layout == "flat" else torch, "save_file" if layout == "flat" else "save", half
+        )
+    else:
+        monkeypatch.setattr(os, "replace", half)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(load_adapter(tiny_state()), path, layout=layout)  # pyright: ignore
+    assert path.read_bytes() == b"the old file"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_saves_that_cannot_work_say_why(tmp_path: Path) -> None:
+    adapter = load_adapter(tiny_state())
+    with pytest.raises(InvalidInputError, match=r"should end in \.safetensors or \.sft"):
+        save_adapter(adapter, tmp_path / "a.bin")
+    with pytest.raises(InvalidInputError, match=r"should end in \.bin"):
+        save_adapter(adapter, tmp_path / "a.safetensors", layout="nested")
+    with pytest.raises(InvalidInputError, match="choose 'flat'"):
+        save_adapter(adapter, tmp_path / "a.bin", layout="flatt")  # pyright: ignore
+    with pytest.raises(InvalidInputError, match="does not exist"):
+        save_adapter(adapter, tmp_path / "no" / "a.safetensors")
+    with pytest.raises(InvalidInputError, match="text to text"):
+        save_adapter(adapter, tmp_path / "a.safetensors", metadata={"steps": 100})  # pyright: ignore
+    with pytest.raises(InvalidInputError, match="no numbers"):
+        save_adapter(load_adapter(meta("base")), tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trained_module_saves_and_loads(tmp_path: Path) -> None:
+    spec = load_adapter(tiny_state("plus")).spec
+    module = load_adapter(tiny_state("plus", seed=5)).module.requires_grad_(True)
+    path = save_adapter(AdapterWeights(spec, module), tmp_path / "a.safetensors")
+    assert all(torch.equal(t, tiny_state("plus", seed=5)[key]) for key, t in load_file(path).items())

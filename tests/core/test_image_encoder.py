@@ -1,0 +1,415 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+
+from ipadapter_core.checkpoints.format import AdapterSpec
+from ipadapter_core.errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError
+from ipadapter_core.image_encoder import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ENCODERS,
+    Feature,
+    ImageFeatures,
+    TransformersImageEncoder,
+    check_encoder,
+    find_encoder,
+    preprocess,
+)
+
+SIZE = 28
+PHOTO = Path(__file__).parents[1] / "host" / "photo.jpg"
+
+
+def fake_encoder(size: int = SIZE, **changes: object):
+    """An encoder's facts without a network."""
+    facts = {"name": "fake", "hidden_size": 32, "projection_dim": 16, "image_size": size, "mean": CLIP_MEAN}
+    return SimpleNamespace(**{**facts, "std": CLIP_STD, **changes})
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unnormalise(pixels: Tensor) -> Tensor:
+    return pixels * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=20,
+        image_size=SIZE,
+        patch_size=14,
+        initializer_factor=20.0,  # else a random tower hardly reacts to its picture
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+# --- preprocess -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 61), (300, 200), (224, 224), (30, 30), (500, 70)])
+@pytest.mark.parametrize("kind", ["photo", "noise"])
+def test_centre_crop_is_clips_own_processor(shape: tuple[int, int], kind: str) -> None:
+    """Within 2 of 255 levels: the processor rounds to 8 bits after each pass, preprocess() does not."""
+    from transformers import CLIPImageProcessor
+
+    if kind == "photo":
+        picture = Image.open(PHOTO).convert("RGB").resize(shape[::-1])
+    else:
+        picture = Image.fromarray((noise(*shape, 3) * 255).byte().numpy())
+    bytes_ = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*shape, 3)
+    theirs = torch.as_tensor(CLIPImageProcessor()(picture, return_tensors="pt")["pixel_values"])
+    ours = preprocess(bytes_[None] / 255, fake_encoder(224))
+    assert ours.shape == theirs.shape
+    assert_close(unnormalise(ours) * 255, unnormalise(theirs) * 255, atol=2, rtol=0)
+    assert unnormalise(ours).std() > 0.05  # a picture, not a plain colour
+
+
+def test_size_and_normalisation_are_the_encoders() -> None:
+    siglip = ENCODERS["SigLIP so400m/14-384"]
+    encoder = fake_encoder(siglip.image_size, mean=siglip.mean, std=siglip.std)
+    pixels = preprocess(torch.ones(1, 10, 20, 3), encoder)
+    assert_close(pixels, torch.ones(1, 3, 384, 384))
+
+
+def stripes(h: int, w: int) -> Tensor:
+    """Brightness rises along the long side, so a crop tells by its mean where it was taken."""
+    long = torch.linspace(0, 1, max(h, w))
+    grid = long[:, None].expand(h, w) if h > w else long[None, :].expand(h, w)
+    return grid[None, :, :, None].expand(1, h, w, 3)
+
+
+@pytest.mark.parametrize("ratio", [2, 30])  # 30: past LONGEST_STRIP
+def test_crop_moves_along_the_long_side_only(ratio: int) -> None:
+    short, long = 40, 40 * ratio
+    for shape, first, last, across in [((long, short), "top", "bottom", "left"), ((short, long), "left", "right", "top")]:
+        image = stripes(*shape)
+        level = {
+            crop: unnormalise(preprocess(image, fake_encoder(), crop=crop)).mean().item()
+            for crop in ("center", first, last, across)
+        }
+        half = 0.5 / ratio
+        assert level["center"] == pytest.approx(0.5, abs=0.01)
+        assert level[first] == pytest.approx(half, abs=0.01)
+        assert level[last] == pytest.approx(1 - half, abs=0.01)
+        assert level[across] == level["center"]
+
+
+def test_pad_keeps_all_and_fills_with_exactly_nothing() -> None:
+    pixels = preprocess(torch.ones(1, 20, 40, 3), fake_encoder(), crop="pad")
+    assert (pixels[:, :, :7] == 0).all()
+    assert (pixels[:, :, 21:] == 0).all()
+    assert_close(unnormalise(pixels[:, :, 7:21]), torch.ones(1, 3, 14, SIZE))
+
+
+def test_stretch_keeps_all() -> None:
+    image = stripes(20, 80)
+    pixels = unnormalise(preprocess(image, fake_encoder(), crop="stretch"))
+    assert_close(pixels[0, 0, 0], torch.linspace(0, 1, SIZE), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("crop", ["center", "top", "bottom", "left", "right", "pad", "stretch"])
+@pytest.mark.parametrize("shape", [(20000, 10), (10, 20000), (1, 1), (1, 5000), (2, 3), (SIZE, SIZE)])
+def test_any_shape_becomes_a_finite_square(crop: str, shape: tuple[int, int]) -> None:
+    pixels = preprocess(noise(1, *shape, 3), fake_encoder(), crop=crop)  # pyright: ignore[reportArgumentType]
+    assert pixels.shape == (1, 3, SIZE, SIZE)
+    low, high = unnormalise(pixels).aminmax()
+    assert low > -1e-5
+    assert high < 1 + 1e-5
+
+
+def test_huge_strip_never_becomes_a_huge_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ipadapter_core.image_encoder as module
+
+    sizes: list[int] = []
+    resize = module._resize
+
+    def counted(pixels: Tensor, h: int, w: int) -> Tensor:
+        sizes.append(h * w)
+        return resize(pixels, h, w)
+
+    monkeypatch.setattr(module, "_resize", counted)
+    for crop in ("center", "bottom", "pad", "stretch"):
+        preprocess(noise(1, 20000, 10, 3), fake_encoder(), crop=crop)  # pyright: ignore[reportArgumentType]
+    assert len(sizes) == 4
+    assert max(sizes) <= 2 * SIZE * SIZE
+
+
+def test_mask_of_ones_changes_no_bit_and_of_zeros_leaves_nothing() -> None:
+    image = noise(2, 40, 50, 3)
+    plain = preprocess(image, fake_encoder())
+    assert_close(preprocess(image, fake_encoder(), mask=torch.ones(2, 40, 50)), plain, rtol=0, atol=0)
+    assert_close(preprocess(image, fake_encoder(), mask=torch.ones(1, 40, 50)), plain, rtol=0, atol=0)
+    empty = preprocess(image, fake_encoder(), mask=torch.zeros(2, 40, 50))
+    assert_close(empty, torch.zeros_like(plain), rtol=0, atol=1e-5)
+
+
+def test_mask_hides_where_it_is_zero() -> None:
+    mask = torch.zeros(1, SIZE, SIZE)
+    mask[:, :, : SIZE // 2] = 1
+    image = torch.ones(1, SIZE, SIZE, 3)
+    pixels = preprocess(image, fake_encoder(), mask=mask)
+    assert_close(pixels[..., SIZE // 2 :], torch.zeros(1, 3, SIZE, SIZE // 2), rtol=0, atol=1e-5)
+    assert_close(pixels[..., : SIZE // 2], preprocess(image, fake_encoder())[..., : SIZE // 2])
+
+
+def test_alpha_is_a_mask_and_joins_one() -> None:
+    rgb, alpha, mask = noise(1, 30, 30, 3), noise(1, 30, 30, seed=1), noise(1, 30, 30, seed=2)
+    rgba = torch.cat([rgb, alpha[..., None]], -1)
+    assert_close(preprocess(rgba, fake_encoder()), preprocess(rgb, fake_encoder(), mask=alpha))
+    assert_close(preprocess(rgba, fake_encoder(), mask=mask), preprocess(rgb, fake_encoder(), mask=alpha * mask))
+
+
+def test_grey_is_three_equal_channels() -> None:
+    grey = noise(1, 33, 30, 1)
+    assert_close(preprocess(grey, fake_encoder()), preprocess(grey.expand(-1, -1, -1, 3), fake_encoder()), rtol=0, atol=0)
+
+
+def test_half_precision_and_noncontiguous_images() -> None:
+    image = noise(1, 3, 40, 30)
+    viewed = image.permute(0, 2, 3, 1)
+    plain = preprocess(viewed.contiguous(), fake_encoder())
+    assert_close(preprocess(viewed, fake_encoder()), plain)
+    halved = preprocess(viewed.half(), fake_encoder())
+    assert halved.dtype == torch.float32
+    assert_close(halved, plain, atol=5e-3, rtol=0)
+
+
+def test_batch_is_its_images() -> None:
+    images = noise(3, 50, 40, 3)
+    batch = preprocess(images, fake_encoder())
+    assert_close(batch, torch.cat([preprocess(image[None], fake_encoder()) for image in images]))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.zeros(30, 30, 3), ["(b, h, w, c)", "image[None]"]),
+        (torch.zeros(0, 30, 30, 3), ["empty"]),
+        (torch.zeros(1, 0, 30, 3), ["no pixels", "(1, 0, 30, 3)"]),
+        (torch.zeros(1, 30, 0, 3), ["no pixels"]),
+        (torch.zeros(1, 3, 30, 30), ["permute(0, 2, 3, 1)"]),
+        (torch.zeros(1, 30, 30, 2), ["1, 3 or 4 channels"]),
+        (torch.zeros(1, 30, 30, 3, dtype=torch.uint8), ["torch.uint8", "255"]),
+        (torch.full((1, 30, 30, 3), float("nan")), ["NaN"]),
+        (torch.full((1, 30, 30, 3), float("inf")), ["NaN or infinite"]),
+        (torch.full((1, 30, 30, 3), 255.0), ["0..1", "255"]),
+        (torch.full((1, 30, 30, 3), -1.0), ["0..1", "-1"]),
+    ],
+)
+def test_bad_images_are_told_what_is_wrong(image: Tensor, words: list[str]) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        preprocess(image, fake_encoder())
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.ones(1, 64, 64), ["64x64", "40x30"]),
+        (torch.ones(3, 30, 40), ["(2, h, w)", "(3, 30, 40)"]),
+        (torch.ones(30, 40), ["(1, h, w)"]),
+        (torch.full((1, 30, 40), 2.0), ["0..1"]),
+        (torch.full((1, 30, 40), float("nan")), ["0..1", "nan"]),
+    ],
+)
+def test_bad_masks_are_told_what_is_wrong(mask: Tensor, words: list[str]) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        preprocess(torch.zeros(2, 30, 40, 3), fake_encoder(), mask=mask)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_unknown_crop_is_named() -> None:
+    with pytest.raises(InvalidInputError, match="'middle'.*center, top"):
+        preprocess(torch.zeros(1, 30, 30, 3), fake_encoder(), crop="middle")  # pyright: ignore[reportArgumentType]
+
+
+# --- the transformers encoder ---------------------------------------------------------------------------------------
+
+
+def test_facts_come_from_the_config(clip_folder: Path) -> None:
+    encoder = TransformersImageEncoder.from_pretrained(clip_folder)
+    assert (encoder.hidden_size, encoder.projection_dim, encoder.image_size) == (32, 20, SIZE)
+    assert (encoder.mean, encoder.std) == (CLIP_MEAN, CLIP_STD)
+    assert encoder.name == "custom image encoder"
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_mean_and_std_come_from_the_preprocessor(clip_folder: Path, tmp_path: Path, beside: bool) -> None:
+    shutil.copytree(clip_folder, tmp_path / "image_encoder")
+    place = tmp_path / ("image_encoder" if beside else "feature_extractor")
+    place.mkdir(exist_ok=True)
+    config = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "crop_size": 999}
+    (place / "preprocessor_config.json").write_text(json.dumps(config))
+    encoder = TransformersImageEncoder.from_pretrained(tmp_path, subfolder="image_encoder")
+    assert (encoder.mean, encoder.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert encoder.image_size == SIZE  # the position embedding decides
+    (place / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    with pytest.raises(CorruptFileError, match="image_mean"):
+        TransformersImageEncoder.from_pretrained(tmp_path, subfolder="image_encoder")
+
+
+def test_published_sizes_are_recognised() -> None:
+    config = SimpleNamespace(hidden_size=1280, projection_dim=1024, image_size=224)
+    model = torch.nn.Linear(1, 1)
+    model.config = config  # pyright: ignore[reportAttributeAccessIssue]
+    assert TransformersImageEncoder(model).name == "ViT-H/14"
+    assert TransformersImageEncoder(model, name="mine").name == "mine"
+
+
+def test_penultimate_enters_the_last_layer_without_a_norm(clip_folder: Path) -> None:
+    encoder = TransformersImageEncoder.from_pretrained(clip_folder)
+    pixels = preprocess(noise(2, 40, 40, 3), encoder)
+    features = encoder.encode(pixels)
+    assert features.penultimate.shape == (2, 5, 32)
+    assert features.image_embeds.shape == (2, 20)
+    vision = encoder.model.vision_model
+    x = vision.pre_layrnorm(vision.embeddings(pixels))
+    for layer in vision.encoder.layers[:-1]:
+        x = layer(x, attention_mask=None)
+        x = x[0] if isinstance(x, tuple) else x
+    assert_close(features.penultimate, x)
+    last = vision.encoder.layers[-1](x, attention_mask=None)
+    last = last[0] if isinstance(last, tuple) else last
+    assert_close(features.image_embeds, encoder.model.visual_projection(vision.post_layernorm(last[:, 0])))
+    assert (features.image_embeds[0] - features.image_embeds[1]).abs().max() > 1e-2
+    assert features.get("penultimate") is features.penultimate
+    assert features.get("image_embeds") is features.image_embeds
+
+
+def test_encode_neither_trains_nor_keeps_a_graph(clip_folder: Path) -> None:
+    encoder = TransformersImageEncoder.from_pretrained(clip_folder)
+    features = encoder.encode(preprocess(noise(1, 40, 40, 3), encoder).requires_grad_())
+    assert not features.image_embeds.requires_grad
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+    assert not encoder.model.training
+
+
+def test_dtype_is_asked_for_and_input_is_moved(clip_folder: Path) -> None:
+    encoder = TransformersImageEncoder.from_pretrained(clip_folder, dtype=torch.bfloat16)
+    assert encoder.encode(torch.zeros(1, 3, SIZE, SIZE)).image_embeds.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, SIZE, SIZE), (1, SIZE, SIZE, 3), (1, 1, SIZE, SIZE)])
+def test_wrong_pixels_are_refused(clip_folder: Path, shape: tuple[int, ...]) -> None:
+    encoder = TransformersImageEncoder.from_pretrained(clip_folder)
+    with pytest.raises(InvalidInputError, match=r"\(b, 3, 28, 28\)"):
+        encoder.encode(torch.zeros(shape))
+
+
+def test_folders_that_hold_no_encoder(clip_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"config\.json"):
+        TransformersImageEncoder.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InvalidInputError, match=r"config\.json"):
+        TransformersImageEncoder.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model"}')
+    with pytest.raises(InvalidInputError, match="siglip_vision_model"):
+        TransformersImageEncoder.from_pretrained(tmp_path)
+    shutil.copy(clip_folder / "config.json", tmp_path)
+    with pytest.raises(CorruptFileError, match="could not be read"):
+        TransformersImageEncoder.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((clip_folder / "model.safetensors").read_bytes()[:2000])
+    with pytest.raises(CorruptFileError, match="could not be read"):
+        TransformersImageEncoder.from_pretrained(tmp_path)
+
+
+def test_missing_weights_are_not_made_up(clip_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copy(clip_folder / "config.json", tmp_path)
+    tensors = load_file(clip_folder / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptFileError, match=r"visual_projection\.weight"):
+        TransformersImageEncoder.from_pretrained(tmp_path)
+
+
+# --- which encoder for which adapter --------------------------------------------------------------------------------
+
+
+def adapter_spec(feature: Feature, width: int) -> AdapterSpec:
+    found = find_encoder(feature, width)
+    return AdapterSpec(
+        family="plus" if feature == "penultimate" else "base",
+        base_model="SD1.5",
+        num_tokens=4,
+        token_dim=8,
+        feature=feature,
+        feature_dim=width,
+        unconditional="zero_pixels",
+        encoder=found.name if found else "custom",
+        layer_channels=(8,),
+    )
+
+
+@pytest.mark.parametrize(
+    ("feature", "width", "name"),
+    [
+        ("image_embeds", 1024, "ViT-H/14"),
+        ("image_embeds", 1280, "ViT-bigG/14"),
+        ("image_embeds", 768, "ViT-L/14"),
+        ("penultimate", 1280, "ViT-H/14"),
+        ("penultimate", 1664, "ViT-bigG/14"),
+        ("penultimate", 1024, "ViT-L/14"),
+        ("penultimate", 1152, "SigLIP so400m/14-384"),
+    ],
+)
+def test_a_width_points_to_an_encoder(feature: Feature, width: int, name: str) -> None:
+    assert find_encoder(feature, width) is ENCODERS[name]
+    assert find_encoder(feature, width + 1) is None
+
+
+@pytest.mark.parametrize("spec", ENCODERS.values(), ids=lambda spec: spec.name)
+def test_the_right_encoder_passes(spec: object) -> None:
+    facts = SimpleNamespace(name="any name", hidden_size=spec.hidden_size, projection_dim=spec.projection_dim)
+    check_encoder(adapter_spec("image_embeds", spec.projection_dim), facts)
+    check_encoder(adapter_spec("penultimate", spec.hidden_size), facts)
+
+
+def test_the_wrong_encoder_is_named_with_the_right_one() -> None:
+    big = SimpleNamespace(name="my-encoder", hidden_size=1664, projection_dim=1280)
+    with pytest.raises(IncompatibleEncoderError) as caught:
+        check_encoder(adapter_spec("penultimate", 1280), big)
+    for word in ("SD1.5 plus", "1280", "ViT-H", "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", "my-encoder", "1664"):
+        assert word in str(caught.value)
+    assert "ViT-bigG" in str(caught.value)  # what was given, told by its widths
+
+
+def test_the_two_widths_are_not_confused() -> None:
+    """1280 is both ViT-H's hidden width and bigG's projection: the same number, the wrong feature."""
+    vit_h = SimpleNamespace(name="ViT-H", hidden_size=1280, projection_dim=1024)
+    with pytest.raises(IncompatibleEncoderError, match=r"ViT-bigG.*1024"):
+        check_encoder(adapter_spec("image_embeds", 1280), vit_h)
+    check_encoder(adapter_spec("penultimate", 1280), vit_h)
+
+
+def test_a_custom_training_asks_for_its_own_encoder() -> None:
+    vit_h = SimpleNamespace(name="ViT-H", hidden_size=1280, projection_dim=1024)
+    with pytest.raises(IncompatibleEncoderError, match=r"width 77.*an encoder of its own.*ViT-H"):
+        check_encoder(adapter_spec("image_embeds", 77), vit_h)
+
+
+def test_features_are_values() -> None:
+    features = ImageFeatures(torch.zeros(1, 2), torch.zeros(1, 3, 4))
+    with pytest.raises(AttributeError):
+        features.image_embeds = torch.ones(1, 2)  # pyright: ignore[reportAttributeAccessIssue]

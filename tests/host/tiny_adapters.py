@@ -1,0 +1,82 @@
+"""IP-Adapter files that fit the shrunk checkpoints and TestClipVision: keys as in the real files, random weights.
+
+Layer i of the checkpoint order (down, up, middle last) has the key number 2 i + 1. Projections keep the variance, so
+image tokens weigh as much in attention as text tokens and strength 1 visibly changes a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from host.shrunk import UNETS, cross_attention_widths
+from safetensors.torch import save_file
+from torch import Tensor
+
+VISION_HIDDEN, VISION_PROJECTION = 32, 24  # TestClipVision
+BASE_TOKENS = 4
+PLUS_QUERIES, PLUS_WIDTH, PLUS_HEADS, PLUS_DEPTH, HEAD_DIM = 16, 64, 2, 2, 64
+
+Linear = Callable[[int, int], Tensor]  # (rows, columns) -> a random weight
+
+
+def build_adapter(family: str, unet: str, folder: Path, *, seed: int = 0, suffix: str = ".safetensors") -> Path:
+    """Write a `family` ("base", "plus") adapter for UNETS[unet]; .safetensors is flat, .bin the nested pickle."""
+    path = folder / f"tiny_{family}_{unet}_s{seed}{suffix}"
+    folder.mkdir(parents=True, exist_ok=True)
+    state = adapter_tensors(family, unet, seed=seed)
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        groups = ("image_proj", "ip_adapter")
+        torch.save({g: {k[len(g) + 1 :]: v for k, v in state.items() if k.startswith(g + ".")} for g in groups}, path)
+    return path
+
+
+def adapter_tensors(family: str, unet: str, *, seed: int = 0) -> dict[str, Tensor]:
+    """Flat keys and fp16 tensors of an adapter."""
+    shape = UNETS[unet]
+    generator = torch.Generator().manual_seed(1000 + seed)
+
+    def linear(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    build = {"base": _image_proj, "plus": _resampler}[family]
+    state = {f"image_proj.{key}": value for key, value in build(shape.text_width, linear).items()}
+    for i, width in enumerate(cross_attention_widths(shape)):
+        state[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"] = linear(width, shape.text_width)
+        state[f"ip_adapter.{2 * i + 1}.to_v_ip.weight"] = linear(width, shape.text_width)
+    return {key: value.half().contiguous() for key, value in state.items()}
+
+
+def _image_proj(text_width: int, linear: Linear) -> dict[str, Tensor]:
+    rows = BASE_TOKENS * text_width
+    return {"proj.weight": linear(rows, VISION_PROJECTION), "proj.bias": 0.1 * linear(rows, 1)[:, 0]} | _norm(
+        "norm", text_width
+    )
+
+
+def _resampler(text_width: int, linear: Linear) -> dict[str, Tensor]:
+    width, inner = PLUS_WIDTH, PLUS_HEADS * HEAD_DIM
+    state = {
+        "latents": linear(PLUS_QUERIES, width)[None],
+        "proj_in.weight": linear(width, VISION_HIDDEN),
+        "proj_in.bias": torch.zeros(width),
+        "proj_out.weight": linear(text_width, width),
+        "proj_out.bias": torch.zeros(text_width),
+    }
+    state |= _norm("norm_out", text_width)
+    for i in range(PLUS_DEPTH):
+        layer = f"layers.{i}"
+        state |= _norm(f"{layer}.0.norm1", width) | _norm(f"{layer}.0.norm2", width) | _norm(f"{layer}.1.0", width)
+        state[f"{layer}.0.to_q.weight"] = linear(inner, width)
+        state[f"{layer}.0.to_kv.weight"] = linear(2 * inner, width)
+        state[f"{layer}.0.to_out.weight"] = linear(width, inner)
+        state[f"{layer}.1.1.weight"] = linear(4 * width, width)
+        state[f"{layer}.1.3.weight"] = linear(width, 4 * width)
+    return state
+
+
+def _norm(name: str, width: int) -> dict[str, Tensor]:
+    return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
