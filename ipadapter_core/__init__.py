@@ -1,9 +1,9 @@
 """Image prompts for diffusion models, independent of any user interface.
 
-    adapter = load_adapter("ip-adapter_sd15.safetensors")
-    prompt = encode_image_prompt(adapter, TransformersImageEncoder("image_encoder"), image)
-    patch = bake(adapter, prompt, layout_of(unet), WeightSchedule(strength=0.8))
-    with backends.diffusers.apply(unet, patch): ...
+adapter = load_adapter("ip-adapter_sd15.safetensors")
+prompt = encode_image_prompt(adapter, TransformersImageEncoder("image_encoder"), image)
+patch = bake(adapter, prompt, layout_of(unet), WeightSchedule(strength=0.8))
+with backends.diffusers.apply(unet, patch): ...
 """
 
 from .attention import KeyValue, Scale, add_image_attention, attend, scale_for

@@ -156,9 +156,10 @@ class TransformersImageEncoder:
         if model_type not in ("clip", "clip_vision_model"):
             raise InvalidInputError(f"{path} holds a model of type {model_type!r}; a CLIP vision model was expected")
         try:
-            model, info = CLIPVisionModelWithProjection.from_pretrained(
+            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
                 path, local_files_only=True, output_loading_info=True
             )
+            model, info = loaded
         except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad file
             raise CorruptFileError(f"{path} could not be read as a CLIP vision model: {error}") from error
         missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]

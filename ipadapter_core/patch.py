@@ -30,7 +30,9 @@ class BakedSite:
 
     k: Tensor
     v: Tensor
-    _prepared: dict[tuple[object, ...], KeyValue] = field(default_factory=dict[tuple[object, ...], KeyValue], repr=False)
+    _prepared: dict[tuple[object, ...], KeyValue] = field(
+        default_factory=dict[tuple[object, ...], KeyValue], repr=False
+    )
 
     def arranged(self, branches: tuple[int, ...], latents: int, flipped: bool, like: Tensor) -> KeyValue:
         """K and V for chunks of the given branches with ``latents`` members each, in dtype and on device of ``like``.

@@ -63,10 +63,14 @@ def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence
     header = f"  {'site':<12} {'t':>3} {'key':>4} {'channels':>8}  {'role':<12}"
     lines.append(header + "".join(f" {f'prompt {i + 1}':>9}" for i in range(len(patches))))
     for index, site in enumerate(layout.sites):
-        role = "composition" if site.transformer in roles.composition else "style" if site.transformer in roles.style else ""
-        row = (
-            f"  {site.label:<12} {site.transformer:>3} {2 * site.checkpoint_index + 1:>4} {site.channels:>8}  {role:<12}"
+        role = (
+            "composition"
+            if site.transformer in roles.composition
+            else "style"
+            if site.transformer in roles.style
+            else ""
         )
+        row = f"  {site.label:<12} {site.transformer:>3} {2 * site.checkpoint_index + 1:>4} {site.channels:>8}  {role:<12}"
         for patch in patches:
             weight = patch.weights[index]
             cell = "-" if weight.weight == 0 else f"{weight.weight:.3g}" + (" neg." if weight.flipped else "")

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, get_args
 
 from .errors import InvalidInputError
@@ -172,9 +173,13 @@ class WeightSchedule:
             raise InvalidInputError(f"unknown preset {self.preset!r}; choose one of: {', '.join(PRESETS)}")
         if self.scaling not in SCALINGS:
             raise InvalidInputError(f"unknown scaling {self.scaling!r}; choose one of: {', '.join(SCALINGS)}")
-        for name in ("strength", "start_percent", "end_percent"):
-            if not math.isfinite(getattr(self, name)):
-                raise InvalidInputError(f"{name} is {getattr(self, name)}, which is not a finite number")
+        for name in ("strength", "start_percent", "end_percent", "composition_strength", "boost"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise InvalidInputError(f"{name} is {value}, which is not a finite number")
+        for rule in self.site_factors:
+            if not math.isfinite(rule.factor):
+                raise InvalidInputError(f"the factor of {rule.where!r} is {rule.factor}, which is not a finite number")
         percents = [percent for percent, _ in self.curve]
         if percents != sorted(percents) or any(not 0 <= p <= 1 for p in percents):
             raise InvalidInputError(f"curve points need percents that rise within 0..1, got {percents}")
@@ -196,7 +201,9 @@ class WeightSchedule:
     def site_weights(self, layout: ModelLayout) -> tuple[SiteWeight, ...]:
         """Absolute weight of every site of ``layout`` in its order, before the step's factor."""
         roles = roles_of(layout)
-        unknown = [rule.where for rule in self.site_factors if not any(_matches(rule.where, s, roles) for s in layout.sites)]
+        unknown = [
+            rule.where for rule in self.site_factors if not any(_matches(rule.where, s, roles) for s in layout.sites)
+        ]
         if unknown:
             raise InvalidInputError(
                 f"{', '.join(unknown)} matches no site of {layout.name}; use all, input, middle, output, style, composition, "
@@ -215,7 +222,7 @@ class WeightSchedule:
 def _interpolate(points: Sequence[tuple[float, float]], percent: float) -> float:
     if percent <= points[0][0]:
         return points[0][1]
-    for (p0, f0), (p1, f1) in zip(points, points[1:], strict=False):
+    for (p0, f0), (p1, f1) in pairwise(points):
         if percent <= p1:
             return f1 if p1 == p0 else f0 + (f1 - f0) * (percent - p0) / (p1 - p0)
     return points[-1][1]
@@ -237,7 +244,9 @@ def _matches(where: str, site: CrossAttentionSite, roles: Roles) -> bool:
             return where in (f"{site.block} {site.number}", f"{site.block} {site.number}.{site.depth}")
 
 
-_RULE = re.compile(r"^\s*(?P<where>[a-z]+(?:\s*\d+(?:\.\d+)?)?)\s*[:=]\s*(?P<factor>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*$")
+_RULE = re.compile(
+    r"^\s*(?P<where>[a-z]+(?:\s*\d+(?:\.\d+)?)?)\s*[:=]\s*(?P<factor>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*$"
+)
 
 
 def parse_site_factors(text: str) -> tuple[SiteRule, ...]:
@@ -251,7 +260,9 @@ def parse_site_factors(text: str) -> tuple[SiteRule, ...]:
                 f"cannot read {entry.strip()!r} in the site table; write entries such as 'all: 0.2', 'output: 1', "
                 "'input 4: 0', 'style: 1.2' or 't3: 0', separated by commas or lines"
             )
-        where = re.sub(r"([a-z]+)\s*(\d)", lambda m: f"t{m[2]}" if m[1] == "t" else f"{m[1]} {m[2]}", match["where"], count=1)
+        where = re.sub(
+            r"([a-z]+)\s*(\d)", lambda m: f"t{m[2]}" if m[1] == "t" else f"{m[1]} {m[2]}", match["where"], count=1
+        )
         rules.append(SiteRule(where, float(match["factor"])))
     return tuple(rules)
 

@@ -28,7 +28,11 @@ Source = str | os.PathLike[str] | Mapping[str, object]
 
 MAX_DEPTH = 8
 MAX_ENTRIES = 200_000
+"""Levels and entries of nested dictionaries: a pickle of a kilobyte can hold a cycle, or a tree of 10^14 leaves."""
+
 MAX_SHARING = 4
+"""How many times over a pickle's tensors may show the bytes of its file."""
+
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors specification's own limit."""
 
@@ -74,7 +78,7 @@ NOT_WEIGHTS: tuple[tuple[bytes, str, str], ...] = (
 _DAMAGED = "it is damaged or was not downloaded completely; download it again"
 # What torch says: "GLOBAL os.system was not an allowed global", "unsupported GLOBAL x.y whose module"; torch 2.1:
 # "Unsupported class x.y".
-_REFUSED_GLOBAL = re.compile(r"(?:GLOBAL|Unsupported class|disallowed|instantiate \w+ of type)\s+['<]?([\w.]+)")
+_REFUSED_GLOBAL = re.compile(r"(?:GLOBAL|Unsupported class)\s+([\w.]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,7 @@ def _open(source: Source, name: str | None, *, shapes_only: bool) -> TensorFile:
     elif head[:1] == b"\x80":
         tensors, metadata = _read_legacy_pickle(path, name), dict[str, str]()
     else:
-        raise CorruptFileError(_not_weights(head, size, path, name))
+        raise CorruptFileError(_not_weights(head, size, name))
     return TensorFile(_without_numbers(tensors) if shapes_only else tensors, metadata, name)
 
 
@@ -144,15 +148,14 @@ def _first_bytes(path: Path) -> bytes:
         return file.read(64)
 
 
-def _not_weights(head: bytes, size: int, path: Path, name: str) -> str:
+def _not_weights(head: bytes, size: int, name: str) -> str:
     if size == 0:
         return f"{name} is empty (0 bytes): the download failed; download it again."
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for magic, what, advice in NOT_WEIGHTS:
         if start.startswith(magic):
             return f"{name} is not a file of weights but {what}: {advice}."
-    kind = "safetensors" if path.suffix.lower() in {".safetensors", ".sft"} else "PyTorch"
-    return f"{name} ({size} bytes) does not begin like a safetensors or a PyTorch file ({kind} expected): {_DAMAGED}."
+    return f"{name} ({size} bytes) does not begin like a safetensors or a PyTorch file: {_DAMAGED}."
 
 
 # --- safetensors -------------------------------------------------------------------------------------------------
@@ -241,7 +244,7 @@ def _read_zip_pickle(path: Path, name: str, size: int) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError, RuntimeError) as error:
-        raise CorruptFileError(f"{name} is a damaged PyTorch file ({_one_line(error)}): {_DAMAGED}.") from error
+        raise CorruptFileError(f"{name} cannot be read as a PyTorch file ({_one_line(error)}): {_DAMAGED}.") from error
     if not any(member.filename.endswith("data.pkl") for member in members):
         names = ", ".join(member.filename for member in members[:3])
         raise CorruptFileError(f"{name} is a zip archive without PyTorch weights (it holds {names}): unpack it first.")

@@ -66,7 +66,9 @@ class ApplyAdapterToModel(io.ComfyNode):
                     optional=True,
                     tooltip="Where in the picture the image acts (white), soft edges allowed; one mask, or one per latent.",
                 ),
-                Schedule.Input("schedule", optional=True, tooltip="From Adapter Schedule: curve over steps, table per site."),
+                Schedule.Input(
+                    "schedule", optional=True, tooltip="From Adapter Schedule: curve over steps, table per site."
+                ),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )

@@ -19,7 +19,9 @@ class CombineImagePrompts(io.ComfyNode):
             for i in range(1, COUNT + 1)
         ]
         strengths = [
-            io.Float.Input(f"strength_{i}", default=1.0, min=-5.0, max=5.0, step=0.05, tooltip=f"Strength of prompt {i}; 0: none.")
+            io.Float.Input(
+                f"strength_{i}", default=1.0, min=-5.0, max=5.0, step=0.05, tooltip=f"Strength of prompt {i}; 0: none."
+            )
             for i in range(1, COUNT + 1)
         ]
         return io.Schema(

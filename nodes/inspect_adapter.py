@@ -22,7 +22,9 @@ class InspectAdapter(io.ComfyNode):
             inputs=[
                 adapter_input(),
                 io.Model.Input(
-                    "model", optional=True, tooltip="A model, before or after Apply Adapter to Model: lists its sites and weights."
+                    "model",
+                    optional=True,
+                    tooltip="A model, before or after Apply Adapter to Model: lists its sites and weights.",
                 ),
             ],
             outputs=[io.String.Output(display_name="text")],

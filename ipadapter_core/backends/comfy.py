@@ -7,10 +7,14 @@ dual-CFG and perp-neg guiders work), which part of the latent each chunk sees, a
 
 from __future__ import annotations
 
+import copy
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +69,9 @@ def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None =
             f"the image prompt was prepared for {patch.layout.name}, the model is {layout.name}; prepare it for this model"
         )
     clone = model.clone()
-    slots: Mapping[Any, Any] = clone.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+    slots: Mapping[Any, Any] = (
+        clone.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+    )
     for index, site in enumerate(layout.sites):
         if patch.active(index):
             hook = AttentionHook.joining(_occupant(slots, site), index, patch, attention or torch_attention)
@@ -79,7 +85,9 @@ def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None =
 
 def applied_patches(model: PatcherLike) -> tuple[AdapterPatch, ...]:
     """The image prompts that act on a MODEL, in order; one that acts nowhere leaves no trace and is not listed."""
-    slots: Mapping[Any, Any] = model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+    slots: Mapping[Any, Any] = (
+        model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+    )
     hooks = [hook for hook in slots.values() if isinstance(hook, AttentionHook)]
     return tuple(dict.fromkeys(patch for hook in hooks for patch in hook.patches))
 
@@ -102,13 +110,13 @@ class StepNote:
 
     names: dict[int, str]
     sigma: Tensor
-    percent_to_sigma: Callable[[float], float]
+    sampling: Any
     _percent: float | None = None
 
     def percent(self) -> float:
         """Sampling progress 0..1; reading sigma synchronises the device, once per step and only for windows or curves."""
         if self._percent is None:
-            self._percent = percent_of(float(self.sigma.flatten()[0]), self.percent_to_sigma)
+            self._percent = percent_of(float(self.sigma.flatten()[0]), self.sampling)
         return self._percent
 
 
@@ -127,27 +135,40 @@ class CallNote:
     latent: tuple[int, int]
 
 
-def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:
-    """Invert the host's monotone ``percent_to_sigma`` by bisection."""
-    low, high = 0.0, 1.0
-    if sigma >= percent_to_sigma(1e-7):
-        return 0.0
-    if sigma <= percent_to_sigma(1 - 1e-7):
-        return 1.0
-    for _ in range(26):
-        middle = (low + high) / 2
-        low, high = (middle, high) if percent_to_sigma(middle) > sigma else (low, middle)
-    return (low + high) / 2
+_PROGRESS: WeakKeyDictionary[object, list[float]] = WeakKeyDictionary()
+"""Per model_sampling: -log sigma at progress 0, 1/999, …, 1."""
 
 
-def note_step(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: Any = None) -> Any:
+def percent_of(sigma: float, sampling: Any) -> float:
+    """Sampling progress 0..1 at which ``sampling.percent_to_sigma`` gives sigma; log-linear between timesteps, as it is."""
+    table = _PROGRESS.get(sampling)
+    if table is None:
+        table = _PROGRESS[sampling] = _progress_table(sampling)
+    value = -math.log(sigma) if sigma > 0 else math.inf
+    if value <= table[0] or value >= table[-1]:
+        return float(value >= table[-1])
+    i = bisect_right(table, value)
+    return (i - 1 + (value - table[i - 1]) / (table[i] - table[i - 1])) / (len(table) - 1)
+
+
+def _progress_table(sampling: Any) -> list[float]:
+    if isinstance(sampling, nn.Module):  # its buffers live on the device, where each look-up would synchronise
+        sampling = copy.deepcopy(sampling).cpu()
+    # The host answers 0 and 1 with "infinite" and zero sigmas, not with the schedule's ends.
+    percents = (min(max(i / 999, 1e-7), 1 - 1e-7) for i in range(1000))
+    return [-math.log(max(sampling.percent_to_sigma(percent), 1e-30)) for percent in percents]
+
+
+def note_step(
+    executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: Any = None
+) -> Any:
     """PREDICT_NOISE wrapper: remember which conditioning is which, and the sigma."""
     guider = executor.class_obj
     conds: Mapping[str, Any] = getattr(guider, "conds", {})
     sampling = getattr(guider.inner_model, "model_sampling", None)
     if sampling is not None:
         names = {id(cond): name for name, cond in conds.items() if cond is not None}
-        model_options = _with_note(model_options or {}, StepNote(names, timestep, sampling.percent_to_sigma))
+        model_options = _with_note(model_options or {}, StepNote(names, timestep, sampling))
     return executor(x, timestep, model_options, seed)
 
 
@@ -158,7 +179,7 @@ def note_chunks(
     found = model_options.get("transformer_options", {}).get(KEY)
     step = found if isinstance(found, StepNote) else found.step if isinstance(found, CallNote) else None
     if step is None and hasattr(model, "model_sampling"):
-        step = StepNote({}, timestep, model.model_sampling.percent_to_sigma)
+        step = StepNote({}, timestep, model.model_sampling)
     latent = (int(x.shape[-2]), int(x.shape[-1]))
     chunks: dict[object, Chunk] = {}
     distinct: list[Any] = []

@@ -55,7 +55,9 @@ class AppliedAdapters:
         self._patches = list(patches)
         self._branches = branches
         self._call = _Call()
-        self._hooks = [_SiteHook(self, i, site, unet.get_submodule(site.path)) for i, site in enumerate(patches[0].layout.sites)]
+        self._hooks = [
+            _SiteHook(self, i, site, unet.get_submodule(site.path)) for i, site in enumerate(patches[0].layout.sites)
+        ]
         self._handle: RemovableHandle | None = unet.register_forward_pre_hook(self._before, with_kwargs=True)
         self._arm()
 
@@ -72,6 +74,7 @@ class AppliedAdapters:
     def set_mask(self, mask: RegionMask | Tensor | None, index: int = 0) -> None:
         """Another region for one adapter from the next UNet call on."""
         self._patches[index] = self._patches[index].with_mask(mask)
+        self._arm()
 
     def remove(self) -> None:
         """Take every hook off the UNet; it is then as it was before. Calling it again does nothing."""

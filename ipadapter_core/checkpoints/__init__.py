@@ -193,7 +193,7 @@ def _claim(state: StateDict) -> Format:
     if near is not None:
         foreign = near.foreign_keys(state)
         raise UnknownFormatError(
-            f"resembles a {near.name} adapter but has {len(foreign)} keys that such a file has not: {few(foreign)}. "
+            f"resembles a {near.name} adapter but has keys that such a file has not: {few(foreign)}. "
             "It may be of a newer family, which an update of this pack may read."
         )
     if has_layers:
@@ -207,9 +207,8 @@ def _claim(state: StateDict) -> Format:
 def _seen(state: StateDict) -> str:
     if not state:
         return "It holds no tensors."
-    first = sorted(state, key=lambda key: (not key.startswith("image_proj."), key))[:6]
-    listed = ", ".join(f"{key[:80]} {list(state[key].shape)}" for key in first)
-    return f"It holds {len(state)} tensors: {listed}{', …' if len(state) > len(first) else ''}."
+    listed = sorted(state, key=lambda key: (not key.startswith("image_proj."), key))
+    return f"It holds: {few((f'{key[:60]} {list(state[key].shape)}' for key in listed), limit=6)}."
 
 
 def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:

@@ -245,19 +245,21 @@ def check_tensors(module: AdapterModule, state: StateDict) -> dict[str, Tensor]:
     missing = [key for key in expected if key not in state]
     if missing:
         raise CorruptFileError(
-            f"{len(missing)} of {len(expected)} tensors are missing: {few(missing)}. "
+            f"of its {len(expected)} tensors these are missing: {few(missing)}. "
             "The file is incomplete; download or export it again."
         )
     unexpected = sorted(key for key in state if key not in expected)
     if unexpected:
-        raise CorruptFileError(f"{len(unexpected)} tensors have no place in this family: {few(unexpected)}.")
+        raise CorruptFileError(
+            f"tensors without a place in this family: {few(unexpected)}; export it again without them."
+        )
     misshapen = [
         f"{key} is {list(state[key].shape)} instead of {list(shape)}"
         for key, shape in expected.items()
         if tuple(state[key].shape) != shape
     ]
     if misshapen:
-        raise CorruptFileError(f"{len(misshapen)} tensors do not fit the rest: {few(misshapen)}. The file is damaged.")
+        raise CorruptFileError(f"tensors that do not fit the rest: {few(misshapen)}. The file is damaged.")
     stored = [f"{key} is {state[key].dtype}" for key in expected if not state[key].is_floating_point()]
     if stored:
         raise CorruptFileError(f"weights must be floating point: {few(stored)}. Use a float16 or float32 file.")
@@ -269,7 +271,7 @@ def check_finite(tensors: StateDict) -> None:
     bad = [checkpoint_key(key) for key, tensor in tensors.items() if not _is_finite(tensor)]
     if bad:
         raise CorruptFileError(
-            f"{len(bad)} tensors hold NaN or infinite numbers: {few(bad)}. The training diverged or the file was "
+            f"NaN or infinite numbers in {few(bad)}. The training diverged or the file was "
             "damaged when it was converted; use another file."
         )
 

@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -197,7 +196,9 @@ def train_autoencoder(pictures: Pictures, work: Path, steps: int) -> Autoencoder
         with torch.autocast("cpu", torch.bfloat16):
             out = decoder((latents / LATENT_SCALE).contiguous(memory_format=torch.channels_last))
         out = out.float() / 2 + 0.5
-        edges = (out.diff(dim=-1) - images.diff(dim=-1)).abs().mean() + (out.diff(dim=-2) - images.diff(dim=-2)).abs().mean()
+        edges = (out.diff(dim=-1) - images.diff(dim=-1)).abs().mean() + (
+            out.diff(dim=-2) - images.diff(dim=-2)
+        ).abs().mean()
         return (out - images).abs().mean() + edges
 
     def preview(module: nn.Module, step: int) -> None:
@@ -227,7 +228,9 @@ def train_tokenizer(pictures: Pictures) -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    return tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -277,7 +280,9 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def velocity_loss(unet: nn.Module, latents: Tensor, text: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> Tensor:
+def velocity_loss(
+    unet: nn.Module, latents: Tensor, text: Tensor, scheduler: DDIMScheduler, generator: torch.Generator
+) -> Tensor:
     """Mean squared error of the predicted velocity at uniformly drawn timesteps, computed in bfloat16."""
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.randint(1000, (latents.shape[0],), generator=generator)
@@ -299,7 +304,14 @@ PREVIEW_PROMPTS = [
 
 @torch.no_grad()
 def sample(
-    unet: nn.Module, text: Tensor, empty: Tensor, scheduler: DDIMScheduler, *, steps: int = 25, guidance: float = 3.0, seed: int = 0
+    unet: nn.Module,
+    text: Tensor,
+    empty: Tensor,
+    scheduler: DDIMScheduler,
+    *,
+    steps: int = 25,
+    guidance: float = 3.0,
+    seed: int = 0,
 ) -> Tensor:
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
@@ -355,16 +367,17 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_DIM = 192
 VISION_PATCH = 8
 EMBED_DIM = 256
-THUMBNAIL = 32
+THUMBNAIL = 16
+COEFFICIENTS = 192
 
 
 def build_image_encoder() -> CLIPVisionModelWithProjection:
-    return CLIPVisionModelWithProjection(
+    encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=VISION_DIM,
             intermediate_size=4 * VISION_DIM,
             num_hidden_layers=4,
-            num_attention_heads=VISION_DIM // 64,
+            num_attention_heads=VISION_DIM // 16,
             projection_dim=EMBED_DIM,
             image_size=SIZE,
             patch_size=VISION_PATCH,
@@ -373,6 +386,23 @@ def build_image_encoder() -> CLIPVisionModelWithProjection:
             attn_implementation="eager",
         )
     )
+    # With the usual start every head looks everywhere alike and the class token never learns where things are:
+    # waves as positions and larger query and key weights give each head a region of its own from the first step.
+    with torch.no_grad():
+        encoder.vision_model.embeddings.position_embedding.weight[1:] = waves(VISION_DIM, SIZE // VISION_PATCH)
+        for name, parameter in encoder.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter.normal_(0, 0.1)
+    return encoder
+
+
+def waves(width: int, side: int) -> Tensor:
+    """Sine and cosine positions of a ``side`` by ``side`` grid, ``(side side) width``, half of the width per axis."""
+    frequency = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(side)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], 1)
+    rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -383,21 +413,28 @@ def normalise(images: Tensor) -> Tensor:
 class EncoderTraining(nn.Module):
     """The image encoder with the parts that only its training needs.
 
-    A table of name and background vectors stands in for a text tower. Two decoders redraw the picture, a thumbnail
-    from ``image_embeds`` alone and the full size from the penultimate patch tokens, so that both features keep what
-    an adapter must see of pictures without a name: colours, layout, detail.
+    A table of name and background vectors stands in for a text tower. ``image_embeds`` must linearly hold the principal
+    components of a thumbnail, and the penultimate patch tokens redraw the picture, so that both features keep what an
+    adapter must see of pictures without a name: colours, layout, detail.
     """
 
-    def __init__(self, names: int) -> None:
+    centre: Tensor
+    components: Tensor
+
+    def __init__(self, names: int, thumbnails: Tensor) -> None:
         super().__init__()
         self.encoder = build_image_encoder()
         self.to_text = nn.Linear(EMBED_DIM, 128, bias=False)
         self.names = nn.Embedding(names, 128)
         self.backgrounds = nn.Embedding(len(BACKGROUNDS), 128)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.thumbnail = nn.Sequential(
-            nn.LayerNorm(EMBED_DIM), nn.Linear(EMBED_DIM, 1024), nn.GELU(), nn.Linear(1024, 3 * THUMBNAIL**2)
-        )
+        self.thumbnail = nn.Linear(EMBED_DIM, COEFFICIENTS)
+        flat = thumbnails.flatten(1)
+        _, spread, components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+        # each coefficient weighs with the square root of its natural spread: coarse layout first, detail not lost
+        scale = (spread[:COEFFICIENTS] / spread[0]).sqrt() / (spread[:COEFFICIENTS] / len(flat) ** 0.5)
+        self.register_buffer("centre", flat.mean(0))
+        self.register_buffer("components", components[:COEFFICIENTS] * scale[:, None])
         self.patches = nn.Sequential(
             nn.LayerNorm(VISION_DIM), nn.Linear(VISION_DIM, 384), nn.GELU(), nn.Linear(384, 3 * VISION_PATCH**2)
         )
@@ -408,11 +445,14 @@ class EncoderTraining(nn.Module):
         return out.image_embeds, out.hidden_states[-2]
 
     def redraw(self, embeds: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The thumbnail ``b 3 32 32`` that image_embeds hold and the picture ``b 3 64 64`` that the tokens hold."""
-        small = rearrange(self.thumbnail(embeds), "b (c y x) -> b c y x", c=3, y=THUMBNAIL)
+        """The thumbnail ``b 3 16 16`` that image_embeds hold and the picture ``b 3 64 64`` that the tokens hold."""
+        flat = self.thumbnail(embeds).float() @ torch.linalg.pinv(self.components).T + self.centre
+        small = rearrange(flat, "b (c y x) -> b c y x", c=3, y=THUMBNAIL)
+        return small, self.redraw_tokens(tokens)
+
+    def redraw_tokens(self, tokens: Tensor) -> Tensor:
         grid = {"y": SIZE // VISION_PATCH, "i": VISION_PATCH, "c": 3}
-        large = rearrange(self.patches(tokens[:, 1:]), "b (y x) (c i j) -> b c (y i) (x j)", **grid)
-        return small, large
+        return rearrange(self.patches(tokens[:, 1:]), "b (y x) (c i j) -> b c (y i) (x j)", **grid)
 
     def match_text(self, embeds: Tensor, name: Tensor, background: Tensor) -> Tensor:
         """CLIP's contrastive loss over the batch; pairs with the same name and background all count as right."""
@@ -430,24 +470,30 @@ def train_image_encoder(pictures: Pictures, work: Path, steps: int, batch: int) 
     seen = pictures.where(held_out=False)
     vocabulary = {name: i for i, name in enumerate(sorted(set(pictures.names)))}
     name_of = torch.tensor([vocabulary[name] for name in pictures.names])
-    model = EncoderTraining(len(vocabulary))
+
+    def thumbnails(images: Tensor) -> Tensor:
+        return F.avg_pool2d(images, SIZE // THUMBNAIL)
+
+    index = seen[torch.randint(len(seen), (3000,), generator=generator)]
+    first = draw_scenes(pictures, index, generator, recolour_rate=0.3).images
+    model = EncoderTraining(len(vocabulary), thumbnails(first))
 
     def loss(step: int) -> Tensor:
         index = seen[torch.randint(len(seen), (batch,), generator=generator)]
         scenes = draw_scenes(pictures, index, generator, recolour_rate=0.3)
         with torch.autocast("cpu", torch.bfloat16):
             embeds, tokens = model.features(scenes.images)
-            small, large = model.redraw(embeds, tokens)
+            coefficients = model.thumbnail(embeds)
+            large = model.redraw_tokens(tokens)
             matched = model.match_text(embeds, name_of[index], scenes.background)
-        half = F.avg_pool2d(scenes.images, SIZE // THUMBNAIL)
-        small = small.float()
-        quarter = (F.avg_pool2d(small, 2) - F.avg_pool2d(half, 2)).abs().mean()
-        return (small - half).abs().mean() + quarter + (large.float() - scenes.images).abs().mean() + 0.03 * matched
+        wanted = (thumbnails(scenes.images).flatten(1) - model.centre) @ model.components.T
+        layout = F.mse_loss(coefficients.float(), wanted) / wanted.square().mean()
+        return layout + 4 * (large.float() - scenes.images).abs().mean() + 0.05 * matched
 
     def preview(averaged: nn.Module, step: int) -> None:
         assert isinstance(averaged, EncoderTraining)
         images, small, large = redraw_held_out(averaged, pictures, seed=0)
-        rows = [images[:16], F.interpolate(small[:16], scale_factor=2.0, mode="bilinear"), large[:16]]
+        rows = [images[:16], F.interpolate(small[:16], size=(SIZE, SIZE), mode="bilinear"), large[:16]]
         save_sheet(torch.cat(rows), 16, work / f"image-encoder-{step:06d}.png")
         figures = {"step": step, **measure_image_encoder(averaged, pictures)}
         with (work / "image-encoder-held-out.jsonl").open("a") as log:
@@ -479,9 +525,8 @@ def measure_image_encoder(model: EncoderTraining, pictures: Pictures) -> dict[st
     images, small, large = redraw_held_out(model, pictures, seed=0)
     half = F.avg_pool2d(images, SIZE // THUMBNAIL)
     figures = {
-        "thumbnail16_db": decibels(F.avg_pool2d(small, 2), F.avg_pool2d(half, 2)),
-        "thumbnail32_db": decibels(small, half),
-        "mean_colour32_db": decibels(half.mean((2, 3), keepdim=True).expand_as(half), half),
+        "thumbnail_db": decibels(small, half),
+        "mean_colour_db": decibels(half.mean((2, 3), keepdim=True).expand_as(half), half),
         "tokens64_db": decibels(large, images),
     }
     held_out = pictures.where(held_out=True)
@@ -517,7 +562,9 @@ def save_sheet(images: Tensor, columns: int, path: Path, zoom: int = 2) -> None:
 def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("autoencoder", "unet", "image-encoder"))
-    parser.add_argument("--pictures", type=Path, required=True, help="node_modules folder with the three emoji packages")
+    parser.add_argument(
+        "--pictures", type=Path, required=True, help="node_modules folder with the three emoji packages"
+    )
     parser.add_argument("--work", type=Path, default=Path("world-training"), help="states, logs and previews")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="default 32 for the unet, 64 for the image encoder")

@@ -70,7 +70,7 @@ def walk_comfy_unet(model: nn.Module) -> ModelLayout | None:
 
 
 def _transformers(block: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in block.named_modules(prefix):
+    for name, module in block.named_modules(prefix=prefix):
         if hasattr(module, "transformer_blocks"):
             yield name, module
 
@@ -88,7 +88,16 @@ def _layout(found: Iterable[tuple[Block, int, int, str, nn.Module]]) -> ModelLay
             if attention is not None:
                 single = len(blocks) == 1
                 rows.append(
-                    (block, number, depth, transformer, level, single, f"{path}.transformer_blocks.{depth}.attn2", attention)
+                    (
+                        block,
+                        number,
+                        depth,
+                        transformer,
+                        level,
+                        single,
+                        f"{path}.transformer_blocks.{depth}.attn2",
+                        attention,
+                    )
                 )
     order: dict[Block, int] = {"input": 0, "output": 1, "middle": 2}
     by_checkpoint = sorted(range(len(rows)), key=lambda i: (order[rows[i][0]], i))

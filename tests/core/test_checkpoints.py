@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, nested, tiny_state
 from torch import Tensor, nn
 
 from ipadapter_core import checkpoints
@@ -25,6 +24,7 @@ from ipadapter_core.errors import (
     InvalidInputError,
     UnknownFormatError,
 )
+from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, nested, tiny_state
 
 FAMILIES = ("base", "plus", "full-face")
 
@@ -339,8 +339,7 @@ def test_other_files_are_refused_by_name(kind: str) -> None:
         message = str(caught.value)
         assert message.startswith("thing.bin: ")
         assert word in message
-        assert next(iter(sorted(state)))[:20] in message or "tensors:" in message
-        assert message.rstrip().endswith(".")
+        assert any(f"{key[:60]} {list(state[key].shape)}" in message for key in state)
 
 
 def test_a_state_without_anything_known_shows_what_it_holds() -> None:
@@ -357,7 +356,9 @@ def test_a_state_without_anything_known_shows_what_it_holds() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("extra", ["image_proj.surprise.weight", "novelty.x", "image_proj.layers.0.2.1.weight"])
 def test_unexpected_groups_and_projector_keys_are_named(family: str, extra: str) -> None:
-    with pytest.raises(UnknownFormatError, match=f"resembles a {family} adapter but has 1 keys.*{extra}"):
+    with pytest.raises(
+        UnknownFormatError, match=f"resembles a {family} adapter but has keys that such a file has not: {extra}"
+    ):
         load_adapter({**tiny_state(family), extra: torch.ones(1)})
 
 
@@ -422,7 +423,7 @@ def test_gaps_are_named() -> None:
     huge = {**state, "ip_adapter.99999.to_k_ip.weight": torch.zeros(8, 32)}
     with pytest.raises(CorruptFileError, match="missing"):
         load_adapter(huge)
-    with pytest.raises(UnknownFormatError, match=r"1 keys that such a file has not: ip_adapter\.1\.to_k_ip\.bias"):
+    with pytest.raises(UnknownFormatError, match=r"keys that such a file has not: ip_adapter\.1\.to_k_ip\.bias"):
         load_adapter({**state, "ip_adapter.1.to_k_ip.bias": torch.zeros(8)})
     plus = {key.replace("layers.1.", "layers.2."): t for key, t in tiny_state("plus").items()}
     with pytest.raises(CorruptFileError, match=r"layers\.1 is missing"):
@@ -442,7 +443,7 @@ def test_a_single_bad_number_is_found_and_named(value: float, dtype: torch.dtype
     for key in ("image_proj.latents", "ip_adapter.3.to_v_ip.weight"):
         state = tiny_state("plus", dtype=dtype)
         state[key].view(-1)[-1] = value
-        with pytest.raises(CorruptFileError, match=rf"1 tensors hold NaN or infinite numbers: {key}"):
+        with pytest.raises(CorruptFileError, match=rf"NaN or infinite numbers in {key}\."):
             load_adapter(state)
         describe_adapter(state)  # does not look at numbers
 

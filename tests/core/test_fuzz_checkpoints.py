@@ -13,12 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from tiny import adapter_shapes, nested, tiny_state
 from torch import Tensor
 
 from ipadapter_core.checkpoints import AdapterWeights, describe_adapter, load_adapter
 from ipadapter_core.checkpoints.format import AdapterSpec
 from ipadapter_core.errors import AdapterError
+from tiny import adapter_shapes, nested, tiny_state
 
 FAMILIES = ("base", "plus", "full-face")
 SIZES = {"depth": 1, "channels": (4, 4), "hidden_dim": 8, "inner_dim": 8, "token_dim": 6, "feature_dim": 5}

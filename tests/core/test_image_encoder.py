@@ -56,7 +56,6 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         projection_dim=20,
         image_size=SIZE,
         patch_size=14,
-        initializer_factor=20.0,  # else a random tower hardly reacts to its picture
     )
     folder = tmp_path_factory.mktemp("clip")
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
@@ -101,7 +100,10 @@ def stripes(h: int, w: int) -> Tensor:
 @pytest.mark.parametrize("ratio", [2, 30])  # 30: past LONGEST_STRIP
 def test_crop_moves_along_the_long_side_only(ratio: int) -> None:
     short, long = 40, 40 * ratio
-    for shape, first, last, across in [((long, short), "top", "bottom", "left"), ((short, long), "left", "right", "top")]:
+    for shape, first, last, across in [
+        ((long, short), "top", "bottom", "left"),
+        ((short, long), "left", "right", "top"),
+    ]:
         image = stripes(*shape)
         level = {
             crop: unnormalise(preprocess(image, fake_encoder(), crop=crop)).mean().item()
@@ -181,7 +183,9 @@ def test_alpha_is_a_mask_and_joins_one() -> None:
 
 def test_grey_is_three_equal_channels() -> None:
     grey = noise(1, 33, 30, 1)
-    assert_close(preprocess(grey, fake_encoder()), preprocess(grey.expand(-1, -1, -1, 3), fake_encoder()), rtol=0, atol=0)
+    assert_close(
+        preprocess(grey, fake_encoder()), preprocess(grey.expand(-1, -1, -1, 3), fake_encoder()), rtol=0, atol=0
+    )
 
 
 def test_half_precision_and_noncontiguous_images() -> None:
@@ -239,7 +243,7 @@ def test_bad_masks_are_told_what_is_wrong(mask: Tensor, words: list[str]) -> Non
 
 
 def test_unknown_crop_is_named() -> None:
-    with pytest.raises(InvalidInputError, match="'middle'.*center, top"):
+    with pytest.raises(InvalidInputError, match=r"'middle'.*center, top"):
         preprocess(torch.zeros(1, 30, 30, 3), fake_encoder(), crop="middle")  # pyright: ignore[reportArgumentType]
 
 

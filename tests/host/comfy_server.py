@@ -84,7 +84,7 @@ class Graph(dict[str, dict[str, Any]]):
 
     def add(self, class_type: str, /, **inputs: Any) -> Node:
         """Append a node; a Node given as input means its first output."""
-        node_id = str(len(self) + 1)
+        node_id = str(max(map(int, self), default=0) + 1)
         links = {name: value[0] if isinstance(value, Node) else value for name, value in inputs.items()}
         self[node_id] = {"class_type": class_type, "inputs": links}
         return Node(node_id)
@@ -271,6 +271,7 @@ class ComfyServer:
         target = self.models(folder) / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # a link whose file is gone
             try:
                 target.symlink_to(file.resolve())
             except OSError:

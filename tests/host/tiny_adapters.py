@@ -22,8 +22,10 @@ Linear = Callable[[int, int], Tensor]  # (rows, columns) -> a random weight
 
 
 def build_adapter(family: str, unet: str, folder: Path, *, seed: int = 0, suffix: str = ".safetensors") -> Path:
-    """Write a `family` ("base", "plus") adapter for UNETS[unet]; .safetensors is flat, .bin the nested pickle."""
+    """A `family` ("base", "plus") adapter for UNETS[unet] in `folder`; .safetensors is flat, .bin the nested pickle."""
     path = folder / f"tiny_{family}_{unet}_s{seed}{suffix}"
+    if path.exists():
+        return path
     folder.mkdir(parents=True, exist_ok=True)
     state = adapter_tensors(family, unet, seed=seed)
     if suffix == ".safetensors":

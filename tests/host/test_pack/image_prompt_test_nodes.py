@@ -8,10 +8,13 @@ import os
 import tempfile
 
 import comfy.clip_vision
+import comfy.samplers
 import folder_paths
 import numpy as np
 import torch
 from comfy.comfy_types import IO
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 VISION = {
     "model_type": "clip_vision_model",
@@ -63,12 +66,13 @@ class TestClipVision:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"seed": SEED}}
+        width = ("INT", {"default": VISION["hidden_size"], "min": 8, "max": 512, "step": 8})
+        return {"required": {"seed": SEED}, "optional": {"hidden_size": width}}
 
-    def make(self, seed):
+    def make(self, seed, hidden_size=VISION["hidden_size"]):
         descriptor, path = tempfile.mkstemp(suffix=".json")  # 0.3.64 takes a file only
         with os.fdopen(descriptor, "w") as file:
-            json.dump(VISION, file)
+            json.dump(VISION | {"hidden_size": hidden_size, "projection_dim": hidden_size * 3 // 4}, file)
         try:
             vision = comfy.clip_vision.ClipVisionModel(path)
         finally:
@@ -119,4 +123,164 @@ class TestSaveTensor:
         return {"ui": {"tensor": [entry]}}
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (TestConditioning, TestClipVision, TestSaveTensor)}
+class TestImage:
+    """Images that no loader gives: not a number, no pixels, no images, values far out of range."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"kind": (["nan", "no pixels", "no images", "0..255", "latent"],)}}
+
+    def make(self, kind):
+        image = torch.full((1, 16, 16, 3), 0.5)
+        if kind == "nan":
+            image[0, 3, 4, 1] = float("nan")
+        made = {"nan": image, "no pixels": image[:, :0], "no images": image[:0], "0..255": image * 255}
+        return (made[kind] if kind in made else image.movedim(-1, 1),)
+
+
+class TestMaskBatch:
+    """Masks of one batch, ``values`` long, each filled with its value."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MASK",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        size = ("INT", {"default": 64, "min": 1, "max": 4096})
+        return {"required": {"values": ("STRING", {"default": "1, 0"}), "width": size, "height": size}}
+
+    def make(self, values, width, height):
+        return (torch.stack([torch.full((height, width), float(v)) for v in values.split(",")]),)
+
+
+class TestHook:
+    """Another pack in the attn2 replace slot of every block: its own text attention times ``factor``.
+
+    ``chain`` calls what is in the slot already, as polite packs do; else it is thrown out, as most do.
+    """
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "factor": ("FLOAT", {"default": 1.0, "min": -8.0, "max": 8.0}),
+                "chain": ("BOOLEAN", {"default": False}),
+                "key_parts": ("INT", {"default": 2, "min": 2, "max": 3}),
+            }
+        }
+
+    def patch(self, model, factor, chain, key_parts):
+        model = model.clone()
+        slots = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
+        blocks = [("middle", 0)] + [(name, i) for name in ("input", "output") for i in range(12)]
+        keys = [(*block, depth) for block in blocks for depth in range(10)] if key_parts == 3 else blocks
+        for key in keys:
+            previous = slots.get(key, slots.get(key[:2])) if chain else None
+
+            def hook(q, k, v, extra_options, previous=previous):
+                if previous is not None:
+                    return previous(q, k, v, extra_options) * factor
+                precision = extra_options["attn_precision"]
+                return optimized_attention(q, k, v, extra_options["n_heads"], attn_precision=precision) * factor
+
+            model.set_model_attn2_replace(hook, *key)
+        return (model,)
+
+
+class TestCondBatch:
+    """How the conditionings reach the model: one call each (as with little memory), or in another order."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "how": (["little memory", "one by one", "negative first"],)}}
+
+    def patch(self, model, how):
+        model = model.clone()
+        if how == "little memory":
+            original = model.model.memory_required
+
+            def memory_required(input_shape, cond_shapes=None, **more):
+                needed = original(input_shape, cond_shapes=cond_shapes or {}, **more)
+                # The sampler asks for the batches it would like with cond_shapes; batches of one always go through.
+                return 1e18 if cond_shapes is not None and input_shape[0] > 1 else needed
+
+            model.add_object_patch("memory_required", memory_required)
+            return (model,)
+
+        def calc(args):
+            conds, rest = args["conds"], (args["input"], args["sigma"], args["model"], args["model_options"])
+            x, sigma, inner, options = rest
+            if how == "negative first":
+                order = list(reversed(range(len(conds))))
+                out = comfy.samplers.calc_cond_batch(inner, [conds[i] for i in order], x, sigma, options)
+                return [out[order.index(i)] for i in range(len(conds))]
+            alone = lambda i: [c if j == i else None for j, c in enumerate(conds)]  # noqa: E731
+            return [comfy.samplers.calc_cond_batch(inner, alone(i), x, sigma, options)[i] for i in range(len(conds))]
+
+        model.set_model_sampler_calc_cond_batch_function(calc)
+        return (model,)
+
+
+class TestCompile:
+    """TorchCompileModel with a backend that runs the traced graph as it is: all of the tracing, none of the compiling."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "backend": (["eager", "aot_eager", "inductor"],)}}
+
+    def patch(self, model, backend):
+        model = model.clone()
+        # ComfyUI's own filter, since 0.4: guards on transformer_options are dropped.
+        keep = lambda guards: ["transformer_options" not in guard.name for guard in guards]  # noqa: E731
+        set_torch_compile_wrapper(model=model, backend=backend, options={"guard_filter_fn": keep})
+        return (model,)
+
+
+class TestSameObject:
+    """Remembers an object under a tag; later says whether it got the same one."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ()
+    FUNCTION = "compare"
+    OUTPUT_NODE = True
+    KEPT: dict = {}  # noqa: RUF012
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (IO.ANY, {}), "tag": ("STRING", {}), "run": SEED}}
+
+    def compare(self, value, tag, run):
+        known = self.KEPT.setdefault(tag, value)
+        return {"ui": {"text": ["same" if known is value and run else "first" if not run else "another"]}}
+
+
+NODES = (
+    TestConditioning,
+    TestClipVision,
+    TestSaveTensor,
+    TestImage,
+    TestMaskBatch,
+    TestHook,
+    TestCondBatch,
+    TestCompile,
+    TestSameObject,
+)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}

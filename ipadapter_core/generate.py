@@ -1,0 +1,196 @@
+"""Headless generation: a diffusers model folder, adapters and reference images to pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from .backends.diffusers import apply_to_pipeline
+from .checkpoints import AdapterWeights
+from .errors import CorruptFileError, InvalidInputError
+from .image_encoder import Crop, TransformersImageEncoder
+from .layouts import layout_of
+from .masks import RegionMask
+from .patch import AdapterPatch, bake, check_adapter
+from .prompt import Combine, Unconditional, encode_image_prompt
+from .schedule import WeightSchedule
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSettings:
+    """How one adapter's references are read and applied."""
+
+    schedule: WeightSchedule = field(default_factory=WeightSchedule)
+    crop: Crop = "center"
+    combine: Combine = "concat"
+    unconditional: Unconditional = "auto"
+    strengths: tuple[float, ...] = ()
+
+
+def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The text-to-image pipeline in a diffusers model folder (SD1.5, SD2, SDXL or the demo world).
+
+    Only local files are read. Raises InvalidInputError if the folder holds no such pipeline.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    if not (Path(folder) / "model_index.json").is_file():
+        raise InvalidInputError(f"{folder} is not a diffusers model folder: it has no model_index.json")
+    logging.set_verbosity_error()
+    try:
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CorruptFileError(f"{folder} cannot be loaded as a diffusers pipeline: {error}") from error
+    for part in ("unet", "vae", "text_encoder"):
+        if getattr(pipeline, part, None) is None:
+            raise InvalidInputError(
+                f"{folder} holds a {type(pipeline).__name__} without {part}; image prompts need an SD1.5, SD2 or SDXL pipeline"
+            )
+    if hasattr(pipeline, "safety_checker"):
+        pipeline.safety_checker = None
+    return pipeline.to(device)
+
+
+def load_image_encoder(
+    model: str | Path, encoder: str | Path | None, adapter: AdapterWeights
+) -> TransformersImageEncoder:
+    """The encoder in ``encoder``, or the one that lies in the model folder; checked against the adapter's needs later."""
+    if encoder is not None:
+        return TransformersImageEncoder.from_pretrained(encoder)
+    if not (Path(model) / "image_encoder" / "config.json").is_file():
+        raise InvalidInputError(
+            f"{model} has no image_encoder folder; pass --image-encoder with the one {adapter.name!r} was trained with "
+            f"({adapter.spec.encoder}, {adapter.spec.feature_dim} wide {adapter.spec.feature})"
+        )
+    return TransformersImageEncoder.from_pretrained(model, subfolder="image_encoder")
+
+
+def read_image(path: str | Path) -> Tensor:
+    """A picture file as ``1 y x 3|4`` in 0..1, upright (EXIF); alpha is kept. Raises InvalidInputError or CorruptFileError."""
+    try:
+        with Image.open(path) as image:
+            upright = cast(Image.Image, ImageOps.exif_transpose(image))
+            mode = "RGBA" if "A" in upright.getbands() or "transparency" in upright.info else "RGB"
+            pixels = np.asarray(upright.convert(mode), dtype=np.float32) / 255
+    except FileNotFoundError:
+        raise InvalidInputError(f"{path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CorruptFileError(f"{path} cannot be read as a picture: {error}") from error
+    return torch.from_numpy(pixels)[None]
+
+
+def read_mask(path: str | Path) -> RegionMask:
+    """A picture file as region mask; white is where the image acts."""
+    return RegionMask.from_tensor(read_image(path)[..., :3].mean(-1))
+
+
+def prepare_patch(
+    pipeline: Any,
+    adapter: AdapterWeights,
+    encoder: TransformersImageEncoder,
+    images: Sequence[Tensor],
+    settings: PromptSettings,
+    mask: RegionMask | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    per_latent: bool = False,
+) -> AdapterPatch:
+    """Encode references and bake them for the pipeline's UNet; every check comes before any computing."""
+    layout = layout_of(pipeline.unet)
+    check_adapter(adapter, layout)
+    settings.schedule.site_weights(layout)
+    prompt = encode_image_prompt(
+        adapter,
+        encoder,
+        images,
+        crop=settings.crop,
+        combine=settings.combine,
+        strengths=settings.strengths or None,
+        unconditional=settings.unconditional,
+        per_latent=per_latent,
+        progress=progress,
+    )
+    return bake(adapter, prompt, layout, settings.schedule, mask)
+
+
+def generate(
+    pipeline: Any,
+    patches: Sequence[AdapterPatch],
+    prompts: Sequence[str],
+    *,
+    negative: str = "",
+    steps: int = 30,
+    guidance: float = 7.5,
+    seeds: Sequence[int],
+    height: int | None = None,
+    width: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """One picture per prompt and seed (same length), ``b y x 3`` in 0..1. The pipeline is as before afterwards."""
+    if len(prompts) != len(seeds) or not seeds:
+        raise InvalidInputError(
+            f"generate() needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds"
+        )
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    def report(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if progress is not None:
+            progress(step + 1, steps)
+        return values
+
+    pipeline.set_progress_bar_config(disable=True)
+    applied = apply_to_pipeline(pipeline, *patches) if patches else None
+    try:
+        out = pipeline(
+            prompt=list(prompts),
+            negative_prompt=[negative] * len(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            height=height,
+            width=width,
+            output_type="pt",
+            callback_on_step_end=report,
+        )
+    finally:
+        if applied is not None:
+            applied.remove()
+    return cast(Tensor, out.images).float().permute(0, 2, 3, 1).clamp(0, 1).cpu()
+
+
+def to_pillow(image: Tensor) -> Image.Image:
+    """``y x 3`` in 0..1 as an 8-bit picture."""
+    return Image.fromarray((image * 255).round().to(torch.uint8).numpy())
+
+
+def save_picture(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+    """Write a PNG with its facts as JSON in the text chunk ``ipadapter``; the file appears whole or not at all."""
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("ipadapter", json.dumps(facts))
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        image.save(unfinished, format="PNG", pnginfo=chunk)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def grid_of(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
+    """Pictures of one size on a white sheet, row by row."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    w, h = images[0].size
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, ((i % columns) * (w + gap), (i // columns) * (h + gap)))
+    return sheet

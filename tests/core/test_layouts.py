@@ -1,0 +1,186 @@
+"""Every cross-attention of SD1.5 and SDXL: checkpoint key, diffusers path, ComfyUI block and transformer index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from ipadapter_core.errors import IncompatibleAdapterError
+from ipadapter_core.layouts import layout_of
+from tiny_models import SD15, SDXL, LdmUNet, tiny_unet
+
+# The published numbering (reference: tencent-ailab/IP-Adapter's released files, diffusers' and ComfyUI's UNets).
+# first key, diffusers block, ComfyUI block and id, channels, transformer index, transformer blocks
+SD15_TABLE = [
+    (1, "down_blocks.0.attentions.0", "input", 1, 320, 0, 1),
+    (3, "down_blocks.0.attentions.1", "input", 2, 320, 1, 1),
+    (5, "down_blocks.1.attentions.0", "input", 4, 640, 2, 1),
+    (7, "down_blocks.1.attentions.1", "input", 5, 640, 3, 1),
+    (9, "down_blocks.2.attentions.0", "input", 7, 1280, 4, 1),
+    (11, "down_blocks.2.attentions.1", "input", 8, 1280, 5, 1),
+    (31, "mid_block.attentions.0", "middle", 0, 1280, 6, 1),
+    (13, "up_blocks.1.attentions.0", "output", 3, 1280, 7, 1),
+    (15, "up_blocks.1.attentions.1", "output", 4, 1280, 8, 1),
+    (17, "up_blocks.1.attentions.2", "output", 5, 1280, 9, 1),
+    (19, "up_blocks.2.attentions.0", "output", 6, 640, 10, 1),
+    (21, "up_blocks.2.attentions.1", "output", 7, 640, 11, 1),
+    (23, "up_blocks.2.attentions.2", "output", 8, 640, 12, 1),
+    (25, "up_blocks.3.attentions.0", "output", 9, 320, 13, 1),
+    (27, "up_blocks.3.attentions.1", "output", 10, 320, 14, 1),
+    (29, "up_blocks.3.attentions.2", "output", 11, 320, 15, 1),
+]
+SDXL_TABLE = [
+    (1, "down_blocks.1.attentions.0", "input", 4, 640, 0, 2),
+    (5, "down_blocks.1.attentions.1", "input", 5, 640, 1, 2),
+    (9, "down_blocks.2.attentions.0", "input", 7, 1280, 2, 10),
+    (29, "down_blocks.2.attentions.1", "input", 8, 1280, 3, 10),
+    (121, "mid_block.attentions.0", "middle", 0, 1280, 4, 10),
+    (49, "up_blocks.0.attentions.0", "output", 0, 1280, 5, 10),
+    (69, "up_blocks.0.attentions.1", "output", 1, 1280, 6, 10),
+    (89, "up_blocks.0.attentions.2", "output", 2, 1280, 7, 10),
+    (109, "up_blocks.1.attentions.0", "output", 3, 640, 8, 2),
+    (113, "up_blocks.1.attentions.1", "output", 4, 640, 9, 2),
+    (117, "up_blocks.1.attentions.2", "output", 5, 640, 10, 2),
+]
+SD15_CONFIG: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
+SD2_CONFIG: dict[str, Any] = {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SDXL_CONFIG: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def full_size(config: dict[str, Any]) -> UNet2DConditionModel:
+    """The real model's shapes without its memory."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**config)
+
+
+@pytest.mark.parametrize(
+    ("config", "table", "name", "sites"),
+    [
+        (SD15_CONFIG, SD15_TABLE, "SD1.5", 16),
+        (SD2_CONFIG, SD15_TABLE, "SD2", 16),
+        (SDXL_CONFIG, SDXL_TABLE, "SDXL", 70),
+    ],
+    ids=["SD1.5", "SD2", "SDXL"],
+)
+def test_numbering_of_the_real_models(config: dict[str, Any], table: list[Any], name: str, sites: int) -> None:
+    layout = layout_of(full_size(config))
+    rows = [
+        (key + 2 * depth, f"{path}.transformer_blocks.{depth}.attn2", block, number, depth, channels, t)
+        for key, path, block, number, channels, t, blocks in table
+        for depth in range(blocks)
+    ]
+    found = [
+        (2 * s.checkpoint_index + 1, s.path, s.block, s.number, s.depth, s.channels, s.transformer)
+        for s in layout.sites
+    ]
+    assert found == rows
+    assert (layout.name, len(layout.sites), layout.transformers) == (name, sites, len(table))
+    assert layout.token_dim == config["cross_attention_dim"]
+    assert sorted(row[0] for row in found) == list(range(1, 2 * sites, 2))
+
+
+def test_key_numbers_are_positions_among_diffusers_processors() -> None:
+    """The rule behind the numbers: position in unet.attn_processors, which lists down, up, middle."""
+    for config in (SD15_CONFIG, SDXL_CONFIG):
+        unet = full_size(config)
+        positions = {name.removesuffix(".processor"): i for i, name in enumerate(unet.attn_processors)}
+        assert all(positions[s.path] == 2 * s.checkpoint_index + 1 for s in layout_of(unet).sites)
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        (SD15_CONFIG, {320: 8, 640: 8, 1280: 8}),
+        (SD2_CONFIG, {320: 5, 640: 10, 1280: 20}),
+        (SDXL_CONFIG, {640: 10, 1280: 20}),
+    ],
+)
+def test_heads_and_levels(config: dict[str, Any], heads: dict[int, int]) -> None:
+    sites = layout_of(full_size(config)).sites
+    assert {site.channels: site.heads for site in sites} == heads
+    first_middle = next(site for site in sites if site.block == "middle")
+    assert first_middle.level == len(config.get("block_out_channels", range(4))) - 1
+    assert {(site.block, site.number): site.level for site in sites if site.number in (1, 4, 8)} == (
+        {("input", 1): 0, ("input", 4): 1, ("input", 8): 2, ("output", 4): 2, ("output", 8): 1}
+        if len(sites) == 16
+        else {("input", 4): 1, ("input", 8): 2, ("output", 1): 2, ("output", 4): 1}
+    )
+
+
+@pytest.mark.parametrize("kind", [SD15, SDXL])
+def test_both_walks_find_the_same_sites(kind: str) -> None:
+    ours, ldm = layout_of(tiny_unet(kind)), layout_of(LdmUNet(kind))
+
+    def facts(site: Any) -> tuple[object, ...]:
+        return (
+            site.block, site.number, site.depth, site.transformer, site.checkpoint_index,
+            site.channels, site.heads, site.level, site.single,
+        )  # fmt: skip
+
+    assert [facts(s) for s in ldm.sites] == [facts(s) for s in ours.sites]
+    assert (ldm.name, ldm.token_dim, ldm.transformers) == (ours.name, ours.token_dim, ours.transformers)
+    assert len({s.path for s in ldm.sites}) == len(ldm.sites)
+
+
+@pytest.mark.parametrize("kind", [SD15, SDXL])
+def test_paths_lead_to_the_attention(kind: str) -> None:
+    for model in (tiny_unet(kind), LdmUNet(kind)):
+        for site in layout_of(model).sites:
+            attention: Any = model.get_submodule(site.path)
+            assert attention.to_k.out_features == site.channels
+            assert attention.heads == site.heads
+
+
+def test_labels() -> None:
+    assert [s.label for s in layout_of(tiny_unet(SD15)).sites][5:8] == ["input 8", "middle 0", "output 3"]
+    assert [s.label for s in layout_of(tiny_unet(SDXL)).sites][:3] == ["input 4.0", "input 4.1", "input 5.0"]
+
+
+def test_an_unusual_unet_is_named_by_its_size() -> None:
+    assert layout_of(tiny_unet("one site")).name == "UNet with 1 sites, width 32"
+
+
+class NotAUNet(nn.Module):
+    """A transformer, as Flux or SD3 is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double_blocks = nn.ModuleList([nn.Linear(2, 2)])
+
+
+def test_other_models_are_refused_with_their_name() -> None:
+    with pytest.raises(IncompatibleAdapterError, match=r"NotAUNet.*SD1\.5"):
+        layout_of(NotAUNet())
+
+
+def test_a_unet_without_cross_attention_is_refused() -> None:
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    with pytest.raises(IncompatibleAdapterError, match="without cross-attention"):
+        layout_of(tiny_unet("one site", **blocks))
+
+
+def test_a_layout_is_a_value() -> None:
+    """Baked keys are looked up by it, and two loads of one model must find the same."""
+    a, b = layout_of(tiny_unet(seed=1)), layout_of(tiny_unet(seed=2))
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != layout_of(tiny_unet(SDXL))

@@ -1,0 +1,267 @@
+"""Baking: keys and values of every site, once per prompt, adapter and layout."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from ipadapter_core.checkpoints import AdapterWeights, load_adapter
+from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
+from ipadapter_core.layouts import layout_of
+from ipadapter_core.patch import COND, UNCOND, AdapterPatch, SiteCall, bake
+from ipadapter_core.prompt import ImagePrompt
+from ipadapter_core.report import describe_fit
+from ipadapter_core.schedule import SiteRule, WeightSchedule
+from ipadapter_core.sites import ModelLayout
+from tiny import SD15_CHANNELS, tiny_state
+from tiny_models import SDXL, TOKEN_DIM, LdmUNet, adapter_state, noise, tiny_adapter, tiny_prompt, tiny_unet
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def layout() -> ModelLayout:
+    return layout_of(tiny_unet())
+
+
+@pytest.fixture
+def adapter(layout: ModelLayout) -> AdapterWeights:
+    return tiny_adapter(layout)
+
+
+@contextmanager
+def linear_calls(adapter: AdapterWeights) -> Iterator[list[object]]:
+    """One entry per call of any Linear layer of the adapter."""
+    calls: list[object] = []
+    layers = [m for m in adapter.module.modules() if isinstance(m, nn.Linear)]
+    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+# --- once ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_site_is_projected_once(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    prompt = tiny_prompt(adapter)
+    with linear_calls(adapter) as calls:
+        patch = bake(adapter, prompt, layout)
+        assert len(calls) == 2 * len(layout.sites), "one K and one V layer per site, both branches at once"
+        calls.clear()
+        again = bake(adapter, prompt, layout, WeightSchedule(0.3, "ease in", end_percent=0.4), torch.ones(8, 8))
+        patch.with_schedule(WeightSchedule(-1, scaling="K+V")).with_mask(torch.ones(8, 8)).with_mask(None)
+        assert calls == []
+    assert all(a.k is b.k and a.v is b.v for a, b in zip(again.sites, patch.sites, strict=True))
+    assert again.schedule.strength == 0.3
+
+
+def test_another_prompt_adapter_or_layout_bakes_anew(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    prompt, second = tiny_prompt(adapter), tiny_prompt(adapter, seed=1)
+    bake(adapter, prompt, layout)
+    with linear_calls(adapter) as calls:
+        bake(adapter, second, layout)
+        bake(adapter, prompt, replace(layout, name="another"))
+        assert len(calls) == 4 * len(layout.sites)
+    other = tiny_adapter(layout, seed=7)
+    assert not torch.equal(bake(other, prompt, layout).sites[0].k, bake(adapter, prompt, layout).sites[0].k)
+
+
+def test_preparation_is_asked_for_only_when_weights_are_used(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    prompt = tiny_prompt(adapter)
+    asked: list[int] = []
+    for _ in range(3):
+        bake(adapter, prompt, layout, prepare=lambda: asked.append(1))
+    assert asked == [1]
+
+
+def test_baked_tensors_die_with_prompt_and_patch(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    prompt = tiny_prompt(adapter)
+    patch = bake(adapter, prompt, layout)
+    k = weakref.ref(patch.sites[0].k)
+    del patch
+    gc.collect()
+    assert k() is not None, "a changed strength would bake again"
+    del prompt
+    gc.collect()
+    assert k() is None
+
+
+# --- what ------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_and_values_are_those_of_the_checkpoint(layout: ModelLayout) -> None:
+    state = adapter_state("base", layout)
+    adapter = load_adapter(state)
+    prompt = tiny_prompt(adapter)
+    for site, baked in zip(layout.sites, bake(adapter, prompt, layout).sites, strict=True):
+        number = 2 * site.checkpoint_index + 1
+        for tokens, branch in ((prompt.uncond, UNCOND), (prompt.cond, COND)):
+            for kind, tensor in (("k", baked.k), ("v", baked.v)):
+                expected = tokens @ state[f"ip_adapter.{number}.to_{kind}_ip.weight"].T
+                heads = expected.reshape(1, -1, site.heads, site.channels // site.heads).movedim(2, 1)
+                assert_close(tensor[branch], heads, **TOLERANCE)
+
+
+def test_patches_are_frozen(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    patch = bake(adapter, tiny_prompt(adapter), layout)
+    with pytest.raises(FrozenInstanceError):
+        patch.schedule = WeightSchedule()  # type: ignore[misc]
+    changed = patch.with_schedule(WeightSchedule(0.2))
+    assert (patch.schedule.strength, changed.schedule.strength) == (1.0, 0.2)
+
+
+def test_no_gradient_is_kept(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    patch = bake(adapter, tiny_prompt(adapter), layout)
+    assert not any(site.k.requires_grad or site.v.requires_grad for site in patch.sites)
+
+
+# --- one call --------------------------------------------------------------------------------------------------------
+
+
+def call(q: Tensor, layout: ModelLayout, *branches: int, percent: float = 0.5) -> SiteCall:
+    return SiteCall(q, layout.sites[0].heads, branches, lambda: percent)
+
+
+def added(patch: AdapterPatch, q: Tensor, *branches: int, site: int = 0) -> Tensor:
+    base = torch.zeros_like(q)
+    return patch.add_to(base, site, call(q, patch.layout, *branches))
+
+
+@pytest.mark.parametrize("branches", [(0, 1), (1, 0), (1,), (0,), (1, 1), (1, 0, 1), (0, 1, 1), (0, 0, 1, 1)])
+def test_any_order_of_branches(adapter: AdapterWeights, layout: ModelLayout, branches: tuple[int, ...]) -> None:
+    patch = bake(adapter, tiny_prompt(adapter), layout)
+    q = noise(2 * len(branches), 9, layout.sites[0].channels)
+    got = added(patch, q, *branches).chunk(len(branches))
+    for chunk, branch, part in zip(q.chunk(len(branches)), branches, got, strict=True):
+        assert_close(part, added(patch, chunk, branch), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "latents", "expected"), [(3, 3, [0, 1, 2]), (3, 2, [0, 1]), (2, 4, [0, 1, 1, 1]), (1, 3, [0, 0, 0])]
+)
+def test_prompts_per_latent(
+    adapter: AdapterWeights, layout: ModelLayout, prompts: int, latents: int, expected: list[int]
+) -> None:
+    """Surplus prompts are left out, missing ones repeat the last."""
+    prompt = tiny_prompt(adapter, latents=prompts)
+    q = noise(2 * latents, 9, layout.sites[0].channels)
+    got = added(bake(adapter, prompt, layout), q, UNCOND, COND)
+    for row in range(2 * latents):
+        cut = slice(expected[row % latents], expected[row % latents] + 1)
+        alone = ImagePrompt(
+            prompt.cond[cut], prompt.uncond[cut], prompt.features, prompt.uncond_features, "a", "e", TOKEN_DIM
+        )
+        branch = row // latents
+        assert_close(got[row : row + 1], added(bake(adapter, alone, layout), q[row : row + 1], branch), **TOLERANCE)
+
+
+def test_a_flipped_site_moves_the_image_to_the_negative(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    """The positive half gets attention over zero tokens, which is zero; the negative half the positive's image."""
+    prompt = tiny_prompt(adapter)
+    precise = bake(adapter, prompt, layout, WeightSchedule(preset="style transfer precise"))
+    plain = bake(adapter, prompt, layout)
+    flipped = [i for i, weight in enumerate(precise.weights) if weight.flipped]
+    assert flipped
+    site = flipped[0]
+    q = noise(2, 9, layout.sites[site].channels)
+    got = added(precise, q, UNCOND, COND, site=site)
+    assert_close(got[1], torch.zeros_like(got[1]), rtol=0, atol=0)
+    assert_close(got[:1], added(plain, q[:1], COND, site=site), **TOLERANCE)
+    kept = next(i for i, weight in enumerate(precise.weights) if weight.weight and not weight.flipped)
+    q = noise(2, 9, layout.sites[kept].channels)
+    assert_close(added(precise, q, UNCOND, COND, site=kept), added(plain, q, UNCOND, COND, site=kept), **TOLERANCE)
+
+
+def test_a_site_without_weight_returns_the_very_tensor(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    schedule = WeightSchedule(site_factors=(SiteRule("input", 0.0),))
+    patch = bake(adapter, tiny_prompt(adapter), layout, schedule)
+    base = q = noise(2, 9, layout.sites[0].channels)
+    assert not patch.active(0)
+    assert patch.add_to(base, 0, call(q, layout, 0, 1)) is base
+    windowed = patch.with_schedule(WeightSchedule(end_percent=0.4))
+    assert windowed.active(0)
+    assert windowed.add_to(base, 0, call(q, layout, 0, 1, percent=0.5)) is base
+
+
+def test_the_progress_is_asked_for_only_by_windows_and_curves(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    def never() -> float:
+        raise AssertionError("a constant schedule asked how far sampling is")
+
+    q = noise(2, 9, layout.sites[0].channels)
+    patch = bake(adapter, tiny_prompt(adapter), layout)
+    patch.add_to(q, 0, SiteCall(q, 2, (0, 1), never))
+    with pytest.raises(AssertionError, match="how far"):
+        patch.with_schedule(WeightSchedule(end_percent=0.4)).add_to(q, 0, SiteCall(q, 2, (0, 1), never))
+
+
+def test_another_dtype_is_converted_once(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    patch = bake(adapter, tiny_prompt(adapter), layout)
+    q = noise(2, 9, layout.sites[0].channels).bfloat16()
+    got = added(patch, q, 0, 1)
+    assert got.dtype == torch.bfloat16
+    assert_close(got.float(), added(patch, q.float(), 0, 1), rtol=0, atol=0.05)
+    assert patch.sites[0].k.dtype == torch.float32
+    first = patch.sites[0].arranged((0, 1), 1, False, q)
+    assert patch.sites[0].arranged((0, 1), 1, False, q) is first
+
+
+def test_a_mask_needs_a_grid(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    patch = bake(adapter, tiny_prompt(adapter), layout, None, torch.ones(8, 8))
+    with pytest.raises(InvalidInputError, match="9 tokens"):
+        added(patch, noise(2, 9, layout.sites[0].channels), 0, 1)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_for_another_base_model_is_named() -> None:
+    sdxl, sd15 = layout_of(tiny_unet(SDXL)), load_adapter(tiny_state(token_dim=768, channels=SD15_CHANNELS))
+    prompt = tiny_prompt(sd15)
+    with pytest.raises(
+        IncompatibleAdapterError, match=r"adapter for SD1\.5 \(16 attention layers, 768 wide\).*70 layers, 32 wide"
+    ):
+        bake(sd15, prompt, sdxl)
+
+
+def test_an_adapter_with_other_channels_is_refused_at_the_layer(layout: ModelLayout) -> None:
+    channels = [site.channels for site in sorted(layout.sites, key=lambda site: site.checkpoint_index)]
+    channels[15] = 24
+    adapter = tiny_adapter(layout, channels=tuple(channels))
+    with pytest.raises(IncompatibleAdapterError, match="24 channels in layer 31, but middle 0"):
+        bake(adapter, tiny_prompt(adapter), layout)
+
+
+def test_a_prompt_of_another_adapter_is_refused(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    wide = replace(layout, token_dim=48)
+    other = tiny_adapter(wide)
+    with pytest.raises(IncompatibleAdapterError, match="48 wide tokens"):
+        bake(adapter, tiny_prompt(other), layout)
+
+
+# --- the report ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_lists_every_site_with_its_weight(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    prompt = tiny_prompt(adapter)
+    patches = [
+        bake(adapter, prompt, layout, WeightSchedule(0.5)),
+        bake(adapter, prompt, layout, WeightSchedule(1, "style transfer precise")),
+    ]
+    lines = describe_fit(adapter, layout, patches).splitlines()
+    assert len(lines) == 2 + len(layout.sites)
+    middle = next(line for line in lines if "middle 0" in line)
+    assert middle.split()[:4] == ["middle", "0", "6", "31"]
+    assert "0.5" in middle
+    assert sum("neg." in line for line in lines) == sum(weight.flipped for weight in patches[1].weights)
+    assert "no image prompt" in describe_fit(adapter, layout, [])
+    with pytest.raises(IncompatibleAdapterError):
+        describe_fit(adapter, layout_of(LdmUNet("small")), [])

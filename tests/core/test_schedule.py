@@ -1,0 +1,292 @@
+"""Weights per spatial transformer of every preset, and what a schedule refuses.
+
+The golden weights are written out from the published semantics (B.2 of the reference: t = transformer index, L = 16 on
+SD1.5 and 11 on SDXL), not from the code: explicit numbers for each transformer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import groupby
+
+import pytest
+
+from ipadapter_core.errors import InvalidInputError
+from ipadapter_core.layouts import layout_of
+from ipadapter_core.schedule import (
+    PRESETS,
+    SiteRule,
+    WeightSchedule,
+    parse_curve,
+    parse_numbers,
+    parse_site_factors,
+)
+from ipadapter_core.sites import CrossAttentionSite, ModelLayout
+from tiny_models import tiny_unet
+
+Golden = dict[int, tuple[float, bool]]
+
+
+def layout(name: str, input_: int, middle: int, output: int) -> ModelLayout:
+    """A layout by its spatial transformers, one site each: presets look at nothing else."""
+    blocks = ["input"] * input_ + ["middle"] * middle + ["output"] * output
+    sites = tuple(
+        CrossAttentionSite(block, t, 0, t, t, 320, 8, 0, True, f"{t}")  # type: ignore[arg-type]
+        for t, block in enumerate(blocks)
+    )
+    return ModelLayout(name, 768, sites)
+
+
+SD15 = layout("SD1.5", 6, 1, 9)
+SDXL = layout("SDXL", 4, 1, 6)
+LENGTH = {"SD1.5": 16, "SDXL": 11}
+INPUT = {"SD1.5": range(6), "SDXL": range(4)}
+MIDDLE = {"SD1.5": 6, "SDXL": 4}
+
+
+def everywhere(name: str, weight: Callable[[int], float]) -> Golden:
+    return {t: (weight(t), False) for t in range(LENGTH[name])}
+
+
+def golden(preset: str, name: str, w: float, wc: float, b: float) -> Golden:
+    """B.2, line by line; a transformer that is missing gets nothing."""
+    L, middle = LENGTH[name], MIDDLE[name]
+    xl = name == "SDXL"
+    sd15_style = (0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15)
+    match preset:
+        case "linear":
+            return everywhere(name, lambda t: w)
+        case "ease in":
+            return everywhere(name, lambda t: w * (0.05 + 0.95 * (1 - t / L)))
+        case "ease out":
+            return everywhere(name, lambda t: w * (0.05 + 0.95 * t / L))
+        case "ease in-out":
+            return everywhere(name, lambda t: w * (0.05 + 0.95 * (1 - abs(t - L / 2) / (L / 2))))
+        case "reverse in-out":
+            return everywhere(name, lambda t: w * (0.05 + 0.95 * (abs(t - L / 2) / (L / 2))))
+        case "weak input":
+            return everywhere(name, lambda t: 0.2 * w if t in INPUT[name] else w)
+        case "weak middle":
+            return everywhere(name, lambda t: 0.2 * w if t == middle else w)
+        case "weak output":
+            return everywhere(name, lambda t: 0.2 * w if t > middle else w)
+        case "strong middle":
+            return everywhere(name, lambda t: w if t == middle else 0.2 * w)
+        case "style transfer":
+            return {6: (w, False)} if xl else dict.fromkeys(sd15_style, (w, False))
+        case "composition":
+            return {3: (w, False)} if xl else {4: (0.25 * w, False), 5: (w, False)}
+        case "strong style transfer":
+            return everywhere(name, lambda t: 0.0 if t in ((3,) if xl else (4, 5)) else w)
+        case "style and composition":
+            if xl:
+                return {3: (wc, False), 6: (w, False)}
+            return dict.fromkeys(sd15_style, (w, False)) | {4: (0.25 * wc, False), 5: (wc, False)}
+        case "strong style and composition":
+            return everywhere(name, lambda t: wc if t in ((3,) if xl else (4, 5)) else w)
+        case "style transfer precise":
+            if xl:
+                return {3: (b, True), 6: (w, False)}
+            return dict.fromkeys(sd15_style, (w, False)) | {4: (0.25 * b, True), 5: (b, True)}
+        case "composition precise":
+            if xl:
+                return dict.fromkeys((0, 1, 2, 4, 5, 7, 8, 9, 10), (0.1 * b, True)) | {3: (w, False), 6: (b, True)}
+            flipped = dict.fromkeys(sd15_style, (b, True)) | dict.fromkeys((6, 7, 8), (0.1 * b, True))
+            return flipped | {4: (0.25 * w, False), 5: (w, False)}
+        case _:
+            raise AssertionError(preset)
+
+
+PUBLIC = (
+    "linear", "ease in", "ease out", "ease in-out", "reverse in-out", "weak input", "weak output", "weak middle",
+    "strong middle", "style transfer", "composition", "strong style transfer", "style and composition",
+    "style transfer precise", "composition precise",
+)  # fmt: skip
+
+
+def test_the_fifteen_public_names_in_their_order() -> None:
+    assert tuple(PRESETS)[:15] == PUBLIC
+    assert tuple(PRESETS)[15:] == ("strong style and composition",)
+
+
+def weights(schedule: WeightSchedule, model: ModelLayout) -> Golden:
+    return {
+        s.transformer: (w.weight, w.flipped) for s, w in zip(model.sites, schedule.site_weights(model), strict=True)
+    }
+
+
+def check(got: Golden, expected: Golden) -> None:
+    for t, (weight, flipped) in got.items():
+        target, target_flipped = expected.get(t, (0.0, False))
+        assert weight == pytest.approx(target, abs=1e-12), f"transformer {t}"
+        if target != 0:
+            assert flipped is target_flipped, f"transformer {t}"
+
+
+@pytest.mark.parametrize("model", [SD15, SDXL], ids=lambda m: m.name)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_golden_weights(preset: str, model: ModelLayout) -> None:
+    check(weights(WeightSchedule(0.8, preset), model), golden(preset, model.name, 0.8, 0.8, 0.8))
+    check(weights(WeightSchedule(-1.5, preset), model), golden(preset, model.name, -1.5, -1.5, -1.5))
+    secondary = WeightSchedule(0.8, preset, composition_strength=0.3, boost=-0.6)
+    check(weights(secondary, model), golden(preset, model.name, 0.8, 0.3, -0.6))
+    none = WeightSchedule(0.8, preset, composition_strength=0.0, boost=0.0)
+    check(weights(none, model), golden(preset, model.name, 0.8, 0.0, 0.0))
+
+
+def test_explicit_numbers() -> None:
+    """A few weights by hand, so that no formula above can be wrong on both sides."""
+    assert weights(WeightSchedule(1.0, "ease in"), SDXL)[10][0] == pytest.approx(0.05 + 0.95 / 11)
+    assert weights(WeightSchedule(1.0, "ease in"), SD15)[0][0] == pytest.approx(1.0)
+    assert weights(WeightSchedule(1.0, "ease out"), SD15)[8][0] == pytest.approx(0.525)
+    assert weights(WeightSchedule(1.0, "ease in-out"), SD15)[8][0] == pytest.approx(1.0)
+    assert weights(WeightSchedule(1.0, "reverse in-out"), SD15)[8][0] == pytest.approx(0.05)
+    assert weights(WeightSchedule(1.0, "composition precise"), SDXL)[6] == (1.0, True)
+    assert weights(WeightSchedule(2.0, "style transfer precise"), SDXL)[3] == (2.0, True)
+
+
+def test_all_blocks_of_a_transformer_share_its_weight() -> None:
+    model = layout_of(tiny_unet("sdxl"))
+    got = WeightSchedule(preset="ease out").site_weights(model)
+    pairs = zip(model.sites, got, strict=True)
+    assert all(len({w for _, w in group}) == 1 for _, group in groupby(pairs, key=lambda pair: pair[0].transformer))
+
+
+def test_an_unknown_unet_composes_where_it_is_coarsest() -> None:
+    model = layout_of(tiny_unet("sd15"))  # SD1.5's topology under another text width
+    acting = {
+        s.level
+        for s, w in zip(model.sites, WeightSchedule(preset="composition").site_weights(model), strict=True)
+        if w.weight
+    }
+    assert acting == {max(s.level for s in model.sites)}
+    styled = {
+        s.level
+        for s, w in zip(model.sites, WeightSchedule(preset="style transfer").site_weights(model), strict=True)
+        if w.weight
+    }
+    assert styled == {s.level for s in model.sites} - acting
+
+
+# --- when --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start", "end", "percent", "factor"), [
+    (0.0, 1.0, 0.0, 1.0), (0.0, 1.0, 1.0, 1.0), (0.2, 0.6, 0.2, 1.0), (0.2, 0.6, 0.6, 1.0), (0.2, 0.6, 0.199, 0.0),
+    (0.2, 0.6, 0.601, 0.0), (0.6, 0.2, 0.4, 0.0), (0.0, 0.0, 0.0, 1.0), (0.0, 0.0, 0.001, 0.0), (1.0, 1.0, 1.0, 1.0),
+])  # fmt: skip
+def test_window(start: float, end: float, percent: float, factor: float) -> None:
+    assert WeightSchedule(start_percent=start, end_percent=end).at(percent) == factor
+
+
+@pytest.mark.parametrize(("percent", "factor"), [
+    (0.0, 2.0), (0.1, 2.0), (0.2, 2.0), (0.3, 1.5), (0.4, 1.0), (0.5, -0.5), (0.6, -0.5), (0.9, -0.5),
+])  # fmt: skip
+def test_curve(percent: float, factor: float) -> None:
+    """Constant before the first and after the last point, linear between, a jump where two points share a percent."""
+    schedule = WeightSchedule(curve=((0.2, 2.0), (0.4, 1.0), (0.4, -0.5), (0.8, -0.5)))
+    assert schedule.at(percent) == pytest.approx(factor)
+
+
+def test_a_curve_acts_within_the_window_only() -> None:
+    schedule = WeightSchedule(start_percent=0.5, curve=((0.0, 1.0), (1.0, 0.0)))
+    assert schedule.at(0.4) == 0.0
+    assert schedule.at(0.75) == pytest.approx(0.25)
+
+
+def test_constant_schedules_need_no_progress() -> None:
+    assert WeightSchedule(0.3, "ease in").constant
+    assert not WeightSchedule(end_percent=0.99).constant
+    assert not WeightSchedule(start_percent=0.01).constant
+    assert not WeightSchedule(curve=((0.0, 1.0),)).constant
+
+
+# --- per-site tables -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "rules"), [
+    ("", ()),
+    ("all: 0.2, output: 1", (SiteRule("all", 0.2), SiteRule("output", 1.0))),
+    ("Input 4: 0\nstyle = -1.2e0 # why\n\n# nothing\n t3 : .5", (SiteRule("input 4", 0.0), SiteRule("style", -1.2), SiteRule("t3", 0.5))),
+    ("input4.1: +2, t 5: 3.", (SiteRule("input 4.1", 2.0), SiteRule("t5", 3.0))),
+])  # fmt: skip
+def test_site_tables_are_read(text: str, rules: tuple[SiteRule, ...]) -> None:
+    assert parse_site_factors(text) == rules
+
+
+@pytest.mark.parametrize(
+    "text", ["input", "input: x", "4: 1", "input 4 1", "all: 1: 2", "all: 1e", "all: nan", "a-b: 1"]
+)
+def test_unreadable_site_tables_are_quoted(text: str) -> None:
+    with pytest.raises(InvalidInputError, match="site table"):
+        parse_site_factors(text)
+
+
+def factors(rules: str, model: ModelLayout, preset: str = "linear") -> dict[str, float]:
+    schedule = WeightSchedule(2.0, preset, site_factors=parse_site_factors(rules))
+    return {s.label: w.weight for s, w in zip(model.sites, schedule.site_weights(model), strict=True)}
+
+
+def test_site_rules_match_blocks_numbers_roles_and_indices() -> None:
+    model = layout_of(tiny_unet("sdxl"))
+    got = factors("all: 0, middle: 0.5, output 1: 1, input 4.1: 3, t0: 4, input 4.0: 1", model)
+    assert got["middle 0.9"] == 1.0
+    assert got["output 1.4"] == 2.0
+    assert (got["input 4.0"], got["input 4.1"]) == (2.0, 8.0)  # later rules win: t0 over input 4.1
+    assert got["output 0.0"] == got["output 2.3"] == got["input 5.0"] == 0.0
+    assert {label for label, weight in factors("all: 0, style: 1", SDXL).items() if weight} == {"output 6"}
+    assert {label for label, weight in factors("all: 0, composition: 1", SDXL).items() if weight} == {"input 3"}
+
+
+def test_site_rules_multiply_the_preset_and_keep_its_flip() -> None:
+    schedule = WeightSchedule(1.0, "composition precise", site_factors=parse_site_factors("output: 0.5"))
+    assert weights(schedule, SDXL)[6] == (0.5, True)
+    assert weights(schedule, SDXL)[3] == (1.0, False)
+
+
+def test_a_rule_that_matches_nothing_is_refused() -> None:
+    for rules in ("input 99: 1", "t16: 1", "outputs: 1", "input 0.5: 1"):
+        with pytest.raises(InvalidInputError, match=r"matches no site of SD1\.5.*t15"):
+            factors(rules, SD15)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "word"), [
+    ({"preset": "strong"}, "ease in-out"),
+    ({"scaling": "Q"}, "V only"),
+    ({"strength": math.nan}, "strength"),
+    ({"start_percent": math.inf}, "start_percent"),
+    ({"curve": ((0.5, 1.0), (0.2, 1.0))}, "rise"),
+    ({"curve": ((-0.1, 1.0),)}, "rise"),
+    ({"curve": ((0.1, math.nan),)}, "finite"),
+])  # fmt: skip
+def test_bad_values_are_refused(options: dict[str, object], word: str) -> None:
+    with pytest.raises(InvalidInputError, match=word):
+        WeightSchedule(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["composition_strength", "boost"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_secondary_strengths_must_be_finite(name: str, value: float) -> None:
+    with pytest.raises(InvalidInputError, match=name):
+        WeightSchedule(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_site_factors_must_be_finite(factor: float) -> None:
+    with pytest.raises(InvalidInputError, match="finite"):
+        WeightSchedule(site_factors=(SiteRule("all", factor),))
+
+
+def test_curves_and_numbers_are_read() -> None:
+    assert parse_curve("0: 1, 0.5: 0.4 # half\n1: 0") == ((0.0, 1.0), (0.5, 0.4), (1.0, 0.0))
+    assert parse_curve(" ") == ()
+    assert parse_numbers("1, 0.5\n-2") == [1.0, 0.5, -2.0]
+    for text in ("0.5", "0: 1: 2", "x: 1", "2: 1", "0: nan"):
+        with pytest.raises(InvalidInputError):
+            parse_curve(text)
+    with pytest.raises(InvalidInputError):
+        parse_numbers("1; 2")

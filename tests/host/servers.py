@@ -1,0 +1,66 @@
+"""Fixtures of every test that needs a running ComfyUI: one server per host and session.
+
+A plugin rather than a conftest, so that tests/host and tests/workflows share the same servers.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from host.comfy_server import ComfyServer, Host, find_hosts
+from host.shrunk import build_checkpoint
+
+HOSTS = find_hosts()
+
+
+@pytest.fixture(scope="session")
+def model_cache() -> Path:
+    """Folder that keeps the generated checkpoints between sessions; $IMAGE_PROMPT_TEST_CACHE moves it."""
+    default = Path(tempfile.gettempdir()) / f"comfyui-image-prompt-models-{os.environ.get('USER', 'tests')}"
+    folder = Path(os.environ.get("IMAGE_PROMPT_TEST_CACHE", default))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", params=HOSTS or [None], ids=lambda host: host.name if host else "no-comfyui")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A running ComfyUI with our pack and the test pack; the test runs once per host found."""
+    host: Host | None = request.param
+    if host is None:
+        pytest.skip("no ComfyUI at $COMFYUI_PATH or ~/comfy/ComfyUI")
+    with ComfyServer(host, tmp_path_factory.mktemp(host.name)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def sd15(server: ComfyServer, model_cache: Path) -> str:
+    """Name of a shrunk SD1.5 checkpoint (real topology, 16 cross-attention layers) on the server."""
+    return server.add_model("checkpoints", build_checkpoint("sd15", model_cache))
+
+
+@pytest.fixture(scope="session")
+def sd15_small(server: ComfyServer, model_cache: Path) -> str:
+    """Name of a smaller SD1.5-class checkpoint (7 cross-attention layers, two resolutions) on the server."""
+    return server.add_model("checkpoints", build_checkpoint("sd15_small", model_cache))
+
+
+@pytest.fixture(scope="session")
+def sdxl_small(server: ComfyServer, model_cache: Path) -> str:
+    """Name of a shrunk SDXL-class checkpoint (Segmind-Vega-like, 16 cross-attention layers) on the server."""
+    return server.add_model("checkpoints", build_checkpoint("sdxl_small", model_cache))
+
+
+@pytest.fixture(scope="session")
+def sdxl(server: ComfyServer, model_cache: Path) -> str:
+    """Name of a shrunk SDXL checkpoint (real topology, 70 cross-attention layers, 570 MB) on the server."""
+    return server.add_model("checkpoints", build_checkpoint("sdxl", model_cache))
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for tiny adapter files; each is built once per session."""
+    return tmp_path_factory.mktemp("adapters")

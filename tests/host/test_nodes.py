@@ -1,0 +1,396 @@
+"""The six nodes in a running ComfyUI: what users see of them, strength, caching, clones, files and errors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host.comfy_server import ComfyServer, ExecutionFailed, GraphRejected, Node
+from host.steering import Steering
+from host.tiny_adapters import adapter_tensors, build_adapter
+from safetensors.torch import save_file
+
+SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE"}
+HOST_TYPES = {"MODEL", "CLIP_VISION", "IMAGE", "MASK", "STRING", "FLOAT", "BOOLEAN", "COMBO"}
+OUTPUTS = {
+    "ImagePromptLoadAdapter": (["IMAGE_PROMPT_ADAPTER"], ["adapter"]),
+    "ImagePromptEncode": (["IMAGE_PROMPT"], ["image_prompt"]),
+    "ImagePromptCombine": (["IMAGE_PROMPT"], ["image_prompt"]),
+    "ImagePromptApply": (["MODEL"], ["model"]),
+    "ImagePromptSchedule": (["IMAGE_PROMPT_SCHEDULE"], ["schedule"]),
+    "ImagePromptInspect": (["STRING"], ["text"]),
+}
+
+
+@pytest.fixture
+def make(server: ComfyServer, sd15_small: str, adapters: Path) -> Callable[..., Steering]:
+    """Starts a graph on the small SD1.5 model."""
+    return lambda **settings: Steering(server, sd15_small, adapters, **settings)
+
+
+# --- what the frontend is told ----------------------------------------------------------------------------------------
+
+
+def test_the_six_nodes_are_there(server: ComfyServer) -> None:
+    nodes = server.pack_nodes()
+    assert set(nodes) == set(OUTPUTS)
+    for name, info in nodes.items():
+        types, names = OUTPUTS[name]
+        assert list(info["output"]) == types
+        assert list(info["output_name"]) == names
+        assert info["category"] == "image prompt"
+        assert info["description"]
+        assert info["output_node"] == (name == "ImagePromptInspect")
+
+
+def test_every_input_explains_itself(server: ComfyServer) -> None:
+    seen = 0
+    for name, info in server.pack_nodes().items():
+        for section in ("required", "optional"):
+            for key, (kind, *rest) in info["input"].get(section, {}).items():
+                assert kind in SOCKETS | HOST_TYPES, f"{name}.{key} has the type {kind}"
+                assert len(rest[0]["tooltip"]) > 15, f"{name}.{key} has no tooltip worth reading"
+                if kind == "FLOAT":
+                    assert rest[0]["min"] <= rest[0]["default"] <= rest[0]["max"], f"{name}.{key}"
+                seen += 1
+    assert seen > 30
+
+
+def test_combos_offer_what_the_core_has(server: ComfyServer) -> None:
+    nodes = server.pack_nodes()
+
+    def options(node: str, key: str) -> list[str]:
+        return nodes[node]["input"]["required"][key][1]["options"]
+
+    presets = options("ImagePromptApply", "preset")
+    assert presets[0] == "linear"
+    assert len(presets) == 16
+    assert {"style transfer", "composition", "style and composition", "style transfer precise"} <= set(presets)
+    assert options("ImagePromptApply", "scaling")[0] == "V only"
+    assert len(options("ImagePromptApply", "scaling")) == 4
+    for node in ("ImagePromptEncode", "ImagePromptCombine"):
+        assert options(node, "combine")[0] == "concat"
+        assert len(options(node, "combine")) == 7
+    assert options("ImagePromptEncode", "unconditional")[0] == "auto"
+    assert options("ImagePromptEncode", "crop")[0] == "center"
+
+
+# --- strength, caching, clones ----------------------------------------------------------------------------------------
+
+
+def test_strength_zero_is_the_plain_model_and_one_is_not(make: Callable[..., Steering]) -> None:
+    s = make()
+    adapter = s.adapter()
+    prompt = s.encode(adapter, s.photo())
+    plain = s.sample(s.model)
+    zero, one, away = (s.sample(s.apply(s.model, adapter, prompt, strength=value)) for value in (0.0, 1.0, -0.5))
+    result = s.run()
+    assert result.sha256(zero) == result.sha256(plain)
+    for node in (one, away):
+        assert np.isfinite(result.tensor(node)).all()
+        assert np.abs(result.tensor(node) - result.tensor(plain)).mean() > 0.01
+    assert result.sha256(one) != result.sha256(away)
+
+
+def test_another_strength_encodes_nothing_again_and_going_back_gives_the_same_bits(
+    server: ComfyServer, make: Callable[..., Steering]
+) -> None:
+    def graph(strength: float) -> tuple[Steering, Node, Node, Node]:
+        s = make()
+        adapter = s.adapter()
+        prompt = s.encode(adapter, s.photo())
+        applied = s.apply(s.model, adapter, prompt, strength=strength)
+        return s, prompt, applied, s.sample(applied)
+
+    s, _, _, saved = graph(0.9)
+    first = s.run().sha256(saved)
+    s, prompt, applied, saved = graph(0.6)
+    changed = s.run()
+    assert prompt.id in changed.cached
+    assert applied.id not in changed.cached
+    assert changed.sha256(saved) != first
+    server.free()
+    s, prompt, _, saved = graph(0.9)
+    again = s.run()
+    assert prompt.id not in again.cached, "answered from the cache: equal bits would prove nothing"
+    assert again.sha256(saved) == first
+
+
+def test_branches_of_one_model_do_not_see_each_other(server: ComfyServer, make: Callable[..., Steering]) -> None:
+    def run(strength_b: float) -> dict[str, tuple[str, np.ndarray]]:
+        s = make()
+        a, b = s.adapter("plus"), s.adapter("base", seed=1)
+        prompt_a, prompt_b = s.encode(a, s.photo(0)), s.encode(b, s.photo(3))
+        with_a = s.apply(s.model, a, prompt_a, strength=0.8)
+        with_b = s.apply(s.model, b, prompt_b, strength=strength_b)
+        models = {
+            "A+B": s.apply(with_a, b, prompt_b, strength=strength_b),
+            "B+A": s.apply(with_b, a, prompt_a, strength=0.8),
+            "A": with_a,
+            "plain": s.model,
+        }
+        saved = {name: s.sample(model) for name, model in models.items()}
+        result = s.run()
+        return {name: (result.sha256(node), result.tensor(node)) for name, node in saved.items()}
+
+    alone = make()
+    saved = alone.sample(alone.model)
+    plain = alone.run().sha256(saved)
+    server.free()
+    first = run(0.7)
+    assert first["plain"][0] == plain
+    assert len({digest for digest, _ in first.values()} | {first["A+B"][0]}) >= 3
+    # Two additions in another order: only rounding may differ.
+    np.testing.assert_allclose(first["A+B"][1], first["B+A"][1], rtol=0, atol=1e-3)
+    assert np.abs(first["A+B"][1] - first["A"][1]).mean() > 0.01
+
+    server.free()
+    second = run(-0.4)
+    assert (second["A"][0], second["plain"][0]) == (first["A"][0], plain)
+    assert np.abs(second["A+B"][1] - first["A+B"][1]).mean() > 0.01
+
+
+def test_combining_prompts_equals_encoding_them_together(make: Callable[..., Steering]) -> None:
+    s = make()
+    adapter = s.adapter()
+    photos = [s.photo(0), s.photo(1)]
+    both = s.graph.add("ImageBatch", image1=photos[0], image2=photos[1])
+    together = s.encode(adapter, both, strengths="1, 0.5")
+    strengths = {f"strength_{i}": value for i, value in enumerate((1.0, 0.5, 1.0, 1.0, 1.0), 1)}
+    combined = s.graph.add(
+        "ImagePromptCombine",
+        adapter=adapter,
+        combine="concat",
+        prompt_1=s.encode(adapter, photos[0]),
+        prompt_3=s.encode(adapter, photos[1]),
+        **(strengths | {"strength_2": 3.0, "strength_3": 0.5}),
+    )
+    saved = [s.sample(s.apply(s.model, adapter, prompt)) for prompt in (together, combined)]
+    result = s.run()
+    np.testing.assert_allclose(*(result.tensor(node) for node in saved), rtol=0, atol=1e-3)
+
+
+def test_inspect_lists_every_site_with_its_weight(server: ComfyServer, sd15: str, adapters: Path) -> None:
+    s = Steering(server, sd15, adapters, unet="sd15")
+    adapter = s.adapter()
+    model = s.apply(s.model, adapter, s.encode(adapter, s.photo()), strength=0.7)
+    alone = s.graph.add("ImagePromptInspect", adapter=adapter)
+    fitted = s.graph.add("ImagePromptInspect", adapter=adapter, model=model)
+    result = s.run()
+    (about,), (text,) = result.text(alone), result.text(fitted)
+    assert "plus" in about
+    assert "SD1.5" in about
+    assert text.startswith(about)
+    rows = [line for line in text.splitlines() if line.split()[:1] and line.split()[0] in ("input", "middle", "output")]
+    assert len(rows) == 16
+    assert all(row.endswith("0.7") for row in rows), "every site, the middle block included, has the strength"
+    assert sum("middle" in row for row in rows) == 1
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_copy_per_file_whoever_loads_it(server: ComfyServer, make: Callable[..., Steering]) -> None:
+    def load(seed: int, run: int) -> str:
+        s = make()
+        node = s.graph.add("TestSameObject", value=s.adapter("base", seed=seed), tag="copies", run=run)
+        return s.run().text(node)[0]
+
+    assert load(3, 0) == "first"
+    server.free()  # the Load node runs again, while the first copy is still in use elsewhere
+    assert load(3, 1) == "same"
+    assert load(4, 2) == "another"
+
+
+def test_a_changed_file_is_read_again(server: ComfyServer, make: Callable[..., Steering], adapters: Path) -> None:
+    file = server.models("ipadapter") / "changing.safetensors"
+
+    def run(seed: int) -> str:
+        shutil.copy(build_adapter("base", "sd15_small", adapters, seed=seed), file)
+        s = make()
+        adapter = s.graph.add("ImagePromptLoadAdapter", file=file.name)
+        saved = s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo())))
+        return s.run().sha256(saved)
+
+    assert run(5) != run(6)
+
+
+def test_trained_output_is_found(server: ComfyServer, make: Callable[..., Steering], adapters: Path) -> None:
+    trained = server.base / "output" / "ipadapter" / "my run" / "step_100.safetensors"
+    trained.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(build_adapter("base", "sd15_small", adapters), trained)
+    options = server.object_info("ImagePromptLoadAdapter")["input"]["required"]["file"][1]["options"]
+    name = str(Path("my run") / "step_100.safetensors")
+    assert name in options
+    s = make()
+    node = s.graph.add("ImagePromptInspect", adapter=s.graph.add("ImagePromptLoadAdapter", file=name))
+    assert "step_100.safetensors" in s.run().text(node)[0]
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("this must never be printed",)
+
+
+def write_lora(path: Path) -> None:
+    save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.ones(4, 2)}, path)
+
+
+def write_truncated(path: Path) -> None:
+    save_file(adapter_tensors("base", "sd15_small"), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_nan(path: Path) -> None:
+    state = adapter_tensors("base", "sd15_small")
+    state["ip_adapter.3.to_k_ip.weight"][1, 2] = float("nan")
+    save_file(state, path)
+
+
+def write_code(path: Path) -> None:
+    torch.save({"image_proj": {"proj.weight": RunsCode()}}, path)
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "lora.safetensors": (write_lora, "LoRA"),
+    "truncated.safetensors": (write_truncated, "truncated"),
+    "nan.safetensors": (write_nan, "NaN"),
+    "code.bin": (write_code, "carries code"),
+    "empty.safetensors": (lambda path: path.write_bytes(b"") and None, "empty"),
+}
+
+
+def check_message(failure: pytest.ExceptionInfo[ExecutionFailed], expected: str) -> None:
+    """One of ours: a type of this pack, the expected words, and no more than a short paragraph."""
+    error = failure.value
+    assert error.exception_type.split(".")[-1] in {
+        "UnknownFormatError", "UnsafeFileError", "CorruptFileError", "IncompatibleAdapterError",
+        "IncompatibleEncoderError", "InvalidInputError",
+    }, f"{error.exception_type}: {error.message}\n{error.traceback}"  # fmt: skip
+    assert expected.lower() in error.message.lower()
+    assert len(error.message) < 600
+    assert "\n" not in error.message
+
+
+def check_still_works(make: Callable[..., Steering]) -> None:
+    s = make(steps=1)
+    adapter = s.adapter("base")
+    saved = s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo())))
+    assert np.isfinite(s.run().tensor(saved)).all()
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused_in_one_sentence(server: ComfyServer, make: Callable[..., Steering], name: str) -> None:
+    write, expected = BAD_FILES[name]
+    path = server.models("ipadapter") / name
+    write(path)
+    before = path.read_bytes()
+    s = make()
+    s.graph.add("ImagePromptInspect", adapter=s.graph.add("ImagePromptLoadAdapter", file=name))
+    with pytest.raises(ExecutionFailed) as failure:
+        s.run()
+    check_message(failure, expected)
+    assert name in failure.value.message
+    assert path.read_bytes() == before
+    assert "this must never be printed" not in server.log
+    check_still_works(make)
+
+
+def wrong_model(s: Steering) -> None:
+    sdxl_file = build_adapter("base", "sdxl_small", s.folder)
+    adapter = s.graph.add("ImagePromptLoadAdapter", file=s.server.add_model("ipadapter", sdxl_file))
+    s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo())))
+
+
+def wrong_vision(s: Steering) -> None:
+    s.vision = s.graph.add("TestClipVision", seed=0, hidden_size=64)
+    adapter = s.adapter()
+    s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo())))
+
+
+def other_adapters_prompt(s: Steering) -> None:
+    sdxl_file = build_adapter("base", "sdxl_small", s.folder)
+    other = s.graph.add("ImagePromptLoadAdapter", file=s.server.add_model("ipadapter", sdxl_file))
+    s.sample(s.apply(s.model, s.adapter(), s.encode(other, s.photo())))
+
+
+def bad_image(kind: str) -> Callable[[Steering], None]:
+    def build(s: Steering) -> None:
+        adapter = s.adapter()
+        s.sample(s.apply(s.model, adapter, s.encode(adapter, s.graph.add("TestImage", kind=kind))))
+
+    return build
+
+
+def reference_mask_of_another_size(s: Steering) -> None:
+    adapter = s.adapter()
+    mask = s.graph.add("SolidMask", value=1.0, width=32, height=64)
+    s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo(), mask=mask)))
+
+
+def unreadable(**settings: Any) -> Callable[[Steering], None]:
+    def build(s: Steering) -> None:
+        adapter = s.adapter()
+        prompt = s.encode(adapter, s.photo())
+        s.sample(s.apply(s.model, adapter, prompt, schedule=s.schedule(**settings)))
+
+    return build
+
+
+def two_strengths_for_one_image(s: Steering) -> None:
+    adapter = s.adapter()
+    s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo(), strengths="1, 2")))
+
+
+def two_encoders(s: Steering) -> None:
+    adapter = s.adapter("base")
+    first = s.encode(adapter, s.photo())
+    s.vision = s.graph.add("TestClipVision", seed=0, hidden_size=64)
+    strengths = {f"strength_{i}": 1.0 for i in range(1, 6)}
+    inputs = {"combine": "average", "prompt_1": first, "prompt_2": s.encode(adapter, s.photo(1))}
+    s.sample(s.apply(s.model, adapter, s.graph.add("ImagePromptCombine", adapter=adapter, **inputs, **strengths)))
+
+
+MISTAKES: dict[str, tuple[Callable[[Steering], None], str]] = {
+    "adapter for another model": (wrong_model, "adapter for"),
+    "wrong image encoder": (wrong_vision, "hidden states of width 32"),
+    "prompt of another adapter": (other_adapters_prompt, "encode the image with the adapter that you apply"),
+    "NaN image": (bad_image("nan"), "NaN"),
+    "image without pixels": (bad_image("no pixels"), "no pixels"),
+    "no images": (bad_image("no images"), "empty"),
+    "image in 0..255": (bad_image("0..255"), "0..1"),
+    "channels first": (bad_image("latent"), "channels"),
+    "reference mask of another size": (reference_mask_of_another_size, "32x64"),
+    "unreadable curve": (unreadable(curve="up, then down"), "cannot read"),
+    "unreadable site table": (unreadable(sites="somewhere"), "cannot read"),
+    "site that is not there": (unreadable(sites="input 99: 1"), "matches no site"),
+    "strength for no image": (two_strengths_for_one_image, "strengths"),
+    "prompts of two encoders": (two_encoders, "encoder"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_sentence_and_the_next_graph_runs(make: Callable[..., Steering], mistake: str) -> None:
+    build, expected = MISTAKES[mistake]
+    s = make()
+    build(s)
+    with pytest.raises(ExecutionFailed) as failure:
+        s.run()
+    check_message(failure, expected)
+    check_still_works(make)
+
+
+def test_values_out_of_range_are_rejected_before_anything_runs(make: Callable[..., Steering]) -> None:
+    s = make()
+    adapter = s.adapter()
+    s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo()), start=1.5))
+    with pytest.raises(GraphRejected, match="value_bigger_than_max"):
+        s.run()
