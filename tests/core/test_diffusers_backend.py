@@ -499,7 +499,7 @@ def test_key_numbers_equal_released_files(kind: str) -> None:
     unet, modules = trainable(kind)
     state = ip_adapter_keys(adapter_state("base", layout_of(unet)))
     assert {k: v.shape for k, v in modules.state_dict().items()} == {k: v.shape for k, v in state.items()}
-    assert list(state)[0] == "1.to_k_ip.weight"
+    assert next(iter(state)) == "1.to_k_ip.weight"
     assert len(state) == 2 * {SD15: 16, SDXL: 70}[kind]
 
 
