@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -190,9 +189,3 @@ def apply_to_pipeline(pipeline: Any, *patches: AdapterPatch) -> AppliedAdapters:
         return ("uncond", "cond") if pipeline.do_classifier_free_guidance else ("cond",)
 
     return apply(pipeline.unet, *patches, branches=branches)
-
-
-def unet_dtype_and_device(unet: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Where and in which precision image K/V of this UNet are wanted."""
-    parameter = next(unet.parameters())
-    return parameter.dtype, parameter.device

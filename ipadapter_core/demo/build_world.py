@@ -60,7 +60,9 @@ def write_references(pictures: Pictures, folder: Path) -> None:
 def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="the --work folder of train_world")
-    parser.add_argument("--pictures", type=Path, required=True, help="node_modules folder with the three emoji packages")
+    parser.add_argument(
+        "--pictures", type=Path, required=True, help="node_modules folder with the three emoji packages"
+    )
     parser.add_argument("--out", type=Path, default=FOLDER)
     args = parser.parse_args(argv if argv is None else list(argv))
     torch.set_grad_enabled(False)

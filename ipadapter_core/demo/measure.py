@@ -44,7 +44,8 @@ class Figures:
         for s in sorted({*self.similarity, *self.text_background}):
             cells = [self.similarity.get(s), self.retrieval.get(s), self.text_background.get(s)]
             lines.append(
-                f"{s:<10}" + "".join(f"{'-' if c is None else f'{c:.2f}':>{w}}" for c, w in zip(cells, (12, 14, 18), strict=True))
+                f"{s:<10}"
+                + "".join(f"{'-' if c is None else f'{c:.2f}':>{w}}" for c, w in zip(cells, (12, 14, 18), strict=True))
             )
         ratio = self.inside_change / max(self.outside_change, 1e-9)
         lines.append(
@@ -78,7 +79,15 @@ def measure(
 
     def draw(schedule: WeightSchedule, prompts: Sequence[str], mask: Tensor | None = None) -> Tensor:
         pictures = [
-            world.draw(family, references.images, schedule, prompts, seeds=[seed * 1000 + i for i in range(len(prompts))], steps=steps, mask=mask)
+            world.draw(
+                family,
+                references.images,
+                schedule,
+                prompts,
+                seeds=[seed * 1000 + i for i in range(len(prompts))],
+                steps=steps,
+                mask=mask,
+            )
             for seed in seeds
         ]
         tick()
@@ -113,5 +122,3 @@ def contradicting_backgrounds(backgrounds: Sequence[str]) -> list[str]:
     """For each reference another named colour than its own, going round the colours."""
     names = list(BACKGROUNDS)
     return [names[(names.index(b) + 3 + i % (len(names) - 4)) % len(names)] for i, b in enumerate(backgrounds)]
-
-

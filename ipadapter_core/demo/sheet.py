@@ -75,7 +75,9 @@ def draw_sheet(world: World, family: str, steps: int, progress: object = None) -
     seeds = list(range(100, 100 + ROWS))
     drawn: list[tuple[str, Tensor]] = [("reference\n(never trained)", references.images)]
     for i, (label, schedule, prompts, mask) in enumerate(columns):
-        drawn.append((label, world.draw(family, references.images, schedule, prompts, seeds=seeds, steps=steps, mask=mask)))
+        drawn.append(
+            (label, world.draw(family, references.images, schedule, prompts, seeds=seeds, steps=steps, mask=mask))
+        )
         if callable(progress):
             progress(i + 1, len(columns))
     return compose(drawn, [name.rsplit(".", 1)[0] for name in references.names], wanted)

@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def fit(
     folder: Path,
     preview: Callable[[nn.Module, int], None] | None = None,
     every: int = 500,
-    ema_decay: float = 0.999,
+    ema_decay: float = 0.995,
 ) -> nn.Module:
     """Minimise ``loss(step)`` over ``modules`` with AdamW, warm-up and cosine decay; returns the averaged weights.
 
@@ -67,11 +68,12 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1.0)) + 1e-3)
     )
-    ema = torch.optim.swa_utils.AveragedModel(
-        modules,
-        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay),
-        use_buffers=False,
-    )
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+        n = int(count)  # short runs would never forget their first weights at the full decay
+        return averaged.lerp(current, 1 - min(ema_decay, (1 + n) / (10 + n)))
+
+    ema = torch.optim.swa_utils.AveragedModel(modules, avg_fn=cast(Any, average), use_buffers=False)
     state_file, log_file = folder / f"{name}.pt", folder / f"{name}.jsonl"
     start = 0
     if state_file.is_file():

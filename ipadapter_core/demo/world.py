@@ -76,7 +76,9 @@ class World:
 def load_world(folder: Path = FOLDER) -> World:
     """Load everything from disk through the ordinary public loaders."""
     if not (folder / "model_index.json").is_file():
-        raise InvalidInputError(f"the demo world is missing from {folder}; reinstall the package or clone the repository whole")
+        raise InvalidInputError(
+            f"the demo world is missing from {folder}; reinstall the package or clone the repository whole"
+        )
     pipeline = load_pipeline(folder)
     adapters = {
         family: load_adapter(folder / "adapters" / f"ip-adapter-{family}.safetensors", dtype=torch.float32)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from host.comfy_server import ComfyServer, Host, find_hosts
 from host.shrunk import build_checkpoint
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from host.comfy_server import ComfyServer, Graph, Link, Node, Result
 from host.shrunk import UNETS
 from host.tiny_adapters import build_adapter
-from PIL import Image
 
 PHOTO = Path(__file__).parent / "photo.jpg"
 APPLY = {"strength": 1.0, "preset": "linear", "scaling": "V only", "start": 0.0, "end": 1.0}
@@ -36,9 +37,7 @@ class Steering:
         self.model = self.graph.add("CheckpointLoaderSimple", ckpt_name=self.checkpoint)
         self.vision = self.graph.add("TestClipVision", seed=0)
         self.positive, self.negative, self.other_text = (self.text(seed) for seed in (1, 2, 3))
-        self.latent = self.graph.add(
-            "EmptyLatentImage", width=self.width, height=self.height, batch_size=self.batch
-        )
+        self.latent = self.graph.add("EmptyLatentImage", width=self.width, height=self.height, batch_size=self.batch)
 
     def text(self, seed: int) -> Node:
         """Conditioning, a different one for every seed."""
@@ -62,7 +61,9 @@ class Steering:
         return self.graph.add("ImagePromptEncode", **inputs)
 
     def apply(self, model: Input, adapter: Input, prompt: Input, **settings: Any) -> Node:
-        return self.graph.add("ImagePromptApply", model=model, adapter=adapter, image_prompt=prompt, **(APPLY | settings))
+        return self.graph.add(
+            "ImagePromptApply", model=model, adapter=adapter, image_prompt=prompt, **(APPLY | settings)
+        )
 
     def schedule(self, curve: str = "", sites: str = "") -> Node:
         settings = {"separate_composition": False, "composition_strength": 1.0, "boost": 1.0}
@@ -73,9 +74,7 @@ class Steering:
         width, height = width or self.width, height or self.height
         whole = self.graph.add("SolidMask", value=right, width=width, height=height)
         half = self.graph.add("SolidMask", value=0.0, width=width // 2, height=height)
-        hole = self.graph.add(
-            "MaskComposite", destination=whole, source=half, x=0, y=0, operation="multiply"
-        )
+        hole = self.graph.add("MaskComposite", destination=whole, source=half, x=0, y=0, operation="multiply")
         fill = self.graph.add("SolidMask", value=left, width=width // 2, height=height)
         return self.graph.add("MaskComposite", destination=hole, source=fill, x=0, y=0, operation="add")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from host.comfy_server import ComfyServer, ExecutionFailed, ExecutionInterrupted, Graph, GraphRejected, Node, Result
 from host.shrunk import UNETS, build_checkpoint, cross_attention_widths, unet_shapes
 from host.tiny_adapters import adapter_tensors, build_adapter

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from host.comfy_server import ComfyServer, ExecutionFailed, GraphRejected, Node
 from host.steering import Steering
 from host.tiny_adapters import adapter_tensors, build_adapter
-from safetensors.torch import save_file
 
 SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE"}
 HOST_TYPES = {"MODEL", "CLIP_VISION", "IMAGE", "MASK", "STRING", "FLOAT", "BOOLEAN", "COMBO"}

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from host.comfy_server import ComfyServer, ExecutionInterrupted, Link, Node, Result
 from host.steering import Steering
-from safetensors.torch import save_file
 
 ROUNDING = 2e-4
 """Latents are about 5 in size; sums in another order differ in the last float32 bits, and sampling multiplies that."""
@@ -213,7 +214,9 @@ def test_dual_cfg_and_perp_neg_treat_the_negative_as_negative(scene: Callable[..
 
     def dual(middle: Node) -> Node:
         inputs = {"cond1": s.positive, "cond2": middle, "negative": s.negative}
-        return s.graph.add("DualCFGGuider", model=model, cfg_conds=2.0, cfg_cond2_negative=3.0, style="regular", **inputs)
+        return s.graph.add(
+            "DualCFGGuider", model=model, cfg_conds=2.0, cfg_cond2_negative=3.0, style="regular", **inputs
+        )
 
     texts = {"positive": s.positive, "negative": s.other_text, "empty_conditioning": s.negative}
     perp = s.graph.add("PerpNegGuider", model=model, cfg=3.0, neg_scale=0.0, **texts)
@@ -346,9 +349,7 @@ def test_other_packs_in_the_same_slots(scene: Callable[..., Scene], key_parts: i
     c.assert_equal("twice", "halved_half")
 
 
-def test_two_part_hooks_on_a_model_with_deep_transformers(
-    server: ComfyServer, sdxl_small: str, adapters: Path
-) -> None:
+def test_two_part_hooks_on_a_model_with_deep_transformers(server: ComfyServer, sdxl_small: str, adapters: Path) -> None:
     """SDXL: another pack sets one hook for all transformer blocks of a layer, ours sits in each of them."""
     s = Scene(server, sdxl_small, adapters, unet="sdxl_small")
     hook = {"factor": 0.5, "chain": False, "key_parts": 2}
@@ -417,9 +418,7 @@ def test_every_block_is_reached(server: ComfyServer, sd15: str, adapters: Path) 
     s = Scene(server, sd15, adapters, unet="sd15")
     parts = {p: s.schedule(sites=f"all: 0, {p}: 1") for p in ("middle", "input", "output")}
     sampled = {name: s.sample(s.steered(schedule=schedule)) for name, schedule in parts.items()}
-    c = s.compare(
-        plain=s.sample(s.model), none=s.sample(s.steered(schedule=s.schedule(sites="all: 0"))), **sampled
-    )
+    c = s.compare(plain=s.sample(s.model), none=s.sample(s.steered(schedule=s.schedule(sites="all: 0"))), **sampled)
     assert c.same_bits("none", "plain")
     for a, b in (("middle", "plain"), ("input", "plain"), ("output", "plain"), ("input", "output")):
         assert c.apart(a, b) > 1e-3, f"{a} is {b}"
@@ -428,9 +427,7 @@ def test_every_block_is_reached(server: ComfyServer, sd15: str, adapters: Path) 
 def test_style_and_composition_presets_differ_on_sdxl(server: ComfyServer, sdxl: str, adapters: Path) -> None:
     s = Scene(server, sdxl, adapters, unet="sdxl", steps=1, width=32, height=32)
     presets = {"style": "style transfer", "composition": "composition", "precise": "style transfer precise"}
-    c = s.compare(
-        plain=s.sample(s.model), **{k: s.sample(s.steered(preset=preset)) for k, preset in presets.items()}
-    )
+    c = s.compare(plain=s.sample(s.model), **{k: s.sample(s.steered(preset=preset)) for k, preset in presets.items()})
     names = ["plain", *presets]
     for i, a in enumerate(names):
         for b in names[i + 1 :]:

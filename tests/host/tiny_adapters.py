@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from host.shrunk import UNETS, cross_attention_widths
 from safetensors.torch import save_file
 from torch import Tensor
+
+from host.shrunk import UNETS, cross_attention_widths
 
 VISION_HIDDEN, VISION_PROJECTION = 32, 24  # TestClipVision
 BASE_TOKENS = 4

@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from host.comfy_server import REPOSITORY, ComfyServer, Graph, Result
 from host.shrunk import UNETS, build_checkpoint
 from host.tiny_adapters import build_adapter
-from PIL import Image
-
 from workflows.graph import ALWAYS, FRONTEND_ONLY, Workflow, WorkflowError, to_prompt
 
 # SDXL last: the server keeps a checkpoint only as long as the next prompt uses it
-FILES = sorted((REPOSITORY / "workflows").glob("*.json"), key=lambda file: ("sd_xl" in file.read_text("utf-8"), file.stem))
+FILES = sorted(
+    (REPOSITORY / "workflows").glob("*.json"), key=lambda file: ("sd_xl" in file.read_text("utf-8"), file.stem)
+)
 PHOTO = Path(__file__).parents[1] / "host" / "photo.jpg"
 SIDE = 64
 STEPS = 2
@@ -34,8 +36,6 @@ IMAGES = {"batch": 3, "inspect_adapter": 0}  # others make one
 
 def load(file: Path) -> Workflow:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
 
 
 class Shrunk:
@@ -56,9 +56,7 @@ class Shrunk:
             kind, inputs = node["class_type"], node["inputs"]
             match kind:
                 case "CheckpointLoaderSimple":
-                    inputs["ckpt_name"] = self.server.add_model(
-                        "checkpoints", build_checkpoint(self.unet, self.models)
-                    )
+                    inputs["ckpt_name"] = self.server.add_model("checkpoints", build_checkpoint(self.unet, self.models))
                 case "ImagePromptLoadAdapter":
                     assert (inputs["file"].find("sdxl") >= 0) == (self.unet == "sdxl"), "adapter of another base model"
                     family = "plus" if "plus" in inputs["file"] else "base"
@@ -152,7 +150,10 @@ def test_workflow_is_tidy(file: Path) -> None:
         n["id"]
         for n in nodes
         for x, y, w, h in (g["bounding"] for g in workflow["groups"])
-        if x <= n["pos"][0] and y <= n["pos"][1] and n["pos"][0] + n["size"][0] <= x + w and n["pos"][1] + n["size"][1] <= y + h
+        if x <= n["pos"][0]
+        and y <= n["pos"][1]
+        and n["pos"][0] + n["size"][0] <= x + w
+        and n["pos"][1] + n["size"][1] <= y + h
     }
     assert inside == set(boxes), "nodes outside every group"
     ids = [link[0] for link in workflow["links"]]

@@ -1,0 +1,171 @@
+"""The command: files in, pictures and facts out; every mistake one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ipadapter_core.cli import main
+from ipadapter_core.demo.pictures import Pictures
+from ipadapter_core.demo.train_world import build_scheduler, train_tokenizer
+from ipadapter_core.layouts import layout_of
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers pipeline folder of random weights, 32-pixel pictures, with an image encoder."""
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(Pictures(torch.zeros(1, 4, 8, 8), ("cat",), ("noto",), torch.tensor([False])))
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=24,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    vae.register_to_config(block_out_channels=(8, 8))
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, image_encoder=CLIPVisionModelWithProjection(vision), requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    channels = [site.channels for site in sorted(layout_of(unet).sites, key=lambda site: site.checkpoint_index)]
+    from safetensors.torch import save_file
+
+    from tiny import tiny_state
+
+    state = tiny_state("base", token_dim=32, channels=tuple(channels), feature_dim=24)
+    save_file({key: value.contiguous() for key, value in state.items()}, str(folder / "adapter.safetensors"))
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(folder / "a.png")
+    Image.fromarray(rng.integers(0, 255, (30, 50), dtype=np.uint8)).save(folder / "grey.png")
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[:, 16:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+def run(folder: Path, out: Path, *more: str) -> int:
+    return main(
+        [
+            "generate",
+            "--model",
+            str(folder),
+            "--out",
+            str(out),
+            "--steps",
+            "2",
+            "--batch",
+            "2",
+            "--prompt",
+            "a cat",
+            *more,
+        ]
+    )
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_generate_writes_pictures_grid_and_facts(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = str(model_folder / "adapter.safetensors")
+    images = [str(model_folder / "a.png"), str(model_folder / "grey.png")]
+    assert (
+        run(model_folder, tmp_path, "--adapter", adapter, "--image", *images, "--image-strengths", "1,0.5", "--json")
+        == 0
+    )
+    facts = json.loads(capsys.readouterr().out)
+    assert [Path(file).name for file in facts["files"]] == ["seed-000000.png", "seed-000001.png"]
+    first = Image.open(facts["files"][0])
+    assert first.size == (32, 32)
+    assert json.loads(first.text["ipadapter"])["seed"] == 0
+    assert json.loads((tmp_path / "facts.json").read_text()) == facts
+    assert Image.open(tmp_path / "grid.png").size == (68, 32)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_strength_zero_is_no_image_and_strength_one_is_not(model_folder: Path, tmp_path: Path) -> None:
+    image = ["--adapter", str(model_folder / "adapter.safetensors"), "--image", str(model_folder / "a.png")]
+    assert run(model_folder, tmp_path / "none") == 0
+    assert run(model_folder, tmp_path / "zero", *image, "--strength", "0") == 0
+    assert run(model_folder, tmp_path / "one", *image, "--strength", "1") == 0
+    assert (
+        run(
+            model_folder,
+            tmp_path / "half",
+            *image,
+            "--mask",
+            str(model_folder / "mask.png"),
+            "--preset",
+            "style transfer",
+        )
+        == 0
+    )
+    none, zero, one = (pixels(tmp_path / name / "grid.png") for name in ("none", "zero", "one"))
+    np.testing.assert_array_equal(none, zero)
+    assert (none != one).any()
+    assert (one != pixels(tmp_path / "half" / "grid.png")).any()
+
+
+def test_inspect(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model_folder / "adapter.safetensors"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["family"], facts["token_dim"], facts["feature_dim"]) == ("base", 32, 24)
+    assert main(["inspect", str(model_folder / "adapter.safetensors")]) == 0
+    assert "image tokens   4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--image", "missing.png", "--adapter", "{adapter}"], "missing.png does not exist"),
+        (["--image", "{adapter}", "--adapter", "{adapter}"], "cannot be read as a picture"),
+        (["--image", "{a}"], "needs --adapter"),
+        (["--image", "{a}", "--adapter", "{a}"], "a.png"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--sites", "everywhere"], "cannot read 'everywhere'"),
+        (["--image", "{a}", "--adapter", "{adapter}", "--sites", "t99: 1"], "t99 matches no site"),
+        (["--curve", "0:1, x"], "cannot read 'x'"),
+        (["--model", "/nowhere"], "no model_index.json"),
+        (["--image", "{a}", "--adapter", "{adapter}", "--image-strengths", "1, 2"], "strengths"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_1(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    filled = [a.format(adapter=model_folder / "adapter.safetensors", a=model_folder / "a.png") for a in arguments]
+    assert run(model_folder, tmp_path / "out", *filled) == 1
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("ipadapter: ")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "out").exists(), "nothing may be left behind"
+
+
+def test_usage_errors_exit_with_2() -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--preset", "no such preset"])
+    assert caught.value.code == 2

@@ -1,0 +1,96 @@
+"""The shipped world: an ordinary model folder, small enough, and its figures on pictures it never saw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipadapter_core.checkpoints import describe_adapter
+from ipadapter_core.demo import judge
+from ipadapter_core.demo.measure import Figures, measure
+from ipadapter_core.demo.sheet import ROWS, compose, draw_sheet
+from ipadapter_core.demo.world import FOLDER, REFERENCES, World, load_world
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return load_world()
+
+
+@pytest.fixture(scope="module")
+def figures(world: World) -> Figures:
+    return measure(world, "plus", steps=16, seeds=(0, 1))
+
+
+def test_it_is_small_and_safe() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 60e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
+
+
+def test_diffusers_alone_can_load_it() -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER, local_files_only=True, safety_checker=None)
+    assert pipeline.vae_scale_factor == 4
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.scheduler.config.clip_sample is False
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("base", 4), ("plus", 16)])
+def test_its_adapters_describe_themselves(family: str, tokens: int) -> None:
+    spec = describe_adapter(FOLDER / "adapters" / f"ip-adapter-{family}.safetensors")
+    assert (spec.family, spec.num_tokens, spec.token_dim) == (family, tokens, 192)
+
+
+def test_references_are_listed_and_on_the_named_background(world: World) -> None:
+    index = json.loads((REFERENCES / "index.json").read_text())
+    assert len(index) == 24
+    assert judge.background_names(world.references.images) == [entry["background"] for entry in index]
+
+
+def test_the_judge_tells_references_apart_even_when_moved(world: World) -> None:
+    images = world.references.images
+    moved = torch.roll(images, shifts=(2, -2), dims=(2, 3))
+    table = judge.similarity(moved, images)
+    assert (table.argmax(1) == torch.arange(len(images))).float().mean() > 0.9
+    shuffled = judge.similarity(images.roll(1, 0), images)
+    assert (shuffled.argmax(1) == torch.arange(len(images))).float().mean() < 0.1
+
+
+def test_the_image_steers_more_with_strength(figures: Figures) -> None:
+    similarity = figures.similarity
+    assert similarity[0.0] + 0.05 < similarity[0.5]
+    assert similarity[0.5] < similarity[1.0]
+    assert figures.retrieval[0.0] <= 0.2, "without the image, the right reference is found by chance only"
+    assert figures.retrieval[1.0] >= 0.8
+
+
+def test_the_text_keeps_the_background(figures: Figures) -> None:
+    assert figures.text_background[0.6] >= 0.7
+
+
+def test_a_mask_confines_the_image(figures: Figures) -> None:
+    assert figures.inside_change > 3 * figures.outside_change
+
+
+def test_the_base_adapter_follows_the_image_too(world: World) -> None:
+    found = measure(world, "base", steps=12, seeds=(0,), strengths=(0.0, 1.0))
+    assert found.similarity[1.0] > found.similarity[0.0] + 0.1
+    assert found.retrieval[1.0] >= found.retrieval[0.0] + 0.3
+
+
+def test_the_sheet_has_a_row_per_reference(world: World) -> None:
+    sheet = draw_sheet(world, "plus", 2)
+    assert sheet.size == (128 + 8 * 136, 62 + ROWS * 136)
+    column = ("x", torch.zeros(2, 3, 64, 64))
+    assert compose([column], ["a", "b"], ["red", "blue"]).size == (264, 334)
+
+
+def test_every_artist_is_named() -> None:
+    text = (Path(FOLDER).parent / "ATTRIBUTION.md").read_text()
+    for name in ("Noto", "Twemoji", "Fluent", "CC BY 4.0", "Apache", "MIT"):
+        assert name in text
