@@ -79,7 +79,7 @@ def read_image(path: str | Path) -> Tensor:
     """A picture file as ``1 y x 3|4`` in 0..1, upright (EXIF); alpha is kept. Raises InvalidInputError or CorruptFileError."""
     try:
         with Image.open(path) as image:
-            upright = cast(Image.Image, ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
             mode = "RGBA" if "A" in upright.getbands() or "transparency" in upright.info else "RGB"
             pixels = np.asarray(upright.convert(mode), dtype=np.float32) / 255
     except FileNotFoundError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -54,7 +55,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def tiny_unet(kind: str = SD15, *, seed: int = 1, **changes: Any) -> UNet2DConditionModel:
     """A diffusers UNet in the shape of SD1.5 (16 sites) or SDXL (70 sites), or with one site; the same seed, the same weights."""
-    config = {"sample_size": 16, "norm_num_groups": 4, "cross_attention_dim": TOKEN_DIM} | CONFIGS[kind] | changes
+    return copy.deepcopy(_template(kind, seed, tuple(changes.items())))  # a copy is built 4 times faster than a UNet
+
+
+@cache
+def _template(kind: str, seed: int, changes: tuple[tuple[str, Any], ...]) -> UNet2DConditionModel:
+    config = {"sample_size": 16, "norm_num_groups": 4, "cross_attention_dim": TOKEN_DIM} | CONFIGS[kind] | dict(changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DConditionModel(in_channels=4, out_channels=4, **config).eval().requires_grad_(False)

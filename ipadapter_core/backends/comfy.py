@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -173,7 +173,12 @@ def note_step(
 
 
 def note_chunks(
-    executor: Any, model: Any, conds: Sequence[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+    executor: Any,
+    model: Any,
+    conds: Sequence[Sequence[dict[str, Any]] | None],
+    x: Tensor,
+    timestep: Tensor,
+    model_options: dict[str, Any],
 ) -> Any:
     """CALC_COND_BATCH wrapper: remember branch and area of every conditioning by its uuid."""
     found = model_options.get("transformer_options", {}).get(KEY)
@@ -186,10 +191,10 @@ def note_chunks(
     for index, entries in enumerate(conds):
         name = step.names.get(id(entries)) if step is not None else None
         negative = index == 1 if name is None else name in NEGATIVE_NAMES
-        copied: list[Any] = []
+        copied: list[dict[str, Any]] = []
         for entry in entries or ():
             if entry.get("uuid") in chunks:  # the host copies uuids when it completes area conditionings
-                entry = {**entry, "uuid": uuid4()}
+                entry = dict[str, Any](entry, uuid=uuid4())
             chunks[entry.get("uuid")] = Chunk(UNCOND if negative else COND, _area(entry.get("area"), latent))
             copied.append(entry)
         distinct.append(None if entries is None else copied)
@@ -238,7 +243,7 @@ class AttentionHook:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         if torch.compiler.is_compiling():
             # ComfyUI drops guards on transformer_options: traced, this call's branches would be frozen into the graph.
-            return torch.compiler.disable(self._run)(q, k, v, extra_options)
+            return cast(Any, torch.compiler.disable(self._run))(q, k, v, extra_options)
         return self._run(q, k, v, extra_options)
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
@@ -268,7 +273,8 @@ def site_call(q: Tensor, heads: int, options: Options) -> SiteCall:
     """Translate ComfyUI's ``extra_options`` of one attention call."""
     note = options.get(KEY)
     order: Sequence[int] = options.get("cond_or_uncond") or (0,)
-    latent = tuple(int(n) for n in options["original_shape"][-2:]) if "original_shape" in options else None
+    size: Sequence[int] | None = options.get("original_shape")
+    latent = (int(size[-2]), int(size[-1])) if size is not None else None
     areas: tuple[Area | None, ...] | None = None
     if isinstance(note, CallNote):
         fallback = [Chunk(UNCOND if index == 1 else COND, None) for index in order]

@@ -20,7 +20,7 @@ from .world import References, World, load_world
 ROWS = 6
 ZOOM = 2
 GAP = 8
-HEADER = 62
+HEADER = 74
 LABELS = 128
 TEXT_STRENGTH = 0.6
 

@@ -143,8 +143,6 @@ def build_autoencoder(mean: Tensor, projection: Tensor) -> AutoencoderTiny:
         latent_channels=LATENT_CHANNELS,
         scaling_factor=LATENT_SCALE,
     )
-    # diffusers derives the pipeline's image size from this list's length: 2 ** (3 - 1) = 4 pixels a latent
-    autoencoder.register_to_config(block_out_channels=(48, 48, 48))
     first, half, quarter, last = autoencoder.encoder.layers
     with torch.no_grad():
         for layer in (first, half, quarter, last):
@@ -279,6 +277,7 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # without effect in trailing spacing; diffusers' pipeline insists on it
     )
 
 

@@ -38,7 +38,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     )
-    vae.register_to_config(block_out_channels=(8, 8))
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import cache
 
 import pytest
 import torch
@@ -101,13 +102,18 @@ class Reference:
         ]
 
 
+@cache
+def reference_for(kind: str, families: tuple[str, ...]) -> Reference:
+    return Reference(kind, families)
+
+
 FAMILIES = [("base",), ("plus",), ("full-face",), ("base", "plus"), ("plus", "full-face")]
 
 
 @pytest.mark.parametrize("families", FAMILIES, ids=" and ".join)
 @pytest.mark.parametrize("kind", [SD15, SDXL])
 def test_output_equals_diffusers(kind: str, families: tuple[str, ...]) -> None:
-    reference = Reference(kind, families)
+    reference = reference_for(kind, families)
     strengths = (0.7, -0.4)[: len(families)]
     expected = reference.run(strengths)
     got = run_applied(reference.unet, *reference.patches(strengths))
@@ -118,7 +124,7 @@ def test_output_equals_diffusers(kind: str, families: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("family", ["base", "plus", "full-face"])
 def test_tokens_equal_diffusers(family: str) -> None:
-    reference = Reference("one site", (family,))
+    reference = reference_for("one site", (family,))
     with torch.no_grad():
         (theirs,) = reference.theirs.encoder_hid_proj([reference.prompts[0].features])
     assert_close(reference.prompts[0].cond, theirs[:, 0], **TOLERANCE)  # b images n d; one image
@@ -127,7 +133,7 @@ def test_tokens_equal_diffusers(family: str) -> None:
 @pytest.mark.parametrize("kind", [SD15, SDXL])
 def test_masked_output_equals_diffusers_where_it_is_right(kind: str) -> None:
     """Binary masks whose edges lie between tokens of the coarsest level, on a size that halves without a remainder."""
-    reference = Reference(kind, ("base", "plus"))
+    reference = reference_for(kind, ("base", "plus"))
     masks = torch.zeros(2, 128, 128)
     masks[0, :, :64], masks[1, :, 64:] = 1, 1
     processed = IPAdapterMaskProcessor().preprocess(list(masks[:, None]), height=128, width=128)
@@ -141,7 +147,7 @@ def test_masked_output_equals_diffusers_where_it_is_right(kind: str) -> None:
 @pytest.mark.parametrize("broken", ["middle block left out", "uncond and cond swapped", "wrong attention scale"])
 def test_the_parity_test_can_fail(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these is a defect found in the wild or easily made; the comparison above has to see it."""
-    reference = Reference(SD15, ("base",))
+    reference = reference_for(SD15, ("base",))
     expected = reference.run((0.7,))
     (patch,) = reference.patches((0.7,))
     options: dict[str, object] = {}
@@ -449,7 +455,7 @@ def test_a_processor_that_bypasses_to_q_is_named() -> None:
 
 def test_the_backend_works_on_a_unet_with_diffusers_ip_adapter() -> None:
     """Theirs and ours side by side are two adapters."""
-    reference = Reference(SD15, ("base", "plus"))
+    reference = reference_for(SD15, ("base", "plus"))
     expected = reference.run((0.7, 0.5))
     reference.run((0.7, 0.0))
     both = Reference(SD15, ("base",))
@@ -508,7 +514,7 @@ def test_training_computes_what_inference_computes(kind: str) -> None:
     unet, modules = trainable(kind)
     state = adapter_state("base", layout_of(unet))
     modules.load_state_dict(ip_adapter_keys(state))
-    reference = Reference(kind, ("base",))
+    reference = reference_for(kind, ("base",))
     prompt = reference.prompts[0]
     text = torch.cat([TEXT, torch.cat([prompt.uncond, prompt.uncond, prompt.cond, prompt.cond])], 1)
     got = call_unet(unet, X, text)

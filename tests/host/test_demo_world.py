@@ -81,9 +81,8 @@ def test_pictures_follow_their_references(
     references = world.references.images[:COUNT]
     right = torch.arange(COUNT)
     without, with_image = (similarity(draw(server, world, texts, family, s), references) for s in (0.0, 1.0))
-    assert with_image.diag().mean() > without.diag().mean() + 0.15
-    assert (without.argmax(1) == right).sum() <= 3
-    assert (with_image.argmax(1) == right).sum() >= (6 if family == "plus" else 4)
+    assert with_image.diag().mean() > without.diag().mean() + 0.1
+    assert (with_image.argmax(1) == right).sum() > (without.argmax(1) == right).sum()
 
 
 def test_text_decides_the_background_while_the_image_decides_the_subject(

@@ -488,6 +488,7 @@ def test_torch_compile_gives_the_same_picture(scene: Callable[..., Scene], compi
         compiled_late=s.sample(compiled(s.steered(start=0.3))),
         compiled_plain=s.sample(compiled(s.model)),
     )
-    c.assert_differ("plain", "full", "late")
+    for a, b in (("plain", "full"), ("plain", "late"), ("full", "late")):
+        assert c.apart(a, b) > 10 * ROUNDING, f"{a} is {b}"
     for name in ("plain", "full", "late"):
         c.assert_equal(f"compiled_{name}", name)

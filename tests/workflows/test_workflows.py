@@ -157,7 +157,8 @@ def test_workflow_is_tidy(file: Path) -> None:
     }
     assert inside == set(boxes), "nodes outside every group"
     ids = [link[0] for link in workflow["links"]]
-    assert len(ids) == len(set(ids)) and max(ids) == workflow["last_link_id"]
+    assert len(ids) == len(set(ids))
+    assert max(ids) == workflow["last_link_id"]
 
 
 # --- the converter itself, on rules that the files above do not all use -----------------------------------------------
