@@ -42,6 +42,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 4,
         "projection_class_embeddings_input_dim": 6 * 4 + 8,
     },
+    "small": {
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "attention_head_dim": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    },
     "one site": {
         "layers_per_block": 1,
         "block_out_channels": (8,),
@@ -54,7 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_unet(kind: str = SD15, *, seed: int = 1, **changes: Any) -> UNet2DConditionModel:
-    """A diffusers UNet in the shape of SD1.5 (16 sites) or SDXL (70 sites), or with one site; the same seed, the same weights."""
+    """A diffusers UNet in the shape of SD1.5 (16 sites) or SDXL (70), or small (4) or with one site; the same seed, the same weights."""
     return copy.deepcopy(_template(kind, seed, tuple(changes.items())))  # a copy is built 4 times faster than a UNet
 
 
