@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,7 +47,14 @@ from tiny_models import (
     tiny_unet,
 )
 
-SYNCHRONISING = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
+SYNCHRONISING = {
+    "aten._local_scalar_dense",
+    "aten.item",
+    "aten.nonzero",
+    "aten.equal",
+    "aten.is_nonzero",
+    "aten.masked_select",
+}
 """Operations after which the host has to wait for the device; ``.item()``, ``float(t)`` and ``bool(t)`` are the first."""
 
 PROJECTING = {"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.linear", "aten.matmul"}
@@ -270,15 +276,17 @@ def sdxl_plus_file() -> Iterator[Path]:
         yield path
 
 
-def milliseconds(call: Callable[[], object], repeats: int = 5) -> float:
-    """Median of a few runs after one that is not counted."""
-    call()
-    times: list[float] = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def milliseconds(*calls: Callable[[], object], repeats: int = 5) -> list[float]:
+    """Shortest of a few runs of each call, taken in turns so that a busy machine is busy for all of them."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
         call()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+    for _ in range(repeats):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return [1000 * min(taken) for taken in times]
 
 
 def timings() -> Iterator[tuple[str, float]]:
@@ -291,26 +299,32 @@ def timings() -> Iterator[tuple[str, float]]:
     prompt = tiny_prompt(adapter)
     x, text = noise(2, 4, 32, 32), noise(2, 77, 768)
 
-    def step() -> Tensor:
-        return call_unet(unet, x, text)
+    def step(*patches: AdapterPatch) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            if not patches:
+                return call_unet(unet, x, text)
+            with diffusers_backend.apply(unet, *patches):
+                return call_unet(unet, x, text)
+
+        return run
 
     def fresh() -> None:
-        copy = ImagePrompt(
+        again = ImagePrompt(
             prompt.cond, prompt.uncond, prompt.features, prompt.uncond_features, "a", "e", prompt.token_dim
         )
-        diffusers_backend.apply(unet, bake(adapter, copy, layout)).remove()
+        diffusers_backend.apply(unet, bake(adapter, again, layout)).remove()
 
-    name = "16-site UNet, 64..256 channels, 32x32 latents, batch 2"
-    yield f"step without adapter ({name})", milliseconds(step)
-    with diffusers_backend.apply(unet, bake(adapter, prompt, layout)):
-        yield "step with a plus adapter", milliseconds(step)
-    with diffusers_backend.apply(unet, bake(adapter, prompt, layout, None, noise(256, 256))):
-        yield "step with a plus adapter and a mask", milliseconds(step)
-    yield "bake and apply", milliseconds(fresh)
+    patch = bake(adapter, prompt, layout)
+    masked = patch.with_mask(noise(256, 256).clamp(0, 1))
+    names = ("step without adapter", "step with a plus adapter", "the same with a mask", "step with two")
+    model = "16-site UNet, 64..256 channels, 32x32 latents, batch 2"
+    for name, value in zip(names, milliseconds(step(), step(patch), step(masked), step(patch, masked)), strict=True):
+        yield f"{name} ({model})", value
+    yield "bake and apply", milliseconds(fresh)[0]
     with sdxl_plus_file() as path:
         megabytes = path.stat().st_size / 1e6
-        yield f"detection of an SDXL plus file ({megabytes:.0f} MB)", milliseconds(lambda: describe_adapter(path))
-        yield "loading it (fp16, sparse on disk)", milliseconds(lambda: load_adapter(path), 1)
+        yield f"detection of an SDXL plus file ({megabytes:.0f} MB)", milliseconds(lambda: describe_adapter(path))[0]
+        yield "loading it (fp16, sparse on disk)", milliseconds(lambda: load_adapter(path), repeats=1)[0]
 
 
 def old_pack() -> str:

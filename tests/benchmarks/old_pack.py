@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def main() -> None:
     comfy.options.enable_args_parsing()  # the host ignores its command line otherwise
     import comfy.ldm.modules.attention as host_attention
 
-    load_pack(pack)
+    with redirect_stdout(sys.stderr):  # other custom code greets on stdout
+        load_pack(pack)
     import_core()
     from old_pack.CrossAttentionPatch import Attn2Replace, ipadapter_attention
     from old_pack.IPAdapterPlus import IPAdapter
@@ -136,13 +138,13 @@ def main() -> None:
             chosen = None if region is None else RegionMask.from_tensor(region)
             patch = AdapterPatch("ours", layout, (BakedSite(*baked),), schedule, chosen, schedule.site_weights(layout))
             ours = AttentionHook(0, (patch,), None, host_attention.optimized_attention)
-            with torch.inference_mode():
+            with torch.no_grad():  # inference mode would hide the parts of composite operations from the counter
                 difference = (theirs(q, k, v, options) - ours(q, k, v, options)).abs().max()
                 base, (a, b) = count(plain), (count(lambda f=f: f(q, k, v, options)) for f in (theirs, ours))
                 seconds = milliseconds(plain)
                 times = [milliseconds(lambda f=f: f(q, k, v, options)) - seconds for f in (theirs, ours)]
             name = scaling + (", mask" if region is not None else "")
-            syncs = [c["aten._local_scalar_dense"] for c in (a, b)]
+            syncs = [c["aten._local_scalar_dense"] + c["aten.item"] for c in (a, b)]
             print(
                 f"{name:<34} {a.total() - base.total():>8} {b.total() - base.total():>6} {syncs[0]:>10} {syncs[1]:>6} "
                 f"{times[0]:>8.2f} {times[1]:>8.2f} {difference:>11.1e}"

@@ -473,22 +473,19 @@ COMPILERS = [
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_torch_compile_gives_the_same_picture(scene: Callable[..., Scene], compiler: tuple[str, str]) -> None:
-    """Two settings of the adapter meet one cache of compiled code, whose guards ignore transformer_options."""
+    """Several settings of the adapter meet one cache of compiled code, whose guards ignore transformer_options.
+
+    Newer hosts drop these guards for all patches, so a compiled model without the adapter is left out: code compiled
+    for it would serve the patched model too, whoever patches it.
+    """
     s = scene()
     kind, backend = compiler
-
-    def compiled(model: Node | Link) -> Node:
-        return s.graph.add(kind, model=model, backend=backend)
-
-    c = s.compare(
-        plain=s.sample(s.model),
-        full=s.sample(s.steered()),
-        late=s.sample(s.steered(start=0.3)),
-        compiled_full=s.sample(compiled(s.steered())),
-        compiled_late=s.sample(compiled(s.steered(start=0.3))),
-        compiled_plain=s.sample(compiled(s.model)),
-    )
-    for a, b in (("plain", "full"), ("plain", "late"), ("full", "late")):
-        assert c.apart(a, b) > 10 * ROUNDING, f"{a} is {b}"
-    for name in ("plain", "full", "late"):
+    models = {"full": s.steered(), "half": s.steered(strength=0.5), "late": s.steered(start=0.3)}
+    eager = {name: s.sample(model) for name, model in models.items()}
+    compiled = {
+        f"compiled_{name}": s.sample(s.graph.add(kind, model=model, backend=backend)) for name, model in models.items()
+    }
+    c = s.compare(**eager, **compiled)
+    c.assert_differ(*models)
+    for name in models:
         c.assert_equal(f"compiled_{name}", name)

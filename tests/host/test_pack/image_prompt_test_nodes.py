@@ -15,6 +15,7 @@ import torch
 from comfy.comfy_types import IO
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras import nodes_torch_compile
 
 VISION = {
     "model_type": "clip_vision_model",
@@ -248,9 +249,9 @@ class TestCompile:
 
     def patch(self, model, backend):
         model = model.clone()
-        # ComfyUI's own filter, since 0.4: guards on transformer_options are dropped.
-        keep = lambda guards: ["transformer_options" not in guard.name for guard in guards]  # noqa: E731
-        set_torch_compile_wrapper(model=model, backend=backend, options={"guard_filter_fn": keep})
+        skip = getattr(nodes_torch_compile, "skip_torch_compile_dict", None)  # newer hosts drop guards
+        options = {"guard_filter_fn": skip} if skip else None
+        set_torch_compile_wrapper(model=model, backend=backend, options=options)
         return (model,)
 
 
