@@ -339,10 +339,9 @@ def old_pack() -> str:
         command = [str(python if python.exists() else sys.executable), str(script), pack, host, *flags]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        output.append(
-            done.stdout.strip() if done.returncode == 0 else f"ComfyUI_IPAdapter_plus: not measured: {reason}"
-        )
-    return "\n".join(output)
+        table = done.stdout[done.stdout.find("one site of") :].strip()  # what comes before are the host's greetings
+        output.append(table if done.returncode == 0 else f"ComfyUI_IPAdapter_plus: not measured: {reason}")
+    return "\n\n".join(output)
 
 
 def main() -> None:
