@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from ..generate import to_pillow
 from .pictures import BACKGROUNDS, Pictures, colour_table, load_pictures, on_background, place
-from .train_world import TEXT_LENGTH, build_scheduler
+from .train_world import TEXT_LENGTH, build_sampler
 from .world import FOLDER, REFERENCES
 
 STUDIO_ORDER = ("fluent", "noto", "twemoji")
@@ -28,7 +28,7 @@ def build(work: Path, folder: Path) -> None:
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder").half(),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_pretrained(work / "unet").half(),
-        scheduler=build_scheduler(),
+        scheduler=build_sampler(),
         safety_checker=None,
         feature_extractor=CLIPImageProcessor.from_pretrained(work / "image_encoder"),
         image_encoder=CLIPVisionModelWithProjection.from_pretrained(work / "image_encoder").half(),

@@ -8,6 +8,7 @@ and the caption names the target's, so that the adapter learns to leave the back
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -28,6 +30,8 @@ from .train_world import build_scheduler, encode, fit, sample, save_sheet, token
 
 DROP = 0.05
 """Share of pairs without image, without text, and without both (tencent tutorial_train.py)."""
+MARK = 1.5
+GRID_SHARPNESS = 3.0
 
 
 class TrainedAdapter(nn.Module):
@@ -45,8 +49,13 @@ class TrainedAdapter(nn.Module):
         return state | {f"ip_adapter.{key}": value for key, value in self.layers.state_dict().items()}
 
 
-class _MatmulIPAttention(nn.Module):
-    """IPAttnProcessor's maths with plain matmuls: torch's CPU flash attention is slow in bfloat16 backward."""
+class MatmulIPAttention(nn.Module):
+    """IPAttnProcessor's maths with plain matmuls: torch's CPU flash attention is slow in bfloat16 backward.
+
+    ``gate`` ``b 1 1`` is a strength per sample; None is 1.
+    """
+
+    gate: Tensor | None = None
 
     def __init__(self, inner: IPAttnProcessor) -> None:
         super().__init__()
@@ -64,8 +73,50 @@ class _MatmulIPAttention(nn.Module):
             return (weights.to(v.dtype) @ split_heads(v, attn.heads)).transpose(1, 2).flatten(2)
 
         base = attend(attn.to_k(text), attn.to_v(text))
-        base = base + attend(self.inner.to_k_ip(image), self.inner.to_v_ip(image))
-        return attn.to_out[0](base)
+        added = attend(self.inner.to_k_ip(image), self.inner.to_v_ip(image))
+        return attn.to_out[0](base + (added if self.gate is None else added * self.gate.to(added.dtype)))
+
+
+@torch.no_grad()
+def start_on_grid(projector: Resampler, features: Tensor) -> None:
+    """Let each of the Resampler's 16 queries read its own sixteenth of the picture from the first step.
+
+    ``features`` ``b 65 c`` are penultimate tokens of many pictures. The mean of a position's tokens over all pictures
+    tells the positions apart, so a query that is the mean of its 2×2 positions, seen through the same random matrix as
+    the keys, finds them. The queries are keys too and would find themselves: the picture's tokens bear a mark, the
+    queries its opposite, and look for the mark. From the usual start all queries read everything alike, and the UNet sees sixteen times the
+    same average: colours then follow the picture after some hundred steps, layout not after thousands.
+    """
+    places = features.mean(0)[1:]
+    tokens = features[:, 1:].flatten(0, 1)
+    width = projector.proj_in.out_features
+    projector.proj_in.weight.copy_(torch.eye(width, tokens.shape[1]) / tokens.std(0))
+    projector.proj_in.bias.copy_(-tokens.mean(0)[:width] / tokens.std(0)[:width])
+    side = math.isqrt(projector.latents.shape[1])
+    cells = rearrange(projector.proj_in(places), "(y i x j) c -> (y x) (i j) c", y=side, x=side, i=2).mean(1)
+    projector.latents.copy_(cells[None])
+    mark = torch.randn(width).sign() * MARK
+    projector.proj_in.bias.add_(mark)
+    projector.latents.sub_(mark)
+    projector.proj_out.bias.add_(projector.proj_out.weight @ mark)  # what follows need not see it
+    flip = torch.eye(width) - 2 * torch.outer(mark, mark) / mark.square().sum()
+    for layer in projector.layers:
+        attention = cast(Any, layer)[0]
+        shared = torch.randn_like(attention.to_q.weight) * GRID_SHARPNESS / width**0.5
+        keys, values = attention.to_kv.weight.chunk(2)
+        keys.copy_(shared)
+        nn.init.orthogonal_(values)
+        nn.init.orthogonal_(attention.to_out.weight)
+        attention.to_q.weight.copy_(shared @ flip)
+
+
+@torch.no_grad()
+def listen(adapter: TrainedAdapter) -> None:
+    """Keys large enough that the sites' heads differ in what they look at, values small enough not to disturb."""
+    for layer in adapter.layers:
+        if isinstance(layer, IPAttnProcessor):
+            layer.to_k_ip.weight.normal_(0, 0.1)
+            layer.to_v_ip.weight.normal_(0, 0.02)
 
 
 def draw_pairs(
@@ -77,12 +128,12 @@ def draw_pairs(
     def chance(rate: float) -> Tensor:
         return torch.rand(b, generator=generator) < rate
 
-    recoloured = chance(0.3)
+    recoloured = chance(0.2)
     cutouts = recolour(
         pictures.rgba[index], torch.where(recoloured, torch.rand(b, generator=generator) * 5.0 + 0.6, 0.0)
     )
     reference_cutouts, target_cutouts = place(cutouts, generator), place(cutouts, generator)
-    moved = chance(0.3)
+    moved = chance(0.15)
     target_cutouts = torch.where(moved[:, None, None, None], target_cutouts, reference_cutouts)
     background = torch.randint(len(BACKGROUNDS), (b,), generator=generator)
     other = (background + torch.randint(1, len(BACKGROUNDS), (b,), generator=generator)) % len(BACKGROUNDS)
@@ -129,7 +180,7 @@ def train_adapter(
         projector = Resampler(encoder.hidden_size, width, width, queries=num_tokens, depth=2)
     adapter = TrainedAdapter(projector, unet, num_tokens)
     processors = {
-        name: _MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor()
+        name: MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor()
         for name, layer in zip(adapter.names, adapter.layers, strict=True)
     }
     unet.set_attn_processor(cast(Any, processors))
@@ -165,7 +216,7 @@ def train_adapter(
                 all_dropped = torch.ones(16, dtype=torch.bool)
                 cond = torch.cat([text, adapter.projector(features(references, ~all_dropped))], 1)
                 uncond = torch.cat([empty, adapter.projector(features(references[:1], all_dropped[:1]))], 1)
-                latents = sample(unet, cond, uncond, scheduler)
+                latents = sample(unet, cond, uncond)
                 rows.append(autoencoder.decode(latents / autoencoder.config.scaling_factor).sample / 2 + 0.5)
         adapter.load_state_dict(kept)
         save_sheet(torch.cat(rows), 16, work / f"adapter-{family}-{step:06d}.png")

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from einops import rearrange
 from PIL import Image
@@ -57,17 +57,32 @@ def fit(
     preview: Callable[[nn.Module, int], None] | None = None,
     every: int = 500,
     ema_decay: float = 0.995,
+    muon: bool = False,
 ) -> nn.Module:
-    """Minimise ``loss(step)`` over ``modules`` with AdamW, warm-up and cosine decay; returns the averaged weights.
+    """Minimise ``loss(step)`` over ``modules`` with warm-up and cosine decay; returns the averaged weights.
+
+    With ``muon``, matrices and convolutions are updated by Muon at ``2 · lr`` and only the rest by AdamW: on sixteen fixed
+    pictures at t = 999, a UNet and its adapter went in 60 steps from 0.53 to 0.19, with AdamW alone to 0.38.
 
     Writes ``<name>.jsonl`` (step and mean loss) and a resumable ``<name>.pt`` below ``folder``.
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    matrices = [p for p in parameters if muon and p.ndim in (2, 4) and min(p.shape[:2]) > 16]
+    views = [(p, nn.Parameter(as_matrix(p.data))) for p in matrices]
+    chosen = set(map(id, matrices))
+    rest = [p for p in parameters if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ]
+    if views:
+        rule = "match_rms_adamw"
+        optimizers.append(torch.optim.Muon([m for _, m in views], lr=2 * lr, weight_decay=0.0, adjust_lr_fn=rule))
     warmup = min(200, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1.0)) + 1e-3)
-    )
+
+    def rate(i: int) -> float:
+        return min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1.0)) + 1e-3)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
 
     def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
         n = int(count)  # short runs would never forget their first weights at the full decay
@@ -80,17 +95,21 @@ def fit(
         state = torch.load(state_file, weights_only=True)
         modules.load_state_dict(state["modules"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        for found, saved in zip([*optimizers, *schedules], state["optimizers"] + state["schedules"], strict=True):
+            found.load_state_dict(saved)
         start = state["step"]
     running: list[float] = []
     for step in (bar := tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)):
         value = loss(step)
-        optimizer.zero_grad(set_to_none=True)
+        modules.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for parameter, matrix in views:
+            matrix.grad = None if parameter.grad is None else as_matrix(parameter.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
         if step >= warmup:
             ema.update_parameters(modules)
         running.append(value.item())
@@ -104,8 +123,8 @@ def fit(
             state = {
                 "modules": modules.state_dict(),
                 "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "schedules": [schedule.state_dict() for schedule in schedules],
                 "step": step + 1,
             }
             torch.save(state, state_file.with_suffix(".tmp"))
@@ -113,6 +132,11 @@ def fit(
             if preview is not None:
                 preview(ema.module, step + 1)
     return ema.module
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A linear weight as it is; a convolution's ``o i y x``, in channels-last memory, as a view ``o (y x i)``."""
+    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).view(weight.shape[0], -1)
 
 
 # --- 1. autoencoder -------------------------------------------------------------------------------------------------
@@ -281,12 +305,34 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def build_sampler() -> EulerAncestralDiscreteScheduler:
+    """What the world samples with: fresh noise at every step mends what a small UNet gets wrong in the step before.
+
+    The deterministic DDIM carries such errors on as confetti-coloured patches, at 100 steps as at 20.
+    """
+    return EulerAncestralDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,  # without effect in trailing spacing; diffusers' pipeline insists on it
+    )
+
+
 def velocity_loss(
     unet: nn.Module, latents: Tensor, text: Tensor, scheduler: DDIMScheduler, generator: torch.Generator
 ) -> Tensor:
-    """Mean squared error of the predicted velocity at uniformly drawn timesteps, computed in bfloat16."""
+    """Mean squared error of the predicted velocity, computed in bfloat16.
+
+    Three quarters of the timesteps lie above 750: that is where these small latents settle what is shown and where, and
+    where words and pictures have something to say.
+    """
     noise = torch.randn(latents.shape, generator=generator)
-    t = torch.randint(1000, (latents.shape[0],), generator=generator)
+    b = latents.shape[0]
+    early = torch.where(torch.arange(b) % 2 == 0, 0.25, 1.0)
+    t = (999 * (1 - early * torch.rand(b, generator=generator).square())).round().long()
     noisy = scheduler.add_noise(latents, noise, t).contiguous(memory_format=torch.channels_last)
     target = scheduler.get_velocity(latents, noise, t)
     with torch.autocast("cpu", torch.bfloat16):
@@ -308,20 +354,21 @@ def sample(
     unet: nn.Module,
     text: Tensor,
     empty: Tensor,
-    scheduler: DDIMScheduler,
     *,
     steps: int = 25,
-    guidance: float = 3.0,
+    guidance: float = 2.0,
     seed: int = 0,
 ) -> Tensor:
-    scheduler = copy.deepcopy(scheduler)
+    scheduler = build_sampler()
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(text.shape[0], LATENT_CHANNELS, SIZE // 4, SIZE // 4, generator=generator)
+    x = x * scheduler.init_noise_sigma
     both = torch.cat([empty.expand_as(text), text])
     for t in scheduler.timesteps:
-        negative, positive = unet(torch.cat([x, x]), t, both).sample.chunk(2)
-        x = scheduler.step(negative + guidance * (positive - negative), t, x).prev_sample
+        scaled = scheduler.scale_model_input(x, t)
+        negative, positive = unet(torch.cat([scaled, scaled]), t, both).sample.chunk(2)
+        x = scheduler.step(negative + guidance * (positive - negative), t, x, generator=generator).prev_sample
     return x
 
 
@@ -351,7 +398,7 @@ def train_unet(
         ids = tokenize(tokenizer, [*PREVIEW_PROMPTS, ""])
         with torch.no_grad():
             text = averaged["text"](ids).last_hidden_state  # pyright: ignore
-            x = sample(averaged["unet"], text[:-1], text[-1:], scheduler)  # pyright: ignore
+            x = sample(averaged["unet"], text[:-1], text[-1:])  # pyright: ignore
             bias = autoencoder.encoder.layers[-1].bias[:, None, None]
             patches = torch.einsum("pl,blyx->bpyx", pinv, x / LATENT_SCALE - bias)
             images = rearrange(patches, "b (c i j) y x -> b c (y i) (x j)", c=3, i=4)

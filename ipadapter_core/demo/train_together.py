@@ -1,0 +1,145 @@
+"""Second stage of the demo UNet, words and pictures together: ``python -m ipadapter_core.demo.train_together …``.
+
+A released UNet has drawn billions of pictures before an adapter meets it. One of 17 million parameters that has drawn a
+hundred thousand paints what a word means on average, and an adapter on it, frozen, hands over colours but hardly shapes.
+So the UNet and the text encoder go on learning while a plus adapter, begun from nothing, hands them picture tokens in three
+quarters of the samples, at times at some of the sites only, so that every depth learns to listen. The adapter is kept as the
+start of ``train_adapters plus``, where the UNet is frozen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..image_encoder import CLIP_MEAN, CLIP_STD, TransformersImageEncoder
+from ..processors import IPAttnProcessor
+from ..projectors import Resampler
+from .pictures import Pictures, colour_table, draw_captions, draw_scenes, load_pictures, on_background, place
+from .train_adapters import MatmulIPAttention, TrainedAdapter, draw_pairs, listen, start_on_grid
+from .train_world import (
+    LATENT_SCALE,
+    PREVIEW_PROMPTS,
+    build_scheduler,
+    encode,
+    fit,
+    sample,
+    save_sheet,
+    tokenize,
+    velocity_loss,
+)
+
+NUM_TOKENS = 16
+TEXT_ONLY = 1 / 4
+"""Share of a batch that sees no adapter at all: strength 0 must stay a good text-to-image model."""
+SITE_DROPOUT = 0.3
+"""Share of the pictured samples whose tokens reach each site with probability one half only."""
+
+
+def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batch: int, lr: float) -> nn.ModuleDict:
+    """Go on training the UNet and the text encoder of ``world``; returns them averaged, with the adapter used."""
+    torch.manual_seed(7)
+    generator = torch.Generator().manual_seed(7)
+    seen, unseen = pictures.where(held_out=False), pictures.where(held_out=True)
+    unet = UNet2DConditionModel.from_pretrained(world / "unet").float().to(memory_format=torch.channels_last)
+    tokenizer = CLIPTokenizer.from_pretrained(world / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(world / "text_encoder").float()
+    autoencoder = AutoencoderTiny.from_pretrained(world / "vae").float().requires_grad_(False)
+    encoder = TransformersImageEncoder.from_pretrained(world / "image_encoder")
+    width = unet.config.cross_attention_dim
+    projector = Resampler(encoder.hidden_size, width, width, queries=NUM_TOKENS, depth=2)
+    adapter = TrainedAdapter(projector, unet, NUM_TOKENS)
+    listen(adapter)
+    listen(adapter)
+    sites = [MatmulIPAttention(layer) for layer in adapter.layers if isinstance(layer, IPAttnProcessor)]
+    left = iter(sites)
+    processors = {
+        name: next(left) if isinstance(layer, IPAttnProcessor) else AttnProcessor()
+        for name, layer in zip(adapter.names, adapter.layers, strict=True)
+    }
+    unet.set_attn_processor(cast(Any, processors))
+    models = nn.ModuleDict({"unet": unet, "text": text_encoder, "projector": projector})
+    scheduler = build_scheduler()
+    mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
+
+    def features(images: Tensor, dropped: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return encoder.encode((images - mean) / std * ~dropped[:, None, None, None]).penultimate
+
+    first = draw_scenes(
+        pictures, seen[torch.randperm(len(seen), generator=generator)[:128]], generator, recolour_rate=0.0
+    )
+    start_on_grid(projector, features(first.images, torch.zeros(128, dtype=torch.bool)).float())
+
+    def loss(step: int) -> Tensor:
+        index = seen[torch.randint(len(seen), (batch,), generator=generator)]
+        n = round(batch * (1 - TEXT_ONLY))
+        references, targets, captions, dropped = draw_pairs(pictures, index[:n], generator)
+        scenes = draw_scenes(pictures, index[n:], generator, recolour_rate=0.1)
+        captions = captions + draw_captions(pictures, scenes, generator)
+        partly = torch.rand(n, generator=generator) < SITE_DROPOUT
+        for site in sites:
+            on = ~partly | (torch.rand(n, generator=generator) < 0.5)
+            site.gate = torch.cat([on, torch.zeros(batch - n, dtype=torch.bool)]).float()[:, None, None]
+        with torch.autocast("cpu", torch.bfloat16):
+            text = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
+            tokens = projector(features(references, dropped))
+        tokens = torch.cat([tokens, tokens.new_zeros(batch - n, *tokens.shape[1:])])
+        context = torch.cat([text.float(), tokens.float()], 1)
+        latents = encode(autoencoder, torch.cat([targets, scenes.images]))
+        return velocity_loss(unet, latents, context, scheduler, generator)
+
+    shown = torch.cat([unseen[::5][:10], seen[::97][:6]])
+    references = on_background(place(pictures.rgba[shown], None), colour_table()[torch.arange(16) % 12])
+
+    def preview(averaged: nn.Module, step: int) -> None:
+        kept = {key: value.clone() for key, value in models.state_dict().items()}
+        models.load_state_dict(averaged.state_dict())
+        with torch.no_grad():
+            empty = text_encoder(tokenize(tokenizer, [""])).last_hidden_state
+            none = torch.zeros(16, dtype=torch.bool)
+            unconditional = torch.cat([empty, projector(features(references[:1], ~none[:1]))], 1)
+            rows = [references]
+            for words in (["emoji"] * 16, ["emoji on green background"] * 16, PREVIEW_PROMPTS):
+                for site in sites:
+                    site.gate = None if words is not PREVIEW_PROMPTS else torch.zeros(1)
+                text = text_encoder(tokenize(tokenizer, words)).last_hidden_state
+                context = torch.cat([text, projector(features(references, none))], 1)
+                latents = sample(unet, context, unconditional)
+                rows.append(autoencoder.decode(latents / LATENT_SCALE).sample / 2 + 0.5)
+        models.load_state_dict(kept)
+        save_sheet(torch.cat(rows), 16, work / f"together-{step:06d}.png", zoom=1)
+
+    averaged = fit("together", models, loss, steps=steps, lr=lr, folder=work, preview=preview, every=250, muon=True)
+    return cast(nn.ModuleDict, averaged)
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--pictures", type=Path, required=True, help="node_modules folder with the three emoji packages"
+    )
+    parser.add_argument(
+        "--world", type=Path, required=True, help="folder with unet, text_encoder, tokenizer, vae, image_encoder"
+    )
+    parser.add_argument("--work", type=Path, default=Path("world-training"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    args = parser.parse_args(argv if argv is None else list(argv))
+    args.work.mkdir(parents=True, exist_ok=True)
+    models = train_together(load_pictures(args.pictures), args.world, args.work, args.steps, args.batch, args.lr)
+    cast(Any, models["unet"]).half().save_pretrained(args.work / "unet")
+    cast(Any, models["text"]).half().save_pretrained(args.work / "text_encoder")
+
+
+if __name__ == "__main__":
+    main()
