@@ -144,6 +144,7 @@ FORBIDDEN = {
         all_rooms() - {"checkpoints", "projectors", "state_dict", "image_encoder", "errors", "__init__"}
     ),
     "image_encoder": sorted(all_rooms() - {"image_encoder", "checkpoints", "state_dict", "errors", "__init__"}),
+    "lora": sorted(all_rooms() - {"lora", "state_dict", "schedule", "masks", "errors", "__init__"}),
     "prompt": sorted(all_rooms() - {"prompt", "checkpoints", "image_encoder", "errors", "__init__"}),
     "patch": ["backends", "processors", "report", "cli", "generate", "demo", "training", "layouts"],
     "backends": [
