@@ -2,7 +2,7 @@
 
 from .formats import describe_lora, load_lora, parse_lora
 from .placement import PlacedLoRA, Placement, place_lora
-from .targets import TargetTable, targets_of
+from .targets import Target, TargetTable, targets_of
 from .update import Layer, Update
 from .weights import Component, LoRAModule, LoRAWeights
 
@@ -13,6 +13,7 @@ __all__ = [
     "LoRAWeights",
     "PlacedLoRA",
     "Placement",
+    "Target",
     "TargetTable",
     "Update",
     "describe_lora",
