@@ -6,10 +6,11 @@ that is in no block follow BASE.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from ..errors import InvalidInputError
-from .selector import Rule, Selector
+from .selector import Rule, Selector, parse_selector
 
 
 def _numbered(name: str, numbers: Sequence[int]) -> tuple[str, ...]:
@@ -113,3 +114,10 @@ def _layout_of(entries: int, base_model: str | None) -> str:
         f"a block vector of {entries} entries is "
         + (f"ambiguous: say which of {', '.join(found)}" if found else f"of no known kind: {', '.join(LAYOUTS)}")
     )
+
+
+def parse_where(text: str, base_model: str | None = None) -> Selector:
+    """A selector, or a block vector or preset, whichever the text is."""
+    entries = text.strip()
+    numbers = re.fullmatch(r"[-+.\deE\s]+(?:,[-+.\deE\s]+)+", entries)
+    return block_vector(entries, base_model=base_model) if numbers or entries in PRESETS else parse_selector(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.lora.block_vectors import LAYOUTS, PRESETS, block_vector
+from ipadapter_core.lora.block_vectors import LAYOUTS, PRESETS, block_vector, parse_where
 from ipadapter_core.lora.selector import Rule, Selector, parse_selector
 from ipadapter_core.lora.targets import Target, targets_of
 from tiny_models import SD15, SDXL, tiny_unet
@@ -161,3 +161,10 @@ def test_length_20_needs_the_model() -> None:
         block_vector("1,2,3", "SD1.5 17")
     with pytest.raises(InvalidInputError, match="neither numbers with commas nor a block preset"):
         block_vector("SD-EVERYTHING")
+
+
+def test_one_text_field_takes_both() -> None:
+    assert parse_where("SD-OUTALL") == block_vector("SD-OUTALL")
+    assert parse_where("1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1") == block_vector("SD-OUTALL")
+    assert parse_where("attn2: 0.5, in4") == parse_selector("attn2: 0.5, in4")
+    assert parse_where("") == Selector()
