@@ -84,3 +84,24 @@ def text_path(name: str) -> str | None:
         return "text_projection" if name == "text_projection" else None
     inner = match[2].replace("self_attn_", "self_attn.").replace("mlp_", "mlp.")
     return f"text_model.encoder.layers.{match[1]}.{inner}"
+
+
+# words with an underscore inside; all other underscores of a UNet's name stand for dots
+_WORDS = (
+    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "time_emb_proj", "time_embedding", "add_embedding",
+    "conv_shortcut", "conv_in", "conv_out", "conv_norm_out", "linear_1", "linear_2", "proj_in", "proj_out", "to_q", "to_k",
+    "to_v", "to_out", "input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers",
+    "skip_connection", "time_embed", "label_emb",
+)  # fmt: skip
+_WORD = re.compile("(?:^|(?<=_))(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + ")(?=_|$)")
+_LDM = ("input_blocks_", "middle_block_", "output_blocks_", "time_embed_", "label_emb_", "out_")
+
+
+def dotted(name: str) -> str:
+    """The path of a UNet layer from its underscored name, for models that are in no table."""
+    return _WORD.sub(lambda word: word[0].replace("_", "\0"), name).replace("_", ".").replace("\0", "_")
+
+
+def is_ldm(name: str) -> bool:
+    """Whether an underscored name is of the LDM kind, as ComfyUI's, and not of diffusers'."""
+    return name.startswith(_LDM)

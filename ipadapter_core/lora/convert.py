@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInputError
-from .base_names import by_name, text_path
+from .base_names import by_name, dotted, is_ldm, text_path
 from .decomposed import Decomposed
 from .difference import Difference, Replacement
 from .generalized import Generalized
@@ -51,8 +51,12 @@ def to_tensors(
     if spelling not in SPELLINGS:
         raise InvalidInputError(f"unknown spelling {spelling!r}; choose one of: {', '.join(SPELLINGS)}")
     tensors: dict[str, Tensor] = {}
+    known = by_name(weights.base_model)
+    if any(m.component == "unet" and m.name not in known for m in weights.modules):
+        known = {}  # a pruned or unknown model: its blocks are numbered otherwise, so each name stays what it is
     for module in weights.modules:
-        stem = stem_of(module, weights.base_model, spelling, "te2" in weights.components)
+        pair = known.get(module.name) if module.component == "unet" else None
+        stem = stem_of(module, pair, spelling, sdxl="te2" in weights.components or weights.base_model == "SDXL")
         parts = _peft(module) if spelling == "diffusers" else _parts(module)
         for role, tensor in parts.items():
             keep = dtype is None or role == ".alpha" or not tensor.is_floating_point()
@@ -61,22 +65,27 @@ def to_tensors(
     return tensors, metadata
 
 
-def stem_of(module: LoRAModule, base_model: str, spelling: Spelling, two_encoders: bool = False) -> str:
-    """A module's name in a spelling. SDXL is spelled by LDM names in kohya's files, SD1.5 by diffusers names."""
+def stem_of(module: LoRAModule, pair: tuple[str, str] | None, spelling: Spelling, *, sdxl: bool = False) -> str:
+    """A module's name in a spelling; ``pair`` is its (diffusers, LDM) path where that is known.
+
+    SDXL is spelled by LDM names in kohya's files, SD1.5 by diffusers names.
+    """
     component = module.component
     if component == "unet":
-        pair = by_name(base_model).get(module.name)
         if spelling == "kohya":
-            path = module.name if pair is None else pair[base_model == "SDXL"]
+            path = module.name if pair is None else pair[sdxl]
             return _KOHYA[component] + path.replace(".", "_")
-        if pair is None:
+        wants_ldm = spelling == "generic"
+        if pair is None and is_ldm(module.name) != wants_ldm:
             raise InvalidInputError(
-                f"'{module.stem}' is in no table of {base_model} layers, so its dots are unknown; the spelling 'kohya' needs none"
+                f"'{module.stem}' is in no table of full-size models, so its name in the spelling '{spelling}' is unknown; "
+                f"write '{'diffusers' if wants_ldm else 'generic'}' or 'kohya'"
             )
-        return _DIFFUSERS[component] + pair[0] if spelling == "diffusers" else _GENERIC[component] + pair[1]
+        prefix = _GENERIC if wants_ldm else _DIFFUSERS
+        return prefix[component] + (dotted(module.name) if pair is None else pair[wants_ldm])
     path = text_path(module.name)
     if spelling == "kohya":
-        prefix = "lora_te_" if component == "te1" and not two_encoders else _KOHYA[component]
+        prefix = "lora_te_" if component == "te1" and not sdxl else _KOHYA[component]
         return prefix + (path or module.name).replace(".", "_")
     if path is None:
         raise InvalidInputError(f"'{module.stem}' is no known layer of a CLIP text encoder; use the spelling 'kohya'")

@@ -18,7 +18,7 @@ from host.shrunk import UNETS, unet_shapes
 from ipadapter_core.cli import main
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.lora import LoRAWeights, load_lora, targets_of
-from ipadapter_core.lora.base_names import by_name, unet_paths
+from ipadapter_core.lora.base_names import by_name, dotted, unet_paths
 from ipadapter_core.lora.convert import SPELLINGS, to_tensors
 from ipadapter_core.lora.extract import extract
 from ipadapter_core.lora.factors import Smaller, combine, factors_of, frobenius, resize
@@ -63,6 +63,14 @@ def test_tables_of_names_are_those_of_the_models() -> None:
     for kind, family in (("sd15", "SD1.5"), ("sdxl", "SDXL")):
         real = {k.removesuffix(".weight") for k, _ in unet_shapes(UNETS[kind]) if k.endswith(".weight")}
         assert real <= {ldm for _, ldm in unet_paths(family)}
+
+
+def test_dots_of_names_in_no_table() -> None:
+    for path in {path for pair in (*unet_paths("SD1.5"), *unet_paths("SDXL")) for path in pair}:
+        assert dotted(path.replace(".", "_")) == path
+    pruned = {f"lora_unet_input_blocks_2_0_op.{k}": t for k, t in low_rank((4, 4, 3, 3), 2, 0).items()}
+    assert "diffusion_model.input_blocks.2.0.op.lora_up.weight" in to_tensors(load_lora(pruned), "generic")[0]
+    assert "lora_unet_input_blocks_2_0_op.lora_up.weight" in to_tensors(load_lora(pruned), "kohya")[0]
 
 
 # --- convert ---------------------------------------------------------------------------------------------------------
@@ -114,7 +122,7 @@ def test_what_a_spelling_cannot_say() -> None:
     weights = load_lora(loha | {"lora_unet_down_blocks_0_attentions_0_proj_in.diff": noise(4, 4)})
     with pytest.raises(InvalidInputError, match="PEFT's spelling cannot say"):
         to_tensors(weights, "diffusers")
-    with pytest.raises(InvalidInputError, match="its dots are unknown"):
+    with pytest.raises(InvalidInputError, match="in no table of full-size models"):
         to_tensors(load_lora({f"lora_unet_my_layer.{k}": t for k, t in low_rank((4, 4), 2, 0).items()}), "generic")
 
 
