@@ -8,8 +8,13 @@ from . import host
 from .apply_adapter_to_model import ApplyAdapterToModel
 from .combine_image_prompts import CombineImagePrompts
 from .encode_image_prompt import EncodeImagePrompt
+from .extract_lora import ExtractLoRA
 from .inspect_adapter import InspectAdapter
+from .inspect_lora import InspectLoRA
 from .load_ip_adapter import LoadIPAdapter
+from .lora_stack import LoRAStack
+from .lora_strength import LoRAStrength
+from .save_lora import SaveLoRA
 from .schedule_adapter import AdapterSchedule
 
 NODES: list[type[io.ComfyNode]] = [
@@ -19,6 +24,11 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyAdapterToModel,
     AdapterSchedule,
     InspectAdapter,
+    LoRAStrength,
+    LoRAStack,
+    InspectLoRA,
+    SaveLoRA,
+    ExtractLoRA,
 ]
 
 

@@ -12,7 +12,9 @@ import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
+import comfy.weight_adapter
 import folder_paths
+import numpy as np
 import torch
 from server import PromptServer
 from torch import Tensor
@@ -30,6 +32,9 @@ from ..ipadapter_core import (
     load_adapter,
 )
 from ..ipadapter_core.backends import comfy as backend
+from ..ipadapter_core.backends import comfy_lora as lora_backend
+from ..ipadapter_core.lora import LoRAWeights, load_lora
+from ..ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
 
 FOLDER = "ipadapter"
 
@@ -150,3 +155,128 @@ def apply(
 def attention(*args: Any, **kwargs: Any) -> Tensor:
     """The host's attention, looked up at the call: launch options and other packs may replace it."""
     return comfy.ldm.modules.attention.optimized_attention(*args, **kwargs)
+
+
+# --- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class LoadedLoRA:
+    """A LoRA file, shared by all nodes that name it."""
+
+    weights: LoRAWeights
+
+
+_LORAS: WeakValueDictionary[tuple[str, int, int], LoadedLoRA] = WeakValueDictionary()
+
+
+def lora_files() -> list[str]:
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_fingerprint(*files: str) -> str:
+    stats = ((file, os.stat(folder_paths.get_full_path_or_raise("loras", file))) for file in files)
+    return " ".join(f"{file} {stat.st_mtime_ns} {stat.st_size}" for file, stat in stats)
+
+
+def lora_path(file: str) -> str:
+    return folder_paths.get_full_path_or_raise("loras", file)
+
+
+def checkpoint_files() -> list[str]:
+    return folder_paths.get_filename_list("checkpoints")
+
+
+def checkpoint_path(file: str) -> str:
+    return folder_paths.get_full_path_or_raise("checkpoints", file)
+
+
+def load_lora_file(file: str) -> LoadedLoRA:
+    """One copy per file, however many nodes name it; a changed file is read again."""
+    path = lora_path(file)
+    stat = os.stat(path)
+    key = (path, stat.st_mtime_ns, stat.st_size)
+    found = _LORAS.get(key)
+    if found is None:
+        found = _LORAS[key] = LoadedLoRA(load_lora(path, name=file))
+    return found
+
+
+class MergedUpdates(comfy.weight_adapter.WeightAdapterBase):
+    """All our LoRAs on one parameter, as the host's own kind of patch; it calls this whenever it patches the weight."""
+
+    name = "image_prompt_lora"
+
+    def __init__(self, loaded_keys: object, weights: tuple[Any, ...]) -> None:
+        self.loaded_keys = loaded_keys
+        self.weights = weights  # the host may rebuild the patch from these two
+
+    @classmethod
+    def of(cls, parts: tuple[lora_backend.Part, ...]) -> MergedUpdates:
+        return cls(set(), parts)
+
+    @property
+    def parts(self) -> tuple[lora_backend.Part, ...]:
+        return self.weights
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: object,
+        function: Callable[[Tensor], Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: object = None,
+    ) -> Tensor:
+        change = lora_backend.merge_parts(weight.to(intermediate_dtype), self.parts)
+        weight += function(strength * change).to(weight.dtype)
+        return weight
+
+
+def apply_lora(
+    model: Any | None, clip: Any | None, loaded: LoadedLoRA, mode: Mode, **settings: Any
+) -> tuple[Any | None, Any | None, str]:
+    """A LoRA on clones of MODEL and CLIP, and a text that says what was done. ``settings`` are those of LoRAPatch."""
+    placed = lora_backend.place(loaded.weights, model, None if clip is None else clip.cond_stage_model)
+    patch = LoRAPatch(placed, **settings)
+    lines = [placed.summary()]
+    if model is not None and patch.strength != 0:
+        choice = choose_mode([patch], mode, quantised=_quantised(model), offloaded=_offloaded(model))
+        lines.append(f"runs {choice.mode}: {choice.reason}")
+        if choice.mode == "live":
+            model = lora_backend.apply_live(model, patch, attention)
+        else:
+            model = lora_backend.apply_merged(model, patch, ("unet",), MergedUpdates.of)
+        lines.append(patch.selector.table(p.target for p in placed.of("unet")))
+        lost = patch.selector.unmatched(p.target for p in placed.placements)
+        if lost:
+            lines.append(f"selector entries that match no layer of this LoRA: {', '.join(lost)}")
+    if clip is not None and patch.strength_for("te1") != 0:
+        clip = clip.clone()
+        clip.patcher = lora_backend.apply_merged(clip.patcher, patch, ("te1", "te2", "te3"), MergedUpdates.of)
+    return model, clip, "\n".join(lines)
+
+
+def _quantised(model: Any) -> bool:
+    return model.model_dtype().itemsize < 2
+
+
+def _offloaded(model: Any) -> bool:
+    states = (comfy.model_management.VRAMState.LOW_VRAM, comfy.model_management.VRAMState.NO_VRAM)
+    dynamic = getattr(model, "is_dynamic", None)
+    return comfy.model_management.vram_state in states or bool(dynamic is not None and dynamic())
+
+
+def output_file(prefix: str, folder: str = "loras") -> str:
+    """A new file name under output/loras, counted up as the host counts."""
+    path, name, counter, _, _ = folder_paths.get_save_image_path(
+        prefix, os.path.join(folder_paths.get_output_directory(), folder)
+    )
+    return os.path.join(path, f"{name}_{counter:05}_.safetensors")
+
+
+def picture_tensor(picture: Any) -> Tensor:
+    """A Pillow picture as an IMAGE, 1 y x c in 0..1."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 CATEGORY = "image prompt"
+LORA_CATEGORY = "image prompt/lora"
 
 Adapter = io.Custom("IMAGE_PROMPT_ADAPTER")
 Prompt = io.Custom("IMAGE_PROMPT")
@@ -26,3 +27,19 @@ def adapter_input() -> io.Input:
 def combine_input(default: str = "concat") -> io.Input:
     options = ["concat", "add", "subtract", "average", "norm average", "max", "min"]
     return io.Combo.Input("combine", options=options, default=default, tooltip=COMBINE_TOOLTIP)
+
+
+SELECTOR_TOOLTIP = (
+    "Where it acts and how much, later entries win: 'all: 0, out3-5: 0.8', 'attn2 k: 0', 'in4: 1.2', 'ff: 0.5', 'te: 0', "
+    "'re:proj_in$: 1'. Blocks in0-11, mid, out0-11, double*, single*; types attn1, attn2, q, k, v, out, ff, proj, resnet, "
+    "conv. Also a block vector (12, 17, 20, 21, 26, 27, 58 numbers) or a preset such as SD-OUTALL. Empty: everywhere 1."
+)
+STRENGTH_TOOLTIP = "0: exactly the plain model, 1: as trained, below 0: the opposite, above 1: exaggerated."
+MODE_TOOLTIP = (
+    "live: beside the layers, no weight is written, a changed strength costs nothing; needed for schedules, masks and the "
+    "negative strength. merged: into the weights, costs nothing per step. auto: merged where possible and cheap."
+)
+
+
+def strength_input(name: str, what: str) -> io.Input:
+    return io.Float.Input(name, default=1.0, min=-20.0, max=20.0, step=0.05, tooltip=f"{what} {STRENGTH_TOOLTIP}")

@@ -352,13 +352,21 @@ class FakePatcher:
         self.deepcopy_options = deepcopy_options
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.wrappers: dict[str, dict[str, list[Callable[..., Any]]]] = {}
+        self.patches: dict[str, list[Any]] = {}
 
     def clone(self) -> FakePatcher:
         clone = FakePatcher(self.model, deepcopy_options=self.deepcopy_options)
         copied = copy.deepcopy if self.deepcopy_options else _copy_lists_and_dicts
         clone.model_options = copied(self.model_options)
         clone.wrappers = {kind: {key: list(w) for key, w in keys.items()} for kind, keys in self.wrappers.items()}
+        clone.patches = {key: list(entries) for key, entries in self.patches.items()}
         return clone
+
+    def add_patches(self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> None:
+        known = self.model.state_dict()
+        for key, patch in patches.items():
+            assert key in known, key
+            self.patches.setdefault(key, []).append((strength_patch, patch, strength_model, None, None))
 
     def get_model_object(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -453,7 +461,11 @@ class Guider:
             options["sigmas"] = timestep
             inputs = torch.cat([_crop(x, entry.get("area")) for entry, _ in batch])
             context = torch.cat([entry["context"].expand(x.shape[0], -1, -1) for entry, _ in batch])
-            outputs = model.apply_model(inputs, timestep.repeat(len(batch)), context, options).chunk(len(batch))
+            kept = self.patcher.wrappers.get("apply_model", {}) if self.wrapped else {}
+            called = Executor(
+                lambda x, t, concat, text, control, options: model.apply_model(x, t, text, options), model, kept
+            )(inputs, timestep.repeat(len(batch)), None, context, None, options)
+            outputs = called.chunk(len(batch))
             for (entry, i), output in zip(batch, outputs, strict=True):
                 _crop(sums[i], entry.get("area")).add_(output)
                 _crop(counts[i], entry.get("area")).add_(1)

@@ -69,9 +69,7 @@ def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None =
             f"the image prompt was prepared for {patch.layout.name}, the model is {layout.name}; prepare it for this model"
         )
     clone = model.clone()
-    slots: Mapping[Any, Any] = (
-        clone.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
-    )
+    slots = _slots(clone)
     for index, site in enumerate(layout.sites):
         if patch.active(index):
             hook = AttentionHook.joining(_occupant(slots, site), index, patch, attention or torch_attention)
@@ -85,11 +83,23 @@ def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None =
 
 def applied_patches(model: PatcherLike) -> tuple[AdapterPatch, ...]:
     """The image prompts that act on a MODEL, in order; one that acts nowhere leaves no trace and is not listed."""
-    slots: Mapping[Any, Any] = (
-        model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
-    )
-    hooks = [hook for hook in slots.values() if isinstance(hook, AttentionHook)]
+    hooks = [hook for hook in _slots(model).values() if isinstance(hook, AttentionHook)]
     return tuple(dict.fromkeys(patch for hook in hooks for patch in hook.patches))
+
+
+def occupant_of(model: PatcherLike, site: CrossAttentionSite) -> Any:
+    """What sits in a site's ``attn2`` slot of a MODEL, None if nothing."""
+    return _occupant(_slots(model), site)
+
+
+def key_part(model: PatcherLike, site: CrossAttentionSite) -> int | None:
+    """The third part of the key under which a hook for this site belongs; None for a two-part key."""
+    return None if _two_part(_slots(model), site) else site.depth
+
+
+def _slots(model: PatcherLike) -> Mapping[Any, Any]:
+    options: Mapping[str, Any] = model.model_options.get("transformer_options", {})
+    return cast("Mapping[Any, Any]", options.get("patches_replace", {}).get("attn2", {}))
 
 
 def _two_part(slots: Mapping[Any, Any], site: CrossAttentionSite) -> bool:

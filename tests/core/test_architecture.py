@@ -144,6 +144,7 @@ FORBIDDEN = {
         all_rooms() - {"checkpoints", "projectors", "state_dict", "image_encoder", "errors", "__init__"}
     ),
     "image_encoder": sorted(all_rooms() - {"image_encoder", "checkpoints", "state_dict", "errors", "__init__"}),
+    "lora": sorted(all_rooms() - {"lora", "state_dict", "schedule", "masks", "errors", "__init__"}),
     "prompt": sorted(all_rooms() - {"prompt", "checkpoints", "image_encoder", "errors", "__init__"}),
     "patch": ["backends", "processors", "report", "cli", "generate", "demo", "training", "layouts"],
     "backends": [
@@ -174,14 +175,23 @@ def test_dependencies_point_one_way(room: str) -> None:
 
 
 def test_the_backends_do_not_know_each_other() -> None:
-    assert offenders([CORE / "backends/comfy.py"], *core("backends.diffusers")) == []
-    assert offenders([CORE / "backends/diffusers.py"], *core("backends.comfy")) == []
+    for comfy, diffusers in (("comfy", "diffusers"), ("comfy_lora", "diffusers_lora")):
+        foreign = core("backends.diffusers", "backends.diffusers_lora"), core("backends.comfy", "backends.comfy_lora")
+        assert offenders([CORE / f"backends/{comfy}.py"], *foreign[0]) == []
+        assert offenders([CORE / f"backends/{diffusers}.py"], *foreign[1]) == []
 
 
 def test_only_the_comfy_backend_and_the_host_file_know_the_comfy_backend() -> None:
-    assert offenders([p for p in sources(CORE) if p.name != "comfy.py"], *core("backends.comfy")) == []
+    theirs = ("comfy.py", "comfy_lora.py")
+    assert (
+        offenders([p for p in sources(CORE) if p.name not in theirs], *core("backends.comfy", "backends.comfy_lora"))
+        == []
+    )
     others = [p for p in sources(NODES) if p.name not in ("host.py",)]
-    assert offenders(others, *core("backends.diffusers", "generate", "cli", "demo", "training")) == []
+    assert (
+        offenders(others, *core("backends.diffusers", "backends.diffusers_lora", "generate", "cli", "demo", "training"))
+        == []
+    )
 
 
 def test_only_host_py_asks_comfyui() -> None:

@@ -18,7 +18,7 @@ from host.steering import Steering
 from host.tiny_adapters import adapter_tensors, build_adapter
 
 SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE"}
-HOST_TYPES = {"MODEL", "CLIP_VISION", "IMAGE", "MASK", "STRING", "FLOAT", "BOOLEAN", "COMBO"}
+HOST_TYPES = {"MODEL", "CLIP", "CLIP_VISION", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
 OUTPUTS = {
     "ImagePromptLoadAdapter": (["IMAGE_PROMPT_ADAPTER"], ["adapter"]),
     "ImagePromptEncode": (["IMAGE_PROMPT"], ["image_prompt"]),
@@ -26,7 +26,13 @@ OUTPUTS = {
     "ImagePromptApply": (["MODEL"], ["model"]),
     "ImagePromptSchedule": (["IMAGE_PROMPT_SCHEDULE"], ["schedule"]),
     "ImagePromptInspect": (["STRING"], ["text"]),
+    "ImagePromptLoRAStrength": (["MODEL", "CLIP", "STRING"], ["model", "clip", "report"]),
+    "ImagePromptLoRAStack": (["MODEL", "CLIP", "STRING"], ["model", "clip", "report"]),
+    "ImagePromptLoRAInspect": (["STRING", "IMAGE"], ["text", "heat_map"]),
+    "ImagePromptLoRASave": (["STRING"], ["path"]),
+    "ImagePromptLoRAExtract": (["STRING"], ["path"]),
 }
+OUTPUT_NODES = {"ImagePromptInspect", "ImagePromptLoRAInspect", "ImagePromptLoRASave", "ImagePromptLoRAExtract"}
 
 
 @pytest.fixture
@@ -38,16 +44,16 @@ def make(server: ComfyServer, sd15_small: str, adapters: Path) -> Callable[..., 
 # --- what the frontend is told ----------------------------------------------------------------------------------------
 
 
-def test_the_six_nodes_are_there(server: ComfyServer) -> None:
+def test_every_node_is_there(server: ComfyServer) -> None:
     nodes = server.pack_nodes()
     assert set(nodes) == set(OUTPUTS)
     for name, info in nodes.items():
         types, names = OUTPUTS[name]
         assert list(info["output"]) == types
         assert list(info["output_name"]) == names
-        assert info["category"] == "image prompt"
+        assert info["category"] == ("image prompt/lora" if "LoRA" in name else "image prompt")
         assert info["description"]
-        assert info["output_node"] == (name == "ImagePromptInspect")
+        assert info["output_node"] == (name in OUTPUT_NODES)
 
 
 def test_every_input_explains_itself(server: ComfyServer) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from host.comfy_server import REPOSITORY, ComfyServer, Graph, Result
 from host.shrunk import UNETS, build_checkpoint
 from host.tiny_adapters import build_adapter
+from host.tiny_lora_files import build_lora
 from workflows.graph import ALWAYS, FRONTEND_ONLY, Workflow, WorkflowError, to_prompt
 
 # SDXL last: the server keeps a checkpoint only as long as the next prompt uses it
@@ -27,11 +28,14 @@ PHOTO = Path(__file__).parents[1] / "host" / "photo.jpg"
 SIDE = 64
 STEPS = 2
 APPLY = "ImagePromptApply"
+STEERING = frozenset({APPLY, "ImagePromptLoRAStrength", "ImagePromptLoRAStack"})
+TELLING = frozenset({"ImagePromptInspect", "ImagePromptLoRAInspect", "ImagePromptLoRASave", "ImagePromptLoRAExtract"})
 NEEDED = {
     "sd15_text_to_image", "sdxl_text_to_image", "plus_adapter", "several_references", "regional_masks_two_adapters",
     "style_only", "composition_only", "image_to_image", "inpainting", "scheduled_strength", "batch", "inspect_adapter",
+    "lora_strength", "lora_stack", "inspect_lora", "convert_lora", "extract_lora", "lora_regions_and_image_prompt",
 }  # fmt: skip
-IMAGES = {"batch": 3, "inspect_adapter": 0}  # others make one
+IMAGES = {"batch": 3, "inspect_adapter": 0, "inspect_lora": 0, "convert_lora": 0, "extract_lora": 0}  # others make one
 
 
 def load(file: Path) -> Workflow:
@@ -45,12 +49,12 @@ class Shrunk:
         self.workflow, self.server, self.models, self.adapters = workflow, server, models, adapters
         self.object_info = server.object_info()
         checkpoints = [n["widgets_values"][0] for n in workflow["nodes"] if n["type"] == "CheckpointLoaderSimple"]
-        self.unet = "sdxl" if checkpoints[0].startswith("sd_xl") else "sd15"
+        self.unet = "sdxl" if checkpoints and checkpoints[0].startswith("sd_xl") else "sd15"
         self.scale = (1024 if self.unet == "sdxl" else 512) // SIDE
 
     def prompt(self, *, strength: float | None = None, bypass: bool = False) -> tuple[Graph, list[str]]:
         """The prompt and the ids of nodes that save the exact pixels of each SaveImage."""
-        graph = to_prompt(self.workflow, self.object_info, bypass=frozenset({APPLY}) if bypass else frozenset())
+        graph = to_prompt(self.workflow, self.object_info, bypass=STEERING if bypass else frozenset())
         pictures = 0
         for node_id, node in graph.items():
             kind, inputs = node["class_type"], node["inputs"]
@@ -74,8 +78,17 @@ class Shrunk:
                     inputs["image"] = self.server.upload_image(*picture(pictures, masked))
                 case "KSampler":
                     inputs["steps"] = STEPS
-                case _ if kind == APPLY and strength is not None:
-                    inputs["strength"] = strength
+                case "ImagePromptLoRAExtract":
+                    for seed, name in enumerate(("base", "tuned")):
+                        file = build_checkpoint("sd15_small", self.models, seed=seed)
+                        inputs[name] = self.server.add_model("checkpoints", file)
+                    inputs["rank"] = 2
+            for name in [name for name in inputs if kind.startswith("ImagePromptLoRA") and name.startswith("file")]:
+                if name != "filename_prefix" and inputs[name] != "none":
+                    seed = sum(inputs[name].encode())
+                    inputs[name] = self.server.add_model("loras", build_lora(self.unet, self.adapters, seed=seed))
+            for name in [name for name in inputs if kind in STEERING and name.startswith("strength")]:
+                inputs[name] = inputs[name] if strength is None else strength
             for name in ("width", "height", "x", "y", "expand"):
                 if isinstance(inputs.get(name), int):
                     inputs[name] = inputs[name] // self.scale
@@ -116,7 +129,7 @@ def test_workflow_runs_and_follows_its_image(
 
     result, graph, steered = run()
     if expected == 0:
-        assert any(result.text(i) for i, n in graph.items() if n["class_type"] == "ImagePromptInspect")
+        assert any(result.text(i) for i, n in graph.items() if n["class_type"] in TELLING)
         return
     for node_id, node in graph.items():
         if node["class_type"] == "SaveImage":
@@ -158,7 +171,7 @@ def test_workflow_is_tidy(file: Path) -> None:
     assert inside == set(boxes), "nodes outside every group"
     ids = [link[0] for link in workflow["links"]]
     assert len(ids) == len(set(ids))
-    assert max(ids) == workflow["last_link_id"]
+    assert max(ids, default=0) == workflow["last_link_id"]
 
 
 # --- the converter itself, on rules that the files above do not all use -----------------------------------------------

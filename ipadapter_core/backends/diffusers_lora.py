@@ -1,0 +1,259 @@
+"""diffusers and transformers: LoRAs beside the layers by module hooks, or merged into the weights and taken out again.
+
+Forward hooks leave every module in place, so quantised and offloaded layers, image prompts and other packages' layers
+keep working, and removing the hooks restores the model exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import InvalidInputError
+from ..lora.live import LiveLayer, LiveStack, ModelCall, mask_like
+from ..lora.patch import LoRAPatch
+from ..lora.placement import Placement, place_lora
+from ..lora.targets import targets_of
+from ..lora.update import wide
+from ..lora.weights import Component, LoRAWeights
+
+Branch = Literal["uncond", "cond"]
+Branches = Sequence[Branch] | Callable[[], Sequence[Branch]]
+
+
+def place(pipeline: Any, weights: LoRAWeights) -> LoRAPatch:
+    """A LoRA on a pipeline's UNet or transformer and its text encoders, at strength 1.
+
+    Raises IncompatibleAdapterError if it belongs to another base model.
+    """
+    parts = parts_of(pipeline)
+    return LoRAPatch(place_lora(weights, {c: targets_of(module, c) for c, module in parts.items()}))
+
+
+def parts_of(pipeline: Any) -> dict[Component, nn.Module]:
+    """The modules of a pipeline that a LoRA can change; a bare UNet or transformer counts as one."""
+    if isinstance(pipeline, nn.Module):
+        return {"unet": pipeline}
+    names: Mapping[str, Component] = {
+        "unet": "unet",
+        "transformer": "unet",
+        "text_encoder": "te1",
+        "text_encoder_2": "te2",
+        "text_encoder_3": "te3",
+    }
+    found: dict[Component, nn.Module] = {}
+    for name, component in names.items():
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            is_t5 = name == "text_encoder_2" and type(module).__name__.startswith("T5")  # Flux has no CLIP-G
+            found["te3" if is_t5 else component] = module
+    return found
+
+
+class LiveLoRAs:
+    """LoRAs beside the layers of a pipeline or a module, until ``remove()``; also a context manager that removes them."""
+
+    def __init__(self, pipeline: Any, patches: Sequence[LoRAPatch], branches: Branches) -> None:
+        self._patches = list(patches)
+        self._branches = branches
+        self._call = ModelCall()
+        self._handles: list[RemovableHandle] = []
+        self._stacks: list[LiveStack] = []
+        for component, module in parts_of(pipeline).items():
+            stack = LiveStack(patches, component)
+            if stack.layers:
+                self._stacks.append(stack)
+                self._attach(module, stack)
+
+    @property
+    def patches(self) -> tuple[LoRAPatch, ...]:
+        """What is applied now, in order."""
+        return tuple(self._patches)
+
+    def set_strength(self, strength: float, index: int | None = None) -> None:
+        """Another strength for one LoRA, or for all, from the next call on. Writes no weight."""
+        for i in range(len(self._patches)) if index is None else (index,):
+            self._patches[i] = self._patches[i].with_strength(strength)
+        self._call.forget_strengths()
+
+    def set_patch(self, patch: LoRAPatch, index: int = 0) -> None:
+        """Another strength, schedule or mask for the same LoRA; a new selector needs a new ``apply``."""
+        if patch.placed is not self._patches[index].placed or patch.selector != self._patches[index].selector:
+            raise InvalidInputError(
+                "this is another LoRA or selector than the one applied; remove it and apply the new one"
+            )
+        if (patch.mask is None) != (self._patches[index].mask is None):
+            raise InvalidInputError(
+                "a mask cannot be added or taken away while applied; remove the LoRA and apply it anew"
+            )
+        self._patches[index] = patch
+        self._call.forget_strengths()
+
+    @contextmanager
+    def strength(self, value: float, index: int | None = None) -> Generator[LiveLoRAs]:
+        """``with lora.strength(0): …`` runs at another strength and returns to the former ones."""
+        before = list(self._patches)
+        self.set_strength(value, index)
+        try:
+            yield self
+        finally:
+            self._patches = before
+            self._call.forget_strengths()
+
+    def remove(self) -> None:
+        """Take every hook off; the model is then as it was. Calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for stack in self._stacks:
+            stack.release()
+
+    def __enter__(self) -> LiveLoRAs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _attach(self, module: nn.Module, stack: LiveStack) -> None:
+        if stack.component == "unet":
+            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+        for path, layer in stack.layers.items():
+            # first in line: whoever reads the layer's output, an image prompt its q, sees it with the LoRA
+            hook = self._hook(layer, stack)
+            self._handles.append(module.get_submodule(path).register_forward_hook(hook, prepend=True))
+        for site in stack.text_sites:
+            attention = module.get_submodule(site)
+            self._handles.append(attention.register_forward_hook(self._regions(site, stack), with_kwargs=True))
+
+    def _hook(self, layer: LiveLayer, stack: LiveStack) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        plain = ModelCall()
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if stack.component != "unet":
+                plain.forget_strengths()
+                return layer.add(module, args[0], output, plain, self._patches, stack.component)
+            return layer.add(module, args[0], output, self._call, self._patches, "unet")
+
+        return hook
+
+    def _regions(self, site: str, stack: LiveStack) -> Callable[..., Tensor]:
+        """Every region has text keys and values of its own; the attention runs once for each and they are blended."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            base = output
+            for index in stack.regions_at(site, self._call):
+                self._call.region = index
+                try:
+                    changed: Tensor = module.forward(*args, **kwargs)
+                finally:
+                    self._call.region = None
+                output = torch.addcmul(output, changed - base, mask_like(base, index, self._call, self._patches))
+            return output
+
+        return hook
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else 0.0
+        names = self._branches() if callable(self._branches) else self._branches
+        batch = int(sample.shape[0]) if isinstance(sample, Tensor) else 1
+        if batch % len(names):
+            raise InvalidInputError(
+                f"the model got a batch of {batch}, which cannot hold the branches {tuple(names)} in equal parts; "
+                "pass branches=('cond',) where classifier-free guidance is off"
+            )
+        latent = tuple(int(n) for n in sample.shape[-2:]) if isinstance(sample, Tensor) and sample.ndim == 4 else None
+        self._call = ModelCall(
+            tuple(name == "uncond" for name in names),
+            lambda: _percent(timestep),
+            (latent[0], latent[1]) if latent else None,
+        )
+
+
+def _percent(timestep: Tensor | float) -> float:
+    """Sampling progress: timestep 999 is 0; pipelines of flow models pass 1 down to 0 instead."""
+    value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+    flow = isinstance(timestep, Tensor) and timestep.is_floating_point() and value <= 1.0
+    return min(max(1 - value / (1.0 if flow else 999.0), 0.0), 1.0)
+
+
+def apply(pipeline: Any, *patches: LoRAPatch, branches: Branches = ("cond",)) -> LiveLoRAs:
+    """Let LoRAs run beside the layers of a pipeline, or of a bare UNet or transformer; no weight is written.
+
+    ``branches`` says what the batch of a call consists of (for ``uncond_strength`` and masks per latent); a callable is
+    asked at every call. diffusers' pipelines put the negative prompt first.
+    """
+    if not patches:
+        raise InvalidInputError("apply() needs at least one LoRA")
+    return LiveLoRAs(pipeline, patches, branches)
+
+
+class MergedLoRAs:
+    """LoRAs written into the weights, which are kept aside and come back with ``remove()``, bit for bit."""
+
+    def __init__(self, pipeline: Any, patches: Sequence[LoRAPatch]) -> None:
+        for patch in patches:
+            if patch.needs_live:
+                raise InvalidInputError(f"{patch.name} cannot be merged: {patch.needs_live}; use apply()")
+        self._parameters: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self.writes = 0
+        for component, module in parts_of(pipeline).items():
+            for path, found in _by_parameter(patches, component).items():
+                owner, _, name = path.rpartition(".")
+                self._merge(getattr(module.get_submodule(owner), name), found)
+
+    def _merge(self, parameter: nn.Parameter, found: Sequence[tuple[Placement, float]]) -> None:
+        if not parameter.is_floating_point() or parameter.is_meta:
+            raise InvalidInputError(
+                f"a weight is stored as {parameter.dtype} on {parameter.device}, which cannot be merged; use apply(), the live mode"
+            )
+        original = parameter.data.detach().clone()
+        self._parameters[id(parameter)] = (parameter, original)
+        pristine = wide(original)
+        total = pristine.clone()
+        for placement, strength in found:
+            start, length = placement.rows or (0, pristine.shape[0])
+            part = pristine[start : start + length]
+            total[start : start + length] += placement.update.merged(part, strength) - part
+        parameter.data.copy_(total)
+        self.writes += 1
+
+    def remove(self) -> None:
+        """Put the kept weights back."""
+        for parameter, original in self._parameters.values():
+            parameter.data.copy_(original)
+        self._parameters.clear()
+
+    def __enter__(self) -> MergedLoRAs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _by_parameter(patches: Sequence[LoRAPatch], component: Component) -> dict[str, list[tuple[Placement, float]]]:
+    """What acts on each parameter; every change is made from the pristine weight, so order does not matter."""
+    found: dict[str, list[tuple[Placement, float]]] = {}
+    for patch in patches:
+        strength = patch.strength_for(component) * (patch.schedule.strength if component == "unet" else 1.0)
+        for placement, factor in patch.acting(component):
+            if strength * factor != 0:
+                found.setdefault(placement.key, []).append((placement, strength * factor))
+    return found
+
+
+def merge(pipeline: Any, *patches: LoRAPatch) -> MergedLoRAs:
+    """Write LoRAs into the weights: nothing per step, a write of every weight per change."""
+    if not patches:
+        raise InvalidInputError("merge() needs at least one LoRA")
+    return MergedLoRAs(pipeline, patches)

@@ -1,0 +1,161 @@
+"""``LoRAWeights`` → the tensors of a file in a chosen spelling; numbers are moved, not recomputed, wherever possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInputError
+from .base_names import by_name, dotted, is_ldm, text_path
+from .decomposed import Decomposed
+from .difference import Difference, Replacement
+from .generalized import Generalized
+from .hadamard import Hadamard
+from .ia3 import ChannelScale
+from .kronecker import Kronecker
+from .low_rank import LowRank
+from .orthogonal import Butterfly, Orthogonal
+from .update import Update, wide
+from .weights import Component, LoRAModule, LoRAWeights
+
+Spelling = Literal["kohya", "diffusers", "generic"]
+SPELLINGS: tuple[Spelling, ...] = get_args(Spelling)
+
+_KOHYA: Mapping[Component, str] = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "te3": "lora_te3_"}
+_DIFFUSERS: Mapping[Component, str] = {
+    "unet": "unet.",
+    "te1": "text_encoder.",
+    "te2": "text_encoder_2.",
+    "te3": "text_encoder_3.",
+}
+_GENERIC: Mapping[Component, str] = {
+    "unet": "diffusion_model.",
+    "te1": "text_encoders.clip_l.transformer.",
+    "te2": "text_encoders.clip_g.transformer.",
+    "te3": "text_encoders.t5xxl.transformer.",
+}
+
+
+def to_tensors(
+    weights: LoRAWeights, spelling: Spelling = "kohya", dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file. ``dtype`` None keeps each tensor's.
+
+    ``kohya`` and ``generic`` carry every algorithm and keep alpha as a tensor. ``diffusers`` is PEFT's, with the scale
+    multiplied into ``lora_B``, so that readers who know no alpha get it right; it carries LoRA and row-wise DoRA.
+    Raises InvalidInputError for what a spelling cannot say.
+    """
+    if spelling not in SPELLINGS:
+        raise InvalidInputError(f"unknown spelling {spelling!r}; choose one of: {', '.join(SPELLINGS)}")
+    tensors: dict[str, Tensor] = {}
+    known = by_name(weights.base_model)
+    if any(m.component == "unet" and m.name not in known for m in weights.modules):
+        known = {}  # a pruned or unknown model: its blocks are numbered otherwise, so each name stays what it is
+    for module in weights.modules:
+        pair = known.get(module.name) if module.component == "unet" else None
+        stem = stem_of(module, pair, spelling, sdxl="te2" in weights.components or weights.base_model == "SDXL")
+        parts = _peft(module) if spelling == "diffusers" else _parts(module)
+        for role, tensor in parts.items():
+            keep = dtype is None or role == ".alpha" or not tensor.is_floating_point()
+            tensors[stem + role] = (tensor if keep else tensor.to(dtype)).contiguous()
+    metadata = {key: value for key, value in weights.metadata.items() if key != "lora_adapter_metadata"}
+    return tensors, metadata
+
+
+def stem_of(module: LoRAModule, pair: tuple[str, str] | None, spelling: Spelling, *, sdxl: bool = False) -> str:
+    """A module's name in a spelling; ``pair`` is its (diffusers, LDM) path where that is known.
+
+    SDXL is spelled by LDM names in kohya's files, SD1.5 by diffusers names.
+    """
+    component = module.component
+    if component == "unet":
+        if spelling == "kohya":
+            path = module.name if pair is None else pair[sdxl]
+            return _KOHYA[component] + path.replace(".", "_")
+        wants_ldm = spelling == "generic"
+        if pair is None and is_ldm(module.name) != wants_ldm:
+            raise InvalidInputError(
+                f"'{module.stem}' is in no table of full-size models, so its name in the spelling '{spelling}' is unknown; "
+                f"write '{'diffusers' if wants_ldm else 'generic'}' or 'kohya'"
+            )
+        prefix = _GENERIC if wants_ldm else _DIFFUSERS
+        return prefix[component] + (dotted(module.name) if pair is None else pair[wants_ldm])
+    path = text_path(module.name)
+    if spelling == "kohya":
+        prefix = "lora_te_" if component == "te1" and not sdxl else _KOHYA[component]
+        return prefix + (path or module.name).replace(".", "_")
+    if path is None:
+        raise InvalidInputError(f"'{module.stem}' is no known layer of a CLIP text encoder; use the spelling 'kohya'")
+    return (_DIFFUSERS if spelling == "diffusers" else _GENERIC)[component] + path
+
+
+def _parts(module: LoRAModule) -> dict[str, Tensor]:
+    parts = {} if module.weight is None else _tensors_of(module.weight)
+    if module.bias is not None:
+        if not isinstance(module.bias, Difference):
+            raise InvalidInputError(f"the bias of '{module.stem}' cannot be written")
+        norm = isinstance(module.weight, Difference) and module.weight.diff.ndim == 1
+        parts[".b_norm" if norm else ".diff_b"] = module.bias.diff
+    return parts
+
+
+def _tensors_of(update: Update) -> dict[str, Tensor]:
+    match update:
+        case LowRank():
+            parts = {".lora_down.weight": update.down, ".lora_up.weight": update.up}
+            if update.mid is not None:
+                parts[".lora_mid.weight"] = update.mid
+            return parts | _alpha(update.scale, update.rank)
+        case Hadamard():
+            names = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
+            return _named(update, "hada_", names) | _alpha(update.scale, update.rank)
+        case Kronecker():
+            names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+            parts = _named(update, "lokr_", names)
+            return parts | (_alpha(update.scale, update.rank) if update.rank is not None else {})
+        case Generalized():
+            matrices = {"a1": update.a_first, "a2": update.a_second, "b1": update.b_up, "b2": update.b_down}
+            parts = {f".{name}.weight": t for name, t in matrices.items()}
+            if update.b_mid is not None:
+                parts[".bm.weight"] = update.b_mid
+            return parts | _alpha(update.scale, update.rank)
+        case Decomposed():
+            rows = update.magnitude.reshape((-1, 1) if update.axis == "out" else (1, -1))
+            kernel = len(update.inner.down.shape) - 2 if isinstance(update.inner, LowRank) else 0
+            return _tensors_of(update.inner) | {".dora_scale": rows.reshape(*rows.shape, *[1] * kernel)}
+        case Orthogonal() | Butterfly():
+            parts = {".oft_blocks": update.blocks, ".alpha": torch.tensor(update.constraint)}
+            return parts if update.rescale is None else parts | {".rescale": update.rescale}
+        case Difference():
+            return {(".w_norm" if update.diff.ndim == 1 else ".diff"): update.diff}
+        case Replacement():
+            return {".set_weight": update.new}
+        case ChannelScale():
+            return {".weight": update.factor, ".on_input": torch.tensor(int(update.on_input))}
+        case _:
+            raise InvalidInputError(f"{update.title} cannot be written to a file")
+
+
+def _named(update: Update, prefix: str, names: tuple[str, ...]) -> dict[str, Tensor]:
+    return {f".{prefix}{name}": t for name, t in update.tensors().items() if name in names}
+
+
+def _alpha(scale: float, rank: int | None) -> dict[str, Tensor]:
+    return {".alpha": torch.tensor(scale * (rank or 1))}
+
+
+def _peft(module: LoRAModule) -> dict[str, Tensor]:
+    update, magnitude = module.weight, None
+    if isinstance(update, Decomposed) and update.axis == "out":
+        update, magnitude = update.inner, update.magnitude
+    if not isinstance(update, LowRank) or update.mid is not None or module.bias is not None:
+        title = "a change of the bias" if update is None or module.bias is not None else update.title
+        raise InvalidInputError(
+            f"'{module.stem}' is {title}, which PEFT's spelling cannot say; write 'kohya' or 'generic', or resize it first"
+        )
+    up = update.up if update.scale == 1 else (wide(update.up) * update.scale).to(update.up.dtype)
+    parts = {".lora_A.weight": update.down, ".lora_B.weight": up}
+    return parts if magnitude is None else parts | {".lora_magnitude_vector.weight": magnitude}

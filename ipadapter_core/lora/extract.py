@@ -1,0 +1,85 @@
+"""A LoRA out of two checkpoints of one base model: the difference of every layer in low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import IncompatibleAdapterError
+from ..state_dict import Source, open_state_dict
+from .base_names import text_path
+from .factors import Smaller, decompose, low_rank_module
+from .names import to_name
+from .weights import Component, LoRAModule, LoRAWeights
+
+PREFIXES: tuple[tuple[str, Component], ...] = (
+    ("model.diffusion_model.", "unet"),
+    ("diffusion_model.", "unet"),
+    ("cond_stage_model.transformer.", "te1"),
+    ("conditioner.embedders.0.transformer.", "te1"),
+)
+"""Prefixes of checkpoints; files of a diffusers UNet have none."""
+
+
+def extract(
+    tuned: Source,
+    base: Source,
+    smaller: Smaller,
+    *,
+    name: str = "extracted",
+    smallest: float = 1e-6,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[LoRAWeights, dict[str, float]]:
+    """LoRA of what ``tuned`` differs from ``base``, and the relative error per module.
+
+    Layers whose largest difference is below ``smallest`` are left out; norms and biases are not taken. Raises
+    IncompatibleAdapterError if the files have no layer in common or differ in a shape.
+    """
+    first, second = open_state_dict(tuned), open_state_dict(base)
+    keys = [
+        key
+        for key, t in first.tensors.items()
+        if key.endswith(".weight") and t.ndim in (2, 4) and key in second.tensors and _module(key) is not None
+    ]
+    if not keys:
+        raise IncompatibleAdapterError(
+            f"{first.name} and {second.name} have no layer of a UNet in common; give two checkpoints of the same kind"
+        )
+    modules: list[LoRAModule] = []
+    errors: dict[str, float] = {}
+    for done, key in enumerate(keys):
+        a, b = first.tensors[key], second.tensors[key]
+        if a.shape != b.shape:
+            raise IncompatibleAdapterError(
+                f"'{key}' is {list(a.shape)} in {first.name} and {list(b.shape)} in {second.name}: they are different base models"
+            )
+        difference = _difference(a, b)
+        module = _module(key)
+        if float(difference.abs().max()) >= smallest and module is not None:
+            up, down, errors[module.stem] = decompose(difference.flatten(1), smaller)
+            modules.append(low_rank_module(module, up, down, tuple(a.shape[2:])))
+        if progress is not None:
+            progress(done + 1, len(keys))
+    if not modules:
+        raise IncompatibleAdapterError(f"{first.name} and {second.name} do not differ in any layer")
+    return LoRAWeights(name, tuple(modules), "extracted", {}), errors
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(wide) - b.to(wide)
+
+
+def _module(key: str) -> LoRAModule | None:
+    stem = key.removesuffix(".weight")
+    for prefix, component in PREFIXES:
+        if stem.startswith(prefix):
+            path = stem.removeprefix(prefix)
+            if component != "unet" and text_path(to_name(path)) is None:
+                return None
+            return LoRAModule(stem, component, to_name(path), None)
+    if stem.startswith(("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")):
+        return LoRAModule(stem, "unet", to_name(stem), None)
+    return None

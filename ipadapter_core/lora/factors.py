@@ -1,0 +1,169 @@
+"""Algebra on factors: norms, smaller ranks and sums of LoRAs without forming a matrix of the layer's size where it can be.
+
+``up down`` with QR of both sides needs only an SVD of r×r: exact, and thousands of times cheaper than one of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInputError
+from .hadamard import Hadamard
+from .low_rank import LowRank
+from .update import Update, wide
+from .weights import LoRAModule, LoRAWeights
+
+
+def factors_of(update: Update) -> tuple[Tensor, Tensor] | None:
+    """``up`` (o r) and ``down`` (r i·y·x) in float32 with the scale inside ``up``; None if it is not low-rank as it stands."""
+    if isinstance(update, Hadamard):
+        found = update.factors()
+        if found is None:
+            return None
+        update = found
+    if not isinstance(update, LowRank):
+        return None
+    down = wide(update.down)
+    if update.mid is not None:
+        down = torch.einsum("rs...,si->ri...", wide(update.mid), down.flatten(1))
+    return wide(update.up).flatten(1) * update.scale, down.flatten(1)
+
+
+def frobenius(update: Update) -> float | None:
+    """‖ΔW‖ at strength 1; None for updates that depend on the weight."""
+    if update.reads_weight:
+        return None
+    factors = factors_of(update)
+    if factors is None:
+        sizes = update.describe_shape().split("×")
+        ghost = torch.empty(1).expand([int(size) for size in sizes])
+        return float(torch.linalg.vector_norm(update.delta(ghost)))
+    up, down = factors
+    return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
+
+
+@dataclass(frozen=True, slots=True)
+class Smaller:
+    """How small a rank may become: a number, and the share of the squared norm that must stay (1: all)."""
+
+    rank: int | None = None
+    energy: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise InvalidInputError(f"the rank is {self.rank}; it must be at least 1")
+        if not 0 < self.energy <= 1:
+            raise InvalidInputError(f"the energy to keep is {self.energy}; it must be above 0 and at most 1")
+
+    def of(self, values: Tensor) -> int:
+        """Rank for these singular values, largest first."""
+        kept = values.square().cumsum(0) / values.square().sum().clamp_min(1e-30)
+        needed = int((kept < self.energy - 1e-9).sum()) + 1
+        nonzero = int((values > values[0] * 1e-7).sum()) if float(values[0]) > 0 else 1
+        return max(1, min(needed, nonzero, self.rank or len(values), len(values)))
+
+
+def compress(up: Tensor, down: Tensor, smaller: Smaller) -> tuple[Tensor, Tensor, float]:
+    """The best factors of the allowed rank, and the relative error ‖difference‖ / ‖ΔW‖ (0 if nothing is lost)."""
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, values, vh = torch.linalg.svd(r_up @ r_down.T)
+    rank = smaller.of(values)
+    root = values[:rank].sqrt()
+    lost = values[rank:].square().sum() / values.square().sum().clamp_min(1e-30)
+    return q_up @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ q_down.T, float(lost.sqrt())
+
+
+def decompose(matrix: Tensor, smaller: Smaller) -> tuple[Tensor, Tensor, float]:
+    """Factors of a dense change. With a rank far below the size by randomised SVD, else exactly."""
+    shortest = min(matrix.shape)
+    if smaller.rank is not None and smaller.rank + 16 < shortest // 2:
+        u, values, v = torch.svd_lowrank(matrix, q=smaller.rank + 16, niter=4)
+    else:
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        v = vh.T
+    rank = smaller.of(values)
+    root = values[:rank].sqrt()
+    up, down = u[:, :rank] * root, root[:, None] * v[:, :rank].T
+    norm = torch.linalg.vector_norm(matrix)
+    error = torch.linalg.vector_norm(matrix - up @ down) / norm.clamp_min(1e-30)
+    return up, down, float(error)
+
+
+def low_rank_module(module: LoRAModule, up: Tensor, down: Tensor, kernel: tuple[int, ...]) -> LoRAModule:
+    """A module with these factors; ``kernel`` is its convolution's."""
+    down = down.reshape(down.shape[0], -1, *kernel) if kernel else down
+    up = up.reshape(*up.shape, *[1] * len(kernel))
+    return replace(module, weight=LowRank(down.contiguous(), up.contiguous(), 1.0))
+
+
+def kernel_of(update: Update) -> tuple[int, ...]:
+    """Kernel of the convolution that a low-rank update is for; empty for linear layers."""
+    if isinstance(update, LowRank):
+        return tuple((update.down if update.mid is None else update.mid).shape[2:])
+    return ()
+
+
+def resize(weights: LoRAWeights, smaller: Smaller) -> tuple[LoRAWeights, dict[str, float]]:
+    """The same LoRA in smaller ranks, and the relative error per module. What is not low-rank stays as it is."""
+    modules: list[LoRAModule] = []
+    errors: dict[str, float] = {}
+    for module in weights.modules:
+        factors = None if module.weight is None else factors_of(module.weight)
+        if factors is None or module.weight is None:
+            modules.append(module)
+            continue
+        up, down, errors[module.stem] = compress(*factors, smaller)
+        modules.append(low_rank_module(module, up, down, kernel_of(module.weight)))
+    return replace(weights, modules=tuple(modules)), errors
+
+
+def combine(
+    loras: Sequence[LoRAWeights], strengths: Sequence[float], smaller: Smaller | None = None
+) -> tuple[LoRAWeights, dict[str, float]]:
+    """One LoRA that is the weighted sum; exact (ranks add up) unless ``smaller`` asks for less.
+
+    Raises InvalidInputError for modules that cannot be summed: updates that depend on the weight, or that are no factors
+    in one file and in another.
+    """
+    if not loras or len(loras) != len(strengths):
+        raise InvalidInputError(
+            f"{len(loras)} LoRAs and {len(strengths)} strengths were given; one strength each is needed"
+        )
+    grouped: dict[tuple[str, str], list[tuple[LoRAModule, float]]] = {}
+    for lora, strength in zip(loras, strengths, strict=True):
+        for module in lora.modules:
+            grouped.setdefault((module.component, module.name), []).append((module, strength))
+    modules: list[LoRAModule] = []
+    errors: dict[str, float] = {}
+    for found in grouped.values():
+        first = found[0][0]
+        if any(module.bias is not None for module, _ in found):
+            raise InvalidInputError(f"'{first.stem}' changes a bias, which cannot be merged into one LoRA file yet")
+        ups: list[Tensor] = []
+        downs: list[Tensor] = []
+        kernel: tuple[int, ...] = ()
+        for module, strength in found:
+            factors = None if module.weight is None else factors_of(module.weight)
+            if factors is None or module.weight is None:
+                title = "nothing" if module.weight is None else module.weight.title
+                raise InvalidInputError(
+                    f"'{module.stem}' is {title}, not a product of factors; only LoRA and LoHa can be summed"
+                )
+            kernel = kernel or kernel_of(module.weight)
+            ups.append(factors[0] * strength)
+            downs.append(factors[1])
+        if len({(len(up), down.shape[1]) for up, down in zip(ups, downs, strict=True)}) > 1:
+            raise InvalidInputError(
+                f"'{first.stem}' has different shapes in these files: they are for different base models"
+            )
+        up, down = torch.cat(ups, 1), torch.cat(downs)
+        if smaller is not None:
+            up, down, errors[first.stem] = compress(up, down, smaller)
+        modules.append(low_rank_module(first, up, down, kernel))
+    name = " + ".join(f"{s:g}×{lora.name}" for lora, s in zip(loras, strengths, strict=True))
+    return LoRAWeights(name, tuple(modules), loras[0].spelling, {}), errors

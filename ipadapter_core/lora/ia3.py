@@ -1,0 +1,39 @@
+"""IA3: ``W' = W (1 + w)`` along input or output channels. arXiv 2205.05638; as in LyCORIS, where w starts at 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from .update import Change, Layer, Update, near
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelScale(Update):
+    """``factor`` holds one w per channel."""
+
+    algorithm: ClassVar[str] = "IA3"
+    reads_weight: ClassVar[bool] = True
+    factor: Tensor
+    on_input: bool
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) > 1 and self.factor.numel() == shape[1 if self.on_input else 0]
+
+    def describe_shape(self) -> str:
+        return f"any×{self.factor.numel()}" if self.on_input else f"{self.factor.numel()}×any"
+
+    def delta(self, weight: Tensor) -> Tensor:
+        factor = near(self.factor, weight).flatten()
+        return weight * factor.reshape(-1, *[1] * (weight.ndim - (2 if self.on_input else 1)))
+
+    def live(self, layer: Layer, like: Tensor) -> Change:
+        factor = layer.channels(near(self.factor.flatten(), like))
+        if self.on_input:
+            return lambda x, y, s: layer.again(x * factor) * s
+        return lambda x, y, s: layer.without_bias(y) * (factor * s)
+
+    def rows(self, start: int, length: int) -> Update:
+        return self if self.on_input else replace(self, factor=self.factor.flatten()[start : start + length])

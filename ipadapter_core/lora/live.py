@@ -1,0 +1,350 @@
+"""Live LoRAs: side paths beside a model's layers, no weight written, strength a number that is read at every call.
+
+All low-rank LoRAs on one layer are concatenated along the rank: one product down, the strengths (and masks) on the few
+columns between, one product up that adds to the layer's output. Other algorithms follow one by one.
+
+Letters as in ``attention.py``; ``r`` is the sum of all ranks on a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InvalidInputError
+from ..masks import Area, token_grid
+from .low_rank import LowRank, prepared
+from .patch import LoRAPatch
+from .placement import Placement
+from .update import Change, Layer
+from .weights import Component
+
+
+@dataclass(slots=True)
+class ModelCall:
+    """One call of a model, as a backend sees it: the batch in equal chunks, each positive or negative.
+
+    ``percent`` is the sampling progress, asked only for windows and curves. ``latent`` is the whole latent's size,
+    ``areas`` what part of it each chunk sees (None: all). ``region`` is the masked patch whose text keys and values are
+    wanted now, None for none. ``inputs`` keeps the text that the layers of masked patches saw.
+    """
+
+    negative: tuple[bool, ...] = (False,)
+    percent: Callable[[], float] = lambda: 0.0
+    latent: tuple[int, int] | None = None
+    areas: tuple[Area | None, ...] | None = None
+    region: int | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    _strengths: dict[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])
+
+    def forget_strengths(self) -> None:
+        """Ask the patches again: their strength was changed within this call's life."""
+        self._strengths.clear()
+
+    def strengths(self, index: int, patch: LoRAPatch, component: Component) -> tuple[float, ...]:
+        """Strength of a patch on every chunk; one entry if they are equal."""
+        found = self._strengths.get(index)
+        if found is None:
+            cond = patch.strength_for(component)
+            uncond = cond if patch.uncond_strength is None or component != "unet" else patch.uncond_strength
+            if component == "unet":
+                factor = patch.schedule.strength
+                if not patch.schedule.constant:
+                    factor *= patch.schedule.at(self.percent())
+                cond, uncond = cond * factor, uncond * factor
+            chunks = tuple(uncond if negative else cond for negative in self.negative)
+            found = self._strengths[index] = chunks[:1] if len(set(chunks)) == 1 else chunks
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fused:
+    """Low-rank updates of one layer as two matrices; ``columns`` are where each one's rank begins and ends."""
+
+    down: Tensor
+    up: Tensor
+    columns: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    index: int
+    placement: Placement
+    factor: float
+
+
+class LiveLayer:
+    """Everything that acts on one layer. ``text`` says that the layer reads the prompt, so it has no pixels to mask."""
+
+    def __init__(self, path: str, label: str, parts: Sequence[_Part]) -> None:
+        self.path, self.label = path, label
+        self.text = label.endswith((".attn2.to_k", ".attn2.to_v"))
+        self.low_rank = [
+            p for p in parts if isinstance(p.placement.update, LowRank) and p.placement.parameter == "weight"
+        ]
+        self.others = [p for p in parts if p not in self.low_rank]
+        self.indices = {part.index for part in parts}
+        self._fused: dict[tuple[object, ...], _Fused] = {}
+        self._changes: dict[tuple[object, ...], Change] = {}
+        self._vectors: dict[tuple[object, ...], Tensor] = {}
+
+    def release(self) -> None:
+        """Forget what was made for a device."""
+        for kept in (self._fused, self._changes, self._vectors):
+            kept.clear()
+
+    def add(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        call: ModelCall,
+        patches: Sequence[LoRAPatch],
+        component: Component,
+    ) -> Tensor:
+        """The layer's output with every LoRA that acts in this call; the same object if none does."""
+        low, others = (
+            [(p, s) for p in parts if any(s := self._strengths(p, call, patches, component))]
+            for parts in (self.low_rank, self.others)
+        )
+        if self.text and any(patches[i].mask is not None for i in self.indices):
+            call.inputs[self.path] = x
+        if not low and not others:
+            return y
+        x = x.to(y.dtype) if x.dtype != y.dtype else x
+        base = y
+        if low:
+            y = self._add_low_rank(module, x, y, low, call, patches)
+        for part, strengths in others:
+            change = self._change(module, part, y)
+            added = self._changed(change, x, base, strengths)
+            weight = self._mask(part, y, call, patches)
+            y = _placed_sum(y, added if weight is None else added * weight, part.placement.rows, Layer(module))
+        return y
+
+    def masked_change(
+        self, module: nn.Module, index: int, y: Tensor, call: ModelCall, patches: Sequence[LoRAPatch]
+    ) -> Tensor | None:
+        """What masked patch ``index`` alone adds to a text layer's output; None if nothing."""
+        if index not in self.indices or self.path not in call.inputs:
+            return None
+        before, call.region = call.region, index
+        only = [patch if i == index else patch.with_strength(0.0) for i, patch in enumerate(patches)]
+        again = ModelCall(call.negative, call.percent, call.latent, call.areas, index)
+        try:
+            changed = self.add(module, call.inputs[self.path], y, again, only, "unet")
+        finally:
+            call.region = before
+        return None if changed is y else changed
+
+    def _strengths(
+        self, part: _Part, call: ModelCall, patches: Sequence[LoRAPatch], component: Component
+    ) -> tuple[float, ...]:
+        patch = patches[part.index]
+        if self.text and patch.mask is not None and call.region != part.index:
+            return (0.0,)
+        return tuple(s * part.factor for s in call.strengths(part.index, patch, component))
+
+    def _mask(self, part: _Part, y: Tensor, call: ModelCall, patches: Sequence[LoRAPatch]) -> Tensor | None:
+        mask = patches[part.index].mask
+        if mask is None or self.text:
+            return None
+        return mask_like(y, part.index, call, patches)
+
+    def _add_low_rank(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        acting: Sequence[tuple[_Part, tuple[float, ...]]],
+        call: ModelCall,
+        patches: Sequence[LoRAPatch],
+    ) -> Tensor:
+        layer = Layer(module)
+        fused = self._prepare(layer, tuple(self.low_rank.index(part) for part, _ in acting), y)
+        inner = layer.apply(x, fused.down)
+        alpha = 1.0
+        masks = [self._mask(part, y, call, patches) for part, _ in acting]
+        strengths = [s for _, s in acting]
+        if len(set(strengths)) == 1 and len(strengths[0]) == 1 and all(mask is None for mask in masks):
+            alpha = strengths[0][0]
+        elif all(len(s) == 1 for s in strengths) and all(mask is None for mask in masks):
+            inner = inner * layer.channels(self._vector(strengths, fused, y))
+        else:
+            pieces: list[Tensor] = []
+            channel = 1 if layer.kind == "conv" else -1
+            for (begin, end), strength, mask in zip(fused.columns, strengths, masks, strict=True):
+                piece = inner.narrow(channel, begin, end - begin) * _per_row(strength, inner)
+                pieces.append(piece if mask is None else piece * mask)
+            inner = torch.cat(pieces, channel)
+        if layer.kind == "conv":
+            return torch.add(y, layer.pointwise(inner, fused.up), alpha=alpha)
+        if y.ndim == 2:
+            return torch.addmm(y, inner, fused.up.T, alpha=alpha)
+        rows = torch.addmm(y.reshape(-1, y.shape[-1]), inner.reshape(-1, inner.shape[-1]), fused.up.T, alpha=alpha)
+        return rows.view(y.shape)
+
+    def _prepare(self, layer: Layer, acting: tuple[int, ...], like: Tensor) -> _Fused:
+        key = (acting, like.device, like.dtype, torch.is_inference_mode_enabled())
+        found = self._fused.get(key)
+        if found is None:
+            downs: list[Tensor] = []
+            ups: list[Tensor] = []
+            columns: list[tuple[int, int]] = []
+            begin = 0
+            for part in (self.low_rank[i] for i in acting):
+                update, rows = part.placement.update, part.placement.rows
+                assert isinstance(update, LowRank)
+                down, up = prepared(update, layer, like)
+                if rows is not None:  # a part of a fused layer: zeros elsewhere
+                    start, length = rows
+                    up = F.pad(up, (0, 0, start, layer.shape[0] - start - length))
+                downs.append(down)
+                ups.append(up)
+                columns.append((begin, begin + down.shape[0]))
+                begin += down.shape[0]
+            found = self._fused[key] = _Fused(torch.cat(downs), torch.cat(ups, 1), tuple(columns))
+        return found
+
+    def _vector(self, strengths: Sequence[tuple[float, ...]], fused: _Fused, like: Tensor) -> Tensor:
+        """Strength per rank column; kept, as making a tensor of numbers waits for the device."""
+        key = (tuple(strengths), like.device, like.dtype)
+        found = self._vectors.get(key)
+        if found is None:
+            if len(self._vectors) > 64:  # a curve has a value per step
+                self._vectors.clear()
+            numbers = [
+                s[0] for s, (begin, end) in zip(strengths, fused.columns, strict=True) for _ in range(begin, end)
+            ]
+            found = self._vectors[key] = torch.tensor(numbers, dtype=like.dtype).to(like.device)
+        return found
+
+    def _change(self, module: nn.Module, part: _Part, like: Tensor) -> Change:
+        key = (id(module), id(part), like.device, like.dtype)
+        found = self._changes.get(key)
+        if found is None:
+            layer = Layer(module)
+            update, rows = part.placement.update, part.placement.rows
+            if rows is not None and update.reads_weight:
+                raise InvalidInputError(
+                    f"{update.title} on some rows of the fused layer {self.path} cannot run live; choose the merged mode"
+                )
+            if rows is not None:
+                layer = _RowsOf(module, rows[1])
+            make = update.live if part.placement.parameter == "weight" else update.live_bias
+            found = self._changes[key] = make(layer, like)
+        return found
+
+    @staticmethod
+    def _changed(change: Change, x: Tensor, y: Tensor, strengths: tuple[float, ...]) -> Tensor:
+        if len(strengths) == 1:
+            return change(x, y, strengths[0])
+        chunks = zip(x.chunk(len(strengths)), y.chunk(len(strengths)), strengths, strict=True)
+        return torch.cat([change(a, b, s) for a, b, s in chunks])
+
+
+class _RowsOf(Layer):
+    """Some output rows of a fused layer, as a layer."""
+
+    def __init__(self, module: nn.Module, rows: int) -> None:
+        super().__init__(module)
+        self._rows = rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._rows, *super().shape[1:]
+
+
+def _placed_sum(y: Tensor, added: Tensor, rows: tuple[int, int] | None, layer: Layer) -> Tensor:
+    if rows is None:
+        return y + added
+    y = y.clone()
+    y.narrow(1 if layer.kind == "conv" else -1, *rows).add_(added)
+    return y
+
+
+def _per_row(strengths: tuple[float, ...], like: Tensor) -> float | Tensor:
+    """One number, or one per chunk of the batch, shaped ``b 1 …``."""
+    if len(strengths) == 1:
+        return strengths[0]
+    rows = like.shape[0] // len(strengths)
+    values = torch.tensor(strengths, dtype=like.dtype).to(like.device).repeat_interleave(rows)
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def mask_like(y: Tensor, index: int, call: ModelCall, patches: Sequence[LoRAPatch]) -> Tensor:
+    """Region of a patch, shaped to multiply an output: ``b l 1`` of tokens, ``b 1 y x`` of pictures, ``b 1`` of embeddings.
+
+    Layers without pixels (time embeddings) take the part of the picture that the region covers.
+    """
+    mask = patches[index].mask
+    assert mask is not None
+    chunks = len(call.negative)
+    latents = y.shape[0] // chunks
+    if call.latent is None:
+        raise InvalidInputError(
+            "a region mask needs the latent's size, which this model does not tell; remove the mask"
+        )
+    areas = call.areas or (None,)
+    if y.ndim == 2:
+        grid = call.latent
+    elif y.ndim == 4:
+        grid = (int(y.shape[-2]), int(y.shape[-1]))
+    else:
+        seen = {(a[0], a[1]) if a is not None else call.latent for a in areas}
+        found = token_grid(next(iter(seen)), int(y.shape[1]))
+        if found is None:
+            raise InvalidInputError(
+                f"a region mask does not fit a layer with {y.shape[1]} tokens, which is no level of a latent of {call.latent}; "
+                "another node changes the token count (token merging?): remove it or the mask"
+            )
+        grid = found
+    grids = [mask.grid(call.latent, area, grid, y, latents) for area in areas]
+    rows = grids[0] if len(grids) == 1 else torch.cat([g.expand(latents, -1, -1) for g in grids])
+    if rows.shape[0] not in (1, y.shape[0]):
+        rows = rows.repeat(y.shape[0] // rows.shape[0], 1, 1)
+    if y.ndim == 2:
+        return rows.mean(1)
+    return rows if y.ndim == 3 else rows.transpose(1, 2).unflatten(2, grid)
+
+
+class LiveStack:
+    """Patches on one part of a model, layer by layer. What it keeps per device is made when first used."""
+
+    def __init__(self, patches: Sequence[LoRAPatch], component: Component = "unet") -> None:
+        self.patches = tuple(patches)
+        self.component: Component = component
+        parts: dict[str, list[_Part]] = {}
+        labels: dict[str, str] = {}
+        for index, patch in enumerate(patches):
+            for placement, factor in patch.acting(component):
+                parts.setdefault(placement.target.path, []).append(_Part(index, placement, factor))
+                labels[placement.target.path] = placement.target.label
+        self.layers = {path: LiveLayer(path, labels[path], found) for path, found in parts.items()}
+
+    @property
+    def text_sites(self) -> tuple[str, ...]:
+        """Cross-attentions whose keys or values a masked patch changes, by module path."""
+        regional = {i for i, patch in enumerate(self.patches) if patch.mask is not None}
+        found = (
+            path.rpartition(".")[0] for path, layer in self.layers.items() if layer.text and layer.indices & regional
+        )
+        return tuple(dict.fromkeys(found))
+
+    def regions_at(self, site: str, call: ModelCall) -> list[int]:
+        """Masked patches that act on the text keys or values of one cross-attention now."""
+        indices = {i for n in ("to_k", "to_v") if (layer := self.layers.get(f"{site}.{n}")) for i in layer.indices}
+        return [
+            i
+            for i in sorted(indices)
+            if self.patches[i].mask is not None and any(call.strengths(i, self.patches[i], self.component))
+        ]
+
+    def release(self) -> None:
+        """Forget everything made for a device."""
+        for layer in self.layers.values():
+            layer.release()

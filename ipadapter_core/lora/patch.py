@@ -1,0 +1,111 @@
+"""What is applied: a placed LoRA with how much, where, when and in which part of the picture. Frozen; changing it copies it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from ..errors import InvalidInputError
+from ..masks import RegionMask
+from ..schedule import WeightSchedule
+from .placement import PlacedLoRA, Placement
+from .selector import Selector
+from .weights import Component
+
+Mode = Literal["auto", "merged", "live"]
+MODES: tuple[Mode, ...] = ("auto", "merged", "live")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoRAPatch:
+    """A LoRA on one model. ``strength`` is for the UNet or transformer, ``text_strength`` for the text encoders (None: the same).
+
+    ``uncond_strength`` is the strength on the negative prompt's part of the batch (None: the same), ``schedule`` gives the
+    curve and the window over the steps (its own strength multiplies; its presets and sites are for image prompts and are
+    not read), ``mask`` the region.
+    """
+
+    placed: PlacedLoRA
+    strength: float = 1.0
+    text_strength: float | None = None
+    uncond_strength: float | None = None
+    selector: Selector = field(default_factory=Selector)
+    schedule: WeightSchedule = field(default_factory=WeightSchedule)
+    mask: RegionMask | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "text_strength", "uncond_strength"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise InvalidInputError(f"{name} is {value}, which is not a finite number")
+
+    @property
+    def name(self) -> str:
+        return self.placed.weights.name
+
+    @property
+    def needs_live(self) -> str | None:
+        """Why it cannot be merged, or None if it can."""
+        if not self.schedule.constant:
+            return "its strength changes over the steps"
+        if self.mask is not None:
+            return "it acts in a region"
+        if self.uncond_strength is not None and self.uncond_strength != self.strength:
+            return "the negative prompt has a strength of its own"
+        return None
+
+    def strength_for(self, component: Component) -> float:
+        """Strength in one part, before selector and schedule."""
+        return self.strength if component == "unet" or self.text_strength is None else self.text_strength
+
+    def acting(self, component: Component) -> tuple[tuple[Placement, float], ...]:
+        """Every placement in one part with the selector's factor, those with factor 0 left out."""
+        placements = self.placed.of(component)
+        factors = self.selector.factors(p.target for p in placements)
+        return tuple((p, factor) for p, factor in zip(placements, factors, strict=True) if factor != 0)
+
+    def with_strength(self, strength: float) -> LoRAPatch:
+        """The same at another strength everywhere."""
+        return replace(self, strength=strength, text_strength=None, uncond_strength=None)
+
+
+def masked(patch: LoRAPatch, mask: RegionMask | Tensor | None) -> LoRAPatch:
+    """The same LoRA in another region."""
+    return replace(patch, mask=RegionMask.from_tensor(mask) if isinstance(mask, Tensor) else mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a LoRA will run, and why."""
+
+    mode: Literal["merged", "live"]
+    reason: str
+
+
+def choose_mode(
+    patches: Sequence[LoRAPatch], mode: Mode = "auto", *, quantised: bool = False, offloaded: bool = False
+) -> Choice:
+    """``auto`` merges what is constant on 16-bit weights in memory, and runs the rest beside the layers.
+
+    Cost (reference/lora-and-training.md E3-E4): merging writes every weight once per change and costs nothing per step;
+    the side path writes none and costs ``n r (a + b)`` multiplications per layer and step. Raises InvalidInputError if
+    merging is asked for what only a side path can do.
+    """
+    reasons = [reason for patch in patches if (reason := patch.needs_live)]
+    if mode == "merged":
+        if reasons:
+            raise InvalidInputError(f"mode 'merged' is not possible: {reasons[0]}; choose 'live' or 'auto'")
+        return Choice("merged", "asked for")
+    if mode == "live":
+        return Choice("live", "asked for")
+    if reasons:
+        return Choice("live", reasons[0])
+    if quantised:
+        return Choice("live", "the base weights are quantised: a merge would round the change to them")
+    if offloaded:
+        return Choice("live", "the base weights are offloaded: the host would merge again whenever it loads a layer")
+    return Choice("merged", "one constant strength: merging costs nothing per step")

@@ -1,0 +1,246 @@
+"""What every algorithm shares: a change of one layer's weight, as numbers, as a merge, and as a side path.
+
+Strength ``s`` is what the user sets: 0 is exactly the plain layer, 1 the trained change, any sign and size allowed.
+Additive algorithms, and DoRA and OFT, are linear in it: ``W + s (W' - W)``; only BOFT is not (see ``orthogonal.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import IncompatibleAdapterError
+
+Kind = Literal["linear", "conv", "norm", "other"]
+Change = Callable[[Tensor, Tensor, float], Tensor]
+"""A prepared side path: input of the layer, its output, strength → what to add to the output."""
+
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+class Layer:
+    """The layer that a side path stands beside: linear, convolution or norm. Nothing of it is ever written."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._module = cast(Any, module)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """By attributes, not classes: hosts and quantisers have layers of their own."""
+        if hasattr(self._module, "kernel_size") and hasattr(self._module, "stride"):
+            return "conv"
+        if hasattr(self._module, "in_features"):
+            return "linear"
+        if hasattr(self._module, "num_groups") or hasattr(self._module, "normalized_shape"):
+            return "norm"
+        return "other"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight; from the layer's sizes where a quantiser packs the weight itself."""
+        module = self._module
+        if self.kind == "linear":
+            return int(module.out_features), int(module.in_features)
+        if self.kind == "conv":
+            kernel = (int(k) for k in module.kernel_size)
+            return int(module.out_channels), int(module.in_channels) // int(module.groups), *kernel
+        return tuple(module.weight.shape)
+
+    def weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The pristine weight, read once by DoRA; a quantised one is expanded by its own method."""
+        weight = self._module.weight
+        if getattr(weight, "is_meta", False):
+            raise IncompatibleAdapterError(
+                "this algorithm reads the base weight, which is not in memory (offloaded to meta); use the merged mode"
+            )
+        if tuple(weight.shape) != self.shape or not weight.is_floating_point():
+            expand = getattr(weight, "dequantize", None)
+            if expand is None:
+                raise IncompatibleAdapterError(
+                    f"this algorithm reads the base weight, which is quantised ({type(weight).__name__}, {weight.dtype}); "
+                    "use the base model in 16 bits, or a plain LoRA"
+                )
+            weight = expand()
+        return weight.detach().to(device, dtype)
+
+    def bias_vector(self, like: Tensor) -> Tensor:
+        """The bias, or zeros; on the device and in the dtype of ``like``."""
+        bias = getattr(self._module, "bias", None)
+        return like.new_zeros(self.shape[0]) if bias is None else bias.detach().to(like.device, like.dtype)
+
+    def without_bias(self, output: Tensor) -> Tensor:
+        if getattr(self._module, "bias", None) is None:
+            return output
+        return output - self.along(self.bias_vector(output), output)
+
+    def again(self, x: Tensor) -> Tensor:
+        """The layer's own forward once more, without bias and without side paths."""
+        return self.without_bias(self.module.forward(x))
+
+    def channels(self, vector: Tensor) -> Tensor:
+        """A vector over channels, shaped to act on an input or output."""
+        if self.kind != "conv":
+            return vector
+        return vector.reshape(-1, *[1] * len(self._module.kernel_size))
+
+    def along(self, vector: Tensor, like: Tensor) -> Tensor:
+        """A vector over the output's channels, shaped to act on ``like``: axis 1 of convolutions and group norms."""
+        second = self.kind == "conv" or hasattr(self._module, "num_groups")
+        return vector.reshape(-1, *[1] * (like.ndim - 2)) if second else vector
+
+    def ghost(self, like: Tensor) -> Tensor:
+        """Something of the weight's shape and ``like``'s dtype and device that takes no memory."""
+        return like.new_empty(1).expand(self.shape)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` through another weight, with this layer's stride, padding and groups; no bias."""
+        if self.kind != "conv":
+            return F.linear(x, weight.flatten(1))
+        module = self._module
+        padding = module.padding
+        if getattr(module, "padding_mode", "zeros") != "zeros" and not isinstance(padding, str):
+            around = [int(p) for p in reversed(padding) for _ in range(2)]
+            x, padding = F.pad(x, around, mode="circular" if module.padding_mode == "circular" else "reflect"), 0
+        return _CONVOLUTIONS[x.ndim](x, weight, None, module.stride, padding, module.dilation, module.groups)
+
+    def pointwise(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """A matrix ``o i`` over the channels of ``x``."""
+        if self.kind != "conv":
+            return F.linear(x, matrix)
+        return _CONVOLUTIONS[x.ndim](x, matrix.reshape(*matrix.shape, *[1] * (x.ndim - 2)))
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """What a norm's weight and bias act on."""
+        module = self._module
+        if hasattr(module, "num_groups"):
+            return F.group_norm(x, module.num_groups, None, None, module.eps)
+        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """A change of one weight. Tensors of a file in, everything computed in the dtype and on the device of what it meets."""
+
+    algorithm: ClassVar[str] = ""
+    reads_weight: ClassVar[bool] = False
+    """Whether the change depends on the weight; then only pristine weights give the right one."""
+
+    @property
+    def title(self) -> str:
+        """Name of the algorithm for tables."""
+        return self.algorithm
+
+    @property
+    def rank(self) -> int | None:
+        """Inner width, None where there is none."""
+        return None
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it can act on a weight of this shape."""
+        raise NotImplementedError
+
+    def describe_shape(self) -> str:
+        """The weight shape it was made for, for messages."""
+        raise NotImplementedError
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """Change of ``weight`` at strength 1, in its shape, dtype and on its device."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, strength: float) -> Tensor:
+        """The changed weight; at strength 0 the same object."""
+        return weight if strength == 0 else torch.add(weight, self.delta(weight), alpha=strength)
+
+    def live(self, layer: Layer, like: Tensor) -> Change:
+        """The side path for a layer whose output has the dtype and device of ``like``."""
+        delta = self.delta(layer.ghost(like))
+        return lambda x, y, s: layer.apply(x, delta) * s
+
+    def live_bias(self, layer: Layer, like: Tensor) -> Change:
+        """The side path of a change of the bias."""
+        vector = self.delta(layer.bias_vector(like))
+        return lambda x, y, s: layer.along(vector, y) * s
+
+    def rows(self, start: int, length: int) -> Update:
+        """The part that acts on some output rows, for layers that another model keeps apart."""
+        return Rows(self, start, length)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Update:
+        """The same with its tensors moved or cast."""
+        return replace(self, **{name: t.to(device=device, dtype=dtype) for name, t in self.tensors().items()})
+
+    def numel(self) -> int:
+        """Numbers held."""
+        return sum(t.numel() for t in self.tensors().values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows(Update):
+    """Some rows of another update, for layers that the file's model fuses (q, k and v in one) and ours does not."""
+
+    inner: Update
+    start: int
+    length: int
+
+    @property
+    def rank(self) -> int | None:
+        return self.inner.rank
+
+    @property
+    def title(self) -> str:
+        return self.inner.title
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return shape[0] == self.length and not self.inner.reads_weight
+
+    def describe_shape(self) -> str:
+        return f"rows {self.start}..{self.start + self.length} of {self.inner.describe_shape()}"
+
+    def delta(self, weight: Tensor) -> Tensor:
+        whole = weight.new_empty(self.start + self.length, *weight.shape[1:])
+        found = _expanded(self.inner, whole)
+        return found[self.start : self.start + self.length]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.inner.tensors()
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Update:
+        return replace(self, inner=self.inner.to(device, dtype))
+
+
+def _expanded(update: Update, like: Tensor) -> Tensor:
+    """The whole delta of an additive update whose number of rows only it knows."""
+    rows = int(update.describe_shape().split("×")[0])
+    return update.delta(like.new_empty(rows, *like.shape[1:]))
+
+
+def shape_text(*sizes: int) -> str:
+    """``320×768``."""
+    return "×".join(str(size) for size in sizes)
+
+
+def flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a weight: kernels count as columns, a vector is one column."""
+    return shape[0], torch.Size(shape[1:]).numel()
+
+
+def near(tensor: Tensor, like: Tensor) -> Tensor:
+    """On the device and in the dtype of ``like``."""
+    return tensor.to(like.device, like.dtype)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or what it is already if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,40 @@
+"""Inspect LoRA."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..ipadapter_core.lora.inspection import describe_facts, draw_heat_map, facts_of, heat_map
+from . import host
+from .sockets import LORA_CATEGORY
+
+
+class InspectLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ImagePromptLoRAInspect",
+            display_name="Inspect LoRA",
+            category=LORA_CATEGORY,
+            description="Shows what a LoRA file is: base model, format, ranks, trigger words and training tags, and a heat map of how "
+            "strongly it changes each block and kind of layer.",
+            inputs=[
+                io.Combo.Input(
+                    "file", options=host.lora_files(), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
+                )
+            ],
+            outputs=[io.String.Output(display_name="text"), io.Image.Output(display_name="heat_map")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        return host.lora_fingerprint(file)
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        weights = host.load_lora_file(file).weights
+        text = describe_facts(facts_of(weights))
+        image = host.picture_tensor(draw_heat_map(heat_map(weights), file))
+        shown = ui.PreviewImage(image, cls=cls).as_dict()
+        return io.NodeOutput(text, image, ui={**shown, "text": [text]})

@@ -1,0 +1,62 @@
+"""LoRA Stack."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..ipadapter_core.lora.patch import MODES
+from . import host
+from .sockets import LORA_CATEGORY, MODE_TOOLTIP, STRENGTH_TOOLTIP
+
+ROWS = 5
+NONE = "none"
+
+
+class LoRAStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = [NONE, *host.lora_files()]
+        rows: list[io.Input] = []
+        for i in range(1, ROWS + 1):
+            rows += [
+                io.Boolean.Input(f"on_{i}", default=True, tooltip=f"Whether row {i} acts."),
+                io.Combo.Input(f"file_{i}", options=files, default=NONE, tooltip="A LoRA in models/loras, or none."),
+                io.Float.Input(
+                    f"strength_{i}", default=1.0, min=-20.0, max=20.0, step=0.05, tooltip=f"Row {i}. {STRENGTH_TOOLTIP}"
+                ),
+            ]
+        return io.Schema(
+            node_id="ImagePromptLoRAStack",
+            display_name="LoRA Stack",
+            category=LORA_CATEGORY,
+            description="Up to five LoRAs in rows, each switched and weighted; chain the node for more.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that they act on."),
+                io.Combo.Input("mode", options=list(MODES), tooltip=MODE_TOOLTIP),
+                *rows,
+                io.Clip.Input("clip", optional=True, tooltip="The text encoders, at the same strengths."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.String.Output(display_name="report"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: object) -> str:
+        return host.lora_fingerprint(*(file for file, _ in _rows(inputs)))
+
+    @classmethod
+    def execute(cls, model: object, mode: str, clip: object | None = None, **inputs: object) -> io.NodeOutput:
+        reports: list[str] = []
+        for file, strength in _rows(inputs):
+            model, clip, report = host.apply_lora(model, clip, host.load_lora_file(file), mode, strength=strength)
+            reports.append(report)
+        return io.NodeOutput(model, clip, "\n".join(reports) or "no row is on")
+
+
+def _rows(inputs: dict[str, object]) -> list[tuple[str, float]]:
+    """File and strength of every row that acts."""
+    rows = ((inputs[f"on_{i}"], inputs[f"file_{i}"], inputs[f"strength_{i}"]) for i in range(1, ROWS + 1))
+    return [(file, strength) for on, file, strength in rows if on and file not in (NONE, None) and strength != 0]

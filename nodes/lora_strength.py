@@ -1,0 +1,105 @@
+"""LoRA Strength."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..ipadapter_core import RegionMask, WeightSchedule
+from ..ipadapter_core.lora.block_vectors import parse_where
+from ..ipadapter_core.lora.patch import MODES
+from . import host
+from .sockets import LORA_CATEGORY, MODE_TOOLTIP, SELECTOR_TOOLTIP, Schedule, strength_input
+
+
+class LoRAStrength(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ImagePromptLoRAStrength",
+            display_name="LoRA Strength",
+            category=LORA_CATEGORY,
+            description="Applies a LoRA of any format, exactly: by block and layer, over the steps, in a region. Chain the node for "
+            "several; order does not matter.",
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL; Flux and SD3 without masks."),
+                io.Combo.Input(
+                    "file", options=host.lora_files(), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
+                ),
+                strength_input("strength", "On the model."),
+                strength_input("text_strength", "On the text encoders, if clip is connected."),
+                io.String.Input("selector", default="", multiline=True, tooltip=SELECTOR_TOOLTIP),
+                io.Combo.Input("mode", options=list(MODES), tooltip=MODE_TOOLTIP),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Sampling progress at which it begins to act.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Sampling progress after which it no longer acts.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="The text encoders; they are merged, as a prompt is encoded once."
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="Where in the picture it acts (white); live only."),
+                Schedule.Input(
+                    "schedule", optional=True, tooltip="From Adapter Schedule: its curve over the steps; live only."
+                ),
+                io.Float.Input(
+                    "negative_strength",
+                    optional=True,
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="Strength on the negative prompt's side as a share of the strength: 1 the same, 0 none; other than 1 "
+                    "is live only.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.String.Output(display_name="report"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **inputs: object) -> str:
+        return host.lora_fingerprint(file)
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        file: str,
+        strength: float,
+        text_strength: float,
+        selector: str,
+        mode: str,
+        start: float,
+        end: float,
+        clip: object | None = None,
+        mask: Tensor | None = None,
+        schedule: WeightSchedule | None = None,
+        negative_strength: float = 1.0,
+    ) -> io.NodeOutput:
+        lora = host.load_lora_file(file)
+        settings = {
+            "strength": strength,
+            "text_strength": text_strength,
+            "uncond_strength": None if negative_strength == 1 else strength * negative_strength,
+            "selector": parse_where(selector, lora.weights.base_model),
+            "schedule": replace(schedule or WeightSchedule(), strength=1.0, start_percent=start, end_percent=end),
+            "mask": None if mask is None else RegionMask.from_tensor(mask),
+        }
+        return io.NodeOutput(*host.apply_lora(model, clip, lora, mode, **settings))

@@ -1,0 +1,483 @@
+"""Files of every spelling on models of every naming: the same tiny LoRA gives the same update, or a message that helps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from host.shrunk import UNETS, unet_shapes
+from ipadapter_core.errors import CorruptFileError, IncompatibleAdapterError, UnknownFormatError
+from ipadapter_core.lora import (
+    PlacedLoRA,
+    TargetTable,
+    describe_lora,
+    load_lora,
+    place_lora,
+    targets_of,
+)
+from tiny_models import SD15, SDXL, noise, tiny_unet
+
+Weights = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Skeleton(nn.Module):
+    """Modules of given names and shapes on the meta device: a model's names without its size."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        for path, shape in shapes.items():
+            layer = (
+                nn.Conv2d(shape[1], shape[0], shape[2], device="meta")
+                if len(shape) == 4
+                else nn.Linear(shape[1], shape[0], device="meta")
+                if len(shape) == 2
+                else nn.GroupNorm(1, shape[0], device="meta")
+            )
+            self._place(path.split("."), layer)
+
+    def _place(self, parts: list[str], layer: nn.Module) -> None:
+        owner: nn.Module = self
+        for part in parts[:-1]:
+            if part not in owner._modules:
+                kind = "Upsample" if parts[parts.index(part) + 1 :] == ["conv"] and part != "0" else "Container"
+                owner.add_module(part, type(kind, (Container,), {})())
+            owner = owner.get_submodule(part)
+        owner.add_module(parts[-1], layer)
+
+
+class Container(nn.Module):
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self._modules.values())[index]  # type: ignore[return-value]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Any:
+        return iter(self._modules.values())
+
+
+def ldm(kind: str) -> Skeleton:
+    """ComfyUI's UNet by its real names."""
+    shapes = {k.removesuffix(".weight"): s for k, s in unet_shapes(UNETS[kind]) if k.endswith(".weight")}
+    return Skeleton(shapes)
+
+
+# diffusers name, LDM name (written out: the walk must find them)
+PAIRS = {
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k": "input_blocks.2.1.transformer_blocks.0.attn2.to_k",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0": "input_blocks.4.1.transformer_blocks.0.attn2.to_out.0",
+    "down_blocks.1.downsamplers.0.conv": "input_blocks.6.0.op",
+    "down_blocks.2.resnets.1.conv1": "input_blocks.8.0.in_layers.2",
+    "down_blocks.2.resnets.0.time_emb_proj": "input_blocks.7.0.emb_layers.1",
+    "mid_block.attentions.0.proj_in": "middle_block.1.proj_in",
+    "mid_block.resnets.1.conv2": "middle_block.2.out_layers.3",
+    "up_blocks.1.resnets.2.conv_shortcut": "output_blocks.5.0.skip_connection",
+    "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv",
+    "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj": "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj",
+    "up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_v": "output_blocks.9.1.transformer_blocks.0.attn1.to_v",
+    "time_embedding.linear_1": "time_embed.0",
+    "conv_out": "out.2",
+}
+
+
+def placed(weights: Weights, model: nn.Module, **more: Any) -> PlacedLoRA:
+    return place_lora(load_lora(weights, **more), {"unet": targets_of(model)})
+
+
+def changes(found: PlacedLoRA) -> dict[str, Tensor]:
+    """Whole delta per parameter."""
+    out: dict[str, Tensor] = {}
+    for p in found.placements:
+        shape = p.target.shape if p.parameter == "weight" else p.target.shape[:1]
+        whole = out.setdefault(p.key, torch.zeros(shape))
+        start, length = p.rows or (0, shape[0])
+        whole[start : start + length] += p.update.delta(whole[start : start + length])
+    return out
+
+
+def pair_of(table: TargetTable, path: str, rank: int = 2) -> tuple[Tensor, Tensor]:
+    """down and up for a layer, seeded by its name."""
+    out, *rest = table.targets[path].shape
+    seed = sum(path.encode())
+    return noise(rank, *rest, seed=seed), noise(out, rank, *[1] * (len(rest) - 1), seed=seed + 1)
+
+
+def under(name: str) -> str:
+    return name.replace(".", "_")
+
+
+Spelling = Callable[[str, str, Tensor, Tensor], Weights]
+
+
+def suffixed(stem: str, up: Tensor, down: Tensor, names: tuple[str, str]) -> Weights:
+    return {f"{stem}{names[0]}": down, f"{stem}{names[1]}": up}
+
+
+KOHYA, PEFT = (".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight")
+ADAPTER = (".lora_A.default.weight", ".lora_B.default.weight")
+OLD, LINEAR_LAYER = (
+    (".lora.down.weight", ".lora.up.weight"),
+    (
+        ".lora_linear_layer.down.weight",
+        ".lora_linear_layer.up.weight",
+    ),
+)
+SPELLINGS: dict[str, Spelling] = {
+    "kohya, diffusers names": lambda d, s, a, b: suffixed(f"lora_unet_{under(d)}", b, a, KOHYA),
+    "kohya, LDM names": lambda d, s, a, b: suffixed(f"lora_unet_{under(s)}", b, a, KOHYA),
+    "SimpleTuner": lambda d, s, a, b: suffixed(f"lycoris_{under(d)}", b, a, KOHYA),
+    "OneTrainer": lambda d, s, a, b: suffixed(f"lora_transformer_{under(d)}", b, a, KOHYA),
+    "diffusers PEFT": lambda d, s, a, b: suffixed(f"unet.{d}", b, a, PEFT),
+    "raw PEFT": lambda d, s, a, b: suffixed(f"base_model.model.{d}", b, a, PEFT),
+    "raw PEFT, adapter name": lambda d, s, a, b: suffixed(f"base_model.model.{d}", b, a, ADAPTER),
+    "diffusers mid": lambda d, s, a, b: suffixed(f"unet.{d}", b, a, OLD),
+    "diffusers mid, linear": lambda d, s, a, b: suffixed(f"unet.{d}", b, a, LINEAR_LAYER),
+    "generic": lambda d, s, a, b: suffixed(f"diffusion_model.{s}", b, a, KOHYA),
+    "generic, no prefix": lambda d, s, a, b: suffixed(d, b, a, PEFT),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("naming", ["diffusers", "ldm"])
+def test_every_spelling_is_the_same_update(spelling: str, naming: str) -> None:
+    model = tiny_unet(SD15) if naming == "diffusers" else ldm("sd15")
+    table = targets_of(model)
+    state: Weights = {}
+    expected: dict[str, Tensor] = {}
+    for diffusers, ldm_name in PAIRS.items():
+        path = diffusers if naming == "diffusers" else ldm_name
+        down, up = pair_of(table, path)
+        state |= SPELLINGS[spelling](diffusers, ldm_name, down, up)
+        expected[f"{path}.weight"] = (up.flatten(1) @ down.flatten(1)).reshape(table.targets[path].shape)
+    found = placed(state, model)
+    assert not found.unmatched
+    assert not found.weights.ignored
+    actual = changes(found)
+    assert actual.keys() == expected.keys()
+    for key, delta in expected.items():
+        assert_close(actual[key], delta, rtol=1e-5, atol=1e-5)
+
+
+def test_old_attention_processors() -> None:
+    """What LoRAAttnProcessor wrote, with and without ``unet.``; to_out there means to_out.0."""
+    model = tiny_unet(SD15)
+    stem = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    table = targets_of(model)
+    for prefix in ("", "unet."):
+        state: Weights = {}
+        for layer, target in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")):
+            down, up = pair_of(table, f"{stem}.{target}", 4)
+            state |= suffixed(f"{prefix}{stem}.processor.{layer}_lora", up, down, (".down.weight", ".up.weight"))
+        found = placed(state, model)
+        assert {p.target.path for p in found.placements} == {
+            f"{stem}.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")
+        }
+        assert found.weights.spelling == "diffusers attention processors (old)"
+
+
+@pytest.mark.parametrize("prefix", ["ip_adapter.", ""])
+def test_faceid_numbers_are_diffusers_attention_processors(prefix: str) -> None:
+    """Number n is the n-th of unet.attn_processors; on the LDM names the same layers."""
+    unet = tiny_unet(SD15)
+    order = [name.removesuffix(".processor") for name in unet.attn_processors]
+    state: Weights = {}
+    for i, path in enumerate(order):
+        attention = unet.get_submodule(path)
+        state |= {
+            f"{prefix}{i}.to_q_lora.down.weight": noise(2, attention.to_q.in_features, seed=i),
+            f"{prefix}{i}.to_q_lora.up.weight": noise(attention.to_q.out_features, 2, seed=i + 50),
+        }
+        if path.endswith("attn2"):
+            state[f"{prefix}{i}.to_k_ip.weight"] = noise(4, 4)
+    state["image_proj.proj.weight"] = noise(4, 4)
+    found = placed(state, unet)
+    assert [p.target.path for p in found.placements] == [f"{path}.to_q" for path in order]
+    assert found.weights.ignored == ()
+    numbers = targets_of(ldm("sd15")).names
+    pairs = dict(zip(range(len(order)), order, strict=True))
+    assert numbers["processor_0_to_q"][0].path == "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    assert numbers[f"processor_{len(order) - 1}_to_q"][0].path == "middle_block.1.transformer_blocks.0.attn2.to_q"
+    for number, path in pairs.items():
+        label = targets_of(ldm("sd15")).targets[numbers[f"processor_{number}_to_q"][0].path].label
+        assert label == f"{path}.to_q"
+
+
+# --- fused layers ----------------------------------------------------------------------------------------------------
+
+H, MLP = 8, 24
+FLUX_ORIGINAL = {
+    "double_blocks.0.img_attn.qkv": (3 * H, H),
+    "double_blocks.0.img_attn.proj": (H, H),
+    "double_blocks.0.txt_attn.qkv": (3 * H, H),
+    "double_blocks.0.img_mlp.0": (MLP, H),
+    "single_blocks.0.linear1": (3 * H + MLP, H),
+    "single_blocks.0.linear2": (H, H + MLP),
+    "final_layer.adaLN_modulation.1": (2 * H, H),
+}
+FLUX_DIFFUSERS = {
+    **{f"transformer_blocks.0.attn.{n}": (H, H) for n in ("to_q", "to_k", "to_v", "to_out.0")},
+    **{f"transformer_blocks.0.attn.add_{n}_proj": (H, H) for n in "qkv"},
+    "transformer_blocks.0.ff.net.0.proj": (MLP, H),
+    **{f"single_transformer_blocks.0.attn.{n}": (H, H) for n in ("to_q", "to_k", "to_v")},
+    "single_transformer_blocks.0.proj_mlp": (MLP, H),
+    "single_transformer_blocks.0.proj_out": (H, H + MLP),
+    "norm_out.linear": (2 * H, H),
+}
+SD3_ORIGINAL = {
+    "joint_blocks.0.x_block.attn.qkv": (3 * H, H),
+    "joint_blocks.0.context_block.attn.qkv": (3 * H, H),
+    "joint_blocks.0.x_block.attn.proj": (H, H),
+}
+
+
+def lora_for(stem: str, shape: tuple[int, ...], seed: int = 0) -> Weights:
+    seed += sum(stem.encode())
+    return {
+        f"{stem}.lora_down.weight": noise(2, shape[1], seed=seed),
+        f"{stem}.lora_up.weight": noise(shape[0], 2, seed=seed + 1),
+    }
+
+
+def product(state: Weights, stem: str) -> Tensor:
+    return state[f"{stem}.lora_up.weight"] @ state[f"{stem}.lora_down.weight"]
+
+
+def test_a_file_for_fused_flux_layers_on_diffusers_layers() -> None:
+    model = Skeleton(FLUX_DIFFUSERS)
+    state: Weights = {}
+    for path, shape in FLUX_ORIGINAL.items():
+        state |= lora_for(f"lora_unet_{under(path)}", shape)
+    found = placed(state, model)
+    assert not found.unmatched
+    actual = changes(found)
+    qkv = product(state, "lora_unet_double_blocks_0_img_attn_qkv").split(H)
+    for part, delta in zip("qkv", qkv, strict=True):
+        assert_close(actual[f"transformer_blocks.0.attn.to_{part}.weight"], delta)
+    *single, mlp = product(state, "lora_unet_single_blocks_0_linear1").split([H, H, H, MLP])
+    for part, delta in zip("qkv", single, strict=True):
+        assert_close(actual[f"single_transformer_blocks.0.attn.to_{part}.weight"], delta)
+    assert_close(actual["single_transformer_blocks.0.proj_mlp.weight"], mlp)
+    shift, scale = product(state, "lora_unet_final_layer_adaLN_modulation_1").split(H)
+    assert_close(actual["norm_out.linear.weight"], torch.cat([scale, shift]))
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "lora_transformer_", "lycoris_"])
+def test_a_file_for_diffusers_flux_on_fused_layers(prefix: str) -> None:
+    model = Skeleton(FLUX_ORIGINAL)
+    spelled = {path: prefix + (path if prefix.endswith(".") else under(path)) for path in FLUX_DIFFUSERS}
+    state: Weights = {}
+    for path, stem in spelled.items():
+        state |= lora_for(stem, FLUX_DIFFUSERS[path])
+    found = placed(state, model)
+    assert not found.unmatched
+    actual = changes(found)
+    parts = [product(state, spelled[f"transformer_blocks.0.attn.to_{n}"]) for n in "qkv"]
+    assert_close(actual["double_blocks.0.img_attn.qkv.weight"], torch.cat(parts))
+    single = [product(state, spelled[f"single_transformer_blocks.0.attn.to_{n}"]) for n in "qkv"]
+    single.append(product(state, spelled["single_transformer_blocks.0.proj_mlp"]))
+    assert_close(actual["single_blocks.0.linear1.weight"], torch.cat(single))
+    scale, shift = product(state, spelled["norm_out.linear"]).split(H)
+    assert_close(actual["final_layer.adaLN_modulation.1.weight"], torch.cat([shift, scale]))
+
+
+def test_sd3_names() -> None:
+    model = Skeleton(SD3_ORIGINAL)
+    state: Weights = {}
+    for name in ("to_q", "add_k_proj", "to_out.0"):
+        state |= lora_for(f"transformer.transformer_blocks.0.attn.{name}", (H, H))
+    actual = changes(placed(state, model))
+    stem = "transformer.transformer_blocks.0.attn"
+    assert_close(actual["joint_blocks.0.x_block.attn.qkv.weight"][:H], product(state, f"{stem}.to_q"))
+    assert_close(
+        actual["joint_blocks.0.context_block.attn.qkv.weight"][H : 2 * H], product(state, f"{stem}.add_k_proj")
+    )
+    assert actual["joint_blocks.0.x_block.attn.qkv.weight"][H:].abs().max() == 0
+    assert_close(actual["joint_blocks.0.x_block.attn.proj.weight"], product(state, f"{stem}.to_out.0"))
+
+
+def test_text_encoders() -> None:
+    """Three spellings, on a transformers encoder with and without its wrapper, and on ComfyUI's pair."""
+    layer = "encoder.layers.0.self_attn.q_proj"
+    shape = (H, H)
+    bare, wrapped = Skeleton({layer: shape}), Skeleton({f"text_model.{layer}": shape})
+    comfy = Skeleton({f"{clip}.transformer.text_model.{layer}": shape for clip in ("clip_l", "clip_g")})
+    for stem in (
+        f"lora_te1_text_model_{under(layer)}",
+        f"text_encoder.text_model.{layer}",
+        f"text_encoders.clip_l.transformer.text_model.{layer}",
+    ):
+        weights = load_lora(lora_for(stem, shape))
+        assert weights.components == ("te1",)
+        for model in (bare, wrapped, comfy):
+            (found,) = place_lora(weights, {"te1": targets_of(model, "te1")}).placements
+            assert "clip_g" not in found.target.path
+    second = load_lora(lora_for(f"lora_te2_text_model_{under(layer)}", shape))
+    (found,) = place_lora(second, {"te2": targets_of(comfy, "te2")}).placements
+    assert found.target.path.startswith("clip_g.")
+
+
+# --- alpha -----------------------------------------------------------------------------------------------------------
+
+STEM = "unet.conv_in"
+
+
+def scale_of(state: Weights, metadata: Mapping[str, str] | None = None, source: Path | None = None) -> float:
+    weights = load_lora(source or {**state, "__metadata__": dict(metadata or {})})  # type: ignore[dict-item]
+    (module,) = weights.modules
+    return module.weight.scale  # type: ignore[union-attr]
+
+
+def header(**table: object) -> dict[str, str]:
+    return {"lora_adapter_metadata": json.dumps(table)}
+
+
+def test_alpha_from_tensor_then_header_then_rank() -> None:
+    pair = {f"{STEM}.lora_A.weight": noise(4, 4, 3, 3), f"{STEM}.lora_B.weight": noise(8, 4, 1, 1)}
+    assert scale_of(pair) == 1.0
+    assert scale_of(pair | {f"{STEM}.alpha": torch.tensor(2.0)}) == 0.5
+    assert scale_of(pair | {f"{STEM}.alpha": torch.tensor(0.0)}) == 1.0, "kohya: alpha 0 is the rank"
+    known = header(**{"unet.lora_alpha": 8, "unet.r": 4})
+    assert scale_of(pair, known) == 2.0
+    assert scale_of(pair | {f"{STEM}.alpha": torch.tensor(2.0)}, known) == 0.5, "the tensor wins"
+    assert scale_of(pair, header(**{"unet.lora_alpha": 8, "unet.use_rslora": True})) == 8 / math.sqrt(4)
+    assert scale_of(pair, header(**{"unet.lora_alpha": 8, "unet.alpha_pattern": {"conv_in": 1}})) == 0.25
+    assert scale_of(pair, header(**{"unet.lora_alpha": "many"})) == 1.0
+    assert scale_of(pair, {"lora_adapter_metadata": "{broken"}) == 1.0
+
+
+def test_alpha_from_the_config_beside_a_peft_file(tmp_path: Path) -> None:
+    state = {
+        f"base_model.model.conv_in.{k}": noise(*s)
+        for k, s in (("lora_A.weight", (4, 4, 3, 3)), ("lora_B.weight", (8, 4, 1, 1)))
+    }
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 16}))
+    assert scale_of({}, source=tmp_path / "adapter_model.safetensors") == 4.0
+
+
+def test_ranks_are_read_per_module() -> None:
+    unet = tiny_unet(SD15)
+    table = targets_of(unet)
+    state: Weights = {}
+    for rank, path in ((1, "conv_in"), (5, "conv_out")):
+        down, up = pair_of(table, path, rank)
+        state |= suffixed(f"lora_unet_{path}", up, down, KOHYA) | {f"lora_unet_{path}.alpha": torch.tensor(1.0)}
+    assert [m.weight.rank for m in load_lora(state).modules] == [1, 5]  # type: ignore[union-attr]
+    assert [m.weight.scale for m in load_lora(state).modules] == [1.0, 0.2]  # type: ignore[union-attr]
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def whole(model: nn.Module, prefix: str = "lora_unet_", only: str = "attn2.to_k") -> Weights:
+    table = targets_of(model)
+    state: Weights = {}
+    for path in table.targets:
+        if path.endswith(only):
+            down, up = pair_of(table, path)
+            state |= suffixed(prefix + under(path), up, down, KOHYA)
+    return state
+
+
+def test_a_lora_for_another_model_says_so_and_places_nothing() -> None:
+    sdxl = whole(ldm("sdxl"))
+    with pytest.raises(IncompatibleAdapterError, match=r"this is a LoRA for SDXL, the model is SD1\.5"):
+        placed(sdxl, ldm("sd15"))
+    with pytest.raises(IncompatibleAdapterError, match="Choose a LoRA for SDXL"):
+        placed(whole(ldm("sd15")), ldm("sdxl"))
+    with pytest.raises(IncompatibleAdapterError, match="LoRA for Flux"):
+        placed(lora_for("lora_unet_double_blocks_0_img_attn_qkv", (3 * H, H)), ldm("sd15"))
+
+
+def test_one_wrong_shape_refuses_the_whole_file() -> None:
+    unet = tiny_unet(SD15)
+    state = whole(unet) | lora_for("lora_unet_time_embedding_linear_1", (7, 7))
+    with pytest.raises(
+        IncompatibleAdapterError, match=r"1 of 17 updates have other shapes, such as .*7×7, time_embedding"
+    ):
+        placed(state, unet)
+
+
+def test_unmatched_modules_are_counted_with_the_nearest_name() -> None:
+    unet = tiny_unet(SD15)
+    found = placed(whole(unet) | lora_for("lora_unet_mid_block_attentions_0_proj_inn", (16, 16)), unet)
+    assert len(found.placements) == 16
+    (lost,) = found.unmatched
+    assert lost.nearest == "mid_block_attentions_0_proj_in"
+    assert "1 modules have no place" in found.summary()
+
+
+def test_keys_of_nothing_known_are_listed() -> None:
+    state = whole(tiny_unet(SD15)) | {"some.random.key": noise(1), "lora_unet_conv_in.alpha": torch.tensor(1.0)}
+    assert load_lora(state).ignored == ("some.random.key", "lora_unet_conv_in (alpha)")
+
+
+def test_files_that_are_no_lora() -> None:
+    with pytest.raises(UnknownFormatError, match="has no LoRA in it"):
+        load_lora({"model.diffusion_model.out.2.weight": noise(4, 4)})
+    with pytest.raises(UnknownFormatError, match="no tensors"):
+        load_lora({})
+    with pytest.raises(UnknownFormatError, match="alphas but no weights"):
+        load_lora({"lora_unet_conv_in.alpha": torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_up.weight": None}, "no 'up' that belongs to it"),
+        ({"lora_down.weight": None}, "no 'down' that belongs to it"),
+        ({"lora_up.weight": noise(8, 3)}, "do not multiply"),
+        ({"lora_up.weight": torch.full((8, 2), float("nan"))}, "NaN or infinite"),
+        ({"lora_up.weight": torch.empty(0, 2)}, "is empty"),
+        ({"alpha": torch.ones(3)}, "one number was expected"),
+        ({"hada_w1_a": noise(3, 3)}, None),
+    ],
+)
+def test_damaged_modules(change: dict[str, Tensor | None], message: str | None) -> None:
+    state = {"lora_down.weight": noise(2, 8), "lora_up.weight": noise(8, 2)} | change
+    file = {f"lora_unet_x.{key}": t for key, t in state.items() if t is not None}
+    if message is None:
+        assert load_lora(file).modules[0].weight.title == "LoRA"  # type: ignore[union-attr]
+        return
+    with pytest.raises(CorruptFileError, match=message):
+        load_lora(file)
+
+
+def test_inconsistent_factors_of_other_algorithms() -> None:
+    broken: tuple[Weights, ...] = (
+        {"hada_w1_a": noise(4, 2), "hada_w1_b": noise(3, 4), "hada_w2_a": noise(4, 2), "hada_w2_b": noise(2, 4)},
+        {"lokr_w1": noise(2, 2), "lokr_w2_a": noise(2, 2)},
+        {"a1.weight": noise(4, 2), "a2.weight": noise(3, 4), "b1.weight": noise(4, 2), "b2.weight": noise(5, 6)},
+        {"oft_blocks": noise(2, 3, 4)},
+    )
+    for tensors in broken:
+        with pytest.raises(CorruptFileError):
+            load_lora({f"lora_unet_x.{key}": t for key, t in tensors.items()})
+
+
+def test_a_header_alone_tells_modules_ranks_and_family(tmp_path: Path) -> None:
+    save_file(whole(ldm("sdxl_small")), tmp_path / "x.safetensors", metadata={"ss_network_dim": "2"})
+    found = describe_lora(tmp_path / "x.safetensors")
+    assert found.base_model == "SDXL"
+    assert found.metadata["ss_network_dim"] == "2"
+    assert all(m.weight.rank == 2 and m.weight.down.is_meta for m in found.modules)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [SD15, SDXL])
+def test_names_lead_to_one_place_each(kind: str) -> None:
+    """No two layers share a name, so a module can never be placed on a wrong layer."""
+    table = targets_of(tiny_unet(kind))
+    assert all(len(places) == 1 for places in table.names.values())
+    assert {places[0].path for places in table.names.values()} == set(table.targets)

@@ -1,0 +1,188 @@
+"""LoRAs in a real ComfyUI: against its own loader, live against merged, regions, schedules, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from host.comfy_server import ComfyServer, ExecutionFailed, Link, Node
+from host.steering import Steering
+from host.tiny_lora_files import build_lora
+
+CLOSE = 2e-3
+"""Latents of size 5 after two steps; merging rounds where the side path does not, and sampling multiplies that."""
+EFFECT = 0.02
+STACK = {
+    f"{name}_{i}": value for i in range(1, 6) for name, value in (("on", True), ("file", "none"), ("strength", 1.0))
+}
+
+
+class Scene(Steering):
+    """A graph with LoRA files at hand."""
+
+    def file(self, *, seed: int = 0, unet: str | None = None) -> str:
+        return self.server.add_model("loras", build_lora(unet or self.unet, self.folder, seed=seed))
+
+    def lora(self, model: Node | Link | None = None, *, seed: int = 0, **settings: Any) -> Node:
+        inputs = {
+            "model": model or self.model, "file": self.file(seed=seed), "strength": 1.0, "text_strength": 1.0, "selector": "",
+            "mode": "live", "start": 0.0, "end": 1.0,
+        }  # fmt: skip
+        return self.graph.add("ImagePromptLoRAStrength", **(inputs | settings))
+
+    def host_lora(self, model: Node | Link | None = None, *, strength: float = 1.0, seed: int = 0) -> Node:
+        file = self.file(seed=seed)
+        return self.graph.add("LoraLoaderModelOnly", model=model or self.model, lora_name=file, strength_model=strength)
+
+    def compare(self, **nodes: Node) -> dict[str, np.ndarray]:
+        result = self.run()
+        return {name: result.tensor(node) for name, node in nodes.items()}
+
+
+@pytest.fixture
+def scene(server: ComfyServer, sd15_small: str, adapters: Path) -> Callable[..., Scene]:
+    return lambda **settings: Scene(server, sd15_small, adapters, **settings)
+
+
+def same(a: np.ndarray, b: np.ndarray) -> None:
+    np.testing.assert_allclose(a, b, rtol=0, atol=CLOSE)
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).mean())
+
+
+def test_live_merged_and_the_hosts_own_loader_agree(scene: Callable[..., Scene]) -> None:
+    """On the same file, at two strengths; and the plain model after them is the plain model, bit for bit."""
+    s = scene()
+    runs = {"plain": s.sample(s.model)}
+    for strength in (1.0, -0.5):
+        runs[f"live {strength}"] = s.sample(s.lora(strength=strength))
+        runs[f"merged {strength}"] = s.sample(s.lora(strength=strength, mode="merged"))
+        runs[f"host {strength}"] = s.sample(s.host_lora(strength=strength))
+    runs["zero live"] = s.sample(s.lora(strength=0.0))
+    runs["zero merged"] = s.sample(s.lora(strength=0.0, mode="merged"))
+    out = s.compare(**runs)
+    for strength in (1.0, -0.5):
+        same(out[f"live {strength}"], out[f"host {strength}"])
+        same(out[f"merged {strength}"], out[f"host {strength}"])
+        assert apart(out[f"live {strength}"], out["plain"]) > EFFECT
+    assert np.array_equal(out["zero live"], out["plain"])
+    assert np.array_equal(out["zero merged"], out["plain"])
+    again = scene()
+    assert np.array_equal(again.compare(plain=again.sample(again.model, seed=5))["plain"], out["plain"])
+
+
+def test_chains_stacks_and_others_loras(scene: Callable[..., Scene]) -> None:
+    s = scene()
+    chained = s.lora(s.lora(seed=1, strength=0.5), seed=2)
+    rows = STACK | {
+        "file_1": s.file(seed=2),
+        "file_3": s.file(seed=1),
+        "strength_3": 0.5,
+        "file_4": s.file(seed=2),
+        "on_4": False,
+    }
+    stacked = s.graph.add("ImagePromptLoRAStack", model=s.model, mode="merged", **rows)
+    mixed = s.lora(s.host_lora(seed=1, strength=0.5), seed=2)
+    host = s.host_lora(s.host_lora(seed=1, strength=0.5), seed=2)
+    out = s.compare(chained=s.sample(chained), stacked=s.sample(stacked), mixed=s.sample(mixed), host=s.sample(host))
+    for name in ("chained", "stacked", "mixed"):
+        same(out[name], out["host"])
+
+
+def test_schedules_and_selectors(scene: Callable[..., Scene]) -> None:
+    s = scene(steps=3)
+    out = s.compare(
+        plain=s.sample(s.model),
+        whole=s.sample(s.lora()),
+        never=s.sample(s.lora(start=0.999, end=0.9995)),
+        late=s.sample(s.lora(start=0.4)),
+        attention=s.sample(s.lora(selector="all: 0, attn2: 1")),
+        none=s.sample(s.lora(selector="all: 0")),
+    )
+    assert np.array_equal(out["never"], out["plain"])
+    assert np.array_equal(out["none"], out["plain"])
+    assert min(apart(out["late"], out["plain"]), apart(out["late"], out["whole"])) > EFFECT / 4
+    assert apart(out["attention"], out["plain"]) < apart(out["whole"], out["plain"])
+
+
+def test_regions_and_an_image_prompt(scene: Callable[..., Scene]) -> None:
+    """Masks of one and of zero are no mask and no LoRA; beside an image prompt in either order."""
+    s = scene()
+    ones = s.graph.add("SolidMask", value=1.0, width=64, height=64)
+    zeros = s.graph.add("SolidMask", value=0.0, width=64, height=64)
+    left = s.mask(1.0, 0.0)
+    adapter = s.adapter()
+    prompt = s.encode(adapter, s.photo())
+    out = s.compare(
+        plain=s.sample(s.model),
+        whole=s.sample(s.lora()),
+        ones=s.sample(s.lora(mask=ones)),
+        zeros=s.sample(s.lora(mask=zeros)),
+        left=s.sample(s.lora(mask=left)),
+        both=s.sample(s.apply(s.lora(mask=left), adapter, prompt)),
+        swapped=s.sample(s.lora(s.apply(s.model, adapter, prompt), mask=left)),
+        image=s.sample(s.apply(s.model, adapter, prompt)),
+    )
+    same(out["ones"], out["whole"])
+    same(out["zeros"], out["plain"])
+    same(out["both"], out["swapped"])
+    for other in ("plain", "whole"):
+        assert apart(out["left"], out[other]) > EFFECT / 4
+    assert apart(out["both"], out["image"]) > EFFECT / 4
+
+
+def test_with_little_memory_and_one_by_one(scene: Callable[..., Scene]) -> None:
+    """However the conditionings are batched, the same."""
+    s = scene()
+    left = s.mask(1.0, 0.0)
+    nodes = {"batched": s.sample(s.lora(mask=left, negative_strength=0.3))}
+    for how in ("little memory", "one by one", "negative first"):
+        model = s.graph.add("TestCondBatch", model=s.lora(mask=left, negative_strength=0.3), how=how)
+        nodes[how] = s.sample(model)
+    out = s.compare(**nodes)
+    for how in ("little memory", "one by one", "negative first"):
+        same(out[how], out["batched"])
+
+
+def test_inspect_save_and_load_what_was_saved(scene: Callable[..., Scene], server: ComfyServer) -> None:
+    s = scene()
+    shown = s.graph.add("ImagePromptLoRAInspect", file=s.file())
+    saved = s.graph.add(
+        "ImagePromptLoRASave", file=s.file(), filename_prefix="small", spelling="generic", dtype="float16", rank=2
+    )
+    result = s.run()
+    (text,) = result.text(shown)
+    assert "LoRA × " in text
+    assert result.images(shown)[0].shape[2] == 3
+    (message,) = result.text(saved)
+    path = Path(message.rpartition(" in ")[2])
+    with safe_open(str(path), "pt") as file:
+        keys = list(file.keys())
+    assert all(key.startswith("diffusion_model.") for key in keys)
+    t = scene()
+    lora = t.graph.add("LoraLoaderModelOnly", model=t.model, lora_name=path.name, strength_model=1.0)
+    out = t.compare(plain=t.sample(t.model), small=t.sample(lora))
+    assert apart(out["plain"], out["small"]) > EFFECT / 4
+
+
+def test_mistakes_get_one_sentence(scene: Callable[..., Scene]) -> None:
+    s = scene()
+    wrong = s.server.add_model("loras", build_lora("sdxl_small", s.folder))
+    for settings, expected in (
+        ({"file": wrong}, "this is a LoRA for SDXL, the model is SD1.5"),
+        ({"selector": "attn7: 1"}, "unknown word 'attn7'"),
+        ({"mode": "merged", "end": 0.5}, "'merged' is not possible: its strength changes over the steps"),
+    ):
+        bad = scene()
+        bad.sample(bad.lora(**settings))
+        with pytest.raises(ExecutionFailed) as failure:
+            bad.run()
+        assert expected in failure.value.message
+        assert failure.value.exception_type.rsplit(".", 1)[-1] in ("IncompatibleAdapterError", "InvalidInputError")
