@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from ipadapter_core import RegionMask, WeightSchedule, bake
 from ipadapter_core.backends import comfy as image_backend
 from ipadapter_core.backends import comfy_lora as backend
+from ipadapter_core.lora import load_lora
 from ipadapter_core.lora.patch import LoRAPatch, masked
 from ipadapter_core.lora.selector import parse_selector
 from tiny_loras import ALGORITHMS, tiny_lora
@@ -232,3 +233,28 @@ def test_selectors_leave_layers_alone(host: FakePatcher) -> None:
     assert all(path.endswith("attn2.to_k") for path in wrapper.stack.layers)
     nowhere = live(host, patch_on(host, selector=parse_selector("all: 0")))
     assert not nowhere.wrappers.get("apply_model", {}).get(backend.LORA_KEY)
+
+
+def test_text_encoders_are_merged_by_their_own_names() -> None:
+    """ComfyUI's pair of CLIPs: lora_te1 goes to clip_l, lora_te2 to clip_g, at the text strength."""
+    layer = "encoder.layers.0.self_attn.q_proj"
+    encoders = torch.nn.Module()
+    for clip in ("clip_l", "clip_g"):
+        owner = encoders
+        for part in (clip, "transformer", "text_model", *layer.split(".")[:-1]):
+            owner.add_module(part, torch.nn.Module())
+            owner = owner.get_submodule(part)
+        owner.add_module("q_proj", torch.nn.Linear(8, 8))
+    state = {}
+    for n, prefix in enumerate(("lora_te1_", "lora_te2_")):
+        stem = f"{prefix}text_model_{layer.replace('.', '_')}"
+        state |= {f"{stem}.lora_down.weight": noise(2, 8, seed=n), f"{stem}.lora_up.weight": noise(8, 2, seed=n + 5)}
+    placed = backend.place(load_lora(state), None, encoders)
+    patch = LoRAPatch(placed, strength=1.0, text_strength=0.5)
+    patcher: Any = backend.apply_merged(FakePatcher(encoders), patch, ("te1", "te2", "te3"), Merged)
+    key = f"clip_l.transformer.text_model.{layer}.weight"
+    assert set(patcher.patches) == {key, key.replace("clip_l", "clip_g")}
+    ((_, merged, *_),) = patcher.patches[key]
+    stem = f"lora_te1_text_model_{layer.replace('.', '_')}"
+    expected = 0.5 * state[f"{stem}.lora_up.weight"] @ state[f"{stem}.lora_down.weight"]
+    assert_close(backend.merge_parts(torch.zeros(8, 8), merged.parts), expected)

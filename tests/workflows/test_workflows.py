@@ -55,6 +55,8 @@ class Shrunk:
     def prompt(self, *, strength: float | None = None, bypass: bool = False) -> tuple[Graph, list[str]]:
         """The prompt and the ids of nodes that save the exact pixels of each SaveImage."""
         graph = to_prompt(self.workflow, self.object_info, bypass=STEERING if bypass else frozenset())
+        for node_id in [i for i, n in graph.items() if n["class_type"] == "PreviewAny" and "source" not in n["inputs"]]:
+            del graph[node_id]  # it showed the report of a node that is bypassed
         pictures = 0
         for node_id, node in graph.items():
             kind, inputs = node["class_type"], node["inputs"]
