@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from . import __version__
+from . import __version__, cli_train
 from .checkpoints import describe_adapter, load_adapter
 from .errors import AdapterError, InvalidInputError
 from .image_encoder import Crop
@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_demo(commands)
+    cli_train.add_commands(commands)
     return parser
 
 
