@@ -96,8 +96,10 @@ def look(
             continue
         try:
             yield _open(source, record, config)
-        except (OSError, CorruptFileError) as error:
-            yield Seen(None, problem=f"{record.name} ({error})")
+        except CorruptFileError as error:
+            yield Seen(None, problem=str(error))
+        except OSError as error:
+            yield Seen(None, problem=f"{record.name} cannot be read ({error})")
 
 
 def record_caption(record: Record) -> str:

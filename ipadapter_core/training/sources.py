@@ -252,10 +252,12 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _guess(path: str, remote: bool) -> str:
-    if remote or ".tar" in path:
+    if ".tar" in path:
         return "webdataset"
     if path.endswith(".json"):
         return "json"
+    if remote:
+        return "folder"
     folder = Path(path)
     if folder.is_dir():
         if any(folder.glob("*.tar")):
