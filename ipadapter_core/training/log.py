@@ -61,7 +61,7 @@ class Log:
         from tqdm import tqdm
 
         if self.file.is_file():
-            lines = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
+            lines = [line for line in self.file.read_text().splitlines() if step > 0 and _step_of(line) <= step]
             self.file.write_text("".join(line + "\n" for line in lines))
         if self._tensorboard:
             try:

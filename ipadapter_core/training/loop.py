@@ -69,6 +69,26 @@ class Tally:
         vars(self).update(state)
 
 
+class Clock:
+    """Seconds per step since it was last asked, without what happens between the steps."""
+
+    def __init__(self) -> None:
+        self._started = self._total = 0.0
+        self._count = 0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        self._total += time.perf_counter() - self._started
+        self._count += 1
+
+    def each(self) -> float:
+        mean = self._total / max(1, self._count)
+        self._total, self._count = 0.0, 0
+        return round(mean, 5)
+
+
 def fit(
     config: RunConfig,
     accelerator: Any,
@@ -135,15 +155,18 @@ def fit(
             folder.prepare_again()
             return False
 
+    if tally.step == 0 and seen.validate_every:
+        _look(accelerator, log, 0, lambda: watch.validate(module))
     end = train.steps * train.accumulate
     batches = feed.batches(tally.step * train.accumulate, end)
     losses: list[float] = []
     unsaved: list[Any] = []
-    started, first = time.perf_counter(), tally.step
+    clock = Clock()
     stopped = False
     with asked_to_stop() as asked:
         while tally.step < train.steps and not stopped:
             module.train()
+            clock.start()
             loss_sum, fine = 0.0, False
             for _ in range(train.accumulate):
                 batch, draws = next(batches)
@@ -161,6 +184,7 @@ def fit(
                         schedule.step()
                     optimizer.zero_grad()
             tally.step += 1
+            clock.stop()
             value = float(loss_sum) / train.accumulate
             _guard(tally, fine, value, config, log)
             losses.append(value)
@@ -169,8 +193,8 @@ def fit(
             stopped = _agree(accelerator, asked() or folder.stop_file.exists()) and not last
             if last or stopped or tally.step % seen.log_every == 0:
                 mean = sum(losses) / len(losses)
-                speed = (tally.step - first) / (time.perf_counter() - started)
-                log.event("step", tally.step, loss=mean, lr=schedule.get_last_lr()[0], steps_per_second=round(speed, 4))
+                rate = schedule.get_last_lr()[0]
+                log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
                 losses.clear()
                 unsaved = [save for save in unsaved if not try_to(save)]
             if _due(tally.step, seen.validate_every) or last:
