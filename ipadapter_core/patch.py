@@ -108,7 +108,7 @@ class AdapterPatch:
 
     def active(self, site: int) -> bool:
         """Whether the site can ever see the image; an inactive one needs no hook."""
-        return self.weights[site].weight != 0.0
+        return self.weights[site].weight != 0.0 and not self.schedule.never
 
     def add_to(self, base: Tensor, site: int, call: SiteCall) -> Tensor:
         """Add this image's attention to the attention output ``base`` (``b l c``) of one site."""

@@ -191,10 +191,15 @@ class WeightSchedule:
         """True if the strength does not depend on the step, so that the attention need not know it."""
         return not self.curve and self.start_percent <= 0 and self.end_percent >= 1
 
+    @property
+    def never(self) -> bool:
+        """True for a window without any step: one that ends at 0, as everywhere in ComfyUI, or before it starts."""
+        return self.end_percent <= 0 or self.end_percent < self.start_percent
+
     def at(self, percent: float) -> float:
         """Factor at a sampling progress of 0 (pure noise) .. 1 (done)."""
         # The host's own windows are inclusive at both ends; the slack absorbs float32 sigmas.
-        if not self.start_percent - 1e-6 <= percent <= self.end_percent + 1e-6:
+        if self.never or not self.start_percent - 1e-6 <= percent <= self.end_percent + 1e-6:
             return 0.0
         return _interpolate(self.curve, percent) if self.curve else 1.0
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import re
 import tarfile
 import zipfile
@@ -280,7 +281,7 @@ def _unpickle(path: Path, name: str, *, mmap: bool) -> dict[str, Tensor]:
             with path.open("rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails in any way there is
-        raise _unpickling_error(error, name) from None
+        raise _unpickling_error(error, path, name) from None
     if isinstance(content, Tensor):
         raise CorruptFileError(f"{name} holds one single tensor, a table of named weights was expected.")
     if not isinstance(content, Mapping):
@@ -295,14 +296,38 @@ def _unpickle(path: Path, name: str, *, mmap: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpickling_error(error: Exception, name: str) -> UnsafeFileError | CorruptFileError:
+def _unpickling_error(error: Exception, path: Path, name: str) -> UnsafeFileError | CorruptFileError:
     refused = _REFUSED_GLOBAL.search(str(error)) if isinstance(error, (pickle.UnpicklingError, RuntimeError)) else None
-    if refused is not None:
+    called = refused[1] if refused is not None else _foreign_global(path)
+    if called is not None:
         return UnsafeFileError(
-            f"{name} carries code: opening it would call '{refused[1]}', which a file of weights never needs. Nothing "
+            f"{name} carries code: opening it would call '{called}', which a file of weights never needs. Nothing "
             "was run. Use a .safetensors version, or have its author save plain tensors."
         )
     return CorruptFileError(f"{name} cannot be read as a PyTorch file ({_one_line(error)}): {_DAMAGED}.")
+
+
+def _foreign_global(path: Path) -> str | None:
+    """What a bare pickle would import that is not torch's own: torch refuses its protocols 4 and 5 before it looks."""
+    strings: list[str] = []
+    with path.open("rb") as file:
+        if file.read(1) != b"\x80":
+            return None
+        file.seek(0)
+        try:
+            for opcode, argument, _ in pickletools.genops(file):  # parses, runs nothing
+                if isinstance(argument, str) and "UNICODE" in opcode.name:
+                    strings.append(argument)
+                named = str(argument).split() if opcode.name in {"GLOBAL", "INST"} else strings[-2:]
+                if opcode.name in {"GLOBAL", "INST", "STACK_GLOBAL"} and named[0] not in {
+                    "torch",
+                    "torch._utils",
+                    "collections",
+                }:
+                    return ".".join(named)
+        except Exception:  # a damaged pickle fails in any way there is
+            return None
+    return None
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
+from server import PromptServer
 from torch import Tensor
 
 from ..ipadapter_core import (
@@ -129,6 +130,11 @@ def progress_bar() -> Callable[[int, int], None]:
         bars[0].update_absolute(done, total)
 
     return report
+
+
+def show_in_node(text: str, node_id: str) -> None:
+    """Let the frontend write ``text`` into the node: of the ui output it shows texts of a few core nodes only."""
+    PromptServer.instance.send_progress_text(text, node_id)
 
 
 def apply(

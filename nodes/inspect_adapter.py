@@ -28,6 +28,7 @@ class InspectAdapter(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="text")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -36,4 +37,5 @@ class InspectAdapter(io.ComfyNode):
         text = describe_spec(adapter.weights.spec, adapter.weights.name)
         if model is not None:
             text += "\n\n" + describe_fit(adapter.weights, comfy_layout(model), applied_patches(model))
+        host.show_in_node(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui=ui.PreviewText(text))

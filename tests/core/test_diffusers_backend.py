@@ -188,7 +188,7 @@ def test_outside_the_window_no_bit_changes(unet: UNet2DConditionModel) -> None:
 
 @pytest.mark.parametrize(("start", "end", "t", "acts"), [
     (0.0, 0.5, 999.0 / 2, True), (0.5, 1.0, 999.0 / 2, True), (0.0, 1.0, 0.0, True), (0.0, 1.0, 999.0, True),
-    (0.501, 1.0, 999.0 / 2, False), (0.0, 0.499, 999.0 / 2, False), (0.0, 0.0, 999.0, True), (1.0, 1.0, 0.0, True),
+    (0.501, 1.0, 999.0 / 2, False), (0.0, 0.499, 999.0 / 2, False), (0.0, 0.0, 999.0, False), (0.0, 0.001, 999.0, True), (1.0, 1.0, 0.0, True),
 ])  # fmt: skip
 def test_the_window_includes_both_ends(
     unet: UNet2DConditionModel, start: float, end: float, t: float, acts: bool

@@ -174,7 +174,7 @@ def test_an_unknown_unet_composes_where_it_is_coarsest() -> None:
 
 @pytest.mark.parametrize(("start", "end", "percent", "factor"), [
     (0.0, 1.0, 0.0, 1.0), (0.0, 1.0, 1.0, 1.0), (0.2, 0.6, 0.2, 1.0), (0.2, 0.6, 0.6, 1.0), (0.2, 0.6, 0.199, 0.0),
-    (0.2, 0.6, 0.601, 0.0), (0.6, 0.2, 0.4, 0.0), (0.0, 0.0, 0.0, 1.0), (0.0, 0.0, 0.001, 0.0), (1.0, 1.0, 1.0, 1.0),
+    (0.2, 0.6, 0.601, 0.0), (0.6, 0.2, 0.4, 0.0), (0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.001, 0.0), (0.0, 0.001, 0.0, 1.0), (1.0, 1.0, 1.0, 1.0),
 ])  # fmt: skip
 def test_window(start: float, end: float, percent: float, factor: float) -> None:
     assert WeightSchedule(start_percent=start, end_percent=end).at(percent) == factor

@@ -111,14 +111,14 @@ class Bomb:
         return os.mkdir, (str(self.target),)
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy", "plain pickle", "renamed", "nested"])
+@pytest.mark.parametrize("how", ["zip", "legacy", "protocol 2", "protocol 4", "protocol 5", "renamed", "nested"])
 @pytest.mark.parametrize("read", [open_state_dict, describe_state_dict])
 def test_a_pickle_with_code_is_refused_and_runs_nothing(tmp_path: Path, how: str, read: object) -> None:
     target = tmp_path / "was here"
     path = tmp_path / ("evil.safetensors" if how == "renamed" else "evil.bin")
     content = {"image_proj": {"x": Bomb(target)}} if how == "nested" else {"x": Bomb(target), "w": torch.ones(2)}
-    if how == "plain pickle":
-        path.write_bytes(pickle.dumps(content, protocol=2))
+    if how.startswith("protocol"):
+        path.write_bytes(pickle.dumps(content, protocol=int(how[-1])))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
     with pytest.raises(UnsafeFileError) as caught:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import websocket
 from safetensors.torch import save_file
 
 from host.comfy_server import ComfyServer, ExecutionFailed, GraphRejected, Node
@@ -191,6 +192,23 @@ def test_inspect_lists_every_site_with_its_weight(server: ComfyServer, sd15: str
     assert len(rows) == 16
     assert all(row.endswith("0.7") for row in rows), "every site, the middle block included, has the strength"
     assert sum("middle" in row for row in rows) == 1
+
+
+def test_inspect_writes_its_text_into_the_node(make: Callable[..., Steering]) -> None:
+    """The frontend shows binary messages of type 3 (length of the node's id, id, text) inside the node that runs."""
+    s = make()
+    node = s.graph.add("ImagePromptInspect", adapter=s.adapter())
+    socket = websocket.create_connection(s.server.url.replace("http", "ws") + "/ws", timeout=60)
+    try:
+        (text,) = s.run().text(node)
+        while True:
+            message = socket.recv()
+            if isinstance(message, bytes) and int.from_bytes(message[:4], "big") == 3:
+                break
+    finally:
+        socket.close()
+    shown = message[8:].decode().removeprefix(node.id)
+    assert shown == text
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
