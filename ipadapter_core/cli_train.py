@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from .errors import InvalidInputError
 
 OVERRIDES = "changes to the config, such as train.steps=2000 data.cache=/fast/cache"
 
@@ -41,6 +44,7 @@ def add_commands(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+PACKAGES = ("diffusers", "transformers", "accelerate", "datasets", "webdataset", "matplotlib", "psutil", "tqdm")
 EXAMPLES = ("sd15-base", "sd15-plus", "sd15-full-face", "sdxl-base", "sdxl-plus")
 
 
@@ -48,9 +52,9 @@ def run_train(args: argparse.Namespace) -> None:
     if args.example is not None:
         print((Path(__file__).parent / "training" / "examples" / f"{args.example}.toml").read_text(), end="")
         return
-    from .errors import InvalidInputError
     from .training import dry_run, load_config, train
 
+    _check_packages()
     if args.config is None:
         raise InvalidInputError("give a config file; ipadapter train --example sd15-base prints one to start from")
     config = load_config(args.config, args.overrides)
@@ -66,9 +70,20 @@ def run_train(args: argparse.Namespace) -> None:
         print(outcome.file)
 
 
+def _check_packages() -> None:
+    """Say all that is missing at once, with the command that installs it into this Python."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidInputError(
+            f"training needs packages that this Python lacks: {', '.join(missing)}; run: "
+            f"{sys.executable} -m pip install {' '.join(missing)} tensorboard"
+        )
+
+
 def run_cache(args: argparse.Namespace) -> None:
     from .training import build_cache, load_config
 
+    _check_packages()
     build_cache(load_config(args.config, args.overrides), as_json=args.json)
 
 

@@ -11,6 +11,7 @@ from .encode_image_prompt import EncodeImagePrompt
 from .inspect_adapter import InspectAdapter
 from .load_ip_adapter import LoadIPAdapter
 from .schedule_adapter import AdapterSchedule
+from .train_ip_adapter import TrainIPAdapter
 
 NODES: list[type[io.ComfyNode]] = [
     LoadIPAdapter,
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyAdapterToModel,
     AdapterSchedule,
     InspectAdapter,
+    TrainIPAdapter,
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from ..processors import AttnProcessor, IPAttnProcessor, build_processors
 from ..projectors import ImageProjModel, MLPProjModel, Resampler
 from .config import AdapterConfig
 
-Wrap = Callable[[IPAttnProcessor], nn.Module]
-"""Another way to compute one attention with the layers of an IPAttnProcessor."""
+Wrap = Callable[[AttnProcessor | IPAttnProcessor], object]
+"""Another way to compute one attention, with the layers of the given processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,8 @@ class TrainedAdapter(nn.Module):
 
     def install(self, unet: Any, wrap: Wrap | None = None) -> None:
         """Let the UNet's attentions use these layers; `wrap` may compute the same in another way."""
-        processors: dict[str, nn.Module] = {}
-        for name, layer in zip(self.names, self.ip_adapter, strict=True):
-            processors[name] = wrap(layer) if wrap is not None and isinstance(layer, IPAttnProcessor) else layer
-        unet.set_attn_processor(processors)
+        layers = cast("list[AttnProcessor | IPAttnProcessor]", list(self.ip_adapter))
+        unet.set_attn_processor(dict(zip(self.names, map(wrap, layers) if wrap else layers, strict=True)))
 
     def spec(self) -> AdapterSpec:
         """What a file of these weights says of itself."""

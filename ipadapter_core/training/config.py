@@ -167,7 +167,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Relative paths in the file are relative to the file. Raises InvalidInputError naming the key and the nearest valid
     one, FileNotFoundError.
     """
-    tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    tomllib = _toml()
     path = Path(path)
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -181,6 +181,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         data=_beside(path, config.data, "path", "cache"),
         output=_beside(path, config.output, "folder"),
     )
+    return parse_overrides(overrides, config)
+
+
+def parse_overrides(overrides: Sequence[str], config: RunConfig) -> RunConfig:
+    """Put `section.key=value` texts over a config. Raises InvalidInputError as `load_config` does."""
+    tomllib = _toml()
     changes: dict[str, dict[str, Any]] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -228,6 +234,10 @@ def write_config(config: RunConfig, path: Path) -> None:
         lines += [f"{key} = {json.dumps(value)}" for key, value in entries.items()]
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _toml() -> Any:
+    return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 
 def _sections() -> dict[str, dict[str, Any]]:

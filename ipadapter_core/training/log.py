@@ -102,6 +102,8 @@ class Log:
         """Draw the losses of the whole run to loss.png."""
         if self.active and self.plots and self.file.is_file():
             draw_losses(self.file, self.plot_file)
+            if self.as_json:
+                self._print({"event": "plot", "file": str(self.plot_file)})
 
     def _print(self, row: dict[str, Any]) -> None:
         print(json.dumps(row), flush=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from .order import Draws
 from .state import RunFolder, check_same_run
 from .step import AdapterStep
 from .watch import save_sheet
+
+STOP_WITH_PARENT = "IPADAPTER_STOP_WITH_PARENT"
+"""Set in the environment of a child process: it saves and ends when the process that started it is gone."""
 
 
 class TrainingFailed(AdapterError):
@@ -157,6 +161,7 @@ def fit(
 
     if tally.step == 0 and seen.validate_every:
         _look(accelerator, log, 0, lambda: watch.validate(module))
+    orphaned = _orphan_watch()
     end = train.steps * train.accumulate
     batches = feed.batches(tally.step * train.accumulate, end)
     losses: list[float] = []
@@ -190,7 +195,7 @@ def fit(
             losses.append(value)
             log.tick(tally.step, value)
             last = tally.step == train.steps
-            stopped = _agree(accelerator, asked() or folder.stop_file.exists()) and not last
+            stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
             if last or stopped or tally.step % seen.log_every == 0:
                 mean = sum(losses) / len(losses)
                 rate = schedule.get_last_lr()[0]
@@ -277,6 +282,13 @@ def _draw(log: Log, folder: RunFolder, step: int, draw: Any) -> None:
 
     log.picture("sheet", step, np.asarray(sheet))
     log.event("sheet", step, file=str(path))
+
+
+def _orphan_watch() -> Callable[[], bool]:
+    if os.name != "posix" or not os.environ.get(STOP_WITH_PARENT):
+        return lambda: False
+    parent = os.getppid()
+    return lambda: os.getppid() != parent
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The six nodes in a running ComfyUI: what users see of them, strength, caching, clones, files and errors."""
+"""The nodes in a running ComfyUI: what users see of them, strength, caching, clones, files and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from host.steering import Steering
 from host.tiny_adapters import adapter_tensors, build_adapter
 
 SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE"}
-HOST_TYPES = {"MODEL", "CLIP_VISION", "IMAGE", "MASK", "STRING", "FLOAT", "BOOLEAN", "COMBO"}
+HOST_TYPES = {"MODEL", "CLIP_VISION", "IMAGE", "MASK", "STRING", "FLOAT", "INT", "BOOLEAN", "COMBO"}
 OUTPUTS = {
     "ImagePromptLoadAdapter": (["IMAGE_PROMPT_ADAPTER"], ["adapter"]),
     "ImagePromptEncode": (["IMAGE_PROMPT"], ["image_prompt"]),
@@ -26,6 +26,7 @@ OUTPUTS = {
     "ImagePromptApply": (["MODEL"], ["model"]),
     "ImagePromptSchedule": (["IMAGE_PROMPT_SCHEDULE"], ["schedule"]),
     "ImagePromptInspect": (["STRING"], ["text"]),
+    "ImagePromptTrain": (["IMAGE_PROMPT_ADAPTER", "IMAGE", "IMAGE"], ["adapter", "loss_plot", "samples"]),
 }
 
 
@@ -38,7 +39,7 @@ def make(server: ComfyServer, sd15_small: str, adapters: Path) -> Callable[..., 
 # --- what the frontend is told ----------------------------------------------------------------------------------------
 
 
-def test_the_six_nodes_are_there(server: ComfyServer) -> None:
+def test_the_nodes_are_there(server: ComfyServer) -> None:
     nodes = server.pack_nodes()
     assert set(nodes) == set(OUTPUTS)
     for name, info in nodes.items():
@@ -47,7 +48,7 @@ def test_the_six_nodes_are_there(server: ComfyServer) -> None:
         assert list(info["output_name"]) == names
         assert info["category"] == "image prompt"
         assert info["description"]
-        assert info["output_node"] == (name == "ImagePromptInspect")
+        assert info["output_node"] == (name in ("ImagePromptInspect", "ImagePromptTrain"))
 
 
 def test_every_input_explains_itself(server: ComfyServer) -> None:
