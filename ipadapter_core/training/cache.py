@@ -31,6 +31,9 @@ from .sources import Source
 SHARD = 1024
 """Pictures per shard: what a killed caching run has to encode again at most."""
 
+OPEN_SHARDS = 256
+"""Shards kept open for reading; systems allow about a thousand files at once."""
+
 NEUTRAL = "neutral.features"
 """The features that stand for no image, kept with the rest so that a full cache needs no encoder."""
 
@@ -80,6 +83,8 @@ class Cache:
         number = self._places[key]
         try:
             if number not in self._open:
+                if len(self._open) >= OPEN_SHARDS:
+                    self._open.pop(next(iter(self._open)))
                 self._open[number] = safe_open(self._shards[number], framework="pt")
             return self._open[number].get_tensor(key)
         except Exception as error:  # safetensors raises its own kind without a public name

@@ -556,3 +556,77 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(model: Path, pic
     assert two_processes(killed) == [signal.SIGKILL, signal.SIGKILL]
     assert two_processes(lambda rank: train(two)) == [0, 0]
     assert_same(state(tmp_path / "two"), whole)
+
+
+# --- text, memory, export ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_text_is_encoded_as_the_pipeline_does(kind: str, request: pytest.FixtureRequest) -> None:
+    from ipadapter_core.generate import load_pipeline
+
+    folder = request.getfixturevalue("model" if kind == "sd15" else "sdxl")
+    base, pipeline = load_base(str(folder)), load_pipeline(folder)
+    texts = ["cat on red background", ""]
+    context, pooled = base.encode_text(base.tokenize(texts))
+    expected = pipeline.encode_prompt(texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    torch.testing.assert_close(context, expected[0])
+    assert base.is_sdxl == (kind == "sdxl")
+    if pooled is None:
+        assert kind == "sd15"
+        assert base.added(None, torch.zeros(2, 6)) == {}
+    else:
+        torch.testing.assert_close(pooled, expected[2])
+        sizes = torch.tensor([[48.0, 40.0, 0.0, 4.0, 32.0, 32.0]] * 2)
+        ids = pipeline._get_add_time_ids((48, 40), (0, 4), (32, 32), torch.float32, 8)
+        assert base.added(pooled, sizes)["time_ids"].tolist() == ids.repeat(2, 1).tolist()
+
+
+def test_memory_is_counted_and_a_run_that_cannot_fit_is_refused(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipadapter_core.training import memory
+    from ipadapter_core.training.run import build_adapter
+
+    config = tiny_config(model, pictures, tmp_path, train__ignore_memory=False, data__cache=str(tmp_path / "cache"))
+    base = load_base(str(model))
+    adapter = build_adapter(config, base)
+    plain, thrifty = (memory.activation_bytes(base, adapter, (16, 16), 4, checkpointing=on) for on in (False, True))
+    assert 0 < thrifty < plain
+    assert memory.activation_bytes(base, adapter, (16, 16), 2, checkpointing=False) == plain // 2
+
+    adapter.install(base.unet)
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in (*base.unet.parameters(), *adapter.parameters())}
+    tensors: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            tensors.append(tensor)
+        return tensor
+
+    context = torch.randn(1, 77 + 4, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        base.unet(torch.randn(1, 4, 16, 16), torch.zeros(1, dtype=torch.long), context)
+    assert plain == pytest.approx(sum(kept.values()), rel=0.1), "what autograd really keeps, flash attention included"
+
+    monkeypatch.setattr(memory, "_available", lambda device: 1000)
+    with pytest.raises(
+        InvalidInputError,
+        match=r"are free; try train\.checkpointing = true.*train\.batch = 1 with train\.accumulate = 2",
+    ):
+        train(config)
+
+
+def test_export(
+    pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = uninterrupted[0] / "ip-adapter.safetensors"
+    assert main(["export", str(source), str(tmp_path / "a.bin"), "--dtype", "float16"]) == 0
+    nested = torch.load(tmp_path / "a.bin", weights_only=True)
+    assert set(nested) == {"image_proj", "ip_adapter"}
+    assert main(["export", str(tmp_path / "a.bin"), str(tmp_path / "b.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] > 0
+    half = {key: value.half() for key, value in state(uninterrupted[0]).items()}
+    assert_same(load_adapter(tmp_path / "b.safetensors").module.checkpoint_state(), half)
