@@ -213,12 +213,12 @@ def save_pictures(images: Tensor, captions: list[str], folder: Path) -> str:
     return str(folder)
 
 
-def train(values: dict[str, dict[str, object]], changes: list[str], name: str) -> str:
+def train(values: dict[str, dict[str, object]], changes: list[str], name: str, node_id: str) -> str:
     """Run a training in another process, with this node's progress bar and previews; returns the name to load it by."""
     config = parse_overrides(changes, parse_config(values, "Train IP-Adapter"))
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    report = _training_progress()
+    report = _training_progress(node_id)
     result = run_job(
         config,
         python=os.environ.get(TRAIN_PYTHON) or sys.executable,
@@ -233,7 +233,9 @@ def train(values: dict[str, dict[str, object]], changes: list[str], name: str) -
     return target.name
 
 
-def _training_progress() -> Callable[[dict[str, Any]], None]:
+def _training_progress(node_id: str) -> Callable[[dict[str, Any]], None]:
+    """Progress bar and previews, and in the node a line of text: what happened last, or how the losses stand."""
+    texts: dict[str, str] = {}
     bar = comfy.utils.ProgressBar(1)
     preview: list[Any] = [None]
 
@@ -242,11 +244,31 @@ def _training_progress() -> Callable[[dict[str, Any]], None]:
         if shown and os.path.isfile(shown):
             with Image.open(shown) as picture:
                 preview[0] = ("PNG", picture.convert("RGB"), 1024)
+        text = _in_words(event)
+        if text:
+            texts[event["event"]] = text
+            show_in_node("\n".join(texts.values()), node_id)
         if "steps" in event:
             bar.update_absolute(event["step"], event["steps"], preview[0])
             preview[0] = None
 
     return report
+
+
+def _in_words(event: dict[str, Any]) -> str:
+    match event["event"]:
+        case "note":
+            return event["text"]
+        case "step":
+            left = (event["steps"] - event["step"]) * event["seconds_per_step"] / 60
+            return f"step {event['step']} of {event['steps']}, loss {event['loss']:.4f}, {left:.0f} minutes left"
+        case "validation":
+            gains = (
+                f"{key.replace('_', ' ')} {event[key]:+.4f}" for key in ("image_gain", "reference_gain") if key in event
+            )
+            return f"validation {event['validation']:.4f}, {', '.join(gains)}"
+        case _:
+            return ""
 
 
 def read_picture(path: Path) -> Tensor:

@@ -25,6 +25,7 @@ class TrainIPAdapter(io.ComfyNode):
             description="Trains an IP-Adapter on pictures with captions, in a process of its own. Cancelling saves its state; "
             "queueing it again goes on from there. The result lies in output/ipadapter and can be loaded at once.",
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.String.Input(
                     "name",
@@ -138,7 +139,7 @@ class TrainIPAdapter(io.ComfyNode):
         if start_over:
             shutil.rmtree(folder, ignore_errors=True)
         changes = [line.strip() for line in settings.splitlines() if line.strip()]
-        file = host.train(_values(name, images, **choices), changes, name)
+        file = host.train(_values(name, images, **choices), changes, name, cls.hidden.unique_id)
         plot, sheet = host.read_picture(folder / "loss.png"), host.read_picture(folder / "sheet.png")
         return io.NodeOutput(host.load_ip_adapter(file), plot, sheet)
 

@@ -78,8 +78,11 @@ class Log:
         if not self.active:
             return
         row = {"event": kind, "step": step, **values}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk must not end the training that is in memory
+            self.say(f"{self.file} could not be written ({error})")
         if self.as_json:
             self._print({**row, "steps": self._steps})
         if self._writer is not None:
@@ -101,7 +104,11 @@ class Log:
     def plot(self) -> None:
         """Draw the losses of the whole run to loss.png."""
         if self.active and self.plots and self.file.is_file():
-            draw_losses(self.file, self.plot_file)
+            try:
+                draw_losses(self.file, self.plot_file)
+            except OSError as error:
+                self.say(f"{self.plot_file} could not be written ({error})")
+                return
             if self.as_json:
                 self._print({"event": "plot", "file": str(self.plot_file)})
 

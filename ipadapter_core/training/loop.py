@@ -197,7 +197,7 @@ def fit(
             last = tally.step == train.steps
             stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
             if last or stopped or tally.step % seen.log_every == 0:
-                mean = sum(losses) / len(losses)
+                mean = _mean(accelerator, losses)
                 rate = schedule.get_last_lr()[0]
                 log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
                 losses.clear()
@@ -210,20 +210,29 @@ def fit(
                 unsaved += [] if try_to(save_adapters) else [save_adapters]
             if _due(tally.step, out.state_every) or last or stopped:
                 unsaved += [] if try_to(save_state) else [save_state]
-    if unsaved:
-        save_adapters()
-        save_state()
-    log.plot()
-    texts = {**metadata, "steps": str(tally.step)}
     file = folder.path / f"{out.name}.safetensors"
-    if accelerator.is_main_process:
-        if stopped:
-            folder.stop_file.unlink(missing_ok=True)
-            file = folder.path / f"{folder.checkpoint_stem(tally.step, averaged=average is not None)}.safetensors"
-        else:
+    if stopped:
+        file = folder.path / f"{folder.checkpoint_stem(tally.step, averaged=average is not None)}.safetensors"
+
+    def save_final() -> None:
+        for save in unsaved:
+            save()
+        if accelerator.is_main_process and not stopped:
+            texts = {**metadata, "steps": str(tally.step)}
             folder.save_adapter(module.adapter, best(), out.name, texts)
             if out.nested:
                 folder.save_adapter(module.adapter, best(), out.name, texts, nested=True)
+
+    try:
+        save_final()
+    except Exception as error:
+        raise TrainingFailed(
+            f"the result of step {tally.step} could not be saved ({error}); make room in {folder.path} and start the training "
+            "again: it goes on after its newest state"
+        ) from error
+    if accelerator.is_main_process:
+        folder.stop_file.unlink(missing_ok=True)
+        log.plot()
         log.event("stopped" if stopped else "done", tally.step, file=str(file), bad_steps=tally.bad)
     accelerator.wait_for_everyone()
     return Outcome(tally.step, file, stopped)
@@ -256,6 +265,14 @@ def _agree(accelerator: Any, asked: bool) -> bool:
         return asked
     flag = torch.tensor([float(asked)], device=accelerator.device)
     return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+def _mean(accelerator: Any, losses: list[float]) -> float:
+    """Mean over the steps since the last line of the log, and over all processes."""
+    mean = sum(losses) / len(losses)
+    if accelerator.num_processes == 1:
+        return mean
+    return float(accelerator.reduce(torch.tensor(mean, device=accelerator.device), "mean"))
 
 
 def _look(accelerator: Any, log: Log, step: int, validate: Any) -> None:

@@ -118,11 +118,7 @@ def measure(side: int, steps: int, batch: int) -> list[str]:
         lines.append(
             f"full state: {(Path(folder) / 'state').stat().st_size:,} bytes; the original wrote the UNet too, 3.4 GB in all"
         )
-        lines.append(
-            predict(config, base, adapter, torch.device("cpu"), 8)
-            .describe()
-            .replace("; ", " (fp32, batch 8, cached); ")
-        )
+        lines.append(predict(config, base, adapter, torch.device("cpu"), 8).describe() + " (fp32, batch 8, cached)")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines.append(f"peak memory of this process, all models in float32: {peak / 1e9:.1f} GB")
     latent = 4 * (512 // 8) ** 2 * 2

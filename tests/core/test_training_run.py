@@ -23,7 +23,7 @@ from ipadapter_core.training import RunConfig, TrainingFailed, dry_run, train, w
 from ipadapter_core.training import loop as loop_module
 from ipadapter_core.training.adapter import fingerprint
 from ipadapter_core.training.frozen import load_base, load_encoder
-from ipadapter_core.training.log import curves
+from ipadapter_core.training.log import Log, curves
 from ipadapter_core.training.step import AdapterStep
 from tiny_training import picture, save_model, save_pictures, tiny_config
 
@@ -321,6 +321,39 @@ def test_a_full_disk_costs_no_training(
     assert not [p for p in tmp_path.iterdir() if p.suffix in (".tmp", ".unfinished")]
 
 
+def test_a_disk_that_stays_full_is_named_and_loses_nothing(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
+) -> None:
+    whole, cache = uninterrupted
+    config = resumable(model, pictures, tmp_path, cache)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original, calls = AdapterStep.forward, [0]
+
+    def filling(self: AdapterStep, *args: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 6:  # the third step; the second's state is saved
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterStep, "forward", filling)
+        try:
+            with pytest.raises(TrainingFailed, match=r"step 6 could not be saved .* goes on after its newest state"):
+                train(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000002"]
+    train(config)
+    assert_same(state(tmp_path), state(whole))
+
+
+def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "progress.jsonl").mkdir()
+    with Log(tmp_path, steps=1) as log:
+        log.event("step", 1, loss=1.0)
+    assert "progress.jsonl could not be written" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written(model: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInputError, match=r"output\.folder .* cannot be written"):
@@ -546,14 +579,17 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(model: Path, pic
 
         def last(self: AdapterStep, *args: Any) -> Tensor:
             calls[0] += 1
-            if calls[0] == 6:  # amid the third step; the first state is of the second
+            if rank == 1 and calls[0] == 6:  # amid the third step; the first state is of the second
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *args)
 
         AdapterStep.forward = last  # type: ignore[method-assign]
         train(two)
 
-    assert two_processes(killed) == [signal.SIGKILL, signal.SIGKILL]
+    left, gone = two_processes(killed)
+    assert gone == signal.SIGKILL
+    assert left != 0, "the other process notices and ends"
+    assert [path.name for path in (tmp_path / "two").glob("state-*")] == ["state-00000002"]
     assert two_processes(lambda rank: train(two)) == [0, 0]
     assert_same(state(tmp_path / "two"), whole)
 
