@@ -437,7 +437,7 @@ def test_what_a_run_shows(model: Path, pictures: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     train(config)
     validations = events(tmp_path, "validation")
-    assert [row["step"] for row in validations] == [2, 4]
+    assert [row["step"] for row in validations] == [0, 2, 4]
     assert all({"validation", "image_gain", "reference_gain"} <= set(row) for row in validations)
     assert set(curves(tmp_path / "progress.jsonl")) == {"loss", "validation", "image_gain", "reference_gain"}
     with Image.open(tmp_path / "loss.png") as plot:
