@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,14 @@ from ..checkpoints import AdapterSpec
 from ..generate import to_pillow
 from ..image_encoder import CLIP_MEAN, CLIP_STD, TransformersImageEncoder
 from ..processors import IPAttnProcessor
-from ..training.adapter import fresh_adapter
 from ..training.batches import Batch
-from ..training.config import RunConfig, parse_config
-from ..training.frozen import FrozenBase, encoder_sizes, load_base
+from ..training.config import ModelConfig, RunConfig, parse_config
+from ..training.frozen import FrozenBase, load_base
 from ..training.log import Log
 from ..training.loop import fit
 from ..training.objectives import objective_for
 from ..training.order import Draws, seeded
-from ..training.run import build_accelerator
+from ..training.run import build_accelerator, build_adapter
 from ..training.state import RunFolder
 from ..training.step import AdapterStep
 from ..training.watch import Sheets
@@ -53,7 +53,7 @@ DROP = 0.05
 """Share of pairs without image, without text, and without both (tencent tutorial_train.py)."""
 
 
-class _MatmulIPAttention(nn.Module):
+class MatmulIPAttention(nn.Module):
     """IPAttnProcessor's maths with plain matmuls: torch's CPU flash attention is slow in bfloat16 backward."""
 
     def __init__(self, inner: IPAttnProcessor) -> None:
@@ -161,10 +161,10 @@ class Preview:
         return self.sheets.draw(module.adapter.weights(torch.float32, state), self.install)
 
 
-def settings(family: str, work: Path, steps: int, batch: int) -> RunConfig:
+def settings(family: str, work: Path, steps: int, batch: int, start_from: str = "") -> RunConfig:
     """The run as the trainer knows it; its pictures are drawn, so it has no data.path."""
     values = {
-        "adapter": {"family": family, "depth": 2, "init": "zero_v"},
+        "adapter": {"family": family, "start_from": start_from, "depth": 2, "init": "zero_v"},
         "data": {"resolution": SIZE},
         "train": {
             "steps": steps, "batch": batch, "lr": 1e-3, "precision": "bf16", "schedule": "cosine",
@@ -181,21 +181,27 @@ def settings(family: str, work: Path, steps: int, batch: int) -> RunConfig:
     return parse_config(values, "train_adapters")
 
 
-def train_adapter(family: str, pictures: Pictures, world: Path, work: Path, steps: int, batch: int) -> Path:
-    """Train one adapter on the world's frozen models; returns its file. Started again, it goes on where it was."""
-    config = settings(family, work, steps, batch)
+def train_adapter(
+    family: str, pictures: Pictures, world: Path, work: Path, steps: int, batch: int, start_from: str = ""
+) -> Path:
+    """Train one adapter on the world's frozen models; returns its file. Started again, it goes on where it was.
+
+    ``start_from`` is an adapter file to begin with.
+    """
+    config = settings(family, work, steps, batch, start_from)
+    config = replace(config, model=ModelConfig(base=str(world)))
     folder = RunFolder(config.output)
     folder.prepare()
     base = load_base(str(world))
     base.unet.to(memory_format=torch.channels_last)
     encoder = TransformersImageEncoder.from_pretrained(world / "image_encoder")
     torch.manual_seed(SEED)
-    adapter = fresh_adapter(base.unet, encoder_sizes(str(world), ""), config.adapter)
+    adapter = build_adapter(config, base)
 
     def install() -> None:
         adapter.install(
             base.unet,
-            lambda layer: _MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor(),
+            lambda layer: MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor(),
         )
 
     install()
@@ -226,9 +232,12 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("world-training"))
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--start-from", default="", help="adapter file to begin with; default: nothing")
     args = parser.parse_args(argv if argv is None else list(argv))
     args.work.mkdir(parents=True, exist_ok=True)
-    file = train_adapter(args.family, load_pictures(args.pictures), args.world, args.work, args.steps, args.batch)
+    file = train_adapter(
+        args.family, load_pictures(args.pictures), args.world, args.work, args.steps, args.batch, args.start_from
+    )
     (args.world / "adapters").mkdir(exist_ok=True)
     shutil.copyfile(file, args.world / "adapters" / file.name)
 
