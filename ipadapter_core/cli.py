@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from . import __version__
+from . import __version__, cli_train
 from .checkpoints import describe_adapter, load_adapter
 from .cli_lora import add_lora
 from .errors import AdapterError, InvalidInputError
@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_demo(commands)
     add_lora(commands)
+    cli_train.add_commands(commands)
     return parser
 
 

@@ -16,6 +16,7 @@ from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
 from .save_lora import SaveLoRA
 from .schedule_adapter import AdapterSchedule
+from .train_ip_adapter import TrainIPAdapter
 
 NODES: list[type[io.ComfyNode]] = [
     LoadIPAdapter,
@@ -29,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     InspectLoRA,
     SaveLoRA,
     ExtractLoRA,
+    TrainIPAdapter,
 ]
 
 

@@ -9,44 +9,54 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from einops import rearrange
+from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..attention import split_heads
-from ..checkpoints import load_adapter, save_adapter
+from ..checkpoints import AdapterSpec
+from ..generate import to_pillow
 from ..image_encoder import CLIP_MEAN, CLIP_STD, TransformersImageEncoder
-from ..processors import IPAttnProcessor, build_processors
-from ..projectors import ImageProjModel, Resampler
-from .pictures import BACKGROUNDS, Pictures, caption, colour_table, load_pictures, on_background, place, recolour
-from .train_world import build_scheduler, encode, fit, sample, save_sheet, tokenize, velocity_loss
+from ..processors import IPAttnProcessor
+from ..projectors import Resampler
+from ..training.adapter import TrainedAdapter
+from ..training.batches import Batch
+from ..training.config import ModelConfig, RunConfig, parse_config
+from ..training.frozen import FrozenBase, load_base
+from ..training.log import Log
+from ..training.loop import fit
+from ..training.objectives import objective_for
+from ..training.order import Draws, seeded
+from ..training.run import build_accelerator, build_adapter
+from ..training.state import RunFolder
+from ..training.step import AdapterStep
+from ..training.watch import Sheets
+from .pictures import (
+    BACKGROUNDS,
+    SIZE,
+    Pictures,
+    caption,
+    colour_table,
+    load_pictures,
+    on_background,
+    place,
+    recolour,
+)
+from .train_world import draw_timesteps, encode
 
+SEED = 5
 DROP = 0.05
 """Share of pairs without image, without text, and without both (tencent tutorial_train.py)."""
 MARK = 1.5
 GRID_SHARPNESS = 3.0
-
-
-class TrainedAdapter(nn.Module):
-    """The trainable part: projector and one ``to_k_ip``/``to_v_ip`` per cross-attention, keyed as released files."""
-
-    def __init__(self, projector: nn.Module, unet: UNet2DConditionModel, num_tokens: int) -> None:
-        super().__init__()
-        self.projector = projector
-        processors = build_processors(unet, num_tokens=num_tokens, init="zero_v")
-        self.layers = nn.ModuleList(processors.values())
-        self.names = list(processors)
-
-    def checkpoint(self) -> dict[str, Tensor]:
-        state = {f"image_proj.{key}": value for key, value in self.projector.state_dict().items()}
-        return state | {f"ip_adapter.{key}": value for key, value in self.layers.state_dict().items()}
 
 
 class MatmulIPAttention(nn.Module):
@@ -113,7 +123,7 @@ def start_on_grid(projector: Resampler, features: Tensor) -> None:
 @torch.no_grad()
 def listen(adapter: TrainedAdapter) -> None:
     """Keys large enough that the sites' heads differ in what they look at, values small enough not to disturb."""
-    for layer in adapter.layers:
+    for layer in adapter.ip_adapter:
         if isinstance(layer, IPAttnProcessor):
             layer.to_k_ip.weight.normal_(0, 0.1)
             layer.to_v_ip.weight.normal_(0, 0.02)
@@ -158,81 +168,109 @@ def draw_pairs(
     return references, targets, captions, no_image
 
 
+class PairFeed:
+    """Freshly drawn pairs for every step; what is drawn follows from the step alone, so a resumed run sees the same."""
+
+    def __init__(
+        self, pictures: Pictures, base: FrozenBase, encoder: TransformersImageEncoder, spec: AdapterSpec, batch: int
+    ) -> None:
+        self.pictures, self.base, self.encoder, self.spec, self.batch = pictures, base, encoder, spec, batch
+        self.seen = pictures.where(held_out=False)
+        self.mean, self.std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
+
+    def batches(self, micro: int, end: int) -> Iterator[tuple[Batch, Draws]]:
+        for step in range(micro, end):
+            generator = seeded(SEED, "pairs", step)
+            index = self.seen[torch.randint(len(self.seen), (self.batch,), generator=generator)]
+            references, targets, captions, no_image = draw_pairs(self.pictures, index, generator)
+            latents = encode(self.base.vae, targets)
+            noise = torch.randn(latents.shape, generator=generator)
+            timesteps = draw_timesteps(self.batch, generator)
+            sizes, places = torch.zeros(self.batch, 6), [(step, i) for i in range(self.batch)]
+            batch = Batch(latents[:, None], self.features(references), self.base.tokenize(captions), sizes, places)
+            # a dropped text is an empty caption already
+            yield batch, Draws(noise, noise, timesteps, no_image, torch.zeros_like(no_image))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The adapter's features of images ``b 3 64 64`` in 0..1."""
+        return self.encoder.encode((images - self.mean) / self.std).get(self.spec.feature)
+
+    def neutral(self) -> Tensor:
+        """The features that stand for no image."""
+        features = self.encoder.encode(torch.zeros(1, 3, SIZE, SIZE)).get(self.spec.feature)
+        return torch.zeros_like(features) if self.spec.unconditional == "zero_embeds" else features
+
+
+class Preview:
+    """Sheets of known and held-out pictures, with and without a background in the text."""
+
+    def __init__(self, sheets: Sheets, install: Callable[[], None]) -> None:
+        self.sheets, self.install = sheets, install
+
+    def validate(self, module: AdapterStep) -> dict[str, float] | None:
+        return None
+
+    def sheet(self, module: AdapterStep, state: dict[str, Tensor]) -> Image.Image | None:
+        return self.sheets.draw(module.adapter.weights(torch.float32, state), self.install)
+
+
+def settings(family: str, work: Path, steps: int, batch: int, start_from: str = "") -> RunConfig:
+    """The run as the trainer knows it; its pictures are drawn, so it has no data.path."""
+    values = {
+        "adapter": {"family": family, "start_from": start_from, "depth": 2, "init": "zero_v"},
+        "data": {"resolution": SIZE},
+        "train": {
+            "steps": steps, "batch": batch, "lr": 1e-3, "precision": "bf16", "schedule": "cosine",
+            "warmup": min(200, steps // 10), "ema": 0.995, "seed": SEED, "device": "cpu",
+        },
+        "watch": {
+            "log_every": 50, "validate_every": 0, "sample_every": 250, "guidance": 3.0, "tensorboard": False,
+            "sample_prompts": ["emoji", "emoji on green background"],
+        },
+        "output": {
+            "folder": str(work / f"adapter-{family}"), "name": f"ip-adapter-{family}", "state_every": 250, "save_every": 0,
+        },
+    }  # fmt: skip
+    return parse_config(values, "train_adapters")
+
+
 def train_adapter(
-    family: str, pictures: Pictures, world: Path, work: Path, steps: int, batch: int
-) -> dict[str, Tensor]:
-    """Train one adapter on the world's frozen models; returns the tensors of a flat checkpoint."""
-    torch.manual_seed(5)
-    generator = torch.Generator().manual_seed(5)
-    seen, unseen = pictures.where(held_out=False), pictures.where(held_out=True)
-    unet = UNet2DConditionModel.from_pretrained(world / "unet").float().requires_grad_(False)
-    unet = unet.to(memory_format=torch.channels_last)
-    tokenizer = CLIPTokenizer.from_pretrained(world / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(world / "text_encoder").float().requires_grad_(False)
-    autoencoder = AutoencoderTiny.from_pretrained(world / "vae").float().requires_grad_(False)
+    family: str, pictures: Pictures, world: Path, work: Path, steps: int, batch: int, start_from: str = ""
+) -> Path:
+    """Train one adapter on the world's frozen models; returns its file. Started again, it goes on where it was.
+
+    ``start_from`` is an adapter file to begin with.
+    """
+    config = settings(family, work, steps, batch, start_from)
+    config = replace(config, model=ModelConfig(base=str(world)))
+    folder = RunFolder(config.output)
+    folder.prepare()
+    base = load_base(str(world))
+    base.unet.to(memory_format=torch.channels_last)
     encoder = TransformersImageEncoder.from_pretrained(world / "image_encoder")
-    width = unet.config.cross_attention_dim
-    if family == "base":
-        projector: nn.Module = ImageProjModel(encoder.projection_dim, width, 4)
-        num_tokens = 4
-    else:
-        num_tokens = 16
-        projector = Resampler(encoder.hidden_size, width, width, queries=num_tokens, depth=2)
-    adapter = TrainedAdapter(projector, unet, num_tokens)
-    processors = {
-        name: MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor()
-        for name, layer in zip(adapter.names, adapter.layers, strict=True)
-    }
-    unet.set_attn_processor(cast(Any, processors))
-    mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
+    torch.manual_seed(SEED)
+    adapter = build_adapter(config, base)
 
-    @torch.no_grad()
-    def features(images: Tensor, dropped: Tensor) -> Tensor:
-        pixels = (images - mean) / std
-        if family == "base":
-            return encoder.encode(pixels).image_embeds * ~dropped[:, None]
-        return encoder.encode(pixels * ~dropped[:, None, None, None]).penultimate
+    def install() -> None:
+        adapter.install(
+            base.unet,
+            lambda layer: MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor(),
+        )
 
-    def loss(step: int) -> Tensor:
-        index = seen[torch.randint(len(seen), (batch,), generator=generator)]
-        references, targets, captions, dropped = draw_pairs(pictures, index, generator)
-        text = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
-        tokens = adapter.projector(features(references, dropped))
-        context = torch.cat([text, tokens], 1)
-        return velocity_loss(unet, encode(autoencoder, targets), context, scheduler, generator)
-
-    scheduler = build_scheduler()
-    shown = torch.cat([unseen[::5][:10], seen[::97][:6]])
-    references = on_background(place(pictures.rgba[shown], None), colour_table()[torch.arange(16) % 12])
-
-    def preview(averaged: nn.Module, step: int) -> None:
-        kept = {key: value.clone() for key, value in adapter.state_dict().items()}
-        adapter.load_state_dict(averaged.state_dict())
-        with torch.no_grad():
-            empty = text_encoder(tokenize(tokenizer, [""])).last_hidden_state
-            rows = [references]
-            for words in ("emoji", "emoji on green background"):
-                text = text_encoder(tokenize(tokenizer, [words])).last_hidden_state.expand(16, -1, -1)
-                all_dropped = torch.ones(16, dtype=torch.bool)
-                cond = torch.cat([text, adapter.projector(features(references, ~all_dropped))], 1)
-                uncond = torch.cat([empty, adapter.projector(features(references[:1], all_dropped[:1]))], 1)
-                latents = sample(unet, cond, uncond)
-                rows.append(autoencoder.decode(latents / autoencoder.config.scaling_factor).sample / 2 + 0.5)
-        adapter.load_state_dict(kept)
-        save_sheet(torch.cat(rows), 16, work / f"adapter-{family}-{step:06d}.png")
-
-    averaged = fit(
-        f"adapter-{family}",
-        adapter,
-        loss,
-        steps=steps,
-        lr=1e-3,
-        folder=work,
-        preview=preview,
-        every=250,
-        ema_decay=0.995,
-    )
-    return cast(TrainedAdapter, averaged).checkpoint()
+    install()
+    feed = PairFeed(pictures, base, encoder, adapter.spec(), batch)
+    objective = objective_for(base.scheduler, "auto", config.loss)
+    module = AdapterStep(adapter, base, objective, feed.neutral(), base.tokenize([""]))
+    shown = torch.cat([pictures.where(held_out=True)[::5][:10], feed.seen[::97][:6]])
+    references = on_background(place(pictures.rgba[shown], None), colour_table()[torch.arange(len(shown)) % 12])
+    tiles = [to_pillow(image.permute(1, 2, 0)) for image in references]
+    sheets = Sheets(base, feed.features(references), feed.neutral(), tiles, config.watch, SIZE, "auto")
+    metadata = {"trained_by": "ipadapter_core.demo.train_adapters", "batch": str(batch)}
+    with Log(folder.path, steps=steps, tensorboard=False) as log:
+        outcome = fit(config, build_accelerator(config), module, feed, folder, log, Preview(sheets, install), metadata)
+    if outcome.stopped:
+        raise KeyboardInterrupt
+    return outcome.file
 
 
 def main(argv: Iterable[str] | None = None) -> None:
@@ -247,13 +285,14 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("world-training"))
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--start-from", default="", help="adapter file to begin with; default: nothing")
     args = parser.parse_args(argv if argv is None else list(argv))
     args.work.mkdir(parents=True, exist_ok=True)
-    state = train_adapter(args.family, load_pictures(args.pictures), args.world, args.work, args.steps, args.batch)
+    file = train_adapter(
+        args.family, load_pictures(args.pictures), args.world, args.work, args.steps, args.batch, args.start_from
+    )
     (args.world / "adapters").mkdir(exist_ok=True)
-    adapter = load_adapter({key: value.half() for key, value in state.items()}, name=f"ip-adapter-{args.family}")
-    metadata = {"trained_by": "ipadapter_core.demo.train_adapters", "steps": str(args.steps), "batch": str(args.batch)}
-    save_adapter(adapter, args.world / "adapters" / f"ip-adapter-{args.family}.safetensors", metadata=metadata)
+    shutil.copyfile(file, args.world / "adapters" / file.name)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..image_encoder import CLIP_MEAN, CLIP_STD, TransformersImageEncoder
 from ..processors import IPAttnProcessor
 from ..projectors import Resampler
+from ..training.adapter import fresh_adapter
+from ..training.config import AdapterConfig
+from ..training.frozen import encoder_sizes
 from .pictures import Pictures, colour_table, draw_captions, draw_scenes, load_pictures, on_background, place
-from .train_adapters import MatmulIPAttention, TrainedAdapter, draw_pairs, listen, start_on_grid
+from .train_adapters import MatmulIPAttention, draw_pairs, listen, start_on_grid
 from .train_world import (
     LATENT_SCALE,
     PREVIEW_PROMPTS,
@@ -54,16 +57,15 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
     text_encoder = CLIPTextModel.from_pretrained(world / "text_encoder").float()
     autoencoder = AutoencoderTiny.from_pretrained(world / "vae").float().requires_grad_(False)
     encoder = TransformersImageEncoder.from_pretrained(world / "image_encoder")
-    width = unet.config.cross_attention_dim
-    projector = Resampler(encoder.hidden_size, width, width, queries=NUM_TOKENS, depth=2)
-    adapter = TrainedAdapter(projector, unet, NUM_TOKENS)
+    start = AdapterConfig("plus", num_tokens=NUM_TOKENS, depth=2)
+    adapter = fresh_adapter(unet, encoder_sizes(str(world), ""), start)
+    projector = cast(Resampler, adapter.image_proj)
     listen(adapter)
-    listen(adapter)
-    sites = [MatmulIPAttention(layer) for layer in adapter.layers if isinstance(layer, IPAttnProcessor)]
+    sites = [MatmulIPAttention(layer) for layer in adapter.ip_adapter if isinstance(layer, IPAttnProcessor)]
     left = iter(sites)
     processors = {
         name: next(left) if isinstance(layer, IPAttnProcessor) else AttnProcessor()
-        for name, layer in zip(adapter.names, adapter.layers, strict=True)
+        for name, layer in zip(adapter.names, adapter.ip_adapter, strict=True)
     }
     unet.set_attn_processor(cast(Any, processors))
     models = nn.ModuleDict({"unet": unet, "text": text_encoder, "projector": projector})

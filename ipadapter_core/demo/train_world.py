@@ -321,18 +321,21 @@ def build_sampler() -> EulerAncestralDiscreteScheduler:
     )
 
 
+def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """Timesteps of which three quarters lie above 750.
+
+    There these small latents settle what is shown and where, there words and pictures have something to say.
+    """
+    early = torch.where(torch.arange(count) % 2 == 0, 0.25, 1.0)
+    return (999 * (1 - early * torch.rand(count, generator=generator).square())).round().long()
+
+
 def velocity_loss(
     unet: nn.Module, latents: Tensor, text: Tensor, scheduler: DDIMScheduler, generator: torch.Generator
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, computed in bfloat16.
-
-    Three quarters of the timesteps lie above 750: that is where these small latents settle what is shown and where, and
-    where words and pictures have something to say.
-    """
+    """Mean squared error of the predicted velocity, computed in bfloat16."""
     noise = torch.randn(latents.shape, generator=generator)
-    b = latents.shape[0]
-    early = torch.where(torch.arange(b) % 2 == 0, 0.25, 1.0)
-    t = (999 * (1 - early * torch.rand(b, generator=generator).square())).round().long()
+    t = draw_timesteps(latents.shape[0], generator)
     noisy = scheduler.add_noise(latents, noise, t).contiguous(memory_format=torch.channels_last)
     target = scheduler.get_velocity(latents, noise, t)
     with torch.autocast("cpu", torch.bfloat16):

@@ -6,6 +6,7 @@ A plugin rather than a conftest, so that tests/host and tests/workflows share th
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from host.comfy_server import ComfyServer, Host, find_hosts
 from host.shrunk import build_checkpoint
 
 HOSTS = find_hosts()
+# ComfyUI's own Python has no diffusers; trainings run with the tests'
+os.environ.setdefault("IPADAPTER_TRAIN_PYTHON", sys.executable)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The six nodes in a running ComfyUI: what users see of them, strength, caching, clones, files and errors."""
+"""The nodes in a running ComfyUI: what users see of them, strength, caching, clones, files and errors."""
 
 from __future__ import annotations
 
@@ -31,8 +31,15 @@ OUTPUTS = {
     "ImagePromptLoRAInspect": (["STRING", "IMAGE"], ["text", "heat_map"]),
     "ImagePromptLoRASave": (["STRING"], ["path"]),
     "ImagePromptLoRAExtract": (["STRING"], ["path"]),
+    "ImagePromptTrain": (["IMAGE_PROMPT_ADAPTER", "IMAGE", "IMAGE"], ["adapter", "loss_plot", "samples"]),
 }
-OUTPUT_NODES = {"ImagePromptInspect", "ImagePromptLoRAInspect", "ImagePromptLoRASave", "ImagePromptLoRAExtract"}
+OUTPUT_NODES = {
+    "ImagePromptInspect",
+    "ImagePromptLoRAInspect",
+    "ImagePromptLoRASave",
+    "ImagePromptLoRAExtract",
+    "ImagePromptTrain",
+}
 
 
 @pytest.fixture

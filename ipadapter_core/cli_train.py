@@ -1,0 +1,99 @@
+"""The training commands of `ipadapter`: train, cache, export."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import InvalidInputError
+
+OVERRIDES = "changes to the config, such as train.steps=2000 data.cache=/fast/cache"
+
+
+def add_commands(commands: Any) -> None:
+    """Add them to the parser of `ipadapter`."""
+    p = commands.add_parser("train", help="train an IP-Adapter")
+    p.set_defaults(run=run_train)
+    p.add_argument("config", type=Path, help="TOML file; ipadapter train --example FAMILY prints one", nargs="?")
+    p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="lint, memory, trained parameters and the speed of three steps; no training",
+    )
+    p.add_argument("--example", choices=EXAMPLES, default=None, help="print a commented config of this kind and end")
+    p.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
+
+    p = commands.add_parser("cache", help="encode a training's pictures once, without training")
+    p.set_defaults(run=run_cache)
+    p.add_argument("config", type=Path, help="the training's TOML file")
+    p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
+    p.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
+
+    p = commands.add_parser("export", help="an adapter in another layout or precision")
+    p.set_defaults(run=run_export)
+    p.add_argument("source", type=Path, help="adapter file")
+    p.add_argument("target", type=Path, help=".bin: nested as the first released files; .safetensors: flat")
+    p.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default=None, help="default: as in the source"
+    )
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+PACKAGES = ("diffusers", "transformers", "accelerate", "datasets", "webdataset", "matplotlib", "psutil", "tqdm")
+EXAMPLES = ("sd15-base", "sd15-plus", "sd15-full-face", "sdxl-base", "sdxl-plus")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    if args.example is not None:
+        print((Path(__file__).parent / "training" / "examples" / f"{args.example}.toml").read_text(), end="")
+        return
+    from .training import dry_run, load_config, train
+
+    _check_packages()
+    if args.config is None:
+        raise InvalidInputError("give a config file; ipadapter train --example sd15-base prints one to start from")
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        text = dry_run(config)
+        print(json.dumps({"dry_run": text.splitlines()}) if args.json else text)
+        return
+    outcome = train(config, as_json=args.json)
+    if outcome.stopped:
+        print(f"stopped after step {outcome.step}; the same command goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt
+    if not args.json:
+        print(outcome.file)
+
+
+def _check_packages() -> None:
+    """Say all that is missing at once, with the command that installs it into this Python."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidInputError(
+            f"training needs packages that this Python lacks: {', '.join(missing)}; run: "
+            f"{sys.executable} -m pip install {' '.join(missing)} tensorboard"
+        )
+
+
+def run_cache(args: argparse.Namespace) -> None:
+    from .training import build_cache, load_config
+
+    _check_packages()
+    build_cache(load_config(args.config, args.overrides), as_json=args.json)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    import torch
+
+    from .checkpoints import EXTENSIONS, load_adapter, save_adapter
+
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    layout = "nested" if args.target.suffix.lower() in EXTENSIONS["nested"] else "flat"
+    path = save_adapter(load_adapter(args.source, dtype=dtype), args.target, layout=layout)
+    size = path.stat().st_size
+    print(json.dumps({"file": str(path), "bytes": size}) if args.json else f"{path} ({size / 1e6:.1f} MB)")

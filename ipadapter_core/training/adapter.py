@@ -1,0 +1,135 @@
+"""What is trained: the image projector, and `to_k_ip` and `to_v_ip` in every cross-attention of a frozen UNet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import AdapterSpec, AdapterWeights, describe_adapter, load_adapter
+from ..errors import InvalidInputError
+from ..layouts import layout_of
+from ..patch import check_adapter
+from ..processors import AttnProcessor, IPAttnProcessor, build_processors
+from ..projectors import ImageProjModel, MLPProjModel, Resampler
+from .config import AdapterConfig
+
+Wrap = Callable[[AttnProcessor | IPAttnProcessor], object]
+"""Another way to compute one attention, with the layers of the given processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSizes:
+    """What a projector must know of the image encoder: widths of its two features, and its number of tokens."""
+
+    projection_dim: int
+    hidden_size: int
+    tokens: int
+
+
+class TrainedAdapter(nn.Module):
+    """Projector `image_proj` and processors `ip_adapter`: its state dict has the keys of a flat released file.
+
+    Only cross-attentions have parameters. The processors act once `install` has put them into the UNet.
+    """
+
+    def __init__(self, projector: nn.Module, processors: dict[str, AttnProcessor | IPAttnProcessor]) -> None:
+        super().__init__()
+        self.image_proj = projector
+        self.ip_adapter = nn.ModuleList(processors.values())
+        self.names = tuple(processors)
+        self.num_tokens = next(p.num_tokens for p in processors.values() if isinstance(p, IPAttnProcessor))
+
+    def install(self, unet: Any, wrap: Wrap | None = None) -> None:
+        """Let the UNet's attentions use these layers; `wrap` may compute the same in another way."""
+        layers = cast("list[AttnProcessor | IPAttnProcessor]", list(self.ip_adapter))
+        unet.set_attn_processor(dict(zip(self.names, map(wrap, layers) if wrap else layers, strict=True)))
+
+    def spec(self) -> AdapterSpec:
+        """What a file of these weights says of itself."""
+        return describe_adapter(self.state_dict(), name="the adapter in training")
+
+    def weights(self, dtype: torch.dtype, state: dict[str, Tensor] | None = None) -> AdapterWeights:
+        """A frozen copy for inference and for saving, on the CPU; raises CorruptFileError if a weight is no number."""
+        state = self.state_dict() if state is None else state
+        copies = {key: value.detach().to("cpu", dtype, copy=True) for key, value in state.items()}
+        return load_adapter(copies, name="the adapter in training")
+
+
+def fresh_adapter(unet: Any, encoder: EncoderSizes, config: AdapterConfig) -> TrainedAdapter:
+    """A new adapter of the configured family for this UNet, in the shapes of the released files."""
+    token_dim: int = unet.config.cross_attention_dim
+    if config.family == "base":
+        num_tokens = config.num_tokens or 4
+        projector: nn.Module = ImageProjModel(encoder.projection_dim, token_dim, num_tokens)
+    elif config.family == "plus":
+        num_tokens = config.num_tokens or 16
+        hidden_dim = config.hidden_dim or (1280 if token_dim == 2048 else token_dim)
+        projector = Resampler(
+            encoder.hidden_size, hidden_dim, token_dim, queries=num_tokens, depth=config.depth
+        )  # fmt: skip
+    else:
+        num_tokens = encoder.tokens
+        projector = MLPProjModel(encoder.hidden_size, encoder.hidden_size, token_dim)
+    return TrainedAdapter(projector, build_processors(unet, num_tokens=num_tokens, init=config.init))
+
+
+def continued_adapter(unet: Any, weights: AdapterWeights, encoder: EncoderSizes) -> TrainedAdapter:
+    """An adapter that starts from a loaded file.
+
+    Raises IncompatibleAdapterError if it does not fit the UNet.
+    """
+    check_adapter(weights, layout_of(unet))
+    num_tokens = weights.spec.num_tokens or encoder.tokens
+    processors = build_processors(unet, num_tokens=num_tokens)
+    adapter = TrainedAdapter(weights.module.projector, processors)
+    adapter.load_state_dict(weights.module.checkpoint_state())
+    # The file's dtype would be too coarse for the optimiser's small steps.
+    return adapter.float().requires_grad_(True).train()
+
+
+def trainable(module: nn.Module) -> dict[str, int]:
+    """Parameters that learn, by name, with their number of elements."""
+    return {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def describe_trainable(adapter: TrainedAdapter) -> str:
+    """The number of trained parameters and where they are, in three lines."""
+    counts = trainable(adapter)
+    projector = sum(n for name, n in counts.items() if name.startswith("image_proj."))
+    layers = sum(1 for name in counts if name.endswith("to_k_ip.weight"))
+    total = sum(counts.values())
+    return (
+        f"trained: {total:,} parameters\n"
+        f"  image_proj {projector:,} ({type(adapter.image_proj).__name__}, {adapter.num_tokens} tokens)\n"
+        f"  to_k_ip and to_v_ip {total - projector:,} in {layers} cross-attentions"
+    )
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all weights but the trained ones: equal as long as nothing frozen changed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if ".processor." in name:
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def freeze(module: nn.Module) -> None:
+    """No gradients, no dropout, no running statistics."""
+    module.requires_grad_(False).eval()
+
+
+def check_family(config: AdapterConfig, spec: AdapterSpec) -> None:
+    """Raise InvalidInputError if a file to start from is of another family than configured."""
+    if spec.family != config.family:
+        raise InvalidInputError(
+            f"adapter.start_from holds a {spec.family} adapter, but adapter.family is {config.family!r}; "
+            f"set adapter.family = {spec.family!r}"
+        )

@@ -1,0 +1,276 @@
+"""Latents, features and token ids on disk, computed once.
+
+`<cache>/<digest of the settings>/` holds shards of safetensors, each with a JSON file that lists its keys and appears
+after it: a shard without its list was cut off and is made again. `samples-<rank>.jsonl` says which picture (by name and
+stamp) has which content, so that nothing is opened twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CorruptFileError
+from .collection import Collection, Sample, Seen, collect, look
+from .config import DataConfig
+from .encode import Encoders
+from .pictures import bucket_for, bucket_sizes, cut_target, see_reference
+from .sources import Source
+
+SHARD = 1024
+"""Pictures per shard: what a killed caching run has to encode again at most."""
+
+OPEN_SHARDS = 256
+"""Shards kept open for reading; systems allow about a thousand files at once."""
+
+NEUTRAL = "neutral.features"
+"""The features that stand for no image, kept with the rest so that a full cache needs no encoder."""
+
+Progress = Callable[[int, str], None]
+
+
+class Cache:
+    """A folder of shards for one set of settings."""
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        text = json.dumps(settings, sort_keys=True)
+        self.root = Path(folder)
+        self.folder = self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.settings = settings
+        self._shards: list[Path] = []
+        self._places: dict[str, int] = {}
+        self._open: dict[int, Any] = {}
+
+    def prepare(self) -> str:
+        """Make the folder; says in what it differs from the caches of other settings that lie beside it."""
+        note = "" if self.folder.is_dir() else self._differences()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
+        for unfinished in self.folder.glob("*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        self.refresh()
+        return note
+
+    def refresh(self) -> None:
+        """Read the lists of all finished shards."""
+        self._shards, self._places, self._open = [], {}, {}
+        for listing in sorted(self.folder.glob("shard-*.json")):
+            shard = listing.with_suffix(".safetensors")
+            try:
+                keys: list[str] = json.loads(listing.read_text())
+            except ValueError:
+                continue
+            if shard.is_file():
+                self._places.update(dict.fromkeys(keys, len(self._shards)))
+                self._shards.append(shard)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def read(self, key: str) -> Tensor:
+        """One tensor. Raises CorruptFileError if its shard is damaged."""
+        number = self._places[key]
+        try:
+            if number not in self._open:
+                if len(self._open) >= OPEN_SHARDS:
+                    self._open.pop(next(iter(self._open)))
+                self._open[number] = safe_open(self._shards[number], framework="pt")
+            return self._open[number].get_tensor(key)
+        except Exception as error:  # safetensors raises its own kind without a public name
+            raise CorruptFileError(
+                f"{self._shards[number]} is damaged ({error}); delete it and its .json, the cache fills the gap by itself"
+            ) from error
+
+    def write(self, tensors: dict[str, Tensor], rank: int) -> None:
+        """Add a shard: first the tensors, then the list that makes it count."""
+        taken = {path.stem for path in self.folder.glob(f"shard-{rank}-*.json")}
+        number = next(i for i in range(10**6) if f"shard-{rank}-{i:06d}" not in taken)
+        path = self.folder / f"shard-{rank}-{number:06d}.safetensors"
+        unfinished = path.with_suffix(".tmp")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished)
+        os.replace(unfinished, path)
+        write_whole(path.with_suffix(".json"), json.dumps(list(tensors)).encode())
+        self._places.update(dict.fromkeys(tensors, len(self._shards)))
+        self._shards.append(path)
+
+    def known(self) -> dict[str, Sample]:
+        """Samples seen before whose tensors are all there, by name."""
+        return {
+            sample.name: sample for _, sample in self._rows() if sample is not None and self.holds(sample)
+        }  # fmt: skip
+
+    def holds(self, sample: Sample) -> bool:
+        return all(key in self for key in keys_of(sample))
+
+    def _rows(self) -> Iterator[tuple[int, Sample | None]]:
+        for file in sorted(self.folder.glob("samples-*.jsonl")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                row["size"] = tuple(row["size"])
+                yield row.pop("number"), Sample(**row)
+
+    def _differences(self) -> str:
+        others = list(self.root.glob("*/settings.json")) if self.root.is_dir() else []
+        if not others:
+            return ""
+        newest = max(others, key=lambda path: path.stat().st_mtime)
+        try:
+            before = json.loads(newest.read_text())
+        except ValueError:
+            return ""
+        changed = [f"{k}: {before.get(k)} → {v}" for k, v in self.settings.items() if before.get(k) != v]
+        return f"the cache in {newest.parent.name} was made with other settings, a new one begins ({'; '.join(changed)[:300]})"
+
+
+def keys_of(sample: Sample) -> list[str]:
+    """The tensors that a sample needs."""
+    return [
+        f"{sample.key}.latents",
+        f"{sample.key}.sizes",
+        f"{sample.reference_key or sample.key}.features",
+        tokens_key(sample.caption),
+    ]
+
+
+def tokens_key(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()[:32] + ".tokens"
+
+
+def fill(
+    cache: Cache,
+    source: Source,
+    config: DataConfig,
+    encoders: Callable[[], Encoders],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    progress: Progress = lambda done, name: None,
+) -> list[Seen]:
+    """Encode what is missing and return all that was seen (of this rank's share), pictures let go.
+
+    `encoders` is asked only if there is something to encode. Killed and started again, it goes on after the last shard.
+    """
+    writer = _Writer(cache, config, encoders, rank)
+    results: list[Seen] = []
+    if rank == 0 and NEUTRAL not in cache:
+        cache.write({NEUTRAL: writer.encoders.neutral()}, rank)
+    known = cache.known()
+    for number, seen in enumerate(look(source, config, known, lambda n: n % world == rank)):
+        if seen.sample is not None and seen.image is not None:
+            writer.add(seen.sample, seen.image, seen.reference)
+        results.append(Seen(seen.sample, problem=seen.problem, tiny=seen.tiny))
+        progress(number + 1, "" if seen.sample is None else seen.sample.name)
+        if writer.full:
+            writer.flush()
+            _write_samples(cache, results, rank, world)
+    writer.flush()
+    _write_samples(cache, results, rank, world)
+    return results
+
+
+def finish(cache: Cache, seen: Sequence[Seen], config: DataConfig, where: str) -> Collection:
+    cache.refresh()
+    return collect(seen, config, where)
+
+
+def _write_samples(cache: Cache, results: Sequence[Seen], rank: int, world: int) -> None:
+    rows = [
+        json.dumps({"number": number * world + rank, **asdict(one.sample)})
+        for number, one in enumerate(results)
+        if one.sample is not None and cache.holds(one.sample)
+    ]
+    write_whole(cache.folder / f"samples-{rank}.jsonl", "".join(row + "\n" for row in rows).encode())
+
+
+class _Writer:
+    """Collects pictures into batches for the encoders, and results into shards."""
+
+    def __init__(self, cache: Cache, config: DataConfig, encoders: Callable[[], Encoders], rank: int) -> None:
+        self.cache, self.config, self.rank = cache, config, rank
+        self._load, self._loaded = encoders, None
+        self._sizes = bucket_sizes(config)
+        self._targets: list[tuple[str, Tensor]] = []
+        self._references: list[tuple[str, Tensor]] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._queued: set[str] = set()
+
+    @property
+    def encoders(self) -> Encoders:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    @property
+    def full(self) -> bool:
+        return sum(key.endswith(".latents") for key in self._tensors) >= SHARD
+
+    def add(self, sample: Sample, image: Image.Image, reference: Image.Image | None) -> None:
+        if self._new(f"{sample.key}.latents"):
+            pixels, cut = cut_target(image, bucket_for(sample.size, self._sizes))
+            self._tensors[f"{sample.key}.sizes"] = torch.tensor(cut.time_ids(), dtype=torch.float32)
+            self._targets.append((f"{sample.key}.latents", pixels))
+        # the target's own features too: it may become another picture's reference
+        for key, picture in ((sample.key, image), (sample.reference_key, reference)):
+            if picture is not None and self._new(f"{key}.features"):
+                self._references.append((f"{key}.features", reference_views(picture, key, self.config, self.encoders)))
+        if self._new(tokens_key(sample.caption)):
+            ids = self.encoders.base.tokenize([sample.caption])
+            self._tensors[tokens_key(sample.caption)] = torch.stack([one[0] for one in _padded(ids)]).int()
+        if len(self._targets) >= self.config.encode_batch or len(self._references) >= self.config.encode_batch:
+            self._encode()
+
+    def _new(self, key: str) -> bool:
+        if key in self.cache or key in self._queued:
+            return False
+        self._queued.add(key)
+        return True
+
+    def _encode(self) -> None:
+        by_shape: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+        for key, pixels in self._targets:
+            by_shape.setdefault(tuple(pixels.shape), []).append((key, pixels))
+        for group in by_shape.values():
+            latents = self.encoders.latents([pixels for _, pixels in group])
+            self._tensors.update({key: one.clone() for (key, _), one in zip(group, latents, strict=True)})
+        for key, views in self._references:
+            self._tensors[key] = self.encoders.features(views)
+        self._targets, self._references = [], []
+
+    def flush(self) -> None:
+        self._encode()
+        if self._tensors:
+            self.cache.write(self._tensors, self.rank)
+        self._tensors, self._queued = {}, set()
+
+
+def reference_views(image: Image.Image, key: str, config: DataConfig, encoders: Encoders) -> Tensor:
+    """All versions of a reference, `v 3 y x`."""
+    views = [see_reference(image, encoders.looks, config.augment, f"{key} {v}") for v in range(config.variants)]
+    return torch.stack(views)
+
+
+def _padded(ids: Sequence[Tensor]) -> list[Tensor]:
+    """Two tokenizers of one length, as SDXL's are, make one tensor; others are filled up."""
+    longest = max(one.shape[1] for one in ids)
+    return [torch.nn.functional.pad(one, (0, longest - one.shape[1])) for one in ids]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that appears whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,180 @@
+"""The pictures of a run, looked at before any step: what can be used, what is skipped and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from ..errors import CorruptFileError, InvalidInputError
+from .config import DataConfig
+from .pictures import Size, bucket_for, bucket_sizes, decode, digest
+from .sources import Record, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A usable picture. `key` is a digest of its bytes, `reference_key` of its own reference's, if it names one."""
+
+    name: str
+    key: str
+    caption: str
+    size: Size
+    subject: str = ""
+    reference: str = ""
+    reference_key: str = ""
+    stamp: str = ""
+    captioned: bool = True
+
+
+@dataclass(slots=True)
+class Findings:
+    """What the lint pass saw; the first two kinds of pictures are left out."""
+
+    unreadable: list[str] = field(default_factory=list[str])
+    tiny: list[str] = field(default_factory=list[str])
+    duplicates: list[str] = field(default_factory=list[str])
+    uncaptioned: list[str] = field(default_factory=list[str])
+    usable: int = 0
+
+    def describe(self) -> str:
+        """One line per finding with the first names; each unreadable picture with its reason."""
+        lines = [f"{self.usable} usable pictures"]
+        kinds = (
+            ("unreadable, skipped", self.unreadable),
+            ("too small, skipped", self.tiny),
+            ("duplicates, kept", self.duplicates),
+            ("without a caption, trained with an empty one", self.uncaptioned),
+        )
+        for what, names in kinds:
+            if names:
+                rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                lines.append(f"{len(names)} {what}: {'; '.join(names[:5])}{rest}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One record, looked at. Without `sample` there is a `problem`; without `image` it was known from before."""
+
+    sample: Sample | None
+    image: Image.Image | None = None
+    reference: Image.Image | None = None
+    problem: str = ""
+    tiny: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """Usable samples with the bucket of each and the other pictures of its subject."""
+
+    samples: Sequence[Sample]
+    findings: Findings
+    buckets: Mapping[Size, Sequence[int]]
+    subjects: Mapping[str, Sequence[int]]
+
+
+def look(
+    source: Source,
+    config: DataConfig,
+    known: Mapping[str, Sample] | None = None,
+    mine: Callable[[int], bool] = lambda number: True,
+) -> Iterator[Seen]:
+    """Open every record that is `mine` by its number, but for those `known` whose stamp has not changed."""
+    for number, record in enumerate(source):
+        if not mine(number):
+            continue
+        before = (known or {}).get(record.name)
+        if (
+            before is not None
+            and record.stamp
+            and before.stamp == record.stamp
+            and before.caption == record_caption(record)
+        ):
+            yield Seen(before)
+            continue
+        try:
+            yield _open(source, record, config)
+        except CorruptFileError as error:
+            yield Seen(None, problem=str(error))
+        except OSError as error:
+            yield Seen(None, problem=f"{record.name} cannot be read ({error})")
+
+
+def record_caption(record: Record) -> str:
+    return record.caption or ""
+
+
+def _open(source: Source, record: Record, config: DataConfig) -> Seen:
+    content = record.content if record.content is not None else source.read(record.name)
+    image = decode(content, record.name)
+    if min(image.size) < config.min_side:
+        problem = f"{record.name} ({image.width}x{image.height}; data.min_side is {config.min_side})"
+        return Seen(None, problem=problem, tiny=True)
+    reference, reference_key = None, ""
+    if record.reference:
+        content_of_reference = source.read(record.reference)
+        reference, reference_key = decode(content_of_reference, record.reference), digest(content_of_reference)
+    sample = Sample(
+        record.name,
+        digest(content),
+        record_caption(record),
+        (image.height, image.width),
+        record.subject,
+        record.reference,
+        reference_key,
+        record.stamp,
+        bool(record.caption),
+    )
+    return Seen(sample, image, reference)
+
+
+def collect(seen: Iterator[Seen] | Sequence[Seen], config: DataConfig, where: str) -> Collection:
+    """Group what was seen. Raises InvalidInputError if nothing is usable."""
+    findings = Findings()
+    samples: list[Sample] = []
+    first_of: dict[str, str] = {}
+    for one in seen:
+        if one.sample is None:
+            (findings.tiny if one.tiny else findings.unreadable).append(one.problem)
+            continue
+        sample = one.sample
+        if sample.key in first_of:
+            findings.duplicates.append(f"{sample.name} (as {first_of[sample.key]})")
+        first_of.setdefault(sample.key, sample.name)
+        if not sample.captioned:
+            findings.uncaptioned.append(sample.name)
+        samples.append(sample)
+    findings.usable = len(samples)
+    if not samples:
+        why = findings.describe().split("\n", 1)
+        detail = f" ({why[1]})" if len(why) > 1 else ""
+        raise InvalidInputError(f"{where} holds no usable picture{detail}; check data.path and data.kind")
+    return group(samples, findings, config)
+
+
+def group(samples: Sequence[Sample], findings: Findings, config: DataConfig) -> Collection:
+    sizes = bucket_sizes(config)
+    buckets: dict[Size, list[int]] = {}
+    subjects: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        buckets.setdefault(bucket_for(sample.size, sizes), []).append(index)
+        if sample.subject:
+            subjects.setdefault(sample.subject, []).append(index)
+    return Collection(samples, findings, buckets, subjects)
+
+
+def hold_out(collection: Collection, count: int, config: DataConfig) -> tuple[Collection, Sequence[Sample], bool]:
+    """Training part, validation samples, and whether the latter are really unseen.
+
+    The choice depends on the pictures' contents alone. Fewer than four times `count` pictures cannot spare any:
+    validation then looks at pictures that are also trained on.
+    """
+    ordered = sorted(collection.samples, key=lambda sample: (sample.key, sample.name))
+    chosen = ordered[:count]
+    if len(collection.samples) < 4 * count or not count:
+        return collection, chosen, False
+    keys = {sample.key for sample in chosen}
+    rest = [sample for sample in collection.samples if sample.key not in keys]
+    return group(rest, collection.findings, config), chosen, True

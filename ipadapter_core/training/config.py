@@ -1,0 +1,326 @@
+"""A training run as values: read from TOML, changed from the command line, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from ..errors import InvalidInputError
+from ..processors import Init
+
+Family = Literal["base", "plus", "full-face"]
+Prediction = Literal["auto", "epsilon", "v_prediction", "flow"]
+Kind = Literal["auto", "folder", "json", "webdataset", "huggingface"]
+Precision = Literal["fp32", "bf16", "fp16"]
+OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
+ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The frozen models. `image_encoder` "" is the folder of that name inside `base`."""
+
+    base: str = ""
+    image_encoder: str = ""
+    prediction: Prediction = "auto"
+    """What the UNet predicts; auto: what the scheduler in the model folder says."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What is trained. With `start_from` the file says all of it, but for nothing else."""
+
+    family: Family = "base"
+    start_from: str = ""
+    num_tokens: int = 0
+    """0: 4 for base, 16 for plus, all of the encoder's for full-face."""
+    init: Init = "copy"
+    depth: int = 4
+    hidden_dim: int = 0
+    """Width of a plus adapter's latents; 0: as released, 1280 for SDXL, else the width of the text tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """The pictures and how they are cut."""
+
+    path: str = ""
+    kind: Kind = "auto"
+    caption_key: str = "text"
+    resolution: int = 512
+    buckets: bool = False
+    bucket_step: int = 64
+    min_side: int = 64
+    """Pictures with a shorter short side are left out."""
+    pairs: float = 0.0
+    """Probability that the reference is another picture of the same subject."""
+    augment: float = 0.0
+    """Strength of the reference's augmentation, 0 to 1: crop, mirror, colours."""
+    variants: int = 1
+    """How many augmented versions of a reference there are; the cache keeps them all."""
+    cache: str = ""
+    """Folder for latents, features and token ids; empty: encode again at every step."""
+    cache_dtype: Dtype = "float16"
+    latents: Literal["mode", "sample"] = "mode"
+    """Use the autoencoder's mean, or draw from its distribution at every step as the original does (twice the cache)."""
+    encode_batch: int = 8
+    workers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """Drops exclude one another: a sample loses its image, its text, both, or nothing."""
+
+    drop_image: float = 0.05
+    drop_text: float = 0.05
+    drop_both: float = 0.05
+    min_snr: float = 0.0
+    """Gamma of min-SNR weighting (5 is usual); 0: off."""
+    noise_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """The loop. `batch` is per process and micro-step."""
+
+    steps: int = 1000
+    batch: int = 8
+    accumulate: int = 1
+    precision: Precision = "fp32"
+    optimizer: OptimizerName = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    schedule: ScheduleName = "constant_with_warmup"
+    warmup: int = 100
+    clip: float = 1.0
+    ema: float = 0.999
+    checkpointing: bool = False
+    seed: int = 0
+    bad_steps: int = 5
+    """So many steps in a row with a loss or gradient that is no number end the run."""
+    device: Literal["auto", "cpu"] = "auto"
+    ignore_memory: bool = False
+    """Neither predict the memory that the run needs, nor refuse what cannot fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchConfig:
+    """What is looked at while training; an interval of 0 switches its part off."""
+
+    log_every: int = 10
+    validate_every: int = 250
+    validation: int = 8
+    """Pictures held out for validation (a set too small for that validates on what it trains on, and says so)."""
+    timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
+    sample_every: int = 500
+    sample_prompts: tuple[str, ...] = ("",)
+    sample_count: int = 4
+    sample_steps: int = 25
+    guidance: float = 5.0
+    tensorboard: bool = True
+    plot: bool = True
+    """Draw loss.png at every validation and at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConfig:
+    """Where the run lies. It resumes by itself from the newest state in `folder`."""
+
+    folder: str = ""
+    name: str = "ip-adapter"
+    save_every: int = 500
+    keep: int = 3
+    state_every: int = 500
+    keep_states: int = 1
+    dtype: Dtype = "float16"
+    nested: bool = False
+    """Also write the final adapter as nested .bin."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """A whole training run, one attribute per TOML section."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file; each override is `section.key=value`, the value as TOML or plain text.
+
+    Relative paths in the file are relative to the file. Raises InvalidInputError naming the key and the nearest valid
+    one, FileNotFoundError.
+    """
+    tomllib = _toml()
+    path = Path(path)
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path} is not valid TOML: {error}") from error
+    config = parse_config(values, str(path))
+    config = dataclasses.replace(
+        config,
+        model=_beside(path, config.model, "base", "image_encoder"),
+        adapter=_beside(path, config.adapter, "start_from"),
+        data=_beside(path, config.data, "path", "cache"),
+        output=_beside(path, config.output, "folder"),
+    )
+    return parse_overrides(overrides, config)
+
+
+def parse_overrides(overrides: Sequence[str], config: RunConfig) -> RunConfig:
+    """Put `section.key=value` texts over a config. Raises InvalidInputError as `load_config` does."""
+    tomllib = _toml()
+    changes: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not equals or not dot:
+            raise InvalidInputError(f"override {override!r} should be section.key=value, such as train.steps=2000")
+        try:
+            value = tomllib.loads(f"x = {text}")["x"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        changes.setdefault(section, {})[key] = value
+    return parse_config(changes, "the command line", config)
+
+
+def parse_config(values: Mapping[str, Any], where: str, start: RunConfig | None = None) -> RunConfig:
+    """Put sections of plain values over `start` (the defaults), checking every name, type and range."""
+    start = start or RunConfig()
+    sections: dict[str, Any] = {}
+    for section, entries in values.items():
+        if section not in KEYS:
+            if section in _OWNERS and not isinstance(entries, Mapping):
+                raise InvalidInputError(f"{where}: {section!r} belongs below [{_OWNERS[section]}]")
+            raise InvalidInputError(f"{where}: there is no section [{section}]{_nearest(section, KEYS)}")
+        if not isinstance(entries, Mapping):
+            raise InvalidInputError(f"{where}: {section} should be a section [{section}], got {entries!r}")
+        current: Any = getattr(start, section)
+        checked: dict[str, Any] = {}
+        for key, value in cast("Mapping[str, Any]", entries).items():
+            if key not in KEYS[section]:
+                elsewhere = f"; it belongs below [{_OWNERS[key]}]" if key in _OWNERS else _nearest(key, _names(section))
+                raise InvalidInputError(f"{where}: [{section}] has no key {key!r}{elsewhere}")
+            checked[key] = _typed(f"{where}: {section}.{key}", KEYS[section][key], value)
+        sections[section] = dataclasses.replace(current, **checked)
+    config = dataclasses.replace(start, **sections)
+    _check(config)
+    return config
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write a config as TOML that `load_config` reads back."""
+    lines: list[str] = []
+    for section, entries in config.as_dict().items():
+        lines.append(f"[{section}]")
+        # JSON's spelling of strings, numbers, booleans and lists is also TOML's
+        lines += [f"{key} = {json.dumps(value)}" for key, value in entries.items()]
+        lines.append("")
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _toml() -> Any:
+    return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+
+def _sections() -> dict[str, dict[str, Any]]:
+    return {name: get_type_hints(cls) for name, cls in get_type_hints(RunConfig).items()}
+
+
+KEYS: Mapping[str, Mapping[str, Any]] = _sections()
+"""Section to key to type, read from the dataclasses above."""
+
+_OWNERS = {key: section for section, keys in KEYS.items() for key in keys}
+
+
+def _names(section: str) -> list[str]:
+    """Valid names, those of the section first."""
+    return [*KEYS[section], *(f"{other}.{key}" for other in KEYS for key in KEYS[other] if other != section)]
+
+
+def _nearest(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(list(names)[:20])}"
+
+
+def _typed(where: str, kind: Any, value: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            close = _nearest(str(value), get_args(kind))
+            raise InvalidInputError(f"{where} is {value!r}; choose one of {', '.join(get_args(kind))}{close}")
+        return value
+    if get_origin(kind) is tuple:
+        items = cast("list[Any]", list(value)) if isinstance(value, (list, tuple)) else [value]
+        return tuple(_typed(where, get_args(kind)[0], item) for item in items)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InvalidInputError(f"{where} is {value!r}; a value of type {kind.__name__} was expected")
+    return value
+
+
+def _beside(path: Path, section: Any, *keys: str) -> Any:
+    changes = {key: str(path.parent / getattr(section, key)) for key in keys if getattr(section, key)}
+    for key, value in changes.items():
+        if "://" in getattr(section, key) or getattr(section, key).startswith("pipe:"):
+            changes[key] = getattr(section, key)
+        else:
+            changes[key] = value
+    return dataclasses.replace(section, **changes)
+
+
+_AT_LEAST = {
+    "data.resolution": 8, "data.bucket_step": 8, "data.min_side": 1, "data.variants": 1, "data.encode_batch": 1,
+    "data.workers": 0, "train.steps": 1, "train.batch": 1, "train.accumulate": 1, "train.warmup": 0, "train.clip": 0,
+    "train.bad_steps": 1, "adapter.num_tokens": 0, "adapter.depth": 1, "adapter.hidden_dim": 0, "loss.min_snr": 0,
+    "watch.log_every": 1, "watch.validate_every": 0, "watch.validation": 0, "watch.sample_every": 0,
+    "watch.sample_count": 1, "watch.sample_steps": 1, "output.save_every": 0, "output.keep": 1, "output.state_every": 0,
+    "output.keep_states": 1,
+}  # fmt: skip
+_SHARES = ("data.pairs", "data.augment", "loss.drop_image", "loss.drop_text", "loss.drop_both", "train.ema")
+
+
+def _check(config: RunConfig) -> None:
+    values = config.as_dict()
+    for name, least in _AT_LEAST.items():
+        section, key = name.split(".")
+        if not values[section][key] >= least:
+            raise InvalidInputError(f"{name} is {values[section][key]}; it must be at least {least}")
+    for name in _SHARES:
+        section, key = name.split(".")
+        if not 0 <= values[section][key] <= 1:
+            raise InvalidInputError(f"{name} is {values[section][key]}; it must lie in 0..1")
+    loss = config.loss
+    if loss.drop_image + loss.drop_text + loss.drop_both > 1:
+        raise InvalidInputError(
+            "loss.drop_image, drop_text and drop_both exclude one another: their sum must not pass 1"
+        )
+    if not config.train.lr > 0:
+        raise InvalidInputError(f"train.lr is {config.train.lr}; it must be above 0")
+    if config.data.variants > 1 and config.data.augment == 0:
+        raise InvalidInputError(
+            "data.variants above 1 needs data.augment above 0: all of them would be the same picture"
+        )
+    if config.train.device == "cpu" and config.train.precision == "fp16":
+        raise InvalidInputError("train.precision fp16 does not run on a CPU; use bf16 or fp32")
+    if any(not 0 <= t < 1000 for t in config.watch.timesteps):
+        raise InvalidInputError(f"watch.timesteps are {config.watch.timesteps}; each must lie in 0..999")

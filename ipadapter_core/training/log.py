@@ -1,0 +1,164 @@
+"""What a run says while it goes: a progress bar, JSON lines, tensorboard, and a plot of its losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+CURVES = ("loss", "validation", "image_gain", "reference_gain")
+"""`image_gain` and `reference_gain`: how much worse validation gets without the image, and with another's."""
+
+
+class Log:
+    """Writes events of a run; only the main process has one that is `active`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        active: bool = True,
+        as_json: bool = False,
+        tensorboard: bool = True,
+        plots: bool = True,
+    ):
+        self.file, self.plot_file = folder / "progress.jsonl", folder / "loss.png"
+        self.active, self.as_json, self.plots = active, as_json, plots
+        self._folder, self._steps, self._tensorboard = folder, steps, tensorboard
+        self._bar: Any = None
+        self._writer: Any = None
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def say(self, text: str) -> None:
+        """A line for people, or a note in the JSON stream."""
+        if not self.active:
+            return
+        if self.as_json:
+            self._print({"event": "note", "text": text})
+        elif self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def begin(self, step: int) -> None:
+        """Training starts after `step`; what a killed run had logged beyond it is taken back."""
+        if not self.active:
+            return
+        from tqdm import tqdm
+
+        if self.file.is_file():
+            lines = [line for line in self.file.read_text().splitlines() if step > 0 and _step_of(line) <= step]
+            self.file.write_text("".join(line + "\n" for line in lines))
+        if self._tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self.say("tensorboard is not installed; its log is left out (pip install tensorboard)")
+            else:
+                self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+        quiet = self.as_json or not sys.stderr.isatty()
+        self._bar = tqdm(total=self._steps, initial=step, desc="training", disable=quiet, file=sys.stderr)
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """One line of progress.jsonl; numbers also go to tensorboard."""
+        if not self.active:
+            return
+        row = {"event": kind, "step": step, **values}
+        try:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk must not end the training that is in memory
+            self.say(f"{self.file} could not be written ({error})")
+        if self.as_json:
+            self._print({**row, "steps": self._steps})
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, name: str, step: int, pixels: Any) -> None:
+        """A picture `y x 3` for tensorboard."""
+        if self._writer is not None:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def tick(self, step: int, loss: float) -> None:
+        """One step is done."""
+        if self._bar is not None and not self._bar.disable:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+    def plot(self) -> None:
+        """Draw the losses of the whole run to loss.png."""
+        if self.active and self.plots and self.file.is_file():
+            try:
+                draw_losses(self.file, self.plot_file)
+            except OSError as error:
+                self.say(f"{self.plot_file} could not be written ({error})")
+                return
+            if self.as_json:
+                self._print({"event": "plot", "file": str(self.plot_file)})
+
+    def _print(self, row: dict[str, Any]) -> None:
+        print(json.dumps(row), flush=True)
+
+
+def curves(file: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """The curves in a progress.jsonl, each as steps and values."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a killed run
+            continue
+        for name in CURVES:
+            if isinstance(row.get(name), (int, float)):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(row[name])
+    return found
+
+
+def draw_losses(source: Path, target: Path) -> None:
+    """Training and validation loss above, the two gains below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = curves(source)
+    figure: Any = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for axes, names in ((upper, CURVES[:2]), (lower, CURVES[2:])):
+        for name in names:
+            if name in found:
+                axes.plot(*found[name], label=name.replace("_", " "), marker="." if len(found[name][0]) < 40 else None)
+        axes.grid(alpha=0.3)
+        if axes.get_lines():
+            axes.legend()
+    upper.set_ylabel("loss")
+    lower.set_ylabel("loss added without / with another image")
+    lower.axhline(0, color="black", linewidth=0.8)
+    lower.set_xlabel("step")
+    unfinished = target.with_name(f".{target.name}.tmp")
+    figure.savefig(unfinished, format="png", dpi=100)
+    os.replace(unfinished, target)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

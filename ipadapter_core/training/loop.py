@@ -1,0 +1,330 @@
+"""The loop. One optimiser step after another, and what has to happen between them."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import AdapterError
+from .batches import Batch
+from .config import RunConfig
+from .log import Log
+from .optimizers import build_average, build_optimizer, build_schedule
+from .order import Draws
+from .state import RunFolder, check_same_run
+from .step import AdapterStep
+from .watch import save_sheet
+
+STOP_WITH_PARENT = "IPADAPTER_STOP_WITH_PARENT"
+"""Set in the environment of a child process: it saves and ends when the process that started it is gone."""
+
+
+class TrainingFailed(AdapterError):
+    """The run cannot go on: the loss is no number any more, or nothing can be saved."""
+
+
+class Feed(Protocol):
+    """Where batches come from; a function of the micro-step, so that a resumed run sees what it would have seen."""
+
+    def batches(self, micro: int, end: int) -> Iterator[tuple[Batch, Draws]]: ...
+
+
+class Watch(Protocol):
+    """What is looked at between steps; None means that there is nothing to see."""
+
+    def validate(self, module: AdapterStep) -> dict[str, float] | None: ...
+
+    def sheet(self, module: AdapterStep, state: dict[str, Tensor]) -> Image.Image | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: the steps done, the adapter file, and whether someone asked it to stop before its end."""
+
+    step: int
+    file: Path
+    stopped: bool
+
+
+class Tally:
+    """Counts that belong to the state of a run."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.bad = 0
+        self.bad_in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        vars(self).update(state)
+
+
+class Clock:
+    """Seconds per step since it was last asked, without what happens between the steps."""
+
+    def __init__(self) -> None:
+        self._started = self._total = 0.0
+        self._count = 0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        self._total += time.perf_counter() - self._started
+        self._count += 1
+
+    def each(self) -> float:
+        mean = self._total / max(1, self._count)
+        self._total, self._count = 0.0, 0
+        return round(mean, 5)
+
+
+def fit(
+    config: RunConfig,
+    accelerator: Any,
+    module: AdapterStep,
+    feed: Feed,
+    folder: RunFolder,
+    log: Log,
+    watch: Watch,
+    metadata: Mapping[str, str],
+) -> Outcome:
+    """Train `module.adapter` to `train.steps`, from the newest state in `folder` if there is one.
+
+    Raises TrainingFailed when steps keep giving no numbers, InvalidInputError for a folder of another run.
+    """
+    train, out, seen = config.train, config.output, config.watch
+    parameters = [p for p in module.adapter.parameters() if p.requires_grad]
+    optimizer: Any = build_optimizer(train, parameters)
+    schedule = build_schedule(train, optimizer)
+    model, optimizer = accelerator.prepare(module, optimizer)
+    average = build_average(train, module.adapter)
+    tally = Tally()
+    accelerator.register_for_checkpointing(schedule, tally, *([] if average is None else [average]))
+    newest = folder.newest()
+    if newest is not None:
+        _, place, run = newest
+        check_same_run(config, run, place)
+        accelerator.load_state(str(place))
+        log.say(f"going on after step {tally.step} from {place}")
+    log.begin(tally.step)
+
+    def raw() -> dict[str, Tensor]:
+        return module.adapter.state_dict()
+
+    def best() -> dict[str, Tensor]:
+        return raw() if average is None else average.module.state_dict()
+
+    def save_adapters() -> None:
+        if accelerator.is_main_process:
+            texts = {**metadata, "steps": str(tally.step)}
+            folder.save_adapter(module.adapter, raw(), folder.checkpoint_stem(tally.step, averaged=False), texts)
+            if average is not None:
+                stem = folder.checkpoint_stem(tally.step, averaged=True)
+                folder.save_adapter(module.adapter, best(), stem, texts)
+            folder.drop_old_checkpoints()
+        accelerator.wait_for_everyone()
+
+    def save_state() -> None:
+        accelerator.save_state(str(folder.unfinished(tally.step)))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            folder.finish(tally.step, {"config": config.as_dict(), "step": tally.step})
+        accelerator.wait_for_everyone()
+
+    def try_to(save: Any) -> bool:
+        """A full disk should not cost the training that is in memory: say it, go on, try again later."""
+        try:
+            save()
+            return True
+        except Exception as error:  # torch, safetensors and the system each have their own kinds
+            if accelerator.num_processes > 1:
+                raise
+            log.say(f"step {tally.step} could not be saved ({error}); training goes on and tries again")
+            log.event("save failed", tally.step, error=str(error))
+            folder.prepare_again()
+            return False
+
+    if tally.step == 0 and seen.validate_every:
+        _look(accelerator, log, 0, lambda: watch.validate(module))
+    orphaned = _orphan_watch()
+    end = train.steps * train.accumulate
+    batches = feed.batches(tally.step * train.accumulate, end)
+    losses: list[float] = []
+    unsaved: list[Any] = []
+    clock = Clock()
+    stopped = False
+    with asked_to_stop() as asked:
+        while tally.step < train.steps and not stopped:
+            module.train()
+            clock.start()
+            loss_sum, fine = 0.0, False
+            for _ in range(train.accumulate):
+                batch, draws = next(batches)
+                with accelerator.accumulate(model):
+                    loss = model(batch.to(accelerator.device), draws.to(accelerator.device))
+                    accelerator.backward(loss)
+                    loss_sum = loss_sum + loss.detach()
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, train.clip or math.inf)
+                        fine = bool(torch.isfinite(norm))
+                        if fine or train.precision == "fp16":  # fp16's own scaler skips overflows and learns from them
+                            optimizer.step()
+                        if fine and average is not None:
+                            average.update_parameters(module.adapter)
+                        schedule.step()
+                    optimizer.zero_grad()
+            tally.step += 1
+            clock.stop()
+            value = float(loss_sum) / train.accumulate
+            _guard(tally, fine, value, config, log)
+            losses.append(value)
+            log.tick(tally.step, value)
+            last = tally.step == train.steps
+            stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
+            if last or stopped or tally.step % seen.log_every == 0:
+                mean = _mean(accelerator, losses)
+                rate = schedule.get_last_lr()[0]
+                log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
+                losses.clear()
+                unsaved = [save for save in unsaved if not try_to(save)]
+            if _due(tally.step, seen.validate_every) or last:
+                _look(accelerator, log, tally.step, lambda: watch.validate(module))
+            if accelerator.is_main_process and (_due(tally.step, seen.sample_every) or (last and seen.sample_every)):
+                _draw(log, folder, tally.step, lambda: watch.sheet(module, best()))
+            if _due(tally.step, out.save_every) or last or stopped:
+                unsaved += [] if try_to(save_adapters) else [save_adapters]
+            if _due(tally.step, out.state_every) or last or stopped:
+                unsaved += [] if try_to(save_state) else [save_state]
+    file = folder.path / f"{out.name}.safetensors"
+    if stopped:
+        file = folder.path / f"{folder.checkpoint_stem(tally.step, averaged=average is not None)}.safetensors"
+
+    def save_final() -> None:
+        for save in unsaved:
+            save()
+        if accelerator.is_main_process and not stopped:
+            texts = {**metadata, "steps": str(tally.step)}
+            folder.save_adapter(module.adapter, best(), out.name, texts)
+            if out.nested:
+                folder.save_adapter(module.adapter, best(), out.name, texts, nested=True)
+
+    try:
+        save_final()
+    except Exception as error:
+        raise TrainingFailed(
+            f"the result of step {tally.step} could not be saved ({error}); make room in {folder.path} and start the training "
+            "again: it goes on after its newest state"
+        ) from error
+    if accelerator.is_main_process:
+        folder.stop_file.unlink(missing_ok=True)
+        log.plot()
+        log.event("stopped" if stopped else "done", tally.step, file=str(file), bad_steps=tally.bad)
+    accelerator.wait_for_everyone()
+    return Outcome(tally.step, file, stopped)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _guard(tally: Tally, fine: bool, loss: float, config: RunConfig, log: Log) -> None:
+    """Count steps that gave no number; their update was skipped."""
+    if fine:
+        tally.bad_in_a_row = 0
+        return
+    tally.bad += 1
+    tally.bad_in_a_row += 1
+    # fp16 starts with a scale that is meant to overflow a few times
+    limit = config.train.bad_steps * (10 if config.train.precision == "fp16" else 1)
+    log.event("bad step", tally.step, loss=str(loss))
+    if tally.bad_in_a_row >= limit:
+        raise TrainingFailed(
+            f"steps {tally.step - limit + 1} to {tally.step} gave gradients that are no numbers (last loss {loss}); "
+            "the newest saved state is from before. Try a lower train.lr, train.clip = 1, or train.precision bf16"
+        )
+
+
+def _agree(accelerator: Any, asked: bool) -> bool:
+    """Whether any process was asked to stop; all must leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return asked
+    flag = torch.tensor([float(asked)], device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+def _mean(accelerator: Any, losses: list[float]) -> float:
+    """Mean over the steps since the last line of the log, and over all processes."""
+    mean = sum(losses) / len(losses)
+    if accelerator.num_processes == 1:
+        return mean
+    return float(accelerator.reduce(torch.tensor(mean, device=accelerator.device), "mean"))
+
+
+def _look(accelerator: Any, log: Log, step: int, validate: Any) -> None:
+    if not accelerator.is_main_process:
+        return
+    with accelerator.autocast():
+        values = validate()
+    if values is not None:
+        log.event("validation", step, **values)
+        log.plot()
+
+
+def _draw(log: Log, folder: RunFolder, step: int, draw: Any) -> None:
+    """A sheet that fails (no memory left, no disk) is reported and costs no training."""
+    try:
+        sheet = draw()
+        if sheet is None:
+            return
+        path = save_sheet(sheet, folder.path, step)
+    except (RuntimeError, OSError) as error:
+        log.say(f"no sample sheet at step {step}: {error}")
+        return
+    import numpy as np
+
+    log.picture("sheet", step, np.asarray(sheet))
+    log.event("sheet", step, file=str(path))
+
+
+def _orphan_watch() -> Callable[[], bool]:
+    if os.name != "posix" or not os.environ.get(STOP_WITH_PARENT):
+        return lambda: False
+    parent = os.getppid()
+    return lambda: os.getppid() != parent
+
+
+@contextmanager
+def asked_to_stop() -> Generator[Any]:
+    """While inside, Ctrl-C and SIGTERM only leave a note; a second Ctrl-C is a Ctrl-C."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

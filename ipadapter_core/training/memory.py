@@ -1,0 +1,214 @@
+"""How much memory a run will need, counted before it starts: weights by their shapes, activations by a dry run on `meta`.
+
+The dry run executes the step's UNet without numbers and adds up what autograd would keep, so frozen layers, the adapter's
+layers and the picture size count as they are. Attention counts as the fused kernels keep it: q, k, v, output and one
+number per row.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InvalidInputError
+from .adapter import TrainedAdapter, trainable
+from .config import RunConfig
+from .frozen import FrozenBase
+from .optimizers import STATE_BYTES
+from .pictures import bucket_sizes
+
+WORKSPACE = 0.15
+"""Share added for kernels' workspace, the allocator's gaps and the gradients on their way."""
+CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Predicted bytes on the compute device while training."""
+
+    frozen: int
+    trained: int
+    activations: int
+    available: int | None
+
+    @property
+    def total(self) -> int:
+        return int((self.frozen + self.trained + self.activations) * (1 + WORKSPACE))
+
+    def describe(self) -> str:
+        there = "" if self.available is None else f"; {_gb(self.available)} are free"
+        return (
+            f"memory: about {_gb(self.total)} (frozen models {_gb(self.frozen)}, adapter with gradients, optimiser and "
+            f"average {_gb(self.trained)}, activations {_gb(self.activations)}, workspace {WORKSPACE:.0%}){there}"
+        )
+
+    def check(self, config: RunConfig) -> None:
+        """Raise InvalidInputError with what would help when the run cannot fit."""
+        if self.available is None or self.total <= self.available:
+            return
+        advice: list[str] = []
+        if not config.train.checkpointing:
+            advice.append("train.checkpointing = true")
+        if config.train.precision == "fp32":
+            advice.append('train.precision = "bf16"')
+        if config.train.batch > 1:
+            half = config.train.batch // 2
+            advice.append(f"train.batch = {half} with train.accumulate = {2 * config.train.accumulate}")
+        if config.train.optimizer == "adamw":
+            advice.append('train.optimizer = "adamw8bit"')
+        advice.append("a smaller data.resolution")
+        raise InvalidInputError(
+            f"this run needs {_gb(self.total)} and {_gb(self.available)} are free; try {', or '.join(advice)} "
+            "(train.ignore_memory = true starts it anyway)"
+        )
+
+
+def predict(config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device: torch.device, factor: int) -> Memory:
+    """Predict the peak of a run. `factor`: pixels per latent."""
+    element = 4 if config.train.precision == "fp32" else 2
+    modules: list[nn.Module] = [base.unet, *base.text_encoders]
+    frozen = sum(p.numel() for module in modules for name, p in module.named_parameters() if ".processor." not in name)
+    count = sum(trainable(adapter).values())
+    per_parameter = 4 + 4 + STATE_BYTES[config.train.optimizer] + (4 if config.train.ema else 0)
+    height, width = max(bucket_sizes(config.data), key=lambda size: size[0] * size[1])
+    activations = activation_bytes(
+        base, adapter, (height // factor, width // factor), element, checkpointing=config.train.checkpointing
+    )
+    encoders = 0
+    if not config.data.cache:
+        encoders = sum(p.numel() for p in cast(nn.Module, base.vae).parameters()) * 4
+    return Memory(
+        frozen * element + encoders, count * per_parameter, activations * config.train.batch, _available(device)
+    )  # fmt: skip
+
+
+def activation_bytes(
+    base: FrozenBase, adapter: TrainedAdapter, latent: tuple[int, int], element: int, *, checkpointing: bool
+) -> int:
+    """Bytes that autograd keeps for one sample, the UNet computing in numbers of `element` bytes."""
+    unet: Any = type(base.unet)
+    with torch.device("meta"):
+        twin: Any = unet.from_config(base.unet.config).requires_grad_(False)
+        layers = copy.deepcopy(adapter.ip_adapter).to("meta")
+    processors: dict[str, nn.Module] = dict(zip(adapter.names, layers, strict=True))
+    twin.set_attn_processor(processors)
+    length = 77
+    context = torch.zeros(1, length + adapter.num_tokens, twin.config.cross_attention_dim, device="meta")
+    added: dict[str, Tensor] = {}
+    if base.is_sdxl:
+        pooled = twin.add_embedding.linear_1.in_features - 6 * twin.config.addition_time_embed_dim
+        added = {
+            "text_embeds": torch.zeros(1, pooled, device="meta"),
+            "time_ids": torch.zeros(1, 6, device="meta"),
+        }
+    keeper = _Keeper(twin)
+    with keeper, _fused_attention():
+        twin(
+            torch.zeros(1, twin.config.in_channels, *latent, device="meta"),
+            torch.zeros(1, dtype=torch.long, device="meta"),
+            context.requires_grad_(True),
+            added_cond_kwargs=added,
+        )
+    return keeper.total(checkpointing) * element // 4
+
+
+class _Keeper:
+    """Counts the tensors that autograd saves (weights excepted), each once, and where in the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = {id(p) for p in model.parameters()}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._seen: dict[int, Tensor] = {}
+        self._by_block: dict[int, int] = {}
+        self._inputs: dict[int, int] = {}
+        self._outside = 0
+        self._stack: list[int] = []
+        self._handles: list[Any] = []
+        blocks = [m for m in model.modules() if type(m).__name__ in CHECKPOINTED]
+        for number, block in enumerate(blocks):
+            self._handles.append(block.register_forward_pre_hook(partial(self._enter, number)))
+            self._handles.append(block.register_forward_hook(self._leave))
+
+    def __enter__(self) -> None:
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def total(self, checkpointing: bool) -> int:
+        inside = sum(self._by_block.values())
+        if not checkpointing:
+            return self._outside + inside
+        # blocks keep their inputs, and one at a time is computed again
+        return self._outside + sum(self._inputs.values()) + max(self._by_block.values(), default=0)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        # storages stay unique because every tensor seen is kept alive
+        key = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+        if isinstance(tensor, nn.Parameter) or id(tensor) in self._weights or key in self._seen:
+            return tensor
+        if tensor._base is not None and isinstance(tensor._base, nn.Parameter):
+            return tensor
+        self._seen[key] = tensor
+        size = tensor.untyped_storage().nbytes()
+        if self._stack:
+            self._by_block[self._stack[0]] = self._by_block.get(self._stack[0], 0) + size
+        else:
+            self._outside += size
+        return tensor
+
+    def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self._stack:
+            self._inputs[number] = sum(a.nbytes for a in args if isinstance(a, Tensor))
+        self._stack.append(number)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._stack.pop()
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        return out
+
+
+@contextmanager
+def _fused_attention() -> Generator[None]:
+    """On `meta` torch would choose the kernel that keeps every attention matrix; no GPU does."""
+    original = F.scaled_dot_product_attention
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, _Fused.apply(q, k, v))
+
+    F.scaled_dot_product_attention = cast(Any, fused)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def _available(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    if device.type == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return None
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,402 @@
+"""From a config to a running training: models, pictures, cache, adapter, loop."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..checkpoints import AdapterSpec, load_adapter
+from ..errors import InvalidInputError
+from .adapter import TrainedAdapter, check_family, continued_adapter, describe_trainable, fresh_adapter, trainable
+from .batches import Batch, CachedItems, Items, LiveItems, assemble, loader
+from .cache import NEUTRAL, Cache, fill
+from .collection import Collection, Sample, Seen, collect, hold_out, look
+from .config import RunConfig
+from .encode import Encoders, cache_settings, check_widths
+from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder
+from .log import Log
+from .loop import Outcome, fit
+from .memory import predict
+from .objectives import objective_for
+from .optimizers import build_optimizer
+from .order import Draws, Order, draw
+from .sources import Source, open_source
+from .state import RunFolder
+from .step import AdapterStep
+from .watch import Sheets, Validation, reference_tiles
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_accelerator(config: RunConfig) -> Any:
+    """accelerate's Accelerator for this run; also inside accelerate launch and torchrun."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    _quiet_libraries()
+    state: Any = AcceleratorState
+    if state._shared_state:  # a run before this one in the same process may have computed in another precision
+        state._reset_state(reset_partial_state=False)
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        gradient_accumulation_steps=config.train.accumulate,
+        cpu=config.train.device == "cpu",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+
+
+class PictureFeed:
+    """Batches of a collection in its order, read ahead by worker processes and encoded here where no cache did it."""
+
+    def __init__(
+        self, config: RunConfig, order: Order, items: Items, encoders: Encoders | None, module_objective: Any, log: Log,
+        rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        self.config, self.order, self.items, self.encoders = config, order, items, encoders
+        self.objective, self.log, self.rank, self.world = module_objective, log, rank, world
+        self.skipped: set[str] = set()
+
+    def batches(self, micro: int, end: int) -> Iterator[tuple[Batch, Draws]]:
+        picks = self.order.from_step(micro, end, self.rank, self.world)
+        for items in loader(self.items, picks, self.config.data.workers):
+            for item in items:
+                if item.skipped and item.skipped not in self.skipped:
+                    self.skipped.add(item.skipped)
+                    self.log.say(f"skipped: {item.skipped} ({len(self.skipped)} so far)")
+            batch = assemble(items, self.encoders)
+            shape = batch.latents.shape[2:]
+            yield batch, draw(self.config.train.seed, batch.places, shape, self.objective, self.config.loss)
+
+
+@dataclass
+class Looking:
+    """Validation and sheets of a run over pictures."""
+
+    validation: Validation | None
+    sheets: Sheets | None
+    base: FrozenBase
+    objective: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def validate(self, module: AdapterStep) -> dict[str, float] | None:
+        if self.validation is None or not self.validation.count:
+            return None
+        return self.validation.measure(module, self.objective, self.device)
+
+    def sheet(self, module: AdapterStep, state: dict[str, Tensor]) -> Image.Image | None:
+        if self.sheets is None:
+            return None
+        weights = module.adapter.weights(self.dtype, state)
+        return self.sheets.draw(weights, lambda: module.adapter.install(self.base.unet))
+
+
+@dataclass
+class Prepared:
+    """A run, ready to start."""
+
+    config: RunConfig
+    accelerator: Any
+    base: FrozenBase
+    module: AdapterStep
+    feed: PictureFeed
+    looking: Looking
+    collection: Collection
+    metadata: dict[str, str]
+
+
+def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: bool = True) -> Prepared:
+    """Load, lint, cache and check everything; nothing is trained yet."""
+    accelerator = accelerator or build_accelerator(config)
+    device: torch.device = accelerator.device
+    rank, world = accelerator.process_index, accelerator.num_processes
+    source = open_source(config.data)
+    base = load_base(config.model.base)
+    factor = base.latent_factor
+    _check_sides(config, base, factor)
+    objective = objective_for(base.scheduler, config.model.prediction, config.loss)
+    torch.manual_seed(config.train.seed)
+    adapter = build_adapter(config, base)
+    spec = adapter.spec()
+    log.say(describe_trainable(adapter))
+
+    def load_encoders() -> Encoders:
+        encoder = load_encoder(config.model.base, config.model.image_encoder)
+        return Encoders(base, encoder, spec, config.data, device)
+
+    if config.data.cache and use_cache:
+        collection, cache = _cached(config, base, spec, source, load_encoders, log, accelerator)
+        encoders, base.vae = None, None
+        neutral = cache.read(NEUTRAL)
+        check_widths(spec, neutral)
+    else:
+        if not source.random_access:
+            raise InvalidInputError(f"{config.data.path} is a stream, read once from start to end: set data.cache")
+        collection, cache = survey(config, source), None
+        encoders = load_encoders()
+        neutral = encoders.neutral()
+    log.say(collection.findings.describe())
+    training, chosen, unseen = hold_out(collection, config.watch.validation, config.data)
+    if chosen and not unseen:
+        log.say(f"validation on {len(chosen)} pictures that are trained on too: there are too few to hold any out")
+    if not config.train.ignore_memory:
+        memory = predict(config, base, adapter, device, factor)
+        log.say(memory.describe())
+        memory.check(config)
+    items = _items(training, cache, source, config, encoders, base)
+    dtype = DTYPES[config.train.precision]
+    base.to(device, dtype)
+    adapter.to(device)
+    if config.train.checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    adapter.install(base.unet)
+    empty = base.tokenize([""])
+    module = AdapterStep(adapter, base, objective, neutral, empty).to(device)
+    order = Order(training, config.train.batch * world, config.train.seed, config.data)
+    feed = PictureFeed(config, order, items, encoders, objective, log, rank, world)
+    looking = _looking(config, base, items, chosen, encoders, source, neutral, objective, device, dtype)
+    metadata = _metadata(config, base, objective.prediction, len(training.samples))
+    return Prepared(config, accelerator, base, module, feed, looking, collection, metadata)
+
+
+def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
+    """Run a training to its end, or go on with it. Returns where the adapter lies."""
+    folder = RunFolder(config.output)
+    accelerator = build_accelerator(config)
+    main: bool = accelerator.is_main_process
+    if main:
+        folder.prepare()
+        folder.stop_file.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    seen = config.watch
+    with Log(
+        folder.path,
+        steps=config.train.steps,
+        active=main,
+        as_json=as_json,
+        tensorboard=seen.tensorboard,
+        plots=seen.plot,
+    ) as log:
+        run = prepare(config, log, accelerator=accelerator)
+        return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, run.metadata)
+
+
+def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
+    """Only encode what a training would; also what several machines do before they train."""
+    if not config.data.cache:
+        raise InvalidInputError("data.cache is empty; give the folder that the cache should go to")
+    accelerator = build_accelerator(config)
+    root = RunFolder(config.output).path
+    with Log(root, steps=0, active=accelerator.is_main_process, as_json=as_json, tensorboard=False) as log:
+        base = load_base(config.model.base)
+        _check_sides(config, base, base.latent_factor)
+        spec = build_adapter(config, base).spec()
+
+        def load_encoders() -> Encoders:
+            encoder = load_encoder(config.model.base, config.model.image_encoder)
+            return Encoders(base, encoder, spec, config.data, accelerator.device)
+
+        collection, cache = _cached(config, base, spec, open_source(config.data), load_encoders, log, accelerator)
+        size = sum(path.stat().st_size for path in cache.folder.glob("*"))
+        log.say(f"{collection.findings.describe()}\n{cache.folder}: {size / 1e6:.1f} MB")
+    return collection
+
+
+def dry_run(config: RunConfig, *, steps: int = 3) -> str:
+    """Everything but the training: lint, trained parameters, memory, and the speed of a few steps. Writes nothing."""
+    lines: list[str] = []
+
+    class Notes(Log):
+        def say(self, text: str) -> None:
+            lines.append(text)
+
+    folder = RunFolder(config.output)
+    log = Notes(folder.path, steps=0, active=False, tensorboard=False)
+    run = prepare(config, log, use_cache=False)
+    adapter = run.module.adapter
+    lines += [f"  {name} {count:,}" for name, count in trainable(adapter).items()]
+    optimizer = build_optimizer(config.train, adapter.parameters())
+    device: torch.device = run.accelerator.device
+    times: list[float] = []
+    last = time.perf_counter()
+    for batch, draws in run.feed.batches(0, steps):
+        with run.accelerator.autocast():
+            loss = run.module(batch.to(device), draws.to(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - last)
+        last = time.perf_counter()
+    # the first step warms up
+    each = sum(times[1:]) / len(times[1:]) / config.train.batch if len(times) > 1 else times[0] / config.train.batch
+    hours = each * config.train.batch * config.train.accumulate * config.train.steps / 3600
+    lines.append(
+        f"speed without a cache: {each:.3f} s per sample; {config.train.steps} steps would take {hours:.1f} hours"
+    )
+    return "\n".join(lines)
+
+
+def build_adapter(config: RunConfig, base: FrozenBase) -> TrainedAdapter:
+    """The configured adapter, fresh or from a file."""
+    sizes = encoder_sizes(config.model.base, config.model.image_encoder)
+    if not config.adapter.start_from:
+        return fresh_adapter(base.unet, sizes, config.adapter)
+    weights = load_adapter(config.adapter.start_from, dtype=torch.float32)
+    check_family(config.adapter, weights.spec)
+    return continued_adapter(base.unet, weights, sizes)
+
+
+def survey(config: RunConfig, source: Source) -> Collection:
+    """The lint pass alone; pictures are let go as soon as they were looked at."""
+    seen = (Seen(one.sample, problem=one.problem, tiny=one.tiny) for one in look(source, config.data))
+    return collect(seen, config.data, config.data.path)
+
+
+def _cached(
+    config: RunConfig,
+    base: FrozenBase,
+    spec: AdapterSpec,
+    source: Source,
+    load_encoders: Any,
+    log: Log,
+    accelerator: Any,
+) -> tuple[Collection, Cache]:
+    cache = Cache(config.data.cache, cache_settings(config.model, config.data, base, spec))
+    loads: list[Encoders] = []
+
+    def load_once() -> Encoders:
+        loads.append(load_encoders())
+        return loads[0]
+
+    try:
+        if accelerator.is_main_process:
+            note = cache.prepare()
+            if note:
+                log.say(note)
+        accelerator.wait_for_everyone()
+        cache.refresh()
+        rank, world = accelerator.process_index, accelerator.num_processes
+        started, shown = time.perf_counter(), time.perf_counter()
+
+        def progress(done: int, name: str) -> None:
+            nonlocal shown
+            if time.perf_counter() - shown > 10:
+                shown = time.perf_counter()
+                log.say(f"cache: {done} pictures, {done / (shown - started):.1f} per second")
+
+        mine = fill(cache, source, config.data, load_once, rank=rank, world=world, progress=progress)
+    except OSError as error:
+        raise InvalidInputError(
+            f"the cache in {config.data.cache} cannot be written ({error}); what was finished is kept, the next run goes on"
+        ) from error
+    if loads:
+        loads.clear()
+        base.vae = None
+        _let_go()
+    accelerator.wait_for_everyone()
+    cache.refresh()
+    everything = _in_order(mine, accelerator)
+    return collect(everything, config.data, config.data.path), cache
+
+
+def _in_order(mine: Sequence[Seen], accelerator: Any) -> list[Seen]:
+    """What all processes saw, in the source's order: they took turns."""
+    if accelerator.num_processes == 1:
+        return list(mine)
+    shares: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(shares, list(mine))
+    longest = max(map(len, shares))
+    return [share[i] for i in range(longest) for share in shares if i < len(share)]
+
+
+def _items(
+    collection: Collection,
+    cache: Cache | None,
+    source: Source,
+    config: RunConfig,
+    encoders: Encoders | None,
+    base: FrozenBase,
+) -> Items:
+    if cache is not None:
+        return CachedItems(collection, cache)
+    assert encoders is not None
+    return LiveItems(collection, source, config.data, encoders.looks, base.tokenize)
+
+
+def _looking(
+    config: RunConfig,
+    base: FrozenBase,
+    items: Items,
+    chosen: Sequence[Sample],
+    encoders: Encoders | None,
+    source: Source,
+    neutral: Tensor,
+    objective: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Looking:
+    validation = sheets = None
+    if chosen:
+        prepared = [items.validation(sample) for sample in chosen]
+        if config.watch.validate_every:
+            validation = Validation(prepared, encoders, config.watch, config.train.batch)
+        if config.watch.sample_every:
+            shown = list(chosen[: config.watch.sample_count])
+            batch = [assemble([item], encoders).features for item in prepared[: len(shown)]]
+            side = config.data.resolution
+            tiles = reference_tiles(source, shown, side)
+            sheets = Sheets(base, torch.cat(batch), neutral, tiles, config.watch, side, config.model.prediction)
+    return Looking(validation, sheets, base, objective, device, dtype)
+
+
+def _check_sides(config: RunConfig, base: FrozenBase, factor: int) -> None:
+    """Latents must halve as often as the UNet halves them."""
+    widths: list[int] = list(base.unet.config.block_out_channels)
+    unit = factor * 2 ** (len(widths) - 1)
+    name, side = (
+        ("bucket_step", config.data.bucket_step) if config.data.buckets else ("resolution", config.data.resolution)
+    )
+    if side % unit:
+        raise InvalidInputError(f"data.{name} is {side}; for this model it must be a multiple of {unit}")
+
+
+def _metadata(config: RunConfig, base: FrozenBase, prediction: str, pictures: int) -> dict[str, str]:
+    """What a finished file says of its making, besides what it is."""
+    settings = config.as_dict()
+    settings.pop("output")
+    settings.pop("watch")
+    return {
+        "trained_by": "ipadapter train",
+        "prediction": prediction,
+        "base_files": str(base.folder),
+        "encoder_tokens": str(encoder_sizes(config.model.base, config.model.image_encoder).tokens),
+        "encoder_size": str(image_size(config.model.base, config.model.image_encoder)),
+        "pictures": str(pictures),
+        "settings": json.dumps(settings),
+    }
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars of loading weights would tear ours apart."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _let_go() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,171 @@
+"""What is kept of a run: small adapter files for people, and the full state to go on from, each whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import save_adapter
+from ..errors import CorruptFileError, InvalidInputError
+from .adapter import TrainedAdapter
+from .config import OutputConfig, RunConfig
+
+STATE = re.compile(r"state-(\d{8})")
+FREE = ("watch", "output")
+"""Sections that may change between a run and its resumption."""
+EXTENDABLE = {
+    ("train", "steps"), ("train", "device"), ("train", "ignore_memory"), ("data", "cache"), ("data", "workers"),
+    ("data", "encode_batch"), ("data", "path"), ("model", "base"), ("model", "image_encoder"), ("adapter", "start_from"),
+}  # fmt: skip
+"""Keys that may change too: places, and how long the run is."""
+
+
+class RunFolder:
+    """The files of a run in `output.folder`."""
+
+    def __init__(self, config: OutputConfig) -> None:
+        if not config.folder:
+            raise InvalidInputError("output.folder is empty; give a folder for checkpoints and progress")
+        self.path = Path(config.folder)
+        self.config = config
+
+    def prepare(self) -> None:
+        """Make the folder, prove that it can be written, and remove what a killed run left half written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise InvalidInputError(
+                f"output.folder {self.path} cannot be written ({error}); choose another, or mend its permissions"
+            ) from error
+        self.prepare_again()
+
+    def prepare_again(self) -> None:
+        """Remove what was left half written."""
+        for left in self.path.glob("*.unfinished"):
+            shutil.rmtree(left, ignore_errors=True)
+        for pattern in ("*.tmp", ".*.tmp"):
+            for left in self.path.glob(pattern):
+                left.unlink(missing_ok=True)
+
+    # --- full states ---------------------------------------------------------------------------------------------------
+
+    def states(self) -> list[tuple[int, Path]]:
+        """Finished states, oldest first."""
+        found = ((STATE.fullmatch(path.name), path) for path in self.path.glob("state-*"))
+        return sorted((int(match[1]), path) for match, path in found if match is not None)
+
+    def unfinished(self, step: int) -> Path:
+        """Where the state of a step is written before it counts."""
+        return self.path / f"state-{step:08d}.unfinished"
+
+    def finish(self, step: int, run: Mapping[str, Any]) -> Path:
+        """Make a written state count (one rename), then drop older ones."""
+        folder = self.unfinished(step)
+        (folder / "run.json").write_text(json.dumps(run, indent=1))
+        for file in folder.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        final = self.path / f"state-{step:08d}"
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(folder, final)
+        _sync_folder(self.path)
+        for _, old in self.states()[: -self.config.keep_states]:
+            # renamed first: a kill amid removal must not leave half a state that looks whole
+            going = old.with_name(old.name + ".unfinished")
+            os.replace(old, going)
+            shutil.rmtree(going, ignore_errors=True)
+        return final
+
+    def newest(self) -> tuple[int, Path, dict[str, Any]] | None:
+        """The state to go on from: step, folder, what was noted of the run."""
+        states = self.states()
+        if not states:
+            return None
+        step, folder = states[-1]
+        try:
+            return step, folder, json.loads((folder / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise CorruptFileError(f"{folder} is damaged ({error}); delete it to go on from an older one") from error
+
+    # --- adapter files -------------------------------------------------------------------------------------------------
+
+    def save_adapter(
+        self,
+        adapter: TrainedAdapter,
+        state: dict[str, Tensor],
+        stem: str,
+        metadata: Mapping[str, str],
+        *,
+        nested: bool = False,
+    ) -> Path:
+        """Write one adapter file in `output.dtype`; only the projector and the image layers are in it."""
+        weights = adapter.weights(getattr(torch, self.config.dtype), state)
+        try:
+            if nested:
+                save_adapter(weights, self.path / f"{stem}.bin", layout="nested")
+            return save_adapter(weights, self.path / f"{stem}.safetensors", metadata=metadata)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{self.path} cannot be written ({error.strerror}); free some space or mend it"
+            ) from error
+
+    def checkpoint_stem(self, step: int, *, averaged: bool) -> str:
+        return f"{self.config.name}-{step:08d}{'-ema' if averaged else ''}"
+
+    def drop_old_checkpoints(self) -> None:
+        pattern = re.compile(re.escape(self.config.name) + r"-(\d{8})(-ema)?\.safetensors")
+        found = [(int(match[1]), path) for path in self.path.iterdir() if (match := pattern.fullmatch(path.name))]
+        keep = sorted({step for step, _ in found})[-self.config.keep :]
+        for step, path in found:
+            if step not in keep:
+                path.unlink(missing_ok=True)
+
+    # --- a request to stop ---------------------------------------------------------------------------------------------
+
+    @property
+    def stop_file(self) -> Path:
+        """A file of this name asks a running training to save and end, on any platform."""
+        return self.path / "stop"
+
+
+def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path) -> None:
+    """Raise InvalidInputError when a state belongs to a run whose settings shaped it differently."""
+    now = json.loads(json.dumps(config.as_dict()))
+    changed = [
+        f"{section}.{key}: {before['config'].get(section, {}).get(key)!r} → {value!r}"
+        for section, entries in now.items()
+        if section not in FREE
+        for key, value in entries.items()
+        if (section, key) not in EXTENDABLE and before["config"].get(section, {}).get(key) != value
+    ]
+    if changed:
+        raise InvalidInputError(
+            f"{folder.parent} holds a run with other settings ({'; '.join(changed)[:400]}); "
+            "choose another output.folder, or set them back to go on"
+        )
+
+
+def _sync(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "posix":
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

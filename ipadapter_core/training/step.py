@@ -1,0 +1,73 @@
+"""One training step: a batch and its draws to a loss. Everything the loop does around it is bookkeeping."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import TrainedAdapter
+from .batches import Batch
+from .frozen import FrozenBase
+from .objectives import Objective
+from .order import Draws
+
+
+class AdapterStep(nn.Module):
+    """The loss of the adapter on a batch. Only the adapter is a submodule: it alone is learned, wrapped and saved.
+
+    `neutral` are the features `1 …` that stand for no image; `empty` the token ids `1 l` of an empty caption.
+    """
+
+    neutral: Tensor
+
+    def __init__(
+        self,
+        adapter: TrainedAdapter,
+        base: FrozenBase,
+        objective: Objective,
+        neutral: Tensor,
+        empty: tuple[Tensor, ...],
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self._frozen = (base, objective, empty)  # inside a tuple, so that nn.Module does not register it
+        self.register_buffer("neutral", neutral, persistent=False)
+
+    def forward(self, batch: Batch, draws: Draws) -> Tensor:
+        """Mean loss of the batch."""
+        return self.losses(batch, draws).mean()
+
+    def losses(self, batch: Batch, draws: Draws) -> Tensor:
+        """Loss of each sample, `b`."""
+        base, objective, empty = self._frozen
+        weight = self._weight_dtype()
+        ids = tuple(
+            torch.where(draws.no_text[:, None], none.to(one.device), one)
+            for one, none in zip(batch.tokens, empty, strict=True)
+        )
+        text, pooled = base.encode_text(ids)
+        image = self.adapter.image_proj(self._features(batch, draws).to(self._adapter_dtype()))
+        context = torch.cat([text.to(weight), image.to(weight)], 1)
+        moments = batch.latents.to(self._loss_dtype())
+        latents = moments[:, 0]
+        if moments.shape[1] == 2:
+            latents = latents + moments[:, 1] * draws.latent_noise.to(latents)
+        noise = draws.noise.to(latents)
+        noisy = objective.noisy(latents, noise, draws.timesteps).to(weight)
+        added = base.added(None if pooled is None else pooled.to(weight), batch.sizes)
+        predicted = base.unet(noisy, draws.timesteps, context, added_cond_kwargs=added, return_dict=False)[0]
+        return objective.losses(predicted.to(latents), latents, noise, draws.timesteps)
+
+    def _features(self, batch: Batch, draws: Draws) -> Tensor:
+        dropped = draws.no_image.view(-1, *[1] * (batch.features.ndim - 1))
+        return torch.where(dropped, self.neutral.to(batch.features), batch.features)
+
+    def _weight_dtype(self) -> torch.dtype:
+        return self._frozen[0].unet.dtype
+
+    def _adapter_dtype(self) -> torch.dtype:
+        return next(self.adapter.parameters()).dtype
+
+    def _loss_dtype(self) -> torch.dtype:
+        """Loss and noise are computed in float32 at least, whatever the UNet computes in."""
+        return torch.promote_types(self._adapter_dtype(), torch.float32)

@@ -1,0 +1,190 @@
+"""Train IP-Adapter."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..ipadapter_core import InvalidInputError
+from . import host
+from .sockets import CATEGORY, Adapter
+
+FRESH = "nothing"
+
+
+class TrainIPAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ImagePromptTrain",
+            display_name="Train IP-Adapter",
+            category=CATEGORY,
+            description="Trains an IP-Adapter on pictures with captions, in a process of its own. Cancelling saves its state; "
+            "queueing it again goes on from there. The result lies in output/ipadapter and can be loaded at once.",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.String.Input(
+                    "name",
+                    default="my-adapter",
+                    tooltip="File name of the result, and of the run that a later queueing of this node goes on with.",
+                ),
+                io.Combo.Input(
+                    "base_model",
+                    options=list(host.base_models()),
+                    tooltip="A diffusers folder of an SD1.5, SD2 or SDXL model in models/diffusers.",
+                ),
+                io.Combo.Input(
+                    "image_encoder",
+                    options=[host.INSIDE, *host.image_encoders()],
+                    tooltip="A transformers folder of a CLIP vision model in models/clip_vision, such as ViT-H/14.",
+                ),
+                io.Combo.Input(
+                    "family",
+                    options=["base", "plus", "full-face"],
+                    tooltip="base: 4 tokens of the whole image. plus: 16 tokens with more detail. full-face: all encoder tokens.",
+                ),
+                io.Combo.Input(
+                    "start_from",
+                    options=[FRESH, *host.adapter_files()],
+                    tooltip="An adapter to train on. With few pictures this works far better than starting from nothing.",
+                ),
+                io.String.Input(
+                    "pictures",
+                    default="",
+                    tooltip="Folder of pictures with .txt captions, a .json list or .tar shards; inside ComfyUI's input folder or "
+                    "anywhere. Empty: the images input.",
+                ),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    tooltip="For the images input: one line per image, or one line for all of them.",
+                ),
+                io.Int.Input("steps", default=1000, min=1, max=10_000_000, tooltip="Training steps in all, 1 or more."),
+                io.Int.Input(
+                    "batch",
+                    default=4,
+                    min=1,
+                    max=1024,
+                    tooltip="Pictures per step, 1 or more; the memory needed grows with it.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=64,
+                    tooltip="Side of the training pictures in pixels.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-4,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-6,
+                    round=False,
+                    tooltip="Step size of the optimiser; 0.0001 at 512 pixels, less at 1024 or when training on.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["bf16", "fp16", "fp32"],
+                    tooltip="What the frozen models compute in; the adapter itself is always trained in fp32.",
+                ),
+                io.Int.Input(
+                    "sample_every",
+                    default=250,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Steps between sample sheets and validations.",
+                ),
+                io.String.Input(
+                    "sample_prompt",
+                    default="",
+                    tooltip="Text of the sample sheets; empty shows what the image alone does.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**31, tooltip="Of all random choices of the training, 0 or more."
+                ),
+                io.String.Input(
+                    "settings",
+                    default="",
+                    multiline=True,
+                    tooltip="Any other setting of ipadapter train, one per line, such as loss.min_snr=5 or train.checkpointing=true.",
+                ),
+                io.Boolean.Input(
+                    "start_over",
+                    default=False,
+                    tooltip="On: drop what an earlier run of this name had learned. Off: go on with it.",
+                ),
+                io.Image.Input(
+                    "images", optional=True, tooltip="Training pictures from the graph, if no folder is given."
+                ),
+            ],
+            outputs=[
+                Adapter.Output(display_name="adapter"),
+                io.Image.Output(display_name="loss_plot"),
+                io.Image.Output(display_name="samples"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, name: str, settings: str, start_over: bool, images: Tensor | None = None, **choices: object
+    ) -> io.NodeOutput:
+        folder = host.training_folder(name)
+        if start_over:
+            shutil.rmtree(folder, ignore_errors=True)
+        changes = [line.strip() for line in settings.splitlines() if line.strip()]
+        file = host.train(_values(name, images, **choices), changes, name, cls.hidden.unique_id)
+        plot, sheet = host.read_picture(folder / "loss.png"), host.read_picture(folder / "sheet.png")
+        return io.NodeOutput(host.load_ip_adapter(file), plot, sheet)
+
+
+def _values(
+    name: str,
+    images: Tensor | None,
+    *,
+    base_model: str,
+    image_encoder: str,
+    family: str,
+    start_from: str,
+    pictures: str,
+    captions: str,
+    steps: int,
+    batch: int,
+    resolution: int,
+    learning_rate: float,
+    precision: str,
+    sample_every: int,
+    sample_prompt: str,
+    seed: int,
+) -> dict[str, dict[str, object]]:
+    folder = host.training_folder(name)
+    lines = [line.strip() for line in captions.splitlines() if line.strip()] or [""]
+    if pictures.strip():
+        path = host.pictures_folder(pictures.strip())
+    elif images is None:
+        raise InvalidInputError("give a folder in pictures, or connect images")
+    elif len(lines) not in (1, len(images)):
+        raise InvalidInputError(
+            f"captions has {len(lines)} lines for {len(images)} images; one for all or one for each"
+        )
+    else:
+        path = host.save_pictures(images, lines, folder / "pictures")
+    return {
+        "model": {
+            "base": str(host.base_models()[base_model]),
+            "image_encoder": "" if image_encoder == host.INSIDE else str(host.image_encoders()[image_encoder]),
+        },
+        "adapter": {"family": family, "start_from": "" if start_from == FRESH else host.adapter_path(start_from)},
+        "data": {"path": path, "resolution": resolution, "cache": str(folder / "cache")},
+        "train": {"steps": steps, "batch": batch, "lr": learning_rate, "precision": precision, "seed": seed},
+        "watch": {"validate_every": sample_every, "sample_every": sample_every, "sample_prompts": [sample_prompt]},
+        "output": {
+            "folder": str(folder), "name": name, "save_every": 0, "state_every": max(sample_every, math.ceil(steps / 20)),
+        },
+    }  # fmt: skip

@@ -1,0 +1,668 @@
+"""Whole trainings on a tiny model: losses with and without a cache, resumption after any death, files, guards."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ipadapter_core import load_adapter
+from ipadapter_core.cli import main
+from ipadapter_core.errors import InvalidInputError
+from ipadapter_core.training import RunConfig, TrainingFailed, dry_run, train, write_config
+from ipadapter_core.training import loop as loop_module
+from ipadapter_core.training.adapter import fingerprint
+from ipadapter_core.training.frozen import load_base, load_encoder
+from ipadapter_core.training.log import Log, curves
+from ipadapter_core.training.step import AdapterStep
+from tiny_training import picture, save_model, save_pictures, tiny_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("sdxl"), "sdxl")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("pictures"), 9)
+
+
+def events(out: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == kind]
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in events(out, "step")]
+
+
+def state(out: Path, name: str = "ip-adapter") -> dict[str, Tensor]:
+    return load_adapter(out / f"{name}.safetensors").module.checkpoint_state()
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return any(not torch.equal(a[key], b[key]) for key in a)
+
+
+# --- the same numbers with and without a cache ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["base", "plus"])
+def test_a_cache_changes_no_loss(model: Path, pictures: Path, tmp_path: Path, family: str) -> None:
+    more: dict[str, Any] = {
+        "adapter__family": family, "adapter__depth": 1, "data__augment": 0.5, "data__variants": 2, "data__pairs": 0.5,
+        "data__latents": "sample", "train__steps": 4, "output__state_every": 0, "loss__drop_image": 0.2,
+    }  # fmt: skip
+    train(tiny_config(model, pictures, tmp_path / "live", **more))
+    train(tiny_config(model, pictures, tmp_path / "cached", data__cache=str(tmp_path / "cache"), **more))
+    live, cached = losses(tmp_path / "live"), losses(tmp_path / "cached")
+    assert len(set(live)) == 4
+    # batches of another size in the encoders round differently, in the last bits of float32
+    assert cached == pytest.approx(live, rel=1e-5)
+
+
+def test_what_is_frozen_stays_and_the_file_says_what_it_is(model: Path, pictures: Path, tmp_path: Path) -> None:
+    before = load_base(str(model))
+    config = tiny_config(model, pictures, tmp_path, output__nested=True, output__dtype="float16", data__workers=1)
+    kept: list[AdapterStep] = []
+    original = AdapterStep.forward
+
+    def watched(self: AdapterStep, *args: Any) -> Tensor:
+        kept.append(self)
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterStep, "forward", watched)
+        outcome = train(config)
+    used = kept[0]._frozen[0]
+    for name in ("unet", "vae"):
+        assert fingerprint(getattr(used, name)) == fingerprint(getattr(before, name)), name
+    assert fingerprint(used.text_encoders[0]) == fingerprint(before.text_encoders[0])
+    assert all(name.startswith("adapter.") for name, _ in kept[0].named_parameters())
+    assert not any(p.requires_grad for n, p in used.unet.named_parameters() if ".processor." not in n)
+    flat, nested = load_adapter(outcome.file), load_adapter(tmp_path / "ip-adapter.bin")
+    assert_same(flat.module.checkpoint_state(), nested.module.checkpoint_state())
+    assert flat.dtype == torch.float16
+    told = flat.metadata
+    assert (told["family"], told["feature"], told["unconditional"]) == ("base", "image_embeds", "zero_embeds")
+    assert (told["num_tokens"], told["prediction"], told["encoder_size"], told["steps"]) == ("4", "epsilon", "28", "6")
+    assert json.loads(told["settings"])["train"]["lr"] == 1e-3
+    assert outcome.file.stat().st_size < 2 * 3680 + 10_000, "only the adapter is in it"
+
+
+def test_the_result_loads_in_diffusers(model: Path, pictures: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    outcome = train(tiny_config(model, pictures, tmp_path, train__steps=2, output__state_every=0))
+    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipeline.load_ip_adapter(str(tmp_path), subfolder="", weight_name=outcome.file.name)
+    encoder = load_encoder(str(model), "")
+    features = encoder.encode(torch.randn(2, 3, 28, 28)).image_embeds
+    ours = load_adapter(outcome.file)
+    theirs = pipeline.unet.encoder_hid_proj.image_projection_layers[0](features)
+    torch.testing.assert_close(ours.tokens(features), theirs.reshape(2, 4, -1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
+def test_sdxl_plus_with_other_objectives_and_buckets(sdxl: Path, tmp_path: Path, prediction: str) -> None:
+    for number in range(4):
+        picture(number, ((40, 40), (64, 32))[number % 2]).save(tmp_path / f"{number}.png")
+    config = tiny_config(
+        sdxl, tmp_path, tmp_path / "out", model__prediction=prediction, adapter__family="plus", adapter__depth=1,
+        adapter__hidden_dim=32, data__buckets=True, data__bucket_step=16, train__steps=3, train__checkpointing=True,
+        train__accumulate=2, loss__noise_offset=0.1, loss__min_snr=0.0 if prediction == "flow" else 5.0,
+    )  # fmt: skip
+    outcome = train(config)
+    assert load_adapter(outcome.file).spec.num_tokens == 16
+    assert all(0 < loss < 20 for loss in losses(tmp_path / "out"))
+
+
+def test_checkpointing_changes_no_number(model: Path, pictures: Path, tmp_path: Path) -> None:
+    for name, on in (("with", True), ("without", False)):
+        train(tiny_config(model, pictures, tmp_path / name, train__checkpointing=on, train__steps=2))
+    assert_same(state(tmp_path / "with"), state(tmp_path / "without"))
+
+
+def test_bf16_trains_float32_weights(model: Path, pictures: Path, tmp_path: Path) -> None:
+    train(tiny_config(model, pictures, tmp_path / "bf16", train__precision="bf16", train__steps=3))
+    train(tiny_config(model, pictures, tmp_path / "fp32", train__steps=3))
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.03)
+    bits = torch.cat([value.flatten() for value in state(tmp_path / "bf16").values()])
+    assert not torch.equal(bits.bfloat16().float(), bits), "the weights are finer than bf16"
+
+
+# --- death and resumption ------------------------------------------------------------------------------------------------
+
+
+def dies(work: Callable[[], object]) -> int:
+    """Run in a child of this process that may be killed; returns its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with open(os.devnull, "w") as quiet:
+                os.dup2(quiet.fileno(), 1)
+                os.dup2(quiet.fileno(), 2)
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def kill_at(place: str, count: int) -> Callable[[], None]:
+    """Patch one function so that its count-th call is the last thing the process does."""
+    from ipadapter_core.training import state as state_module
+
+    owners: dict[str, tuple[Any, str]] = {
+        "forward": (AdapterStep, "forward"),
+        "before the rename": (state_module.RunFolder, "finish"),
+        "amid the state's files": (torch, "save"),
+        "after a sync": (state_module, "_sync"),
+        "old state gone": (shutil, "rmtree"),
+        "adapter file": (state_module.RunFolder, "save_adapter"),
+    }
+    owner, name = owners[place]
+    original, calls = getattr(owner, name), [0]
+
+    def last(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count:
+            if place == "amid the state's files":
+                Path(args[1] if isinstance(args[1], (str, Path)) else args[1].name).write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    return lambda: setattr(owner, name, last)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that nothing happened to, and its cache."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    train(resumable(model, pictures, out / "run", out / "cache"))
+    return out / "run", out / "cache"
+
+
+def resumable(model: Path, pictures: Path, out: Path, cache: Path) -> RunConfig:
+    return tiny_config(
+        model,
+        pictures,
+        out,
+        data__cache=str(cache),
+        output__save_every=2,
+        train__accumulate=2,
+        train__schedule="cosine",
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [
+        ("forward", 1), ("forward", 6), ("forward", 11), ("adapter file", 3), ("amid the state's files", 2),
+        ("amid the state's files", 6), ("before the rename", 2), ("after a sync", 9), ("old state gone", 1),
+    ],
+)  # fmt: skip
+def test_killed_and_resumed_is_bit_identical(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], place: str, count: int
+) -> None:
+    whole, cache = uninterrupted
+    config = resumable(model, pictures, tmp_path, cache)
+    arm = kill_at(place, count)
+
+    def work() -> None:
+        arm()
+        train(config)
+
+    status = dies(work)
+    assert os.WIFSIGNALED(status), f"it was to be killed at {place} {count}, and ended with {status}"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    train(config)
+    for name in ("ip-adapter", "ip-adapter-00000006", "ip-adapter-00000006-ema", "ip-adapter-00000004"):
+        assert_same(state(tmp_path, name), state(whole, name))
+    assert losses(tmp_path) == losses(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_a_stopped_run_saves_and_goes_on(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, cache = uninterrupted
+    config = resumable(model, pictures, tmp_path / "run", cache)
+    write_config(config, tmp_path / "run.toml")
+    calls = [0]
+    original = AdapterStep.forward
+
+    def interrupting(self: AdapterStep, *args: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterStep, "forward", interrupting)
+        assert main(["train", str(tmp_path / "run.toml")]) == 130
+    assert "stopped after step 3; the same command goes on from there" in capsys.readouterr().err
+    assert (tmp_path / "run/ip-adapter-00000003.safetensors").is_file()
+    assert events(tmp_path / "run", "stopped")
+    assert main(["train", str(tmp_path / "run.toml"), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-1]["event"] == "done"
+    assert lines[-1]["steps"] == 6
+    assert_same(state(tmp_path / "run"), state(whole))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_settings_are_not_mixed_into_a_run(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
+) -> None:
+    whole, cache = uninterrupted
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    changed = resumable(model, pictures, run, cache).as_dict()
+    changed["train"]["lr"] = 0.5
+    from ipadapter_core.training import parse_config
+
+    with pytest.raises(InvalidInputError, match=r"train\.lr: 0\.001 → 0\.5.*another output\.folder"):
+        train(parse_config(changed, "here"))
+    changed["train"]["lr"], changed["train"]["steps"] = 1e-3, 7
+    assert train(parse_config(changed, "here")).step == 7, "a run may be made longer"
+    assert [row["step"] for row in events(run, "step")] == list(range(1, 8))
+    assert differ(state(run), state(whole))
+
+
+# --- disks, bad numbers, old files ------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_no_training(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
+) -> None:
+    whole, cache = uninterrupted
+    config = resumable(model, pictures, tmp_path, cache)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original, calls = AdapterStep.forward, [0]
+
+    def filling(self: AdapterStep, *args: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] in (3, 7):  # from the second step to the third nothing larger than this can be written
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if calls[0] == 3 else limits[0], limits[1]))
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterStep, "forward", filling)
+        try:
+            train(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(events(tmp_path, "save failed")) >= 2
+    assert_same(state(tmp_path), state(whole))
+    assert (tmp_path / "state-00000006").is_dir()
+    assert not [p for p in tmp_path.iterdir() if p.suffix in (".tmp", ".unfinished")]
+
+
+def test_a_disk_that_stays_full_is_named_and_loses_nothing(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
+) -> None:
+    whole, cache = uninterrupted
+    config = resumable(model, pictures, tmp_path, cache)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original, calls = AdapterStep.forward, [0]
+
+    def filling(self: AdapterStep, *args: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 6:  # the third step; the second's state is saved
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterStep, "forward", filling)
+        try:
+            with pytest.raises(TrainingFailed, match=r"step 6 could not be saved .* goes on after its newest state"):
+                train(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000002"]
+    train(config)
+    assert_same(state(tmp_path), state(whole))
+
+
+def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "progress.jsonl").mkdir()
+    with Log(tmp_path, steps=1) as log:
+        log.event("step", 1, loss=1.0)
+    assert "progress.jsonl could not be written" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(model: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInputError, match=r"output\.folder .* cannot be written"):
+        train(tiny_config(model, pictures, tmp_path / "file/run"))
+
+
+def test_steps_without_numbers_are_skipped_and_end_the_run(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cache = uninterrupted
+    original, calls, bad = AdapterStep.forward, [0], {2}
+
+    def poisoned(self: AdapterStep, *args: Any) -> Tensor:
+        calls[0] += 1
+        loss = original(self, *args)
+        return loss * float("nan") if calls[0] in bad else loss
+
+    monkeypatch.setattr(AdapterStep, "forward", poisoned)
+    more: dict[str, Any] = {"data__cache": str(cache), "output__state_every": 0}
+    train(tiny_config(model, pictures, tmp_path / "one", **more))
+    assert [row["step"] for row in events(tmp_path / "one", "bad step")] == [2]
+    assert events(tmp_path / "one", "done")[0]["bad_steps"] == 1
+    assert all(torch.isfinite(value).all() for value in state(tmp_path / "one").values())
+    calls[0], bad = 0, set(range(3, 99))
+    with pytest.raises(TrainingFailed, match="steps 3 to 5 gave gradients that are no numbers"):
+        train(tiny_config(model, pictures, tmp_path / "all", train__bad_steps=3, **more))
+
+
+def test_old_files_go_and_the_last_stay(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
+) -> None:
+    config = tiny_config(
+        model, pictures, tmp_path, data__cache=str(uninterrupted[1]), output__save_every=1, output__keep=2,
+        output__keep_states=2, output__state_every=1, train__ema=0.0,
+    )  # fmt: skip
+    train(config)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {name for name in names if name.endswith(".safetensors")} == {
+        "ip-adapter.safetensors", "ip-adapter-00000005.safetensors", "ip-adapter-00000006.safetensors",
+    }  # fmt: skip
+    assert {name for name in names if name.startswith("state")} == {"state-00000005", "state-00000006"}
+
+
+def test_fine_tuning_starts_from_a_file(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
+) -> None:
+    whole, cache = uninterrupted
+    more: dict[str, Any] = {"data__cache": str(cache), "adapter__start_from": str(whole / "ip-adapter.safetensors")}
+    train(tiny_config(model, pictures, tmp_path / "a", train__steps=1, train__lr=1e-9, train__ema=0.0, **more))
+    for key, value in state(tmp_path / "a").items():
+        torch.testing.assert_close(value, state(whole)[key], rtol=0, atol=1e-6)
+    with pytest.raises(InvalidInputError, match=r"holds a base adapter, but adapter\.family is 'plus'"):
+        train(tiny_config(model, pictures, tmp_path / "b", adapter__family="plus", **more))
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt"), ("adafactor", "")]
+)
+def test_optimizers_by_name(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], name: str, package: str
+) -> None:
+    import importlib.util
+
+    config = tiny_config(
+        model, pictures, tmp_path, train__optimizer=name, train__steps=2, data__cache=str(uninterrupted[1])
+    )
+    if package and importlib.util.find_spec(package) is None:
+        with pytest.raises(InvalidInputError, match=f"pip install {package}"):
+            train(config)
+    elif name != "adamw8bit":  # on a CPU bitsandbytes has no kernels
+        assert train(config).step == 2
+
+
+# --- seeing ----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_shows(model: Path, pictures: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        model, pictures, tmp_path, watch__validate_every=2, watch__sample_every=4, watch__tensorboard=True, watch__plot=True,
+        watch__sample_prompts=["", "cat"], watch__sample_steps=1, train__steps=4, train__ignore_memory=False,
+    )  # fmt: skip
+    train(config)
+    validations = events(tmp_path, "validation")
+    assert [row["step"] for row in validations] == [0, 2, 4]
+    assert all({"validation", "image_gain", "reference_gain"} <= set(row) for row in validations)
+    assert set(curves(tmp_path / "progress.jsonl")) == {"loss", "validation", "image_gain", "reference_gain"}
+    with Image.open(tmp_path / "loss.png") as plot:
+        assert plot.size == (800, 600)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (2 * 36 - 4, 3 * 36 - 4), "references above, a row per prompt"
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_watching_changes_no_weight(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
+) -> None:
+    more: dict[str, Any] = {"data__cache": str(uninterrupted[1]), "train__steps": 3, "output__state_every": 0}
+    train(tiny_config(model, pictures, tmp_path / "blind", **more))
+    train(
+        tiny_config(
+            model,
+            pictures,
+            tmp_path / "seeing",
+            watch__validate_every=1,
+            watch__sample_every=2,
+            watch__sample_steps=1,
+            **more,
+        )
+    )
+    assert_same(state(tmp_path / "blind"), state(tmp_path / "seeing"))
+
+
+def test_a_dry_run_tells_and_writes_nothing(model: Path, pictures: Path, tmp_path: Path) -> None:
+    text = dry_run(
+        tiny_config(model, pictures, tmp_path / "out", data__cache=str(tmp_path / "cache"), train__ignore_memory=False)
+    )
+    assert "trained: 3,680 parameters" in text
+    assert "ip_adapter.1.to_k_ip.weight 128" in text
+    assert "9 usable pictures" in text
+    assert "memory: about" in text
+    assert "s per sample" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vanished_picture_is_named_and_its_neighbour_taken(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_pictures(tmp_path / "pictures", 3)
+    original = loop_module.fit
+
+    def vanishing(*args: Any) -> Any:
+        (folder / "subject0/0.png").unlink()
+        return original(*args)
+
+    from ipadapter_core.training import run as run_module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "fit", vanishing)
+        assert train(tiny_config(model, folder, tmp_path / "out", watch__validation=0)).step == 6
+    assert "skipped: " in (said := capsys.readouterr().err)
+    assert "subject0/0.png" in said
+
+
+def test_two_pictures_can_be_learned_by_heart(tmp_path: Path) -> None:
+    """On the demo world: the loss falls, by way of the image alone, and the sheet shows each its own reference."""
+    from ipadapter_core.demo.world import FOLDER, REFERENCES
+
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name in ("owl", "leopard"):
+        shutil.copy(REFERENCES / f"{name}.png", folder)
+        (folder / f"{name}.txt").write_text("emoji")
+    config = tiny_config(
+        FOLDER, folder, tmp_path / "out", data__cache=str(tmp_path / "cache"), data__resolution=64, adapter__init="zero_v",
+        train__steps=40, train__batch=4, train__lr=3e-3, train__ema=0.0, watch__validate_every=40, watch__sample_every=40,
+        watch__sample_steps=8, watch__sample_prompts=["emoji"], watch__guidance=2.0, output__state_every=0,
+    )  # fmt: skip
+    train(config)
+    before, after = events(tmp_path / "out", "validation")
+    assert before["image_gain"] == before["reference_gain"] == 0, "zero V: the untrained adapter is the base model"
+    assert after["validation"] < 0.95 * before["validation"]
+    assert after["image_gain"] > 0.05
+    assert after["reference_gain"] > 0.2
+    with Image.open(tmp_path / "out/sheet.png") as sheet:
+        tiles = [sheet.crop((x, y, x + 64, y + 64)).convert("RGB").resize((8, 8)) for y in (0, 68) for x in (0, 68)]
+    references, drawn = (torch.tensor([list(t.getdata()) for t in part]).double() for part in (tiles[:2], tiles[2:]))
+    distances = (drawn[:, None] - references[None]).square().mean((2, 3))
+    assert distances[0, 0] < 0.5 * distances[0, 1], distances
+    assert distances[1, 1] < 0.5 * distances[1, 0], distances
+
+
+# --- two processes -----------------------------------------------------------------------------------------------------------
+
+
+def two_processes(work: Callable[[int], object]) -> list[int]:
+    """`work(rank)` in two forked processes that find each other as under torchrun; their wait statuses."""
+    import socket
+
+    from accelerate.state import AcceleratorState
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children: list[int] = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            os.environ |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+            try:
+                work(rank)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return [os.waitpid(child, 0)[1] for child in children]
+
+
+def test_two_processes_train_what_one_with_twice_the_batch_does(model: Path, pictures: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"train__steps": 4, "train__accumulate": 2, "watch__validate_every": 2, "data__pairs": 0.5}
+    one = tiny_config(
+        model, pictures, tmp_path / "one", data__cache=str(tmp_path / "cache one"), train__batch=4, **more
+    )
+    two = tiny_config(
+        model, pictures, tmp_path / "two", data__cache=str(tmp_path / "cache two"), train__batch=2, **more
+    )
+    train(one)
+    assert two_processes(lambda rank: train(two)) == [0, 0]
+    # sums in another order: float32's last bits, grown by Adam's division in the first steps
+    for key, value in state(tmp_path / "two").items():
+        torch.testing.assert_close(value, state(tmp_path / "one")[key], rtol=1e-3, atol=2e-6)
+    whole = state(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two")
+
+    def killed(rank: int) -> None:
+        calls, original = [0], AdapterStep.forward
+
+        def last(self: AdapterStep, *args: Any) -> Tensor:
+            calls[0] += 1
+            if rank == 1 and calls[0] == 6:  # amid the third step; the first state is of the second
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *args)
+
+        AdapterStep.forward = last  # type: ignore[method-assign]
+        train(two)
+
+    left, gone = two_processes(killed)
+    assert gone == signal.SIGKILL
+    assert left != 0, "the other process notices and ends"
+    assert [path.name for path in (tmp_path / "two").glob("state-*")] == ["state-00000002"]
+    assert two_processes(lambda rank: train(two)) == [0, 0]
+    assert_same(state(tmp_path / "two"), whole)
+
+
+# --- text, memory, export ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_text_is_encoded_as_the_pipeline_does(kind: str, request: pytest.FixtureRequest) -> None:
+    from ipadapter_core.generate import load_pipeline
+
+    folder = request.getfixturevalue("model" if kind == "sd15" else "sdxl")
+    base, pipeline = load_base(str(folder)), load_pipeline(folder)
+    texts = ["cat on red background", ""]
+    context, pooled = base.encode_text(base.tokenize(texts))
+    expected = pipeline.encode_prompt(texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    torch.testing.assert_close(context, expected[0])
+    assert base.is_sdxl == (kind == "sdxl")
+    if pooled is None:
+        assert kind == "sd15"
+        assert base.added(None, torch.zeros(2, 6)) == {}
+    else:
+        torch.testing.assert_close(pooled, expected[2])
+        sizes = torch.tensor([[48.0, 40.0, 0.0, 4.0, 32.0, 32.0]] * 2)
+        ids = pipeline._get_add_time_ids((48, 40), (0, 4), (32, 32), torch.float32, 8)
+        assert base.added(pooled, sizes)["time_ids"].tolist() == ids.repeat(2, 1).tolist()
+
+
+def test_memory_is_counted_and_a_run_that_cannot_fit_is_refused(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipadapter_core.training import memory
+    from ipadapter_core.training.run import build_adapter
+
+    config = tiny_config(model, pictures, tmp_path, train__ignore_memory=False, data__cache=str(tmp_path / "cache"))
+    base = load_base(str(model))
+    adapter = build_adapter(config, base)
+    plain, thrifty = (memory.activation_bytes(base, adapter, (16, 16), 4, checkpointing=on) for on in (False, True))
+    assert 0 < thrifty < plain
+    assert memory.activation_bytes(base, adapter, (16, 16), 2, checkpointing=False) == plain // 2
+
+    adapter.install(base.unet)
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in (*base.unet.parameters(), *adapter.parameters())}
+    tensors: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            tensors.append(tensor)
+        return tensor
+
+    context = torch.randn(1, 77 + 4, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        base.unet(torch.randn(1, 4, 16, 16), torch.zeros(1, dtype=torch.long), context)
+    assert plain == pytest.approx(sum(kept.values()), rel=0.1), "what autograd really keeps, flash attention included"
+
+    monkeypatch.setattr(memory, "_available", lambda device: 1000)
+    with pytest.raises(
+        InvalidInputError,
+        match=r"are free; try train\.checkpointing = true.*train\.batch = 1 with train\.accumulate = 2",
+    ):
+        train(config)
+
+
+def test_export(
+    pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = uninterrupted[0] / "ip-adapter.safetensors"
+    assert main(["export", str(source), str(tmp_path / "a.bin"), "--dtype", "float16"]) == 0
+    nested = torch.load(tmp_path / "a.bin", weights_only=True)
+    assert set(nested) == {"image_proj", "ip_adapter"}
+    assert main(["export", str(tmp_path / "a.bin"), str(tmp_path / "b.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] > 0
+    half = {key: value.half() for key, value in state(uninterrupted[0]).items()}
+    assert_same(load_adapter(tmp_path / "b.safetensors").module.checkpoint_state(), half)

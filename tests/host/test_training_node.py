@@ -1,0 +1,109 @@
+"""Train IP-Adapter in a running ComfyUI: it trains, cancels, goes on, and says what went wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from host.comfy_server import REPOSITORY, ComfyServer, ExecutionFailed, ExecutionInterrupted, Graph, Node
+from ipadapter_core import load_adapter
+from tiny_training import picture, save_model
+from workflows.graph import to_prompt
+
+SETTINGS = "\n".join(
+    [
+        "train.device=cpu", "train.warmup=0", "train.ignore_memory=true", "data.min_side=16", "watch.sample_steps=1",
+        "watch.tensorboard=false", "watch.log_every=1",
+    ]
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(server: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return server.add_model("diffusers", save_model(tmp_path_factory.mktemp("model")), "tiny")
+
+
+def training(server: ComfyServer, model: str, name: str, **changes: object) -> tuple[Graph, Node, Node]:
+    graph = Graph()
+    images = [server.upload_image(np.asarray(picture(i, (64, 64))), f"train_{i}.png") for i in range(2)]
+    batch = graph.add(
+        "ImageBatch", image1=graph.add("LoadImage", image=images[0]), image2=graph.add("LoadImage", image=images[1])
+    )
+    values: dict[str, object] = {
+        "name": name, "base_model": model, "image_encoder": "inside the base model's folder", "family": "base",
+        "start_from": "nothing", "pictures": "", "captions": "cat\ndog", "steps": 4, "batch": 2, "resolution": 64,
+        "learning_rate": 1e-3, "precision": "fp32", "sample_every": 2, "sample_prompt": "", "seed": 0,
+        "settings": SETTINGS, "start_over": False, "images": batch,
+    }  # fmt: skip
+    node = graph.add("ImagePromptTrain", **(values | changes))
+    return graph, node, graph.add("TestSaveTensor", value=node[1])
+
+
+def test_it_trains_and_the_result_can_be_loaded(server: ComfyServer, model: str) -> None:
+    graph, node, plot = training(server, model, "first")
+    samples = graph.add("TestSaveTensor", value=node[2])
+    result = server.run(graph)
+    assert result.tensor(plot).shape == (1, 600, 800, 3)
+    assert result.tensor(samples).shape == (1, 2 * 68 - 4, 2 * 68 - 4, 3)
+    file = server.base / "output/ipadapter/first.safetensors"
+    assert json.loads(load_adapter(file).metadata["settings"])["train"]["steps"] == 4
+    files = server.object_info("ImagePromptLoadAdapter")["input"]["required"]["file"][1]["options"]
+    assert "first.safetensors" in files, "Load IP-Adapter lists it without a restart"
+    longer, _, _ = training(server, model, "first", steps=6)
+    server.run(longer)
+    rows = (server.base / "output/ipadapter_training/first/progress.jsonl").read_text().splitlines()
+    steps = [json.loads(row)["step"] for row in rows if '"step"' in row and json.loads(row)["event"] == "step"]
+    assert steps == list(range(1, 7)), "queueing it again goes on"
+
+
+def test_cancelling_saves_and_leaves_the_queue_usable(server: ComfyServer, model: str) -> None:
+    graph, _, _ = training(server, model, "cancelled", steps=100_000, sample_every=100_000)
+    prompt = server.submit(graph)
+    folder: Path = server.base / "output/ipadapter_training/cancelled"
+    end = time.monotonic() + 200
+    while not (folder / "progress.jsonl").is_file() or '"step": 3' not in (folder / "progress.jsonl").read_text():
+        assert time.monotonic() < end, server.log[-3000:]
+        assert server.queue()["queue_running"] or server.queue()["queue_pending"], server.log[-3000:]
+        time.sleep(0.2)
+    server.interrupt()
+    with pytest.raises(ExecutionInterrupted):
+        server.wait(prompt)
+    assert list(folder.glob("state-*/run.json")), "where it was is saved"
+    assert list(folder.glob("cancelled-*.safetensors"))
+    assert not (folder / "stop").exists()
+    small = Graph()
+    small.add("TestSaveTensor", value=small.add("EmptyImage", width=8, height=8, batch_size=1, color=0))
+    server.run(small)
+
+
+def test_the_real_error_is_shown(server: ComfyServer, model: str) -> None:
+    (server.base / "input/nothing").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ExecutionFailed, match=r"holds no usable picture"):
+        server.run(training(server, model, "failing", pictures="nothing")[0])
+    with pytest.raises(ExecutionFailed, match="did you mean 'warmup'"):
+        server.run(training(server, model, "typo", settings="train.warmpu=3")[0])
+    with pytest.raises(ExecutionFailed, match="must be a plain file name"):
+        server.run(training(server, model, "../up")[0])
+    with pytest.raises(ExecutionFailed, match="captions has 3 lines for 2 images"):
+        server.run(training(server, model, "lines", captions="a\nb\nc")[0])
+
+
+def test_the_workflow_trains(server: ComfyServer, model: str) -> None:
+    file = REPOSITORY / "workflows/train_ip_adapter.json"
+    graph = to_prompt(json.loads(file.read_text("utf-8")), server.object_info())
+    for node in graph.values():
+        if node["class_type"] == "ImagePromptTrain":
+            node["inputs"] |= {
+                "name": "from a workflow", "base_model": model, "steps": 2, "resolution": 64, "precision": "fp32",
+                "settings": SETTINGS + "\nadapter.depth=1", "batch": 1,
+            }  # fmt: skip
+        elif node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = server.upload_image(np.asarray(picture(3, (64, 64))), "learn.png")
+    result = server.run(graph)
+    previews = [i for i, node in graph.items() if node["class_type"] == "PreviewImage"]
+    assert [result.images(i)[0].ndim for i in previews] == [3, 3]
+    assert load_adapter(server.base / "output/ipadapter/from a workflow.safetensors").spec.family == "plus"
