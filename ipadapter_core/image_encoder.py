@@ -275,6 +275,39 @@ def preprocess(images: Tensor, encoder: ImageEncoder, *, crop: Crop = "center", 
     return (_crop(pixels, size, crop) - mean) / std
 
 
+def preprocess_as_host(images: Tensor, encoder: ImageEncoder, *, mask: Tensor | None = None) -> Tensor:
+    """Pixel values ``b 3 y x`` as ComfyUI's ``clip_preprocess`` makes them, see Rules.host_pixels.
+
+    The short side is resized in one bicubic pass, the centre cut out, values rounded to 8 bits. A mask ``b|1 h w`` of
+    any size is cut and resized apart and multiplies the normalised pixels.
+    """
+    _check_images(images)
+    size = encoder.image_size
+    pixels = images.detach().to(torch.float32)[..., :3].movedim(-1, 1).expand(-1, 3, -1, -1)
+    h, w = pixels.shape[-2:]
+    if (h, w) != (size, size):
+        scale = size / min(h, w)
+        pixels = F.interpolate(pixels, (round(scale * h), round(scale * w)), mode="bicubic", antialias=True)
+        top, left = ((side - size) // 2 for side in pixels.shape[-2:])
+        pixels = pixels[..., top : top + size, left : left + size]
+    pixels = (255.0 * pixels).clamp(0, 255).round() / 255.0
+    mean, std = (torch.tensor(value, device=pixels.device).view(3, 1, 1) for value in (encoder.mean, encoder.std))
+    pixels = (pixels - mean) / std
+    if mask is None:
+        return pixels
+    if tuple(mask.shape[-2:]) != (size, size):
+        mask = F.interpolate(center_square(mask[:, None]), (size, size), mode="bicubic", antialias=True)[:, 0]
+    return pixels * mask[:, None].to(pixels)
+
+
+def center_square(pixels: Tensor) -> Tensor:
+    """The largest square in the middle of ``b c h w``."""
+    h, w = pixels.shape[-2:]
+    side = min(h, w)
+    top, left = round((h - side) / 2), round((w - side) / 2)
+    return pixels[..., top : top + side, left : left + side]
+
+
 def _crop(pixels: Tensor, size: int, crop: Crop) -> Tensor:
     """Resize the short side to ``size``, then cut a square out of the long side."""
     h, w = pixels.shape[-2:]
