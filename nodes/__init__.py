@@ -9,6 +9,7 @@ from .apply_adapter_to_model import ApplyAdapterToModel
 from .combine_image_prompts import CombineImagePrompts
 from .encode_image_prompt import EncodeImagePrompt
 from .inspect_adapter import InspectAdapter
+from .legacy import LEGACY_NODES
 from .load_ip_adapter import LoadIPAdapter
 from .schedule_adapter import AdapterSchedule
 
@@ -29,4 +30,5 @@ class ImagePromptExtension(ComfyExtension):
 
 def comfy_entrypoint() -> ImagePromptExtension:
     host.register_model_folder()
+    host.register_nodes(LEGACY_NODES)
     return ImagePromptExtension()
