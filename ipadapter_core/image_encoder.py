@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from .checkpoints.format import AdapterSpec
 
 Rgb = tuple[float, float, float]
-Feature = Literal["image_embeds", "penultimate"]
+Feature = Literal["image_embeds", "penultimate", "face", "face_tokens"]
+FEATURE_RANKS: dict[Feature, int] = {"image_embeds": 2, "penultimate": 3, "face": 2, "face_tokens": 3}
+"""Axes of each feature, images first. ``face`` is a face model's embedding, ``face_tokens`` that one packed before the
+penultimate tokens of the aligned face (projectors.pack_face)."""
 Crop = Literal["center", "top", "bottom", "left", "right", "pad", "stretch"]
 
 CLIP_MEAN: Rgb = (0.48145466, 0.4578275, 0.40821073)
@@ -213,7 +216,13 @@ def _rgb(values: Any) -> Rgb:
 
 def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
     """Raise IncompatibleEncoderError unless ``encoder`` gives the feature that an adapter's projector reads."""
-    got = {"image_embeds": encoder.projection_dim, "penultimate": encoder.hidden_size}
+    if spec.feature == "face":
+        return
+    got = {
+        "image_embeds": encoder.projection_dim,
+        "penultimate": encoder.hidden_size,
+        "face_tokens": encoder.hidden_size,
+    }
     if got[spec.feature] == spec.feature_dim:
         return
     needed = ENCODERS.get(spec.encoder)
@@ -227,7 +236,7 @@ def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
         if (other.hidden_size, other.projection_dim) == (encoder.hidden_size, encoder.projection_dim)
     ]
     identity = f", the widths of {' or '.join(known)}" if known and encoder.name not in known else ""
-    kind = {"image_embeds": "image_embeds", "penultimate": "penultimate hidden states"}[spec.feature]
+    kind = "image_embeds" if spec.feature == "image_embeds" else "penultimate hidden states"
     raise IncompatibleEncoderError(
         f"this {spec.base_model} {spec.family} adapter reads {kind} of width {spec.feature_dim}: {wanted}; "
         f"got {encoder.name} with image_embeds of width {got['image_embeds']} and hidden states of width "

@@ -66,6 +66,19 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
         "COMPOSITION", "sdxl", (r"plus.composition.sdxl",),
         "ip_plus_composition_sdxl.safetensors from https://huggingface.co/ostris/ip-composition-adapter", "plus",
     ),
+    *(
+        KnownFile(preset, base, patterns, f"{release} from {FACEID}", family, encoder, lora)
+        for preset, base, patterns, release, family, encoder, lora in (
+            ("FACEID", "sd15", ("faceid.sd15",), "ip-adapter-faceid_sd15.bin", "faceid", "InsightFace", "faceid.sd15.lora"),
+            ("FACEID", "sdxl", ("faceid.sdxl",), "ip-adapter-faceid_sdxl.bin", "faceid", "InsightFace", "faceid.sdxl.lora"),
+            ("FACEID PLUS", "sd15", ("faceid.plus.sd15",), "ip-adapter-faceid-plus_sd15.bin", "faceid-plus", "ViT-H/14", "faceid.plus.sd15.lora"),
+            ("FACEID PLUS V2", "sd15", ("faceid.plusv2.sd15",), "ip-adapter-faceid-plusv2_sd15.bin", "faceid-plus", "ViT-H/14", "faceid.plusv2.sd15.lora"),
+            ("FACEID PLUS V2", "sdxl", ("faceid.plusv2.sdxl",), "ip-adapter-faceid-plusv2_sdxl.bin", "faceid-plus", "ViT-H/14", "faceid.plusv2.sdxl.lora"),
+            ("FACEID PORTRAIT", "sd15", ("portrait.v11.sd15", "portrait.sd15"), "ip-adapter-faceid-portrait-v11_sd15.bin", "faceid", "InsightFace", ""),
+            ("FACEID PORTRAIT", "sdxl", ("portrait.sdxl",), "ip-adapter-faceid-portrait_sdxl.bin", "faceid", "InsightFace", ""),
+            ("FACEID PORTRAIT UNNORM", "sdxl", ("portrait.sdxl.unnorm",), "ip-adapter-faceid-portrait_sdxl_unnorm.bin", "faceid-unnorm", "InsightFace", ""),
+        )
+    ),
     KnownFile(
         "KOLORS", "sdxl", (r"ip_adapter_plus_general|kolors.ip.adapter.plus",),
         "ip_adapter_plus_general.bin from https://huggingface.co/Kwai-Kolors/Kolors-IP-Adapter-Plus", "plus", "ViT-L/14-336",

@@ -18,7 +18,8 @@ from .batch import fit_batch
 from .checkpoints import AdapterWeights
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleEncoderError, InvalidInputError
-from .image_encoder import Crop, Feature, ImageEncoder, check_encoder, preprocess, preprocess_as_host
+from .image_encoder import FEATURE_RANKS, Crop, Feature, ImageEncoder, check_encoder, preprocess, preprocess_as_host
+from .projectors import pack_face
 
 Combine = Literal["concat", "add", "subtract", "average", "norm average", "max", "min"]
 Unconditional = Literal["auto", "zero_pixels", "zero_embeds", "black"]
@@ -82,6 +83,11 @@ def encode_image_prompt(
 
     Raises IncompatibleEncoderError for an encoder the adapter was not trained with, InvalidInputError for bad values.
     """
+    if adapter.spec.feature in ("face", "face_tokens"):
+        raise IncompatibleEncoderError(
+            f"{adapter.name} is a {adapter.spec.family} adapter, which reads faces and not whole pictures; use the FaceID "
+            "nodes (in Python: faces.face_features and prompt_from_features)"
+        )
     check_encoder(adapter.spec, encoder)
     _check_option("combine", combine, get_args(Combine))
     _check_option("unconditional", unconditional, get_args(Unconditional))
@@ -175,7 +181,10 @@ def unconditional_features(
     check_encoder(adapter.spec, encoder)
     zeros = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
     pixels = _unconditional_pixels("black" if rules.black_unconditional else "zero_pixels", encoder, zeros)
-    return _encode(adapter.spec.feature, encoder, [pixels], 1, None)
+    tokens = _encode("penultimate", encoder, [pixels], 1, None)
+    if adapter.spec.feature != "face_tokens":
+        return tokens
+    return pack_face(torch.zeros(1, adapter.spec.options["face_dim"]), tokens)
 
 
 @torch.no_grad()
@@ -189,13 +198,16 @@ def prompt_from_features(
     chunk: int = 8,
     encoder: str = "saved embeds",
     rules: Rules = CORRECT,
+    face_scale: float = 1.0,
 ) -> ImagePrompt:
     """The second half of encode_image_prompt(): features ``i ...`` and those of no image ``1|i ...`` to a prompt.
+
+    ``face_scale`` is how much FaceID Plus v2 reads in the picture beside the face embedding.
 
     Raises IncompatibleEncoderError for features of another encoder.
     """
     _check_option("combine", combine, get_args(Combine))
-    rank = {"image_embeds": 2, "penultimate": 3}[adapter.spec.feature]
+    rank = FEATURE_RANKS[adapter.spec.feature]
     for name, tensor in (("embeds", features), ("negative embeds", uncond)):
         if tensor.ndim != rank or tensor.shape[-1] != adapter.spec.feature_dim or len(tensor) == 0:
             shape = (
@@ -212,7 +224,9 @@ def prompt_from_features(
         both = features[None], uncond[None]
     else:
         both = combine_features([f[None] for f in features.split(1)], combine, rules), uncond[None, :1]
-    return _project(adapter, encoder, features=both[0], uncond=both[1], neutral=None, chunk=chunk)
+    return _project(
+        adapter, encoder, features=both[0], uncond=both[1], neutral=None, chunk=chunk, face_scale=face_scale
+    )
 
 
 def split_tiles(image: Tensor, count: int) -> list[Tensor]:
@@ -271,7 +285,7 @@ def combine_prompts(
         raise InvalidInputError("there are no image prompts to combine; give at least one")
     strengths = _check_strengths(strengths, len(prompts))
     spec, first = adapter.spec, prompts[0]
-    rank = {"image_embeds": 3, "penultimate": 4}[spec.feature]
+    rank = FEATURE_RANKS[spec.feature] + 1
     for prompt in prompts:
         if prompt.encoder != first.encoder:
             raise IncompatibleEncoderError(
@@ -388,12 +402,19 @@ def _unconditional_pixels(rule: str, encoder: ImageEncoder, like: Tensor) -> Ten
 
 
 def _project(
-    adapter: AdapterWeights, encoder: str, *, features: Tensor, uncond: Tensor, neutral: Tensor | None, chunk: int
+    adapter: AdapterWeights,
+    encoder: str,
+    *,
+    features: Tensor,
+    uncond: Tensor,
+    neutral: Tensor | None,
+    chunk: int,
+    face_scale: float = 1.0,
 ) -> ImagePrompt:
     """The prompt of ``features`` ``b k ...``; uncond and neutral may have b or k = 1 and are spread."""
     b, k = features.shape[:2]
-    cond_tokens = _tokens(adapter, features, chunk)
-    uncond_tokens = _tokens(adapter, uncond, chunk)
+    cond_tokens = _tokens(adapter, features, chunk, face_scale)
+    uncond_tokens = _tokens(adapter, uncond, chunk, face_scale)
     return ImagePrompt(
         cond=cond_tokens.flatten(1, 2),
         uncond=uncond_tokens.expand(b, k, *uncond_tokens.shape[2:]).flatten(1, 2).contiguous(),
@@ -406,11 +427,11 @@ def _project(
     )
 
 
-def _tokens(adapter: AdapterWeights, features: Tensor, chunk: int) -> Tensor:
+def _tokens(adapter: AdapterWeights, features: Tensor, chunk: int, face_scale: float) -> Tensor:
     """Features ``b k ...`` to tokens ``b k n d``, ``chunk`` images at a time."""
     weight = next(adapter.module.projector.parameters())
     parts = features.flatten(0, 1).to(weight.device, weight.dtype).split(chunk)
-    flat = torch.cat([adapter.tokens(part) for part in parts])
+    flat = torch.cat([adapter.tokens(part, face_scale) for part in parts])
     return flat.unflatten(0, features.shape[:2])
 
 

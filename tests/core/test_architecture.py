@@ -147,7 +147,8 @@ FORBIDDEN = {
     ),
     "image_encoder": sorted(all_rooms() - {"image_encoder", "checkpoints", "state_dict", "errors", "__init__"}),
     "prompt": sorted(
-        all_rooms() - {"prompt", "batch", "checkpoints", "compatibility", "image_encoder", "errors", "__init__"}
+        all_rooms()
+        - {"prompt", "batch", "checkpoints", "compatibility", "image_encoder", "projectors", "errors", "__init__"}
     ),
     "patch": ["backends", "processors", "report", "cli", "generate", "demo", "training", "layouts"],
     "backends": [
