@@ -87,7 +87,8 @@ def find_faces(
     """
     embeddings: list[Tensor] = []
     crops: list[Tensor] = []
-    for index, picture in enumerate(pictures[..., :3]):
+    eight_bits = pictures[..., :3].detach().cpu().mul(255).clamp(0, 255).byte().float() / 255  # as face models see them
+    for index, picture in enumerate(eight_bits):
         found = all_faces(analyzer, picture)
         inside = found if mask is None else [face for face in found if _lies_in(face, mask, picture)]
         ordered = inside if which == "best" else sorted(inside, key=lambda face: -face.area)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -12,6 +13,7 @@ import comfy.clip_vision
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
@@ -35,6 +37,8 @@ from ..ipadapter_core import (
     rules_for,
 )
 from ..ipadapter_core.backends import comfy as backend
+from ..ipadapter_core.checkpoints import as_version
+from ..ipadapter_core.faces import FaceAnalyzer, open_face_model
 from ..ipadapter_core.state_dict import describe_state_dict
 
 FOLDER = "ipadapter"
@@ -93,6 +97,14 @@ def manage(source: str | Mapping[str, object], name: str) -> ManagedAdapter:
     return ManagedAdapter(weights, patcher)
 
 
+def of_version(adapter: ManagedAdapter, version: int) -> ManagedAdapter:
+    """A FaceID Plus adapter read as version 1 or 2 (other families as they are); the weights are shared."""
+    spec = adapter.weights.spec
+    if spec.options.get("version") in (None, version):
+        return adapter
+    return ManagedAdapter(as_version(adapter.weights, version), adapter.patcher)
+
+
 _DESCRIBED: dict[tuple[str, int, int], AdapterSpec | None] = {}
 
 
@@ -146,6 +158,31 @@ def load_clip_vision(file: str) -> Any:
             raise InvalidInputError(f"{file} in models/clip_vision is no image encoder that ComfyUI knows")
         _CLIP_VISION[key] = model
     return model
+
+
+def lora_files() -> list[str]:
+    return folder_paths.get_filename_list("loras")
+
+
+def load_lora(file: str) -> dict[str, Tensor]:
+    return comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", file), safe_load=True)
+
+
+def apply_lora(model: Any, lora: dict[str, Tensor], strength: float) -> Any:
+    """The model with a LoRA by ComfyUI's own loader."""
+    return comfy.sd.load_lora_for_models(model, None, dict(lora), strength, 0)[0]
+
+
+_FACE_MODELS: dict[tuple[str, str], FaceAnalyzer] = {}
+
+
+def load_face_model(pack: str, provider: str) -> FaceAnalyzer:
+    """A face model of ``models/insightface``, one copy per pack and provider."""
+    key = (pack, provider)
+    if key not in _FACE_MODELS:
+        root = Path(folder_paths.models_dir) / "insightface"
+        _FACE_MODELS[key] = open_face_model(root, pack, provider)
+    return _FACE_MODELS[key]
 
 
 def unique_save_path(prefix: str, extension: str) -> str:

@@ -43,6 +43,7 @@ __all__ = [
     "AdapterSpec",
     "AdapterWeights",
     "Format",
+    "as_version",
     "describe_adapter",
     "kohya_lora",
     "load_adapter",
@@ -237,6 +238,14 @@ def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:
     if spec.num_tokens == 0 and tokens.isascii() and tokens.isdigit() and 0 < len(tokens) < 6:
         spec = replace(spec, num_tokens=int(tokens))
     return spec
+
+
+def as_version(adapter: AdapterWeights, version: int) -> AdapterWeights:
+    """A FaceID Plus adapter read as version 1 or 2, against what its name says; the tensors are shared."""
+    spec = replace(adapter.spec, options={**adapter.spec.options, "version": version})
+    module = empty_module(faceid_plus.FORMAT, spec, BARE)
+    module.load_state_dict(adapter.module.state_dict(), assign=True)
+    return replace(adapter, spec=spec, module=module.requires_grad_(False).eval())
 
 
 def _told_apart(spec: AdapterSpec, file: TensorFile) -> AdapterSpec:

@@ -200,6 +200,24 @@ class IPAdapterMS(IPAdapterAdvanced):
         }
 
 
+class IPAdapterFaceID(IPAdapterAdvanced):
+    REPLACEMENT = "this node still"
+    RETURN_TYPES = ("MODEL", "IMAGE")
+    RETURN_NAMES = ("MODEL", "face_image")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        strength = {"weight_faceidv2": number(1.0, -1.0, 5.0)}
+        return {
+            "required": SOURCE | weight(3.0) | strength | weight_type() | combine() | window(),
+            "optional": scaling() | EXTRAS | {"insightface": INSIGHTFACE} | compatibility(),
+        }
+
+
+class IPAAdapterFaceIDBatch(IPAdapterFaceID):
+    UNFOLD = True
+
+
 class IPAdapterClipVisionEnhancer(IPAdapterAdvanced):
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:

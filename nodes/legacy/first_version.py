@@ -13,7 +13,7 @@ from ...ipadapter_core.image_encoder import check_encoder
 from ...ipadapter_core.legacy import FIRST_WEIGHT_TYPES, LegacySettings
 from ...ipadapter_core.picture_prep import masked_tiles, negative_picture, prepare_square
 from .. import host
-from .encode import vision
+from .encode import Reference, encode_reference, vision
 from .pipeline import Pipeline, understand
 from .sockets import (
     ADAPTER,
@@ -72,6 +72,37 @@ class IPAdapterApply(LegacyNode):
         positive, negative = _encoded(pipeline, image, noise, compatibility)
         settings = _settings(weight, weight_type, start_at, end_at, unfold_batch)
         return (_applied(model, pipeline, positive, negative, settings, attn_mask, compatibility),)
+
+
+class IPAdapterApplyFaceID(LegacyNode):
+    """``faceid_v2`` says whether the file is of version 2, whatever its name says."""
+
+    REPLACEMENT = "IPAdapter FaceID"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply_ipadapter"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        v2 = {"faceid_v2": ("BOOLEAN", {"default": False}), "weight_v2": number(1.0, -1.0, 3.0)}
+        source = {"ipadapter": ADAPTER, "clip_vision": CLIP_VISION, "insightface": ("INSIGHTFACE",), "image": IMAGE}
+        return {
+            "required": source | {"model": MODEL} | _weight() | _noise() | _weight_type(),
+            "optional": window() | v2 | UNFOLD | {"attn_mask": MASK} | compatibility(),
+        }
+
+    def apply_ipadapter(
+        self, ipadapter: Any, clip_vision: Any, insightface: Any, image: Tensor, model: Any, weight: float, noise: float,
+        weight_type: str, start_at: float = 0.0, end_at: float = 1.0, faceid_v2: bool = False, weight_v2: float = 1.0,
+        unfold_batch: bool = False, attn_mask: Tensor | None = None, compatibility: str = "IPAdapter_plus",
+    ) -> tuple[Any, ...]:  # fmt: skip
+        rules = rules_for(compatibility, v1=True)
+        adapter = understand(ipadapter).adapter
+        pipeline = Pipeline(host.of_version(adapter, 2 if faceid_v2 else 1), clip_vision, insightface)
+        settings = _settings(weight, weight_type, start_at, end_at, unfold_batch)
+        negative = negative_picture(image, noise) if noise > 0 else None
+        reference = Reference(image, negative=negative, weight_faceidv2=weight_v2, crop=256)
+        encoded = encode_reference(pipeline, reference, settings, rules)
+        return (host.apply(model, pipeline.adapter, encoded.prompt, settings.schedule(), attn_mask, rules)[0],)
 
 
 class IPAdapterTilesMasked(LegacyNode):

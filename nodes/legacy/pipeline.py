@@ -26,7 +26,8 @@ class LegacyAdapter(Mapping[str, Any]):
     def __getitem__(self, group: str) -> Any:
         if group not in ("image_proj", "ip_adapter"):
             raise KeyError(group)
-        state = self.managed.weights.module.checkpoint_state()
+        weights = self.managed.weights
+        state = {**weights.module.checkpoint_state(), **weights.lora}
         return {key.split(".", 1)[1]: value for key, value in state.items() if key.startswith(f"{group}.")}
 
     def __iter__(self) -> Iterator[str]:
@@ -90,7 +91,7 @@ def _part(pipeline: Mapping[str, Any], name: str) -> Any:
 
 
 def pack(
-    adapter: host.ManagedAdapter, file: str, clip_vision: Any, clip_file: str, face: Any, provider: Any
+    adapter: host.ManagedAdapter, file: str, clip_vision: Any, clip_file: str | None, face: Any, provider: Any
 ) -> dict[str, Any]:
     """The dictionary that a unified loader hands on."""
     return {
