@@ -1,4 +1,4 @@
-"""The command ``ipadapter``: generate, inspect, demo.
+"""The command ``ipadapter``: generate, inspect, demo, migrate.
 
 Exit codes: 0 done, 1 an error of ours (one line on stderr says the cause), 2 wrong usage, 130 interrupted.
 """
@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from . import __version__
 from .checkpoints import describe_adapter, load_adapter
+from .cli_migrate import add_migrate
 from .errors import AdapterError, InvalidInputError
 from .image_encoder import Crop
 from .prompt import Combine, Unconditional
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_demo(commands)
+    add_migrate(commands)
     return parser
 
 

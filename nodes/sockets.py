@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..ipadapter_core import COMPATIBILITIES
+
 CATEGORY = "image prompt"
 
 Adapter = io.Custom("IMAGE_PROMPT_ADAPTER")
@@ -26,3 +28,14 @@ def adapter_input() -> io.Input:
 def combine_input(default: str = "concat") -> io.Input:
     options = ["concat", "add", "subtract", "average", "norm average", "max", "min"]
     return io.Combo.Input("combine", options=options, default=default, tooltip=COMBINE_TOOLTIP)
+
+
+def compatibility_input() -> io.Input:
+    return io.Combo.Input(
+        "compatibility",
+        options=list(COMPATIBILITIES),
+        default="correct",
+        optional=True,
+        tooltip="correct: as the adapters were trained. IPAdapter_plus: the picture that ComfyUI_IPAdapter_plus makes with "
+        "these settings, its errors included; set it on both the encode and the apply node.",
+    )
