@@ -1,6 +1,6 @@
 """ComfyUI_IPAdapter_plus and this pack in one ComfyUI process: the same nodes, models, adapters and pictures.
 
-    COMFY/.venv/bin/python side_by_side.py COMFY CHECKPOINT_FOLDER sd15|sdxl [OLD_PACK]
+    COMFY/.venv/bin/python side_by_side.py COMFY CHECKPOINT_FOLDER sd15|sdxl [OLD_PACK] [-kPART_OF_NAME | -gGOLDEN.json]
 
 Prints one JSON object per line: {"case", "numbers"} and, where the old pack is given, its {"difference", "effect"}:
 the largest difference between the two relative to the largest value, and how far the image moved it. `numbers` is a
@@ -19,9 +19,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 host_folder, checkpoints, kind, *old_folder = sys.argv[1:]
-only = ""
-if old_folder and old_folder[-1].startswith("-k"):
-    only = old_folder.pop()[2:]
+part, chosen = "", None
+if old_folder and old_folder[-1].startswith("-k"):  # cases whose name has this in it
+    part = old_folder.pop()[2:]
+if old_folder and old_folder[-1].startswith("-g"):  # cases that are keys of this file
+    chosen = set(json.loads(Path(old_folder.pop()[2:]).read_text()))
 sys.argv = [sys.argv[0], "--cpu"]
 sys.path.insert(0, host_folder)
 
@@ -239,6 +241,10 @@ class World:
         sampler = comfy.samplers.sampler_object("euler")
         sigmas = torch.tensor([float(sigma), 0.0])
         return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=0, disable_pbar=True)
+
+
+def wanted(name: str) -> bool:
+    return part in name and (chosen is None or f"{kind}: {name}" in chosen)
 
 
 def fingerprint(x: torch.Tensor) -> list[float]:
@@ -496,10 +502,10 @@ def main() -> None:
     if not world.xl:
         theirs = dict(values(world.old)) if world.old else {}
         for name, value in values(world.ours):
-            if only in name:
+            if wanted(name):
                 report(name, value, theirs.get(name), None)
     for case in cases(world.xl):
-        if only not in case.name or (world.xl and not case.for_sdxl):
+        if not wanted(case.name) or (world.xl and not case.for_sdxl):
             continue
         key = (case.percent, case.latents, case.size, case.guider)
         if key not in plain:
