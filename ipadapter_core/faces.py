@@ -190,11 +190,7 @@ class InsightFaceAnalyzer:
             if before is not None:  # the detector is shared with other nodes
                 detector.input_size = before
         return [
-            Face(
-                *(torch.as_tensor(np.asarray(v)) for v in (f.bbox, f.kps)),
-                float(f.det_score),
-                torch.as_tensor(f.embedding),
-            )
+            Face(torch.as_tensor(f.bbox), torch.as_tensor(f.kps), float(f.det_score), torch.as_tensor(f.embedding))
             for f in faces
         ]
 
@@ -220,7 +216,7 @@ class OnnxFaceAnalyzer:
 
     def find(self, picture: Tensor, size: int) -> list[Face]:
         blob, scale = _letterbox(picture, size)
-        boxes, points, scores = self._decode(self.detector((blob * 255 - 127.5) / 128), size)
+        boxes, points, scores = self._decode(self.detector(((blob * 255 - 127.5) / 128).astype(np.float32)), size)
         kept = _suppress(boxes, scores)
         faces: list[Face] = []
         for i in kept:
@@ -308,7 +304,7 @@ def open_face_model(root: Path, pack: str = "buffalo_l", provider: str = "CPU") 
     name = f"InsightFace {pack}"
     folder = root / "models" / pack
     try:
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InvalidInputError(
             "FaceID adapters need the package onnxruntime to find faces: run pip install onnxruntime (or onnxruntime-gpu) "

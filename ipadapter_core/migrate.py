@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from .errors import InvalidInputError
 from .image_encoder import ENCODERS
@@ -113,7 +113,7 @@ def migrate(workflow: Mapping[str, Any], base: str | None = None) -> tuple[Json,
             "this is no workflow as ComfyUI's menu saves it (nodes and links); one exported as API has no places: load it in "
             "ComfyUI and save it"
         )
-    made = _read(cast("Json", copy.deepcopy(dict(workflow))), base)
+    made = _read(copy.deepcopy(dict(workflow)), base)
     kept = dict(_kept(made))
     loaders = [n for n, node in made.nodes.items() if node["type"] in LOADERS and n not in kept]
     appliers = [n for n, node in made.nodes.items() if node["type"] in APPLY_WIDGETS and n not in kept]
