@@ -8,6 +8,7 @@ with backends.diffusers.apply(unet, patch): ...
 
 from .attention import KeyValue, Scale, add_image_attention, attend, scale_for
 from .checkpoints import FORMATS, AdapterSpec, AdapterWeights, describe_adapter, load_adapter, save_adapter
+from .compatibility import COMPATIBILITIES, Compatibility, Rules, rules_for
 from .errors import (
     AdapterError,
     CorruptFileError,
@@ -22,14 +23,32 @@ from .layouts import layout_of
 from .masks import RegionMask
 from .patch import AdapterPatch, SiteCall, bake, check_adapter
 from .processors import AttnProcessor, IPAttnProcessor, build_processors
-from .prompt import ImagePrompt, combine_prompts, encode_image_prompt
+from .prompt import (
+    ImagePrompt,
+    combine_features,
+    combine_prompts,
+    encode_features,
+    encode_image_prompt,
+    prompt_from_features,
+    unconditional_features,
+)
 from .report import describe_fit, describe_spec, spec_facts
-from .schedule import PRESETS, SCALINGS, SiteRule, WeightSchedule, parse_curve, parse_numbers, parse_site_factors
+from .schedule import (
+    PRESETS,
+    SCALINGS,
+    SiteRule,
+    WeightSchedule,
+    parse_curve,
+    parse_layers,
+    parse_numbers,
+    parse_site_factors,
+)
 from .sites import CrossAttentionSite, ModelLayout
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "COMPATIBILITIES",
     "ENCODERS",
     "FORMATS",
     "PRESETS",
@@ -39,6 +58,7 @@ __all__ = [
     "AdapterSpec",
     "AdapterWeights",
     "AttnProcessor",
+    "Compatibility",
     "CorruptFileError",
     "CrossAttentionSite",
     "EncoderSpec",
@@ -52,6 +72,7 @@ __all__ = [
     "KeyValue",
     "ModelLayout",
     "RegionMask",
+    "Rules",
     "Scale",
     "SiteCall",
     "SiteRule",
@@ -64,18 +85,24 @@ __all__ = [
     "bake",
     "build_processors",
     "check_adapter",
+    "combine_features",
     "combine_prompts",
     "describe_adapter",
     "describe_fit",
     "describe_spec",
+    "encode_features",
     "encode_image_prompt",
     "layout_of",
     "load_adapter",
     "parse_curve",
+    "parse_layers",
     "parse_numbers",
     "parse_site_factors",
     "preprocess",
+    "prompt_from_features",
+    "rules_for",
     "save_adapter",
     "scale_for",
     "spec_facts",
+    "unconditional_features",
 ]

@@ -23,6 +23,8 @@ class KeyValue:
     v: Tensor
     v_mean: Tensor | None = None
     """Mean of ``v`` over the image tokens, ``g 1 c``; only ``K+mean(V)`` reads it."""
+    image_mean: Tensor | None = None
+    """Mean of ``v`` over the tokens of each of several images, once per token, ``g h n d``; replaces ``v_mean``."""
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -32,14 +34,17 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A strength resolved for one site: factor of the keys (of q, equally), of the output, and of the mean value."""
+    """A strength resolved for one site: factor of the keys (of q, equally), of the output, and of the mean value.
 
-    key: float
-    output: float
-    mean: float
+    Numbers, or ``b 1 1`` where every member of the batch has a strength of its own.
+    """
+
+    key: float | Tensor
+    output: float | Tensor
+    mean: float | Tensor
 
 
-def scale_for(scaling: Scaling, weight: float, channels: int) -> Scale:
+def scale_for(scaling: Scaling, weight: float | Tensor, channels: int) -> Scale:
     """How a weight acts under a scaling rule (names and formulas as in ComfyUI_IPAdapter_plus).
 
     ``K+V`` also scales the keys, so weak weights flatten the attention. The C penalty multiplies the weight by
@@ -59,13 +64,15 @@ def scale_for(scaling: Scaling, weight: float, channels: int) -> Scale:
             return Scale(penalised, 1.0, penalised - 1.0)
 
 
-def attend(q: Tensor, kv: KeyValue, heads: int, key_scale: float = 1.0) -> Tensor:
+def attend(q: Tensor, kv: KeyValue, heads: int, key_scale: float | Tensor = 1.0) -> Tensor:
     """Attention of latent tokens ``b l c`` to image tokens; returns ``b l c``.
 
     Batch members that share image tokens are folded into the query length, so K and V are never repeated.
     """
     b, length, channels = q.shape
     groups = kv.k.shape[0]
+    if isinstance(key_scale, Tensor):
+        q, key_scale = q * key_scale, 1.0
     if key_scale < 0:  # fused kernels take the row maximum before they scale
         q, key_scale = -q, -key_scale
     rows = q.reshape(groups, b // groups * length, heads, channels // heads).transpose(1, 2)
@@ -77,14 +84,24 @@ def attend(q: Tensor, kv: KeyValue, heads: int, key_scale: float = 1.0) -> Tenso
 def add_image_attention(base: Tensor, q: Tensor, kv: KeyValue, heads: int, scale: Scale, mask: Tensor | None) -> Tensor:
     """``base + mask · (output · attend(q, key·K, V) + mean · mean(V))``, all ``b l c``; mask ``1|b l 1`` or None."""
     image = attend(q, kv, heads, scale.key)
-    if scale.mean != 0.0:
-        mean = split_mean(kv.v) if kv.v_mean is None else kv.v_mean
-        if mean.shape[0] not in (1, image.shape[0]):
-            mean = mean.repeat_interleave(image.shape[0] // mean.shape[0], 0)
-        image = torch.add(image, mean, alpha=scale.mean)
+    if isinstance(scale.mean, Tensor) or scale.mean != 0.0:
+        mean = _mean_part(q, kv, heads, scale)
+        if isinstance(scale.mean, Tensor):
+            image = torch.addcmul(image, mean, scale.mean)
+        else:
+            image = torch.add(image, mean, alpha=scale.mean)
+    if isinstance(scale.output, Tensor):
+        return torch.addcmul(base, image, scale.output if mask is None else mask * scale.output)
     if mask is None:
         return torch.add(base, image, alpha=scale.output)
     return torch.addcmul(base, image, mask, value=scale.output)
+
+
+def _mean_part(q: Tensor, kv: KeyValue, heads: int, scale: Scale) -> Tensor:
+    if kv.image_mean is not None:
+        return attend(q, KeyValue(kv.k, kv.image_mean), heads, scale.key)
+    mean = split_mean(kv.v) if kv.v_mean is None else kv.v_mean
+    return mean if mean.shape[0] in (1, q.shape[0]) else mean.repeat_interleave(q.shape[0] // mean.shape[0], 0)
 
 
 def split_mean(v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command ``ipadapter``: generate, inspect, demo, lora.
+"""The command ``ipadapter``: generate, inspect, demo, lora, train, cache, export, migrate.
 
 Exit codes: 0 done, 1 an error of ours (one line on stderr says the cause), 2 wrong usage, 130 interrupted.
 """
@@ -16,6 +16,7 @@ from typing import Any, get_args
 from . import __version__, cli_train
 from .checkpoints import describe_adapter, load_adapter
 from .cli_lora import add_lora
+from .cli_migrate import add_migrate
 from .errors import AdapterError, InvalidInputError
 from .image_encoder import Crop
 from .prompt import Combine, Unconditional
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_lora(commands)
     cli_train.add_commands(commands)
+    add_migrate(commands)
     return parser
 
 

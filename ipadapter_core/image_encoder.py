@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from .checkpoints.format import AdapterSpec
 
 Rgb = tuple[float, float, float]
-Feature = Literal["image_embeds", "penultimate"]
+Feature = Literal["image_embeds", "penultimate", "face", "face_tokens"]
+FEATURE_RANKS: dict[Feature, int] = {"image_embeds": 2, "penultimate": 3, "face": 2, "face_tokens": 3}
+"""Axes of each feature, images first. ``face`` is a face model's embedding, ``face_tokens`` that one packed before the
+penultimate tokens of the aligned face (projectors.pack_face)."""
 Crop = Literal["center", "top", "bottom", "left", "right", "pad", "stretch"]
 
 CLIP_MEAN: Rgb = (0.48145466, 0.4578275, 0.40821073)
@@ -213,7 +216,13 @@ def _rgb(values: Any) -> Rgb:
 
 def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
     """Raise IncompatibleEncoderError unless ``encoder`` gives the feature that an adapter's projector reads."""
-    got = {"image_embeds": encoder.projection_dim, "penultimate": encoder.hidden_size}
+    if spec.feature == "face":
+        return
+    got = {
+        "image_embeds": encoder.projection_dim,
+        "penultimate": encoder.hidden_size,
+        "face_tokens": encoder.hidden_size,
+    }
     if got[spec.feature] == spec.feature_dim:
         return
     needed = ENCODERS.get(spec.encoder)
@@ -227,7 +236,7 @@ def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
         if (other.hidden_size, other.projection_dim) == (encoder.hidden_size, encoder.projection_dim)
     ]
     identity = f", the widths of {' or '.join(known)}" if known and encoder.name not in known else ""
-    kind = {"image_embeds": "image_embeds", "penultimate": "penultimate hidden states"}[spec.feature]
+    kind = "image_embeds" if spec.feature == "image_embeds" else "penultimate hidden states"
     raise IncompatibleEncoderError(
         f"this {spec.base_model} {spec.family} adapter reads {kind} of width {spec.feature_dim}: {wanted}; "
         f"got {encoder.name} with image_embeds of width {got['image_embeds']} and hidden states of width "
@@ -273,6 +282,39 @@ def preprocess(images: Tensor, encoder: ImageEncoder, *, crop: Crop = "center", 
         top, left = ((size - side) // 2 for side in inner)
         return F.pad(pixels, (left, size - inner[1] - left, top, size - inner[0] - top))
     return (_crop(pixels, size, crop) - mean) / std
+
+
+def preprocess_as_host(images: Tensor, encoder: ImageEncoder, *, mask: Tensor | None = None) -> Tensor:
+    """Pixel values ``b 3 y x`` as ComfyUI's ``clip_preprocess`` makes them, see Rules.host_pixels.
+
+    The short side is resized in one bicubic pass, the centre cut out, values rounded to 8 bits. A mask ``b|1 h w`` of
+    any size is cut and resized apart and multiplies the normalised pixels.
+    """
+    _check_images(images)
+    size = encoder.image_size
+    pixels = images.detach().to(torch.float32)[..., :3].movedim(-1, 1).expand(-1, 3, -1, -1)
+    h, w = pixels.shape[-2:]
+    if (h, w) != (size, size):
+        scale = size / min(h, w)
+        pixels = F.interpolate(pixels, (round(scale * h), round(scale * w)), mode="bicubic", antialias=True)
+        top, left = ((side - size) // 2 for side in pixels.shape[-2:])
+        pixels = pixels[..., top : top + size, left : left + size]
+    pixels = (255.0 * pixels).clamp(0, 255).round() / 255.0
+    mean, std = (torch.tensor(value, device=pixels.device).view(3, 1, 1) for value in (encoder.mean, encoder.std))
+    pixels = (pixels - mean) / std
+    if mask is None:
+        return pixels
+    if tuple(mask.shape[-2:]) != (size, size):
+        mask = F.interpolate(center_square(mask[:, None]), (size, size), mode="bicubic", antialias=True)[:, 0]
+    return pixels * mask[:, None].to(pixels)
+
+
+def center_square(pixels: Tensor) -> Tensor:
+    """The largest square in the middle of ``b c h w``."""
+    h, w = pixels.shape[-2:]
+    side = min(h, w)
+    top, left = round((h - side) / 2), round((w - side) / 2)
+    return pixels[..., top : top + side, left : left + side]
 
 
 def _crop(pixels: Tensor, size: int, crop: Crop) -> Tensor:

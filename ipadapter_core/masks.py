@@ -6,12 +6,14 @@ covers latents 2**n * i onwards. A mask is averaged over exactly those cells.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batch import Frames, fit_batch
 from .errors import InvalidInputError
 
 Area = tuple[int, int, int, int]
@@ -29,8 +31,8 @@ class RegionMask:
     _grids: dict[tuple[object, ...], Tensor] = field(default_factory=dict[tuple[object, ...], Tensor], repr=False)
 
     @classmethod
-    def from_tensor(cls, mask: Tensor) -> RegionMask:
-        """Check a mask ``y x``, ``m y x`` or ``m 1 y x``; values are clamped to 0..1."""
+    def from_tensor(cls, mask: Tensor, *, clamp: bool = True) -> RegionMask:
+        """Check a mask ``y x``, ``m y x`` or ``m 1 y x``; values are clamped to 0..1 unless told otherwise."""
         if mask.ndim == 4 and mask.shape[1] == 1:
             mask = mask[:, 0]
         if mask.ndim == 2:
@@ -42,23 +44,57 @@ class RegionMask:
         mask = mask.detach().to(torch.float32)
         if not bool(torch.isfinite(mask).all()):
             raise InvalidInputError("the region mask holds NaN or infinite values")
-        return cls(mask.clamp(0, 1))
+        return cls(mask.clamp(0, 1) if clamp else mask)
 
     def grid(
-        self, latent: tuple[int, int], area: Area | None, grid: tuple[int, int], like: Tensor, batch: int
+        self,
+        latent: tuple[int, int],
+        area: Area | None,
+        grid: tuple[int, int],
+        like: Tensor,
+        batch: int,
+        frames: Frames | None = None,
     ) -> Tensor:
         """Weight per token ``m (h w) 1`` for a site of ``grid`` rows and columns, on the device and in the dtype of ``like``.
 
         ``latent`` is the size of the whole latent, ``area`` the part this call sees (None: all of it). ``m`` is 1 for a
         shared mask, else ``batch``: surplus masks are dropped, missing ones repeat the last.
         """
-        key = (latent, area, grid, like.device, like.dtype, batch, inference_mode())
+        key = (latent, area, grid, like.device, like.dtype, batch, frames, inference_mode())
         found = self._grids.get(key)
         if found is None:
-            found = self._grids[key] = self._compute(latent, area, grid, batch).to(like.device, like.dtype)
+            rows = self._fit(self._compute(latent, area, grid), batch, frames)
+            found = self._grids[key] = rows.to(like.device, like.dtype)
         return found
 
-    def _compute(self, latent: tuple[int, int], area: Area | None, grid: tuple[int, int], batch: int) -> Tensor:
+    def stretched(
+        self, size: tuple[int, int], mode: str, like: Tensor, batch: int, frames: Frames | None = None
+    ) -> Tensor:
+        """Weight per token ``m l 1`` by the geometry of ComfyUI_IPAdapter_plus, see Rules.stretched_masks.
+
+        ``size`` is the latent's size in this call, ``like`` has the ``l`` tokens.
+        """
+        tokens = like.shape[1]
+        key = (size, mode, tokens, like.device, like.dtype, batch, frames, inference_mode())
+        found = self._grids.get(key)
+        if found is None:
+            rows = int(size[0] / math.sqrt(size[0] * size[1] / tokens))
+            rows += tokens % rows != 0
+            grid = F.interpolate(self.values[:, None], size=(rows, tokens // rows), mode=mode)
+            flat = self._fit(grid.flatten(1)[..., None], batch, frames)
+            missing = tokens - flat.shape[1]
+            if missing > 0:
+                flat = F.pad(flat, (0, 0, missing // 2, missing - missing // 2))
+            elif missing < 0:
+                flat = flat[:, -missing // 2 :][:, :tokens]
+            found = self._grids[key] = flat.to(like.device, like.dtype)
+        return found
+
+    @staticmethod
+    def _fit(rows: Tensor, batch: int, frames: Frames | None) -> Tensor:
+        return rows if rows.shape[0] == 1 else fit_batch(rows, batch, frames)
+
+    def _compute(self, latent: tuple[int, int], area: Area | None, grid: tuple[int, int]) -> Tensor:
         mask = self.values[:, None]
         mask = F.adaptive_avg_pool2d(mask, latent) if _shrinks(mask, latent) else _stretch(mask, latent)
         if area is not None:
@@ -73,10 +109,7 @@ class RegionMask:
             mask = halved
         if tuple(mask.shape[-2:]) != grid:  # a patched UNet (deep shrink) may use sizes of its own
             mask = F.adaptive_avg_pool2d(mask, grid) if _shrinks(mask, grid) else _stretch(mask, grid)
-        rows = mask.flatten(1)[..., None]
-        if rows.shape[0] > 1 and rows.shape[0] != batch:
-            rows = torch.cat([rows[:batch], rows[-1:].expand(max(batch - rows.shape[0], 0), -1, -1)])
-        return rows
+        return mask.flatten(1)[..., None]
 
 
 def inference_mode() -> bool:

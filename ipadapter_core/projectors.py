@@ -152,3 +152,111 @@ class Resampler(nn.Module):
             latents = feed_forward(latents) + latents
         tokens: Tensor = self.norm_out(self.proj_out(latents))
         return tokens
+
+
+class MLPProjModelFaceId(nn.Module):
+    """FaceID adapters: a face embedding to `num_tokens` tokens, `b e` or `b 1 e` -> `b n d`.
+
+    Source: tencent ip_adapter/ip_adapter_faceid.py.
+    """
+
+    def __init__(
+        self, face_dim: int, hidden_dim: int, token_dim: int, num_tokens: int, *, operations: Operations = TORCH
+    ) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.token_dim = token_dim
+        self.proj = nn.Sequential(
+            operations.Linear(face_dim, hidden_dim),
+            nn.GELU(),
+            operations.Linear(hidden_dim, num_tokens * token_dim),
+        )
+        self.norm = operations.LayerNorm(token_dim)
+
+    def forward(self, face: Tensor) -> Tensor:
+        tokens: Tensor = self.norm(self.proj(face).reshape(-1, self.num_tokens, self.token_dim))
+        return tokens
+
+
+class FacePerceiverResampler(nn.Module):
+    """Given latents read an encoder's tokens, `(b n d, b t e) -> b n d`: a Resampler without latents of its own."""
+
+    def __init__(
+        self, dim: int, feature_dim: int, *, depth: int, inner_dim: int, ff_dim: int, operations: Operations = TORCH
+    ) -> None:
+        super().__init__()
+        self.proj_in = operations.Linear(feature_dim, dim)
+        self.proj_out = operations.Linear(dim, dim)
+        self.norm_out = operations.LayerNorm(dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                (
+                    PerceiverAttention(dim, inner_dim, operations=operations),
+                    nn.Sequential(
+                        operations.LayerNorm(dim),
+                        operations.Linear(dim, ff_dim, bias=False),
+                        nn.GELU(),
+                        operations.Linear(ff_dim, dim, bias=False),
+                    ),
+                )
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, latents: Tensor, penultimate: Tensor) -> Tensor:
+        x: Tensor = self.proj_in(penultimate)
+        for layer in self.layers:
+            attention, feed_forward = cast(nn.ModuleList, layer)
+            latents = attention(x, latents) + latents
+            latents = feed_forward(latents) + latents
+        tokens: Tensor = self.norm_out(self.proj_out(latents))
+        return tokens
+
+
+class ProjModelFaceIdPlus(nn.Module):
+    """FaceID Plus: the face's tokens read the encoder's tokens of its crop; v2 adds `scale` times that to themselves.
+
+    The input is packed, `b (1 + t) e`: row 0 begins with the face embedding, the others are the encoder's tokens.
+    Source: tencent ip_adapter/ip_adapter_faceid.py.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        token_dim: int,
+        num_tokens: int,
+        *,
+        face_dim: int,
+        hidden_dim: int,
+        depth: int,
+        inner_dim: int,
+        ff_dim: int,
+        shortcut: bool,
+        operations: Operations = TORCH,
+    ) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.token_dim = token_dim
+        self.face_dim = face_dim
+        self.shortcut = shortcut
+        self.proj = nn.Sequential(
+            operations.Linear(face_dim, hidden_dim),
+            nn.GELU(),
+            operations.Linear(hidden_dim, num_tokens * token_dim),
+        )
+        self.norm = operations.LayerNorm(token_dim)
+        self.perceiver_resampler = FacePerceiverResampler(
+            token_dim, feature_dim, depth=depth, inner_dim=inner_dim, ff_dim=ff_dim, operations=operations
+        )
+
+    def forward(self, packed: Tensor, scale: float = 1.0) -> Tensor:
+        face = self.proj(packed[:, 0, : self.face_dim])
+        tokens: Tensor = self.norm(face.reshape(-1, self.num_tokens, self.token_dim))
+        read: Tensor = self.perceiver_resampler(tokens, packed[:, 1:])
+        return tokens + scale * read if self.shortcut else read
+
+
+def pack_face(face: Tensor, penultimate: Tensor) -> Tensor:
+    """A face embedding `b e` and encoder tokens `b t c` (c >= e) as one feature `b (1 + t) c`."""
+    row = nn.functional.pad(face, (0, penultimate.shape[-1] - face.shape[-1]))
+    return torch.cat([row[:, None].to(penultimate), penultimate], 1)

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .batch import fit_batch
 from .checkpoints import AdapterWeights
+from .compatibility import CORRECT, Rules
 from .errors import IncompatibleEncoderError, InvalidInputError
-from .image_encoder import Crop, ImageEncoder, check_encoder, preprocess
+from .image_encoder import FEATURE_RANKS, Crop, Feature, ImageEncoder, check_encoder, preprocess, preprocess_as_host
+from .projectors import pack_face
 
 Combine = Literal["concat", "add", "subtract", "average", "norm average", "max", "min"]
 Unconditional = Literal["auto", "zero_pixels", "zero_embeds", "black"]
@@ -55,6 +59,7 @@ def encode_image_prompt(
     per_latent: bool = False,
     chunk: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    rules: Rules = CORRECT,
 ) -> ImagePrompt:
     """Encode reference images for ``adapter``; everything is checked before the encoder runs.
 
@@ -74,9 +79,15 @@ def encode_image_prompt(
         per_latent: image i belongs to latent i, instead of all images to all latents; nothing is combined then.
         chunk: how many images the encoder and the projector see at once.
         progress: called with (images done, images in all) after each chunk; the unconditional picture counts.
+        rules: see compatibility.Rules; those of the old pack know only ``center``.
 
     Raises IncompatibleEncoderError for an encoder the adapter was not trained with, InvalidInputError for bad values.
     """
+    if adapter.spec.feature in ("face", "face_tokens"):
+        raise IncompatibleEncoderError(
+            f"{adapter.name} is a {adapter.spec.family} adapter, which reads faces and not whole pictures; use the FaceID "
+            "nodes (in Python: faces.face_features and prompt_from_features)"
+        )
     check_encoder(adapter.spec, encoder)
     _check_option("combine", combine, get_args(Combine))
     _check_option("unconditional", unconditional, get_args(Unconditional))
@@ -86,33 +97,170 @@ def encode_image_prompt(
     count = len(singles)
     strengths = _check_strengths(strengths, count)
     pixels = [
-        preprocess(image, encoder, crop=crop, mask=mask)
+        _pixels(image, encoder, crop, mask, rules)
         for image, mask in zip(singles, _single_masks(masks, singles), strict=True)
     ]
 
     rule = adapter.spec.unconditional if unconditional == "auto" else unconditional
+    if unconditional == "auto" and rule == "zero_pixels" and rules.black_unconditional:
+        rule = "black"
     negatives = _single_images(negative) if negative is not None else []
     if len(negatives) not in ((0, 1, count) if per_latent else (0, 1)):
         wanted = f"one or {count}" if per_latent else "one"
         raise InvalidInputError(f"got {len(negatives)} negative images; {wanted} can be used here")
     if rule != "zero_embeds":
         pixels.append(_unconditional_pixels(rule, encoder, pixels[0]))
-    pixels += [preprocess(image, encoder, crop=crop) for image in negatives]
+    pixels += [_pixels(image, encoder, crop, None, rules) for image in negatives]
 
-    encoded = _encode(adapter, encoder, pixels, chunk, progress)[:, None]  # k = 1
+    encoded = _encode(adapter.spec.feature, encoder, pixels, chunk, progress)[:, None]  # k = 1
     neutral = torch.zeros_like(encoded[:1]) if rule == "zero_embeds" else encoded[count : count + 1]
     features = [
-        _at_strength(feature, neutral, strength)
+        _at_strength(feature, torch.zeros_like(neutral) if rules.features_scaled else neutral, strength)
         for feature, strength in zip(encoded[:count].split(1), strengths, strict=True)
     ]
     return _project(
         adapter,
         encoder.name,
-        features=torch.cat(features) if per_latent else combine_features(features, combine),
+        features=torch.cat(features) if per_latent else combine_features(features, combine, rules),
         uncond=encoded[-len(negatives) :] if negatives else neutral,
         neutral=neutral if negatives else None,
         chunk=chunk,
     )
+
+
+@torch.no_grad()
+def encode_features(
+    feature: Feature,
+    encoder: ImageEncoder,
+    images: Tensor | Sequence[Tensor],
+    *,
+    mask: Tensor | None = None,
+    rules: Rules = CORRECT,
+    tiles: int = 1,
+    tile_ratio: float = 1.0,
+    chunk: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """What ``encoder`` sees in each image, ``i ...`` in float32: the first half of encode_image_prompt().
+
+    With ``tiles`` n > 1 every image is also cut into n x n parts that are encoded alone and put together again
+    (see merge_tiles): of one image the result is [whole · tile_ratio, tiled], of several each is
+    whole · tile_ratio + tiled · (1 - tile_ratio), as ComfyUI_IPAdapter_plus' ClipVision enhancer does.
+    """
+    singles = _single_images(images)
+    masks = _single_masks(mask, singles)
+    cut = 1 if tiles == 1 else tiles * tiles
+    pixels = [_pixels(image, encoder, "center", m, rules) for image, m in zip(singles, masks, strict=True)]
+    if tiles > 1:
+        for image in singles:
+            pixels += [_pixels(tile, encoder, "center", None, rules) for tile in split_tiles(image, tiles)]
+    encoded = _encode(feature, encoder, pixels, chunk, progress)
+    whole = encoded[: len(singles)]
+    if tiles == 1:
+        return whole
+    tiled = torch.cat([merge_tiles(part) for part in encoded[len(singles) :].split(cut)])
+    if len(singles) == 1:
+        return torch.cat([whole * tile_ratio, tiled])
+    return whole * tile_ratio + tiled * (1 - tile_ratio)
+
+
+def unconditional_features(
+    adapter: AdapterWeights, encoder: ImageEncoder | None, like: Tensor, rules: Rules = CORRECT
+) -> Tensor:
+    """What stands for no image beside features ``like`` (``i ...``): one entry ``1 ...``.
+
+    Raises InvalidInputError where that takes an encoder and there is none.
+    """
+    if adapter.spec.unconditional == "zero_embeds":
+        return torch.zeros_like(like[:1])
+    if encoder is None:
+        raise InvalidInputError(
+            f"{adapter.name} needs the encoded picture of no image beside these embeds: connect the negative embeds of "
+            "the encoder node, or a CLIP vision model"
+        )
+    check_encoder(adapter.spec, encoder)
+    zeros = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
+    pixels = _unconditional_pixels("black" if rules.black_unconditional else "zero_pixels", encoder, zeros)
+    tokens = _encode("penultimate", encoder, [pixels], 1, None)
+    if adapter.spec.feature != "face_tokens":
+        return tokens
+    return pack_face(torch.zeros(1, adapter.spec.options["face_dim"]), tokens)
+
+
+@torch.no_grad()
+def prompt_from_features(
+    adapter: AdapterWeights,
+    features: Tensor,
+    uncond: Tensor,
+    *,
+    combine: Combine = "concat",
+    per_latent: bool = False,
+    chunk: int = 8,
+    encoder: str = "saved embeds",
+    rules: Rules = CORRECT,
+    face_scale: float = 1.0,
+) -> ImagePrompt:
+    """The second half of encode_image_prompt(): features ``i ...`` and those of no image ``1|i ...`` to a prompt.
+
+    ``face_scale`` is how much FaceID Plus v2 reads in the picture beside the face embedding.
+
+    Raises IncompatibleEncoderError for features of another encoder.
+    """
+    _check_option("combine", combine, get_args(Combine))
+    rank = FEATURE_RANKS[adapter.spec.feature]
+    for name, tensor in (("embeds", features), ("negative embeds", uncond)):
+        if tensor.ndim != rank or tensor.shape[-1] != adapter.spec.feature_dim or len(tensor) == 0:
+            shape = (
+                ("images", adapter.spec.feature_dim) if rank == 2 else ("images", "tokens", adapter.spec.feature_dim)
+            )
+            raise IncompatibleEncoderError(
+                f"the {name} have shape {tuple(tensor.shape)}, but {adapter.name} reads {adapter.spec.feature} of shape "
+                f"({', '.join(map(str, shape))}); make them with this adapter and the encoder {adapter.spec.encoder}"
+            )
+    uncond = fit_batch(uncond, len(features)).to(features)
+    if per_latent:
+        both = features[:, None], uncond[:, None]
+    elif combine == "concat" or len(features) == 1:
+        both = features[None], uncond[None]
+    else:
+        both = combine_features([f[None] for f in features.split(1)], combine, rules), uncond[None, :1]
+    return _project(
+        adapter, encoder, features=both[0], uncond=both[1], neutral=None, chunk=chunk, face_scale=face_scale
+    )
+
+
+def split_tiles(image: Tensor, count: int) -> list[Tensor]:
+    """``1 h w c`` in count x count parts, row by row; what division leaves over at the right and bottom is dropped."""
+    h, w = (max(1, side // count) for side in image.shape[1:3])
+    return [image[:, y * h : (y + 1) * h, x * w : (x + 1) * w] for y in range(count) for x in range(count)]
+
+
+def merge_tiles(features: Tensor) -> Tensor:
+    """Features of n x n parts of one image to one feature of the size that the whole image has, ``1 ...``.
+
+    Tokens are laid out as the picture they are, stitched and averaged down again; the class token is the parts' mean.
+    A pooled embedding ``e`` is treated as a square picture of numbers where e is a square, and averaged where it is not
+    (ComfyUI_IPAdapter_plus stops there with an error).
+    """
+    grid = round(len(features) ** 0.5)
+    if features.ndim == 2:
+        side = round(features.shape[1] ** 0.5)
+        if side * side != features.shape[1]:
+            return features.mean(0, keepdim=True)
+        return _stitch(features[..., None], grid, side)[..., 0]
+    side = round((features.shape[1] - 1) ** 0.5)
+    if side * side != features.shape[1] - 1:
+        raise IncompatibleEncoderError(
+            f"the encoder gives {features.shape[1]} tokens, which are no square picture and a class token; tiles need that"
+        )
+    return torch.cat([features[:, :1].mean(0, keepdim=True), _stitch(features[:, 1:], grid, side)], 1)
+
+
+def _stitch(tokens: Tensor, grid: int, side: int) -> Tensor:
+    """Tokens ``(grid grid) (side side) c`` of a picture's parts, averaged to ``1 (side side) c`` of the whole."""
+    parts = tokens.unflatten(0, (grid, grid)).unflatten(2, (side, side))
+    whole = parts.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # c (grid side) (grid side)
+    return F.adaptive_avg_pool2d(whole, (side, side)).flatten(1).T[None]
 
 
 @torch.no_grad()
@@ -137,7 +285,7 @@ def combine_prompts(
         raise InvalidInputError("there are no image prompts to combine; give at least one")
     strengths = _check_strengths(strengths, len(prompts))
     spec, first = adapter.spec, prompts[0]
-    rank = {"image_embeds": 3, "penultimate": 4}[spec.feature]
+    rank = FEATURE_RANKS[spec.feature] + 1
     for prompt in prompts:
         if prompt.encoder != first.encoder:
             raise IncompatibleEncoderError(
@@ -183,7 +331,7 @@ def combine_prompts(
     return _project(adapter, first.encoder, features=combined, uncond=uncond, neutral=neutral, chunk=8)
 
 
-def combine_features(features: Sequence[Tensor], combine: Combine) -> Tensor:
+def combine_features(features: Sequence[Tensor], combine: Combine, rules: Rules = CORRECT) -> Tensor:
     """Combine features ``b k ...``, one entry per reference, to one ``b k ...``; a single entry is returned as it is.
 
     ``concat`` puts them side by side along k, so every reference keeps its own tokens. The others mix the encoder's
@@ -203,6 +351,8 @@ def combine_features(features: Sequence[Tensor], combine: Combine) -> Tensor:
             return stack[0] - stack[1:].mean(0)
         case "average":
             return stack.mean(0)
+        case "norm average" if rules.norm_average_over_images:
+            return (stack / torch.linalg.vector_norm(stack, dim=0, keepdim=True)).mean(0)
         case "norm average":
             norm = torch.linalg.vector_norm(stack, dim=-1, keepdim=True)
             return (stack / norm.clamp(min=1e-12)).mean(0) * norm.mean(0)
@@ -216,8 +366,14 @@ def _at_strength(features: Tensor, neutral: Tensor, strength: float) -> Tensor:
     return features if strength == 1 else neutral.to(features.device) * (1 - strength) + features * strength
 
 
+def _pixels(image: Tensor, encoder: ImageEncoder, crop: Crop, mask: Tensor | None, rules: Rules) -> Tensor:
+    if rules.host_pixels:
+        return preprocess_as_host(image, encoder, mask=mask)
+    return preprocess(image, encoder, crop=crop, mask=mask)
+
+
 def _encode(
-    adapter: AdapterWeights,
+    feature: Feature,
     encoder: ImageEncoder,
     pixels: list[Tensor],
     chunk: int,
@@ -227,7 +383,7 @@ def _encode(
     parts: list[Tensor] = []
     for start in range(0, len(pixels), chunk):
         group = [p.to(pixels[0].device) for p in pixels[start : start + chunk]]
-        parts.append(encoder.encode(torch.cat(group)).get(adapter.spec.feature).float())
+        parts.append(encoder.encode(torch.cat(group)).get(feature).float())
         if progress is not None:
             progress(min(start + chunk, len(pixels)), len(pixels))
     features = torch.cat(parts)
@@ -246,12 +402,19 @@ def _unconditional_pixels(rule: str, encoder: ImageEncoder, like: Tensor) -> Ten
 
 
 def _project(
-    adapter: AdapterWeights, encoder: str, *, features: Tensor, uncond: Tensor, neutral: Tensor | None, chunk: int
+    adapter: AdapterWeights,
+    encoder: str,
+    *,
+    features: Tensor,
+    uncond: Tensor,
+    neutral: Tensor | None,
+    chunk: int,
+    face_scale: float = 1.0,
 ) -> ImagePrompt:
     """The prompt of ``features`` ``b k ...``; uncond and neutral may have b or k = 1 and are spread."""
     b, k = features.shape[:2]
-    cond_tokens = _tokens(adapter, features, chunk)
-    uncond_tokens = _tokens(adapter, uncond, chunk)
+    cond_tokens = _tokens(adapter, features, chunk, face_scale)
+    uncond_tokens = _tokens(adapter, uncond, chunk, face_scale)
     return ImagePrompt(
         cond=cond_tokens.flatten(1, 2),
         uncond=uncond_tokens.expand(b, k, *uncond_tokens.shape[2:]).flatten(1, 2).contiguous(),
@@ -264,11 +427,11 @@ def _project(
     )
 
 
-def _tokens(adapter: AdapterWeights, features: Tensor, chunk: int) -> Tensor:
+def _tokens(adapter: AdapterWeights, features: Tensor, chunk: int, face_scale: float) -> Tensor:
     """Features ``b k ...`` to tokens ``b k n d``, ``chunk`` images at a time."""
     weight = next(adapter.module.projector.parameters())
     parts = features.flatten(0, 1).to(weight.device, weight.dtype).split(chunk)
-    flat = torch.cat([adapter.tokens(part) for part in parts])
+    flat = torch.cat([adapter.tokens(part, face_scale) for part in parts])
     return flat.unflatten(0, features.shape[:2])
 
 

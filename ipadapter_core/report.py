@@ -14,6 +14,10 @@ FAMILIES = {
     "base": "base (linear projector)",
     "plus": "plus (Resampler); plus-face and composition adapters have the same shape",
     "full-face": "full-face (MLP, every encoder token)",
+    "faceid": "FaceID (face embedding; 16 tokens: portrait)",
+    "faceid-plus": "FaceID Plus (face embedding and picture of the face)",
+    "faceid-unnorm": "FaceID portrait unnorm (raw face embedding)",
+    "instantid": "InstantID (raw face embedding; wants its ControlNet too)",
 }
 
 

@@ -156,6 +156,9 @@ class WeightSchedule:
     linear in between. Outside ``start_percent..end_percent`` the image does not act.
     ``composition_strength`` and ``boost`` are the secondary strengths of the presets that use them; None follows
     ``strength``.
+    ``layers`` are (``t_idx``, factor) pairs that replace the preset's factors: layers not listed are off, and of the
+    preset only remains which sites it flips.
+    ``latent_strengths`` are strengths per latent of the batch and replace ``strength``; the last one repeats.
     """
 
     strength: float = 1.0
@@ -167,6 +170,8 @@ class WeightSchedule:
     boost: float | None = None
     site_factors: tuple[SiteRule, ...] = ()
     curve: tuple[tuple[float, float], ...] = field(default=())
+    layers: tuple[tuple[int, float], ...] = ()
+    latent_strengths: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -180,6 +185,8 @@ class WeightSchedule:
         for rule in self.site_factors:
             if not math.isfinite(rule.factor):
                 raise InvalidInputError(f"the factor of {rule.where!r} is {rule.factor}, which is not a finite number")
+        if not all(math.isfinite(f) for f in (*(factor for _, factor in self.layers), *self.latent_strengths)):
+            raise InvalidInputError("layer weights and strengths per latent must be finite numbers")
         percents = [percent for percent, _ in self.curve]
         if percents != sorted(percents) or any(not 0 <= p <= 1 for p in percents):
             raise InvalidInputError(f"curve points need percents that rise within 0..1, got {percents}")
@@ -220,6 +227,8 @@ class WeightSchedule:
         composition = self.strength if self.composition_strength is None else self.composition_strength
         boost = self.strength if self.boost is None else self.boost
         preset = PRESETS[self.preset](PresetContext(site, layout, roles, self.strength, composition, boost))
+        if self.layers:
+            preset = SiteWeight(dict(self.layers).get(site.transformer, 0.0) * self.strength, preset.flipped)
         factors = [rule.factor for rule in self.site_factors if _matches(rule.where, site, roles)]
         return SiteWeight(preset.weight * factors[-1], preset.flipped) if factors else preset
 
@@ -270,6 +279,21 @@ def parse_site_factors(text: str) -> tuple[SiteRule, ...]:
         )
         rules.append(SiteRule(where, float(match["factor"])))
     return tuple(rules)
+
+
+def parse_layers(text: str) -> tuple[tuple[int, float], ...]:
+    """Read layer weights such as ``3: 0.5, 6: 1`` (index of the weight presets: factor), separated by commas or lines."""
+    layers: list[tuple[int, float]] = []
+    for entry in (part for part in text.replace("\n", ",").split(",") if part.strip()):
+        try:
+            index, factor = entry.split(":")
+            layers.append((int(index), float(factor)))
+        except ValueError:
+            raise InvalidInputError(
+                f"cannot read {entry.strip()!r} in the layer weights; write entries such as '3: 0.5, 6: 1' "
+                "(index of the layer: weight)"
+            ) from None
+    return tuple(layers)
 
 
 def parse_curve(text: str) -> tuple[tuple[float, float], ...]:

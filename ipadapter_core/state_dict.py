@@ -112,6 +112,31 @@ def describe_state_dict(source: Source, *, name: str | None = None) -> TensorFil
     return _open(source, name, shapes_only=True)
 
 
+def open_tensors(source: str | os.PathLike[str]) -> list[tuple[Tensor, bool]]:
+    """The tensors of a pickle that holds one, or a list of some (each with True): what `.ipadpt` files are.
+
+    Raises what `open_state_dict` raises.
+    """
+    path = Path(source)
+    name = path.name
+    head = _first_bytes(path)
+    if head[:4] == b"PK\x03\x04":
+        _check_zip(path, name, path.stat().st_size)
+        content = _load_pickle(path, name, mmap=False)
+    elif head[:1] == b"\x80":
+        _check_tar(path, name)
+        content = _load_pickle(path, name, mmap=False)
+    else:
+        raise CorruptFileError(_not_weights(head, path.stat().st_size, name))
+    if isinstance(content, Tensor):
+        return [(_plain("embeds", content, name), False)]
+    items = cast("list[object]", content) if isinstance(content, (list, tuple)) else []
+    tensors = [(_plain("embeds", item, name), True) for item in items if isinstance(item, Tensor)]
+    if not tensors or len(tensors) != len(items):
+        raise CorruptFileError(f"{name} holds a {type(content).__name__}; a tensor, or a list of them, was expected.")
+    return tensors
+
+
 def _open(source: Source, name: str | None, *, shapes_only: bool) -> TensorFile:
     if isinstance(source, Mapping):
         name = name or "state dict"
@@ -241,6 +266,12 @@ def _read_safetensors(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def _read_zip_pickle(path: Path, name: str, size: int) -> dict[str, Tensor]:
+    _check_zip(path, name, size)
+    return _unpickle(path, name, mmap=True)
+
+
+def _check_zip(path: Path, name: str, size: int) -> None:
+    """Raise for a zip that is no plain PyTorch file."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -256,10 +287,14 @@ def _read_zip_pickle(path: Path, name: str, size: int) -> dict[str, Tensor]:
     # torch.save stores, never compresses. A compressed member can grow to any size when read.
     if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > size for member in members):
         raise CorruptFileError(f"{name} was compressed again after it was saved: save it anew with torch.save.")
-    return _unpickle(path, name, mmap=True)
 
 
 def _read_legacy_pickle(path: Path, name: str) -> dict[str, Tensor]:
+    _check_tar(path, name)
+    return _unpickle(path, name, mmap=False)
+
+
+def _check_tar(path: Path, name: str) -> None:
     try:
         # Before 2.6, torch's reader of its oldest format, a tar, ran code even with weights_only (CVE-2025-32434).
         is_tar = tarfile.is_tarfile(path)
@@ -270,18 +305,21 @@ def _read_legacy_pickle(path: Path, name: str) -> dict[str, Tensor]:
             f"{name} is a tar archive in PyTorch's format of before 2017, which cannot be opened without running what "
             "is in it. Nothing was run; use a .safetensors version of the file."
         )
-    return _unpickle(path, name, mmap=False)
+
+
+def _load_pickle(path: Path, name: str, *, mmap: bool) -> object:
+    try:
+        if mmap and path.suffix.lower() != ".safetensors":
+            return cast(object, torch.load(str(path), map_location="cpu", weights_only=True, mmap=True))
+        # by path, newer torch hands a pickle named .safetensors to the safetensors reader
+        with path.open("rb") as file:
+            return cast(object, torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged pickle fails in any way there is
+        raise _unpickling_error(error, path, name) from None
 
 
 def _unpickle(path: Path, name: str, *, mmap: bool) -> dict[str, Tensor]:
-    try:
-        if mmap and path.suffix.lower() != ".safetensors":
-            content: object = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-        else:  # by path, newer torch hands a pickle named .safetensors to the safetensors reader
-            with path.open("rb") as file:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle fails in any way there is
-        raise _unpickling_error(error, path, name) from None
+    content = _load_pickle(path, name, mmap=mmap)
     if isinstance(content, Tensor):
         raise CorruptFileError(f"{name} holds one single tensor, a table of named weights was expected.")
     if not isinstance(content, Mapping):

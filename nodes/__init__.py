@@ -11,6 +11,7 @@ from .encode_image_prompt import EncodeImagePrompt
 from .extract_lora import ExtractLoRA
 from .inspect_adapter import InspectAdapter
 from .inspect_lora import InspectLoRA
+from .legacy import LEGACY_NODES
 from .load_ip_adapter import LoadIPAdapter
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
@@ -41,4 +42,5 @@ class ImagePromptExtension(ComfyExtension):
 
 def comfy_entrypoint() -> ImagePromptExtension:
     host.register_model_folder()
+    host.register_nodes(LEGACY_NODES)
     return ImagePromptExtension()

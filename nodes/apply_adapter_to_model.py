@@ -7,9 +7,9 @@ from dataclasses import replace
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import PRESETS, SCALINGS, ImagePrompt, WeightSchedule
+from ..ipadapter_core import PRESETS, SCALINGS, ImagePrompt, WeightSchedule, rules_for
 from . import host
-from .sockets import CATEGORY, Prompt, Schedule, adapter_input
+from .sockets import CATEGORY, Prompt, Schedule, adapter_input, compatibility_input
 
 
 class ApplyAdapterToModel(io.ComfyNode):
@@ -69,6 +69,7 @@ class ApplyAdapterToModel(io.ComfyNode):
                 Schedule.Input(
                     "schedule", optional=True, tooltip="From Adapter Schedule: curve over steps, table per site."
                 ),
+                compatibility_input(),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )
@@ -86,6 +87,7 @@ class ApplyAdapterToModel(io.ComfyNode):
         end: float,
         mask: Tensor | None = None,
         schedule: WeightSchedule | None = None,
+        compatibility: str = "correct",
     ) -> io.NodeOutput:
         settings = replace(
             schedule or WeightSchedule(),
@@ -95,5 +97,5 @@ class ApplyAdapterToModel(io.ComfyNode):
             start_percent=start,
             end_percent=end,
         )
-        patched, _ = host.apply(model, adapter, image_prompt, settings, mask)
+        patched, _ = host.apply(model, adapter, image_prompt, settings, mask, rules_for(compatibility))
         return io.NodeOutput(patched)

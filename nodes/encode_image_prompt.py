@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ipadapter_core import parse_numbers
 from . import host
-from .sockets import CATEGORY, Prompt, adapter_input, combine_input
+from .sockets import CATEGORY, Prompt, adapter_input, combine_input, compatibility_input
 
 
 class EncodeImagePrompt(io.ComfyNode):
@@ -53,6 +53,7 @@ class EncodeImagePrompt(io.ComfyNode):
                     "mask", optional=True, tooltip="Part of the reference that counts (white); same size as the image."
                 ),
                 io.Image.Input("negative", optional=True, tooltip="An image to steer away from."),
+                compatibility_input(),
             ],
             outputs=[Prompt.Output(display_name="image_prompt")],
         )
@@ -70,8 +71,10 @@ class EncodeImagePrompt(io.ComfyNode):
         per_latent: bool,
         mask: Tensor | None = None,
         negative: Tensor | None = None,
+        compatibility: str = "correct",
     ) -> io.NodeOutput:
         options = {"crop": crop, "combine": combine, "unconditional": unconditional, "per_latent": per_latent}
+        options["compatibility"] = compatibility
         values = parse_numbers(strengths) or None
         prompt = host.encode(adapter, clip_vision, image, masks=mask, negative=negative, strengths=values, **options)
         return io.NodeOutput(prompt)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import comfy.clip_vision
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
 import folder_paths
@@ -24,21 +26,29 @@ from server import PromptServer
 from torch import Tensor
 
 from ..ipadapter_core import (
+    AdapterError,
     AdapterPatch,
+    AdapterSpec,
     AdapterWeights,
     ImageFeatures,
     ImagePrompt,
     InvalidInputError,
     RegionMask,
+    Rules,
     WeightSchedule,
     bake,
+    describe_adapter,
     encode_image_prompt,
     load_adapter,
+    rules_for,
 )
 from ..ipadapter_core.backends import comfy as backend
 from ..ipadapter_core.backends import comfy_lora as lora_backend
+from ..ipadapter_core.checkpoints import as_version
+from ..ipadapter_core.faces import FaceAnalyzer, open_face_model
 from ..ipadapter_core.lora import LoRAWeights, load_lora
 from ..ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
+from ..ipadapter_core.state_dict import describe_state_dict
 from ..ipadapter_core.training.config import parse_config, parse_overrides
 from ..ipadapter_core.training.job import run_job
 
@@ -82,15 +92,142 @@ def load_ip_adapter(file: str) -> ManagedAdapter:
     key = (path, stat.st_mtime_ns, stat.st_size)
     adapter = _LOADED.get(key)
     if adapter is None:
-        device = comfy.model_management.get_torch_device()
-        half = comfy.model_management.should_use_fp16(device)
-        weights = load_adapter(path, name=file, dtype=torch.float16 if half else torch.float32)
-        # Plain modules in a plain patcher: dynamic (per-layer) loading buys nothing for layers that run once per prompt.
-        patcher = comfy.model_patcher.ModelPatcher(
-            weights.module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
-        )
-        adapter = _LOADED[key] = ManagedAdapter(weights, patcher)
+        adapter = _LOADED[key] = manage(path, file)
     return adapter
+
+
+def manage(source: str | Mapping[str, object], name: str) -> ManagedAdapter:
+    """Load an adapter's file or state dict and hand its weights to the memory manager."""
+    device = comfy.model_management.get_torch_device()
+    half = comfy.model_management.should_use_fp16(device)
+    weights = load_adapter(source, name=name, dtype=torch.float16 if half else torch.float32)
+    # Plain modules in a plain patcher: dynamic (per-layer) loading buys nothing for layers that run once per prompt.
+    patcher = comfy.model_patcher.ModelPatcher(
+        weights.module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    return ManagedAdapter(weights, patcher)
+
+
+def of_version(adapter: ManagedAdapter, version: int) -> ManagedAdapter:
+    """A FaceID Plus adapter read as version 1 or 2 (other families as they are); the weights are shared."""
+    spec = adapter.weights.spec
+    if spec.options.get("version") in (None, version):
+        return adapter
+    return ManagedAdapter(as_version(adapter.weights, version), adapter.patcher)
+
+
+_DESCRIBED: dict[tuple[str, int, int], AdapterSpec | None] = {}
+
+
+def describe_file(file: str) -> AdapterSpec | None:
+    """What a file of the adapters' folder is, without its numbers; None if it is no adapter."""
+    path = folder_paths.get_full_path_or_raise(FOLDER, file)
+    stat = os.stat(path)
+    key = (path, stat.st_mtime_ns, stat.st_size)
+    if key not in _DESCRIBED:
+        try:
+            _DESCRIBED[key] = describe_adapter(path, name=file)
+        except (AdapterError, OSError):
+            _DESCRIBED[key] = None
+    return _DESCRIBED[key]
+
+
+def folder_of(kind: str) -> str:
+    """Where files of a kind belong: the first folder of its name."""
+    return folder_paths.get_folder_paths(kind)[0]
+
+
+def clip_vision_files() -> list[str]:
+    return folder_paths.get_filename_list("clip_vision")
+
+
+def clip_vision_widths(file: str) -> tuple[int, int] | None:
+    """Hidden size and projection width of an image encoder's file; None if it is none."""
+    try:
+        shapes = describe_state_dict(folder_paths.get_full_path_or_raise("clip_vision", file)).tensors
+    except (AdapterError, OSError):
+        return None
+    hidden = next((t.shape[0] for k, t in shapes.items() if k.endswith("class_embedding")), None)
+    width = next((t.shape for k, t in shapes.items() if k.endswith(("visual_projection.weight", "visual.proj"))), None)
+    if hidden is None or width is None:
+        return None
+    return int(hidden), int(width[0] if width[1] == hidden else width[1])
+
+
+_CLIP_VISION: WeakValueDictionary[tuple[str, int, int], Any] = WeakValueDictionary()
+
+
+def load_clip_vision(file: str) -> Any:
+    """ComfyUI's CLIP_VISION of a file, one copy however many nodes load it."""
+    path = folder_paths.get_full_path_or_raise("clip_vision", file)
+    stat = os.stat(path)
+    key = (path, stat.st_mtime_ns, stat.st_size)
+    model = _CLIP_VISION.get(key)
+    if model is None:
+        model = comfy.clip_vision.load(path)
+        if model is None:
+            raise InvalidInputError(f"{file} in models/clip_vision is no image encoder that ComfyUI knows")
+        _CLIP_VISION[key] = model
+    return model
+
+
+def load_lora_tensors(file: str) -> dict[str, Tensor]:
+    return comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", file), safe_load=True)
+
+
+def apply_lora_by_host(model: Any, lora: dict[str, Tensor], strength: float) -> Any:
+    """The model with a LoRA by ComfyUI's own loader."""
+    return comfy.sd.load_lora_for_models(model, None, dict(lora), strength, 0)[0]
+
+
+_FACE_MODELS: dict[tuple[str, str], FaceAnalyzer] = {}
+
+
+def load_face_model(pack: str, provider: str) -> FaceAnalyzer:
+    """A face model of ``models/insightface``, one copy per pack and provider."""
+    key = (pack, provider)
+    if key not in _FACE_MODELS:
+        root = Path(folder_paths.models_dir) / "insightface"
+        _FACE_MODELS[key] = open_face_model(root, pack, provider)
+    return _FACE_MODELS[key]
+
+
+def unique_save_path(prefix: str, extension: str) -> str:
+    """A new file ``<prefix>_00001<extension>`` in the output folder."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    while os.path.exists(path := os.path.join(folder, f"{name}_{counter:05}{extension}")):
+        counter += 1
+    return path
+
+
+def input_files(extensions: tuple[str, ...]) -> list[str]:
+    """Files of these extensions anywhere below the input folder."""
+    root = folder_paths.get_input_directory()
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+    return sorted(os.path.relpath(path, root) for path in found if path.endswith(extensions))
+
+
+def input_path(name: str) -> str:
+    return folder_paths.get_annotated_filepath(name)
+
+
+def register_nodes(classes: Mapping[str, tuple[type, str]]) -> list[str]:
+    """Add V1 node classes (with their display names) under names that nobody has taken; returns those taken.
+
+    ComfyUI loads either V1 or V3 nodes of a pack, and a name that two packs declare goes to the one loaded last: a
+    drop-in must not take a name from the pack it stands in for.
+    """
+    import nodes as host_nodes
+
+    package = __name__.rsplit(".", 2)[0]  # this pack as ComfyUI imported it: its folder, dots written as _x_
+    module = "custom_nodes." + os.path.basename(package.replace("_x_", "."))
+    taken = [name for name in classes if name in host_nodes.NODE_CLASS_MAPPINGS]
+    for name, (node, title) in classes.items():
+        if name not in taken:
+            node.RELATIVE_PYTHON_MODULE = module
+            host_nodes.NODE_CLASS_MAPPINGS[name] = node
+            host_nodes.NODE_DISPLAY_NAME_MAPPINGS[name] = title
+    return taken
 
 
 def adapter_fingerprint(file: str) -> str:
@@ -129,7 +266,8 @@ class ClipVisionEncoder:
 def encode(adapter: ManagedAdapter, clip_vision: Any, images: Tensor, **options: Any) -> ImagePrompt:
     """encode_image_prompt with ComfyUI's encoder, memory manager and progress bar."""
     encoder = ClipVisionEncoder(clip_vision)
-    return encode_image_prompt(adapter.to_device(), encoder, images, progress=progress_bar(), **options)
+    rules = rules_for(options.pop("compatibility", "correct"))
+    return encode_image_prompt(adapter.to_device(), encoder, images, progress=progress_bar(), rules=rules, **options)
 
 
 def progress_bar() -> Callable[[int, int], None]:
@@ -149,12 +287,18 @@ def show_in_node(text: str, node_id: str) -> None:
 
 
 def apply(
-    model: Any, adapter: ManagedAdapter, prompt: ImagePrompt, schedule: WeightSchedule, mask: Tensor | None
+    model: Any,
+    adapter: ManagedAdapter,
+    prompt: ImagePrompt,
+    schedule: WeightSchedule,
+    mask: Tensor | None,
+    rules: Rules | None = None,
 ) -> tuple[Any, AdapterPatch]:
     """Bake the prompt for this model and hook it onto a clone."""
     layout = backend.comfy_layout(model)
-    region = None if mask is None else RegionMask.from_tensor(mask)
-    patch = bake(adapter.weights, prompt, layout, schedule, region, prepare=adapter.to_device)
+    rules = rules or rules_for("correct")
+    region = None if mask is None else RegionMask.from_tensor(mask, clamp=not rules.stretched_masks)
+    patch = bake(adapter.weights, prompt, layout, schedule, region, prepare=adapter.to_device, rules=rules)
     return backend.apply(model, patch, attention), patch
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..ipadapter_core import COMPATIBILITIES
+
 CATEGORY = "image prompt"
 LORA_CATEGORY = "image prompt/lora"
 
@@ -43,3 +45,14 @@ MODE_TOOLTIP = (
 
 def strength_input(name: str, what: str) -> io.Input:
     return io.Float.Input(name, default=1.0, min=-20.0, max=20.0, step=0.05, tooltip=f"{what} {STRENGTH_TOOLTIP}")
+
+
+def compatibility_input() -> io.Input:
+    return io.Combo.Input(
+        "compatibility",
+        options=list(COMPATIBILITIES),
+        default="correct",
+        optional=True,
+        tooltip="correct: as the adapters were trained. IPAdapter_plus: the picture that ComfyUI_IPAdapter_plus makes with "
+        "these settings, its errors included; set it on both the encode and the apply node.",
+    )

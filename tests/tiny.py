@@ -25,8 +25,13 @@ def adapter_shapes(
     inner_dim: int = 128,
     ff_dim: int | None = None,
     depth: int = 2,
+    face_dim: int = 12,
+    lora_rank: int = 0,
 ) -> dict[str, tuple[int, ...]]:
-    """Flat key to shape of an adapter of the family "base", "plus" or "full-face"."""
+    """Flat key to shape of an adapter of the family "base", "plus", "full-face", "faceid" or "faceid-plus".
+
+    With a LoRA of `lora_rank` inside, as FaceID files have it (the channels of self-attention are those of its cross one).
+    """
     h, i, ff = hidden_dim, inner_dim, 4 * hidden_dim if ff_dim is None else ff_dim
     proj: dict[str, tuple[int, ...]]
     if family == "base":
@@ -69,12 +74,32 @@ def adapter_shapes(
             "proj.3.weight": (token_dim,),
             "proj.3.bias": (token_dim,),
         }
+    elif family in ("faceid", "faceid-plus"):
+        proj = {
+            "proj.0.weight": (2 * face_dim, face_dim),
+            "proj.0.bias": (2 * face_dim,),
+            "proj.2.weight": (num_tokens * token_dim, 2 * face_dim),
+            "proj.2.bias": (num_tokens * token_dim,),
+            "norm.weight": (token_dim,),
+            "norm.bias": (token_dim,),
+        }
+        if family == "faceid-plus":
+            sizes = {"token_dim": token_dim, "num_tokens": 1, "feature_dim": feature_dim, "hidden_dim": token_dim}
+            reader = adapter_shapes(
+                "plus", channels=(), inner_dim=token_dim, ff_dim=4 * token_dim, depth=depth, **sizes
+            )
+            reader = {key.removeprefix("image_proj."): shape for key, shape in reader.items()}
+            proj |= {f"perceiver_resampler.{key}": shape for key, shape in reader.items() if key != "latents"}
     else:
         raise ValueError(family)
     shapes = {f"image_proj.{key}": shape for key, shape in proj.items()}
     for n, c in enumerate(channels):
         shapes[f"ip_adapter.{2 * n + 1}.to_k_ip.weight"] = (c, token_dim)
         shapes[f"ip_adapter.{2 * n + 1}.to_v_ip.weight"] = (c, token_dim)
+        for number, context in ((2 * n, c), (2 * n + 1, token_dim)) if lora_rank else ():
+            for part, width in (("q", c), ("k", context), ("v", context), ("out", c)):
+                shapes[f"ip_adapter.{number}.to_{part}_lora.down.weight"] = (lora_rank, width)
+                shapes[f"ip_adapter.{number}.to_{part}_lora.up.weight"] = (c, lora_rank)
     return shapes
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import split_heads
+from ..batch import Frames
 from ..errors import IncompatibleAdapterError
 from ..layouts import layout_of
 from ..masks import Area
@@ -300,7 +301,30 @@ def site_call(q: Tensor, heads: int, options: Options) -> SiteCall:
     step = note.step if isinstance(note, CallNote) else note if isinstance(note, StepNote) else None
     shape = options.get("activations_shape")
     grid = (int(shape[-2]), int(shape[-1])) if shape is not None and shape[-2] * shape[-1] == q.shape[1] else None
-    return SiteCall(q, heads, branches, step.percent if step is not None else _unknown_percent, latent, grid, areas)
+    return SiteCall(
+        q,
+        heads,
+        branches,
+        step.percent if step is not None else _unknown_percent,
+        latent,
+        grid,
+        areas,
+        _frames(options.get("ad_params")),
+        tuple(order),
+        (int(size[-2]), int(size[-1])) if size is not None else None,
+    )
+
+
+def _frames(ad_params: Any) -> Frames | None:
+    """AnimateDiff's context window: ``{"sub_idxs": [...] or None, "full_length": n}``."""
+    if not isinstance(ad_params, Mapping):
+        return None
+    params = cast("Mapping[str, Any]", ad_params)
+    numbers = params.get("sub_idxs")
+    if numbers is None:
+        return None
+    frames = tuple(int(number) for number in numbers)
+    return Frames(frames, int(params.get("full_length") or max(frames) + 1))
 
 
 def _unknown_percent() -> float:

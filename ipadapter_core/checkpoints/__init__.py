@@ -21,8 +21,9 @@ from ..errors import AdapterError, CorruptFileError, InvalidInputError, UnknownF
 from ..image_encoder import ENCODERS
 from ..projectors import TORCH, Operations
 from ..state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
-from . import base, full_face, plus
+from . import base, face_resampler, faceid, faceid_plus, full_face, plus
 from .containers import normalise, recognise
+from .embedded_lora import check_lora, kohya_lora, take_lora
 from .format import (
     BARE,
     AdapterModule,
@@ -42,12 +43,21 @@ __all__ = [
     "AdapterSpec",
     "AdapterWeights",
     "Format",
+    "as_version",
     "describe_adapter",
+    "kohya_lora",
     "load_adapter",
     "save_adapter",
 ]
 
-FORMATS: tuple[Format, ...] = (base.FORMAT, plus.FORMAT, full_face.FORMAT)
+FORMATS: tuple[Format, ...] = (
+    base.FORMAT,
+    plus.FORMAT,
+    full_face.FORMAT,
+    faceid.FORMAT,
+    faceid_plus.FORMAT,
+    face_resampler.FORMAT,
+)
 
 Layout = Literal["flat", "nested"]
 EXTENSIONS: Mapping[Layout, tuple[str, ...]] = {
@@ -74,7 +84,7 @@ def load_adapter(
     """
     file = open_state_dict(source, name=name)
     try:
-        spec, format, tensors = _read(file)
+        spec, format, tensors, lora = _read(file)
         module = empty_module(format, spec, BARE if operations is TORCH else operations)
         check_finite(tensors)
     except AdapterError as error:
@@ -82,7 +92,7 @@ def load_adapter(
     if dtype is None:
         dtype = reduce(_wider, (tensor.dtype for tensor in tensors.values()))
     module.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
-    return AdapterWeights(spec, module.requires_grad_(False).eval(), file.name, file.metadata)
+    return AdapterWeights(spec, module.requires_grad_(False).eval(), file.name, file.metadata, lora)
 
 
 def describe_adapter(source: Source, *, name: str | None = None) -> AdapterSpec:
@@ -125,7 +135,7 @@ def save_adapter(
     texts = {**adapter.metadata, **_as_metadata(adapter.spec), **(metadata or {})}
     if not all(isinstance(text, str) for entry in texts.items() for text in cast("tuple[object, object]", entry)):
         raise InvalidInputError("metadata must be text to text: write numbers as strings.")
-    state = adapter.module.checkpoint_state()
+    state = {**adapter.module.checkpoint_state(), **adapter.lora}
     if any(tensor.is_meta for tensor in state.values()):
         raise InvalidInputError(f"{adapter.name} has shapes but no numbers (meta tensors): load it from a file first.")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -159,16 +169,18 @@ def _write(state: dict[str, Tensor], path: Path, layout: Layout, texts: dict[str
         os.fsync(file.fileno())
 
 
-def _read(file: TensorFile) -> tuple[AdapterSpec, Format, dict[str, Tensor]]:
-    """The spec, the format that claims the file, and its tensors under the keys of `AdapterModule`."""
+def _read(file: TensorFile) -> tuple[AdapterSpec, Format, dict[str, Tensor], dict[str, Tensor]]:
+    """The spec, the format that claims the file, its tensors under the keys of `AdapterModule`, and a LoRA inside."""
     state = normalise(file.tensors)
     format = _claim(state)
-    spec = format.parse(state)
+    state, lora = take_lora(state)
+    check_lora(lora)
+    spec = _told_apart(format.parse(state), file)
     try:
         module = empty_module(format, spec, BARE)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise CorruptFileError(f"its sizes do not make a network ({error}): the file is damaged.") from error
-    return _with_hints(spec, file.metadata), format, check_tensors(module, state)
+    return _with_hints(spec, file.metadata), format, check_tensors(module, state), lora
 
 
 def _claim(state: StateDict) -> Format:
@@ -228,6 +240,23 @@ def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:
     return spec
 
 
+def as_version(adapter: AdapterWeights, version: int) -> AdapterWeights:
+    """A FaceID Plus adapter read as version 1 or 2, against what its name says; the tensors are shared."""
+    spec = replace(adapter.spec, options={**adapter.spec.options, "version": version})
+    module = empty_module(faceid_plus.FORMAT, spec, BARE)
+    module.load_state_dict(adapter.module.state_dict(), assign=True)
+    return replace(adapter, spec=spec, module=module.requires_grad_(False).eval())
+
+
+def _told_apart(spec: AdapterSpec, file: TensorFile) -> AdapterSpec:
+    """Which of two families with the same shapes a file is."""
+    if spec.family == face_resampler.FORMAT.name:
+        return replace(spec, family=face_resampler.released_as(file.name, file.metadata))
+    if spec.family == faceid_plus.FORMAT.name:
+        return replace(spec, options={**spec.options, "version": faceid_plus.version(file.name, file.metadata)})
+    return spec
+
+
 def _contradicts(encoder: str, spec: AdapterSpec) -> bool:
     known = ENCODERS.get(encoder)
     return known is not None and known.width(spec.feature) != spec.feature_dim
@@ -243,6 +272,7 @@ def _as_metadata(spec: AdapterSpec) -> dict[str, str]:
         "feature": spec.feature,
         "feature_dim": str(spec.feature_dim),
         "unconditional": spec.unconditional,
+        **({"faceid_version": str(spec.options["version"])} if "version" in spec.options else {}),
     }
 
 

@@ -80,7 +80,7 @@ def _is_value_only(state: StateDict) -> bool:
     return _matches(r"^ip_adapter\..*to_v_ip")(state) and not _matches(r"^ip_adapter\..*to_k_ip")(state)
 
 
-_OTHER_FAMILY = "This family is not supported; base, plus and full-face adapters of SD1.5, SD2 and SDXL are"
+_OTHER_FAMILY = "This family is not supported; base, plus, full-face and FaceID adapters of SD1.5, SD2 and SDXL are"
 _NO_ADAPTER = "Choose an IP-Adapter file, e.g. ip-adapter-plus_sd15.safetensors"
 
 OTHER_FILES: tuple[tuple[Test, str, str], ...] = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptFileError, IncompatibleEncoderError
-from ..image_encoder import Feature, find_encoder
+from ..image_encoder import FEATURE_RANKS, Feature, find_encoder
 from ..projectors import TORCH, Operations
 from ..state_dict import StateDict
 
@@ -114,27 +114,36 @@ class AdapterWeights:
     module: AdapterModule
     name: str = "adapter"
     metadata: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+    lora: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], hash=False)
+    """The LoRA inside the file under its own keys (FaceID); embedded_lora.kohya_lora() names it for loaders."""
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return next(self.module.to_k_ip.parameters()).dtype
 
-    def tokens(self, features: Tensor) -> Tensor:
+    def tokens(self, features: Tensor, face_scale: float = 1.0) -> Tensor:
         """Image tokens `b n d` of features: `b e` image embeds or `b t e` penultimate states, see `spec.feature`.
+
+        `face_scale` is how much FaceID Plus v2 reads in the picture beside the face embedding.
 
         With layers of torch.nn the features are brought to the weights' device and dtype; layers that cast their own
         weights get them as they are. Raises IncompatibleEncoderError when the features have another rank or width.
         """
         spec = self.spec
-        rank = 2 if spec.feature == "image_embeds" else 3
+        rank = FEATURE_RANKS[spec.feature]
         if features.ndim != rank or features.shape[-1] != spec.feature_dim:
             expected = f"[batch, {spec.feature_dim}]" if rank == 2 else f"[batch, tokens, {spec.feature_dim}]"
             raise IncompatibleEncoderError(
                 f"{self.name} ({spec.family}, {spec.base_model}) needs {spec.feature} of shape {expected} from the "
                 f"{spec.encoder} image encoder and got {list(features.shape)}: choose that encoder."
             )
-        return cast(Tensor, self.module.projector(self._fitting(features)))
+        features = self._fitting(features)
+        if spec.feature == "face_tokens":
+            return cast(Tensor, self.module.projector(features, face_scale))
+        if spec.family in ("faceid-unnorm", "instantid"):
+            features = features[:, None]  # one token to read
+        return cast(Tensor, self.module.projector(features))
 
     def key_value(self, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Image keys and values `b n c` at the cross-attention of checkpoint order `index` (key number 2·index+1)."""

@@ -327,9 +327,10 @@ class ComfyServer:
         return self.get("/object_info/" + urllib.parse.quote(node))[node]
 
     def pack_nodes(self) -> dict[str, Any]:
-        """object_info of the nodes that come from our pack."""
+        """object_info of our own nodes; the old pack's class types, marked as deprecated, are left out."""
         module = f"custom_nodes.{PACK_NAME}"
-        return {name: info for name, info in self.object_info().items() if info.get("python_module") == module}
+        ours = {name: info for name, info in self.object_info().items() if info.get("python_module") == module}
+        return {name: info for name, info in ours.items() if not info.get("deprecated")}
 
     def import_problems(self) -> list[str]:
         """Log lines saying that our pack or the test pack did not load; empty when all is well."""

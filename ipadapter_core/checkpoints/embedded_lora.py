@@ -1,0 +1,89 @@
+"""The LoRA inside FaceID files: taken out, and named as LoRA loaders know it.
+
+A file numbers every attention of the UNet in the order down, up, mid: even numbers self-, odd ones cross-attention.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from ..errors import CorruptFileError
+from ..state_dict import StateDict
+
+LORA_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+LAYERS_AND_LORA = re.compile(
+    r"ip_adapter\.(0|[1-9][0-9]{0,4})\.(to_[kv]_ip\.weight|to_(q|k|v|out)_lora\.(down|up)\.weight)"
+)
+
+# blocks as (name, transformers, depth of each), in the order of the numbers
+_BLOCKS: dict[int, tuple[tuple[str, int, int], ...]] = {
+    16: (
+        *((f"down_blocks.{i}", 2, 1) for i in (0, 1, 2)),
+        *((f"up_blocks.{i}", 3, 1) for i in (1, 2, 3)),
+        ("mid_block", 1, 1),
+    ),
+    70: (
+        ("down_blocks.1", 2, 2),
+        ("down_blocks.2", 2, 10),
+        ("up_blocks.0", 3, 10),
+        ("up_blocks.1", 3, 2),
+        ("mid_block", 1, 10),
+    ),
+}
+
+
+def take_lora(state: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state without LoRA, and the LoRA under its keys in the file."""
+    lora = {key: tensor for key, tensor in state.items() if LORA_KEY.fullmatch(key)}
+    return {key: tensor for key, tensor in state.items() if key not in lora}, lora
+
+
+def check_lora(lora: StateDict) -> None:
+    """Raise CorruptFileError unless every down has an up of the same rank."""
+    for key, tensor in lora.items():
+        other = key.replace(".down.", ".up.") if ".down." in key else key.replace(".up.", ".down.")
+        axis = 0 if ".down." in key else 1
+        if (
+            other not in lora
+            or tensor.ndim != 2
+            or lora[other].ndim != 2
+            or lora[other].shape[1 - axis] != tensor.shape[axis]
+        ):
+            raise CorruptFileError(
+                f"the LoRA inside has '{key}' without a '{other}' that fits: the file is incomplete."
+            )
+
+
+def attention_paths(layers: int) -> tuple[str, ...] | None:
+    """diffusers' module paths of the transformer blocks in the order of the numbers; None for an unknown UNet."""
+    blocks = _BLOCKS.get(layers)
+    if blocks is None:
+        return None
+    return tuple(
+        f"{name}.attentions.{i}.transformer_blocks.{depth}"
+        for name, transformers, depths in blocks
+        for i in range(transformers)
+        for depth in range(depths)
+    )
+
+
+def kohya_lora(lora: StateDict, layers: int) -> dict[str, Tensor]:
+    """The LoRA of a FaceID file under kohya's keys (``lora_unet_…_attn2_to_k.lora_down.weight``), scale 1 (no alpha).
+
+    ``layers`` counts the adapter's cross-attentions. Raises CorruptFileError for a UNet whose names are not known.
+    """
+    paths = attention_paths(layers)
+    if paths is None:
+        raise CorruptFileError(f"the LoRA inside belongs to a UNet with {layers} cross-attentions; 16 and 70 are known")
+    named: dict[str, Tensor] = {}
+    for key, tensor in lora.items():
+        match = LORA_KEY.fullmatch(key)
+        assert match is not None
+        number, part, direction = int(match[1]), match[2], match[3]
+        if number // 2 >= len(paths):
+            raise CorruptFileError(f"'{key}' numbers an attention that a UNet with {layers} cross-attentions has not")
+        module = f"{paths[number // 2]}.attn{1 + number % 2}.to_{'out.0' if part == 'out' else part}"
+        named[f"lora_unet_{module.replace('.', '_')}.lora_{direction}.weight"] = tensor
+    return named

@@ -1,0 +1,96 @@
+"""FaceID Plus adapters, v1 and v2: a face embedding whose tokens read the encoder's tokens of the aligned face.
+
+Both versions have the same keys; v2 adds the face's own tokens to what they read ("shortcut"), with a weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..errors import CorruptFileError
+from ..projectors import Operations, ProjModelFaceIdPlus
+from ..state_dict import StateDict
+from .embedded_lora import LAYERS_AND_LORA
+from .faceid import MLP_KEYS
+from .format import AdapterSpec, Format, base_model, divided, encoder_name, layer_channels, shape_of
+
+PERCEIVER = "image_proj.perceiver_resampler."
+LAYER = re.compile(rf"{re.escape(PERCEIVER)}layers\.(0|[1-9][0-9]{{0,3}})\..*")
+
+
+def parse(state: StateDict) -> AdapterSpec:
+    hidden_dim, face_dim = shape_of(state, "image_proj.proj.0.weight", rank=2)
+    rows, _ = shape_of(state, "image_proj.proj.2.weight", rank=2)
+    (token_dim,) = shape_of(state, "image_proj.norm.weight", rank=1)
+    _, feature_dim = shape_of(state, f"{PERCEIVER}proj_in.weight", rank=2)
+    ff_dim, _ = shape_of(state, f"{PERCEIVER}layers.0.1.1.weight", rank=2)
+    inner_dim, _ = shape_of(state, f"{PERCEIVER}layers.0.0.to_q.weight", rank=2)
+    numbers = sorted({int(match[1]) for match in filter(None, map(LAYER.fullmatch, state))})
+    if numbers != list(range(len(numbers))):
+        raise CorruptFileError(f"perceiver_resampler.layers are numbered {numbers}: the file is incomplete.")
+    if feature_dim < face_dim:
+        raise CorruptFileError(
+            f"the encoder's tokens are {feature_dim} wide, less than the face embedding's {face_dim}."
+        )
+    channels = layer_channels(state, token_dim)
+    return AdapterSpec(
+        family=FORMAT.name,
+        base_model=base_model(token_dim, len(channels)),
+        num_tokens=divided(rows, token_dim, "image_proj.proj.2.weight"),
+        token_dim=token_dim,
+        feature="face_tokens",
+        feature_dim=feature_dim,
+        unconditional="zero_pixels",
+        encoder=encoder_name("penultimate", feature_dim),
+        layer_channels=channels,
+        options={
+            "hidden_dim": hidden_dim,
+            "face_dim": face_dim,
+            "depth": len(numbers),
+            "inner_dim": inner_dim,
+            "ff_dim": ff_dim,
+        },
+    )
+
+
+def version(name: str, metadata: Mapping[str, str]) -> int:
+    """1 or 2, which no shape tells: by metadata, else by the released file names."""
+    told = metadata.get("faceid_version", "")
+    if told in ("1", "2"):
+        return int(told)
+    return 2 if re.search(r"plus.?v2", name.replace("\\", "/").rsplit("/", 1)[-1], re.IGNORECASE) else 1
+
+
+def build(spec: AdapterSpec, operations: Operations) -> nn.Module:
+    sizes = {key: value for key, value in spec.options.items() if key != "version"}
+    return ProjModelFaceIdPlus(
+        spec.feature_dim,
+        spec.token_dim,
+        spec.num_tokens,
+        shortcut=spec.options.get("version") == 2,
+        operations=operations,
+        **sizes,
+    )
+
+
+def is_kolors(state: StateDict) -> bool:
+    """Kolors' file makes tokens for the UNet's own encoder_hid_proj (4096 -> 2048), which no layer here has."""
+    norm = state.get("image_proj.norm.weight")
+    return norm is not None and tuple(norm.shape) == (4096,)
+
+
+FORMAT = Format(
+    name="faceid-plus",
+    anchor="perceiver_resampler.proj_in.weight",
+    allowed=re.compile(
+        rf"{MLP_KEYS}|perceiver_resampler\.((proj_in|proj_out|norm_out)\.(weight|bias)|layers\.(0|[1-9][0-9]{{0,3}})\."
+        r"(0\.(norm1|norm2)\.(weight|bias)|0\.to_(q|kv|out)\.weight|1\.0\.(weight|bias)|1\.[13]\.weight))"
+    ),
+    parse=parse,
+    build=build,
+    unless=is_kolors,
+    layers=LAYERS_AND_LORA,
+)

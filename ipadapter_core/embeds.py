@@ -1,0 +1,82 @@
+"""Encoded references on disk: safetensors of our own, and the ``.ipadpt`` files of other tools."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CorruptFileError, InvalidInputError
+from .state_dict import open_state_dict, open_tensors
+
+EXTENSION = ".ipadpt.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedEmbeds:
+    """Features of references ``i ...`` (image embeds ``i e`` or tokens ``i t e``), those of no image, and texts."""
+
+    embeds: Tensor
+    negative: Tensor | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def save_embeds(path: str | os.PathLike[str], embeds: Tensor, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write features as safetensors with a description; returns the path."""
+    path = Path(path)
+    if embeds.ndim not in (2, 3):
+        raise InvalidInputError(f"embeds have 2 or 3 axes (images, [tokens,] width), got shape {tuple(embeds.shape)}")
+    texts = {"format": "pt", "kind": "image embeds", "shape": str(list(embeds.shape)), **(metadata or {})}
+    save_file({"embeds": embeds.detach().cpu().contiguous()}, path, metadata=texts)
+    return path
+
+
+def load_embeds(path: str | os.PathLike[str]) -> SavedEmbeds:
+    """Read features of any tool, without running code.
+
+    ComfyUI_IPAdapter_plus wrote one tensor (its first version a pair [positive, negative]), diffusers writes a list of
+    ``[2 b, n, ...]`` with the negative half first.
+
+    Raises CorruptFileError for what holds no such tensors, UnsafeFileError for pickles that carry code.
+    """
+    with Path(path).open("rb") as file:
+        is_safetensors = file.read(9)[8:9] == b"{"
+    if is_safetensors:
+        opened = open_state_dict(path)
+        if "embeds" not in opened.tensors:
+            raise CorruptFileError(
+                f"{opened.name} holds no tensor 'embeds'; choose a file that IPAdapter Save Embeds wrote."
+            )
+        return SavedEmbeds(opened.tensors["embeds"], opened.tensors.get("negative"), opened.metadata)
+    tensors = open_tensors(path)
+    name = Path(path).name
+    if len(tensors) != 1:
+        raise CorruptFileError(
+            f"{name} holds the embeds of {len(tensors)} adapters; one was expected: save one adapter's embeds."
+        )
+    tensor, is_list = tensors[0]
+    if is_list:  # diffusers, with guidance: negative and positive stacked; n images each
+        negative, positive = tensor.chunk(2) if len(tensor) % 2 == 0 else (None, tensor)
+        return SavedEmbeds(_joined(positive), None if negative is None else _joined(negative))
+    if tensor.ndim == 4 or (tensor.ndim == 3 and tensor.shape[0] == 2 and tensor.shape[1] < 16):
+        return SavedEmbeds(tensor[0], tensor[1])
+    return SavedEmbeds(tensor)
+
+
+def _joined(tensor: Tensor) -> Tensor:
+    """``b i ...`` as ``(b i) ...`` where the images have an axis of their own."""
+    return tensor.flatten(0, 1) if tensor.ndim == 4 or (tensor.ndim == 3 and tensor.shape[1] < 16) else tensor
+
+
+def combine_embeds(embeds: list[Tensor]) -> Tensor:
+    """Embeds ``i ...`` of several nodes, one after the other. Raises InvalidInputError for those that do not fit."""
+    first = embeds[0]
+    if any(e.ndim != first.ndim or e.shape[1:] != first.shape[1:] for e in embeds):
+        shapes = ", ".join(str(tuple(e.shape)) for e in embeds)
+        raise InvalidInputError(f"embeds of different encoders or kinds cannot be combined: {shapes}")
+    return torch.cat([e.to(first) for e in embeds])

@@ -1,0 +1,270 @@
+"""Workflows of ComfyUI_IPAdapter_plus rewritten with the nodes of this pack; the picture stays the same.
+
+Works on the format that ComfyUI's menu saves. Nodes keep their numbers, places and titles; an apply node becomes Apply
+Adapter to Model with Encode Image Prompt above it, a unified loader becomes Load IP-Adapter and Load CLIP Vision. What
+has no counterpart stays as it is, and runs under its old name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import InvalidInputError
+from .image_encoder import ENCODERS
+from .known_files import known_file
+from .legacy import SIMPLE_WEIGHT_TYPES
+
+Json = dict[str, Any]
+
+ADAPTER = "IMAGE_PROMPT_ADAPTER"
+SWITCH = "IPAdapter_plus"
+
+# class type: its widgets in order. Every one of these becomes an encode and an apply node.
+APPLY_WIDGETS: dict[str, tuple[str, ...]] = {
+    "IPAdapter": ("weight", "start_at", "end_at", "weight_type"),
+    "IPAdapterAdvanced": ("weight", "weight_type", "combine_embeds", "start_at", "end_at", "embeds_scaling"),
+    "IPAdapterBatch": ("weight", "weight_type", "start_at", "end_at", "embeds_scaling"),
+}
+UNIFIED = ("IPAdapterUnifiedLoader", "IPAdapterUnifiedLoaderCommunity")
+LOADERS = ("IPAdapterModelLoader", *UNIFIED)
+SOCKETS = {"model", "ipadapter", "image", "image_negative", "attn_mask", "clip_vision"}
+
+ENCODE_INPUTS = {
+    "adapter": ADAPTER,
+    "clip_vision": "CLIP_VISION",
+    "image": "IMAGE",
+    "mask": "MASK",
+    "negative": "IMAGE",
+}
+APPLY_INPUTS = {
+    "model": "MODEL",
+    "adapter": ADAPTER,
+    "image_prompt": "IMAGE_PROMPT",
+    "mask": "MASK",
+    "schedule": "IMAGE_PROMPT_SCHEDULE",
+}
+
+Edge = tuple[int, int, str]  # source node, its output, type
+
+
+@dataclass
+class Migration:
+    """A workflow being rewritten: its nodes, what every input is fed from, and what is to be told."""
+
+    workflow: Json
+    nodes: dict[int, Json]
+    edges: dict[tuple[int, str], Edge]
+    base: str
+    report: list[str] = field(default_factory=list[str])
+
+    def add(
+        self, kind: str, pos: list[float], inputs: Mapping[str, str], outputs: Mapping[str, str], widgets: list[Any]
+    ) -> int:
+        number = max(self.nodes) + 1
+        self.nodes[number] = {"id": number, "pos": pos, "size": [320, 200], "flags": {}, "order": 0, "mode": 0}
+        self.become(number, kind, inputs, outputs, widgets)
+        return number
+
+    def become(
+        self, number: int, kind: str, inputs: Mapping[str, str], outputs: Mapping[str, str], widgets: list[Any]
+    ) -> None:
+        node = self.nodes[number]
+        node |= {
+            "type": kind,
+            "inputs": [{"name": name, "type": type_, "link": None} for name, type_ in inputs.items()],
+            "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in outputs.items()],
+            "properties": {"Node name for S&R": kind},
+            "widgets_values": widgets,
+        }
+
+    def consumers(self, number: int, slot: int) -> list[tuple[int, str]]:
+        return [target for target, (source, output, _) in self.edges.items() if (source, output) == (number, slot)]
+
+    def finished(self) -> Json:
+        """The workflow with links numbered anew."""
+        links: list[list[Any]] = []
+        for node in self.nodes.values():
+            for output in node.get("outputs") or ():
+                output["links"] = []
+        for number, node in self.nodes.items():
+            for slot, entry in enumerate(node.get("inputs") or ()):
+                edge = self.edges.get((number, entry["name"]))
+                entry["link"] = None
+                if edge is not None:
+                    source, output, type_ = edge
+                    entry["link"] = len(links) + 1
+                    self.nodes[source]["outputs"][output]["links"].append(entry["link"])
+                    links.append([entry["link"], source, output, number, slot, type_])
+        last = {"last_node_id": max(self.nodes), "last_link_id": len(links)}
+        return {**self.workflow, "nodes": list(self.nodes.values()), "links": links, **last}
+
+
+def migrate(workflow: Mapping[str, Any], base: str | None = None) -> tuple[Json, list[str]]:
+    """The workflow with our nodes, and one line for each thing that changed or stays.
+
+    ``base`` (sd15 or sdxl) tells which files unified loaders mean; by default the checkpoint's name does.
+    Raises InvalidInputError for what is no saved workflow.
+    """
+    if not isinstance(workflow.get("nodes"), list) or not isinstance(workflow.get("links"), list):
+        raise InvalidInputError(
+            "this is no workflow as ComfyUI's menu saves it (nodes and links); one exported as API has no places: load it in "
+            "ComfyUI and save it"
+        )
+    made = _read(copy.deepcopy(dict(workflow)), base)
+    kept = dict(_kept(made))
+    loaders = [n for n, node in made.nodes.items() if node["type"] in LOADERS and n not in kept]
+    appliers = [n for n, node in made.nodes.items() if node["type"] in APPLY_WIDGETS and n not in kept]
+    visions = {number: _load(made, number) for number in loaders}
+    for number in appliers:
+        _apply(made, number, visions)
+    made.report += [f"{made.nodes[n]['type']} (node {n}) stays: {reason}" for n, reason in kept.items()]
+    return made.finished(), made.report
+
+
+def _read(workflow: Json, base: str | None) -> Migration:
+    nodes: dict[int, Json] = {node["id"]: node for node in workflow["nodes"]}
+    sources: dict[int, Edge] = {}
+    for link in workflow["links"]:
+        row = (
+            [link[k] for k in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")]
+            if isinstance(link, dict)
+            else link
+        )
+        sources[row[0]] = (row[1], row[2], row[5])
+    edges = {
+        (number, entry["name"]): sources[entry["link"]]
+        for number, node in nodes.items()
+        for entry in node.get("inputs") or ()
+        if entry.get("link") in sources
+    }
+    if base is None:
+        names = [
+            str(v) for node in nodes.values() if "Checkpoint" in node["type"] for v in node.get("widgets_values") or ()
+        ]
+        base = "sdxl" if any("xl" in name.lower() for name in names) else "sd15"
+    return Migration(workflow, nodes, edges, base)
+
+
+def _kept(made: Migration) -> Iterator[tuple[int, str]]:
+    """Nodes of the old pack that stay, and why; a loader stays with what it feeds."""
+    reasons: dict[int, str] = {}
+    for number, node in made.nodes.items():
+        kind = node["type"]
+        if kind in APPLY_WIDGETS:
+            reason = _obstacle(made, number)
+            if reason:
+                reasons[number] = reason
+        elif kind not in LOADERS and (kind.startswith(("IPA", "PrepImageFor")) or kind == "InsightFaceLoader"):
+            reasons[number] = "there is no node of ours for it"
+    changed = True
+    while changed:
+        changed = False
+        for number, node in made.nodes.items():
+            kind = node["type"]
+            if kind not in LOADERS:
+                continue
+            slot = 1 if kind in UNIFIED else 0
+            fed = [target for target, name in made.consumers(number, slot) if name == "ipadapter"]
+            if number not in reasons and (
+                len(fed) < len(made.consumers(number, slot))
+                or any(t in reasons or made.nodes[t]["type"] not in APPLY_WIDGETS for t in fed)
+            ):
+                reasons[number], changed = "something that stays is fed by it", True
+            if number in reasons:
+                for target in fed:
+                    if target not in reasons:
+                        reasons[target], changed = "its loader feeds nodes that stay", True
+    yield from reasons.items()
+
+
+def _obstacle(made: Migration, number: int) -> str:
+    node = made.nodes[number]
+    linked = {name for target, name in made.edges if target == number}
+    if linked - SOCKETS:
+        return f"{', '.join(sorted(linked - SOCKETS))} comes from another node"
+    if not {"model", "ipadapter", "image"} <= linked:
+        return "it is not connected"
+    loader = made.nodes[made.edges[number, "ipadapter"][0]]["type"]
+    if loader not in LOADERS:
+        return f"its adapter comes from {loader}"
+    if loader not in UNIFIED and "clip_vision" not in linked:
+        return "no image encoder is connected"
+    values = _values(node)
+    if values.get("weight_type") == "style and composition" and values.get("weight") != 1:
+        return "'style and composition' has a composition weight of 1 there, and ours follows the strength"
+    return ""
+
+
+def _values(node: Json) -> Json:
+    return dict(zip(APPLY_WIDGETS[node["type"]], node.get("widgets_values") or [], strict=False))
+
+
+def _load(made: Migration, number: int) -> int | None:
+    """Rewrite a loader; the node that loads its image encoder, if the old one did that too."""
+    node = made.nodes[number]
+    values = node.get("widgets_values") or [""]
+    if node["type"] not in UNIFIED:
+        made.become(number, "ImagePromptLoadAdapter", {}, {"adapter": ADAPTER}, [values[0]])
+        made.report.append(f"IPAdapterModelLoader (node {number}) is Load IP-Adapter")
+        return None
+    entry = known_file(str(values[0]), made.base)
+    file = entry.release.split(" from ")[0]
+    model = made.edges.get((number, "model"))
+    for target in made.consumers(number, 0):
+        if model is not None:
+            made.edges[target] = model
+        else:
+            made.edges.pop(target)
+    for target in made.consumers(number, 1):
+        made.edges[target] = (number, 0, ADAPTER)
+    for name in ("model", "ipadapter"):
+        made.edges.pop((number, name), None)
+    x, y = _place(node)
+    encoder = ENCODERS[entry.encoder].files[0]
+    vision = made.add("CLIPVisionLoader", [x, y + 130], {}, {"CLIP_VISION": "CLIP_VISION"}, [encoder])
+    old = node["type"]
+    made.become(number, "ImagePromptLoadAdapter", {}, {"adapter": ADAPTER}, [file])
+    made.report.append(
+        f"{old} (node {number}, {values[0]}) is Load IP-Adapter ({file}) and Load CLIP Vision ({encoder}), taken for an "
+        f"{'SDXL' if made.base == 'sdxl' else 'SD1.5'} model: choose your own files where they are called otherwise"
+    )
+    return vision
+
+
+def _apply(made: Migration, number: int, visions: Mapping[int, int | None]) -> None:
+    node = made.nodes[number]
+    old, values = node["type"], _values(node)
+    source, slot, _ = made.edges.pop((number, "ipadapter"))
+    vision = visions.get(source)
+    x, y = _place(node)
+    combine = values.get("combine_embeds", "concat")
+    encode = made.add(
+        "ImagePromptEncode", [x, y - 320], ENCODE_INPUTS, {"image_prompt": "IMAGE_PROMPT"},
+        ["center", combine, "", "auto", old == "IPAdapterBatch", SWITCH],
+    )  # fmt: skip
+    moved = {"clip_vision": "clip_vision", "image": "image", "image_negative": "negative"}
+    for name, new in moved.items():
+        edge = made.edges.pop((number, name), None)
+        if edge is not None:
+            made.edges[encode, new] = edge
+    if (encode, "clip_vision") not in made.edges and vision is not None:
+        made.edges[encode, "clip_vision"] = (vision, 0, "CLIP_VISION")
+    mask = made.edges.pop((number, "attn_mask"), None)
+    if mask is not None:
+        made.edges[number, "mask"] = mask
+    made.edges[encode, "adapter"] = made.edges[number, "adapter"] = (source, slot if vision is None else 0, ADAPTER)
+    made.edges[number, "image_prompt"] = (encode, 0, "IMAGE_PROMPT")
+    kind = values.get("weight_type", "linear")
+    preset = SIMPLE_WEIGHT_TYPES.get(kind, "linear") if old == "IPAdapter" else kind
+    widgets = [values.get("weight", 1.0), preset, values.get("embeds_scaling", "V only")]
+    widgets += [values.get("start_at", 0.0), values.get("end_at", 1.0), SWITCH]
+    made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, widgets)
+    made.report.append(f"{old} (node {number}) is Encode Image Prompt (node {encode}) and Apply Adapter to Model")
+
+
+def _place(node: Json) -> tuple[float, float]:
+    pos = node.get("pos") or [0, 0]
+    return (float(pos["0"]), float(pos["1"])) if isinstance(pos, dict) else (float(pos[0]), float(pos[1]))

@@ -1,0 +1,275 @@
+"""Reference pictures before the encoder sees them: cut square, sharpened, disturbed, cut into tiles.
+
+All pictures are ``b h w c`` in 0..1. The formulas, their rounding and their random numbers are those that users of
+ComfyUI_IPAdapter_plus have their pictures from; a private generator leaves everybody else's random numbers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .errors import InvalidInputError
+from .image_encoder import center_square
+
+Interpolation = Literal["LANCZOS", "BICUBIC", "HAMMING", "BILINEAR", "BOX", "NEAREST"]
+Position = Literal["top", "bottom", "left", "right", "center", "pad"]
+Noise = Literal["fade", "dissolve", "gaussian", "shuffle"]
+
+SIDE = 224
+"""Pixels on a side of what most encoders look at."""
+
+
+def prepare_square(
+    images: Tensor,
+    side: int = SIDE,
+    *,
+    interpolation: Interpolation = "LANCZOS",
+    position: Position = "center",
+    sharpening: float = 0.0,
+) -> Tensor:
+    """The square at ``position`` (or everything on a black square: ``pad``), resized with Pillow, then sharpened."""
+    _check(images)
+    pixels = images.movedim(-1, 1)
+    h, w = pixels.shape[-2:]
+    if position == "pad":
+        x, y = max(0, h - w) // 2, max(0, w - h) // 2
+        pixels = F.pad(pixels, (x, x, y, y))
+    else:
+        square = min(h, w)
+        x = {"left": 0, "right": w - square}.get(position, (w - square) // 2)
+        y = {"top": 0, "bottom": h - square}.get(position, (h - square) // 2)
+        pixels = pixels[..., y : y + square, x : x + square]
+    pixels = resize_with_pillow(pixels, side, side, interpolation)
+    return sharpen(pixels, sharpening).movedim(1, -1)
+
+
+def resize_with_pillow(pixels: Tensor, height: int, width: int, interpolation: Interpolation = "LANCZOS") -> Tensor:
+    """``b c h w`` through 8-bit pictures."""
+    if interpolation not in get_args(Interpolation):
+        raise InvalidInputError(
+            f"interpolation is {interpolation!r}; choose one of: {', '.join(get_args(Interpolation))}"
+        )
+    method = Image.Resampling[interpolation]
+    resized: list[Tensor] = []
+    for picture in pixels.detach().to("cpu", torch.float32):
+        eight_bits = picture.mul(255).byte().movedim(0, -1).squeeze(-1).numpy()
+        array = np.asarray(Image.fromarray(eight_bits).resize((width, height), method))
+        resized.append(torch.from_numpy(array.reshape(height, width, -1).copy()).movedim(-1, 0).float() / 255)
+    return torch.stack(resized)
+
+
+def sharpen(pixels: Tensor, amount: float) -> Tensor:
+    """Contrast-adaptive sharpening of ``b c h w``, 0 (unchanged) to 1.
+
+    Source: AMD FidelityFX CAS; https://github.com/Jamy-L/Pytorch-Contrast-Adaptive-Sharpening.
+    """
+    if amount <= 0:
+        return pixels
+    h, w = pixels.shape[-2:]
+    padded = F.pad(pixels, (1, 1, 1, 1))
+    around = [[padded[..., y : y + h, x : x + w] for x in range(3)] for y in range(3)]
+    cross = torch.stack([around[0][1], around[1][0], around[1][1], around[1][2], around[2][1]])
+    corners = torch.stack([around[0][0], around[0][2], around[2][0], around[2][2]])
+    low = cross.amin(0).clamp(min=0) + corners.amin(0).clamp(min=0)
+    high = cross.amax(0).clamp(max=1) + corners.amax(0).clamp(max=1)
+    # reciprocals, as the reference has them: another rounding can become another 8-bit value later
+    weight = -torch.sqrt(torch.reciprocal(high) * torch.minimum(low, 2 - high)) * (amount * (1 / 5 - 1 / 8) + 1 / 8)
+    plus = around[0][1] + around[1][0] + around[1][2] + around[2][1]
+    return torch.nan_to_num((plus * weight + around[1][1]) * torch.reciprocal(1 + 4 * weight)).clamp(0, 1)
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def noise_picture(kind: Noise, strength: float, blur: int = 0, images: Tensor | None = None) -> Tensor:
+    """Noise, or ``images`` disturbed by it, ``b 224 224 c``: something to steer away from.
+
+    The seed comes from the picture, so the same picture always gives the same noise.
+    """
+    if kind not in get_args(Noise):
+        raise InvalidInputError(f"the noise is {kind!r}; choose one of: {', '.join(get_args(Noise))}")
+    if images is None:
+        picture = torch.zeros(1, SIDE, SIDE, 3)
+    else:
+        _check(images)
+        picture = _resize_square(images).movedim(1, -1)
+    # in float32, summed as it lies in memory: the seed is part of the picture
+    generator = torch.Generator().manual_seed(int(torch.sum(picture).item()) % 1000000007)
+
+    def uniform() -> Tensor:
+        return torch.empty_like(picture).uniform_(generator=generator)
+
+    match kind:
+        case "fade":
+            result = picture * (1 - strength) + uniform() * strength
+        case "dissolve":
+            chosen = (uniform() < strength).float()
+            result = picture * (1 - chosen) + uniform() * chosen
+        case "gaussian":
+            result = picture + torch.empty_like(picture).normal_(generator=generator) * strength
+        case "shuffle":
+            shuffled = _shuffled(picture.movedim(-1, 1), 3.5 * (1 - strength), generator).movedim(1, -1)
+            noise = torch.empty_like(shuffled).normal_(generator=generator) * (strength * 0.75)
+            result = shuffled * (1 - noise) + noise
+    result = result.clamp(0, 1)
+    if blur > 0:
+        size = blur + (blur % 2 == 0)
+        result = _gaussian_blur(result.movedim(-1, 1), size, size * 0.15 + 0.35).movedim(1, -1)
+    return result
+
+
+def negative_picture(images: Tensor, noise: float) -> Tensor:
+    """A shuffled, noisy version of the references to steer away from (the ``noise`` input of the first nodes)."""
+    _check(images)
+    generator = torch.Generator().manual_seed(0)
+    shuffled = _shuffled(_resize_square(images), 3.5 * noise, generator).movedim(1, -1)
+    return shuffled + (0.25 * (1 - noise) + 0.05) * torch.empty_like(shuffled).normal_(generator=generator)
+
+
+def _resize_square(images: Tensor) -> Tensor:
+    square = center_square(images.detach().to("cpu", torch.float32).movedim(-1, 1))
+    resized = F.interpolate(square, (SIDE, SIDE), mode="bicubic", antialias=True)
+    # torchvision gives one single wide picture another memory layout, and with it the order of the random numbers
+    apart = len(images) == 1 and images.shape[2] > images.shape[1] != SIDE
+    return resized.contiguous() if apart else resized
+
+
+def _shuffled(pixels: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    """Pixels displaced at random by up to 75, smoothly for a large sigma, then turned by 180 degrees."""
+    h, w = pixels.shape[-2:]
+    steps: list[Tensor] = []
+    for extent in (w, h):
+        step = torch.rand(1, 1, h, w, generator=generator) * 2 - 1
+        if sigma > 0:
+            step = _gaussian_blur(step, int(8 * sigma + 1) // 2 * 2 + 1, sigma)
+        steps.append(step * 75.0 / extent)
+    torch.rand(2, generator=generator)  # two coins, both of which always decide for a flip
+    x, y = (torch.linspace((1 - n) / n, (n - 1) / n, n) for n in (w, h))
+    identity = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1)
+    grid = (identity + torch.cat(steps, 1).movedim(1, -1)).expand(len(pixels), -1, -1, -1)
+    seen = F.grid_sample(torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1), grid, align_corners=False)
+    return (seen[:, :-1] * seen[:, -1:]).flip(-2).flip(-1)
+
+
+def _gaussian_blur(pixels: Tensor, size: int, sigma: float) -> Tensor:
+    reach = (size - 1) / (2 * math.sqrt(2))
+    kernel = torch.softmax(-((torch.linspace(-reach, reach, size) / sigma) ** 2), 0)
+    channels = pixels.shape[1]
+    weight = (kernel[:, None] * kernel).expand(channels, 1, size, size)
+    half = size // 2
+    return F.conv2d(F.pad(pixels, (half, half, half, half), mode="reflect"), weight, groups=channels)
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+def region_tiles(
+    images: Tensor, mask: Tensor | None = None, sharpening: float = 0.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Parts of the references and the region mask of each: 256 on a side, at most four in the longer direction.
+
+    A nearly square reference becomes two by two parts. Returns parts ``b 256 256 c`` and masks ``m y x`` that together
+    cover the picture (or ``mask`` ``m h w``).
+    """
+    _check(images)
+    tile = 256
+    h, w = images.shape[1:3]
+    region = torch.ones(1, h, w) if mask is None else mask.detach().to("cpu", torch.float32)
+    region = _resize_bicubic(region[:, None] if region.ndim == 3 else region[None, None], h, w)
+    pixels = images.detach().cpu().movedim(-1, 1)
+    if 0.75 < h / w < 1.33:
+        pixels, region = center_square(pixels), center_square(region)
+        height = width = 2 * tile
+    else:
+        height, width = (tile, int(tile * w / h)) if h < w else (int(tile * h / w), tile)
+    pixels = resize_with_pillow(pixels, height, width)
+    region = _resize_bicubic(region, height, width)
+    if h / w > 4 or h / w < 0.25:
+        size = (tile, 4 * tile) if h < w else (4 * tile, tile)
+        pixels, region = (_center_crop(t, *size) for t in (pixels, region))
+    pixels = sharpen(pixels, sharpening).movedim(1, -1)
+    region = region[:, 0]
+
+    height, width = pixels.shape[1:3]
+    rows, columns = math.ceil(height / tile), math.ceil(width / tile)
+    down, right = (
+        tile - max(0, (count * tile - side) / max(count - 1, 1)) for count, side in ((rows, height), (columns, width))
+    )
+    tiles: list[Tensor] = []
+    masks: list[Tensor] = []
+    for row in range(rows):
+        for column in range(columns):
+            y, x = int(row * down), int(column * right)
+            part = (slice(None), slice(y, y + tile), slice(x, x + tile))
+            inside = torch.zeros(len(region), height, width)
+            inside[part] = region[part]
+            tiles.append(pixels[part])
+            masks.append(inside)
+    return tiles, masks
+
+
+def masked_tiles(image: Tensor, short_side_tiles: int, weight: float) -> tuple[Tensor, Tensor]:
+    """The tiles of IPAdapterTilesMasked, ``t y x c``, and their masks ``t h w`` filled with the tiles' weights.
+
+    Where there are several rows and columns, larger tiles of the whole picture with weight 1 come first.
+    """
+    _check(image)
+    tile, count = SIDE, max(short_side_tiles, 1)
+    h, w = image.shape[1:3]
+    height, width = (h * tile * count // w, tile * count) if w < h else (tile * count, w * tile * count // h)
+    pixels = F.interpolate(image.movedim(-1, 1), (height, width), mode="bicubic").movedim(1, -1)
+    counts: list[int] = []
+    starts: list[int] = []
+    for side in (height, width):
+        whole = side // tile
+        enlarge = side % tile >= tile // 4
+        counts.append(whole + enlarge)
+        starts.append(0 if enlarge else (side - tile * whole) // 2)
+    if 1 in counts:
+        weight = 1.0
+    tiles: list[Tensor] = []
+    masks: list[Tensor] = []
+    for row in range(counts[0]):
+        for column in range(counts[1]):
+            spans: list[slice] = []
+            for index, start, side in ((row, starts[0], height), (column, starts[1], width)):
+                begin = index * tile + start
+                end = begin + tile + start
+                spans.append(slice(side - tile, side) if end > side else slice(begin, end))
+            mask = torch.zeros(height, width)
+            mask[spans[0], spans[1]] = weight
+            tiles.append(pixels[0, spans[0], spans[1]])
+            masks.append(mask)
+    parts, regions = torch.stack(tiles), torch.stack(masks)
+    if 1 not in counts:
+        whole_parts, whole_regions = masked_tiles(pixels, 1, 1.0)
+        whole_parts = F.interpolate(whole_parts.movedim(-1, 1), parts.shape[1:3], mode="bicubic").movedim(1, -1)
+        whole_regions = F.interpolate(whole_regions[:, None], regions.shape[1:], mode="bicubic")[:, 0]
+        parts, regions = torch.cat([whole_parts, parts]), torch.cat([whole_regions, regions])
+    return parts, regions
+
+
+def _resize_bicubic(pixels: Tensor, height: int, width: int) -> Tensor:
+    if tuple(pixels.shape[-2:]) == (height, width):
+        return pixels
+    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+
+
+def _center_crop(pixels: Tensor, height: int, width: int) -> Tensor:
+    h, w = pixels.shape[-2:]
+    top, left = round((h - height) / 2), round((w - width) / 2)
+    return pixels[..., top : top + height, left : left + width]
+
+
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or 0 in images.shape or images.shape[-1] not in (1, 3, 4):
+        raise InvalidInputError(
+            f"pictures have the shape (count, height, width, 1, 3 or 4 channels), got {tuple(images.shape)}"
+        )

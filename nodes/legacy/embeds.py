@@ -1,0 +1,159 @@
+"""Encoded references as values of their own: encode, combine, apply, save, load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...ipadapter_core import combine_features, encode_features, prompt_from_features, rules_for, unconditional_features
+from ...ipadapter_core.embeds import EXTENSION, combine_embeds, load_embeds, save_embeds
+from ...ipadapter_core.image_encoder import check_encoder
+from ...ipadapter_core.legacy import LegacySettings
+from .. import host
+from .encode import vision
+from .pipeline import Pipeline, understand
+from .sockets import (
+    ADAPTER,
+    CLIP_VISION,
+    EMBEDS,
+    IMAGE,
+    MASK,
+    MODEL,
+    Inputs,
+    LegacyNode,
+    choice,
+    compatibility,
+    number,
+    scaling,
+    weight,
+    weight_type,
+    window,
+)
+
+
+class IPAdapterEncoder(LegacyNode):
+    REPLACEMENT = "Encode Image Prompt"
+    RETURN_TYPES = ("EMBEDS", "EMBEDS")
+    RETURN_NAMES = ("pos_embed", "neg_embed")
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {"ipadapter": ADAPTER, "image": IMAGE, "weight": number(1.0, -1.0, 3.0, 0.01)},
+            "optional": {"mask": MASK, "clip_vision": CLIP_VISION} | compatibility(),
+        }
+
+    def encode(
+        self, ipadapter: Any, image: Tensor, weight: float = 1.0, mask: Tensor | None = None, clip_vision: Any = None,
+        compatibility: str = "IPAdapter_plus",
+    ) -> tuple[Any, ...]:  # fmt: skip
+        rules = rules_for(compatibility)
+        found = understand(ipadapter)
+        encoder = vision(Pipeline(found.adapter, found.clip_vision if clip_vision is None else clip_vision))
+        spec = found.adapter.weights.spec
+        check_encoder(spec, encoder)
+        features = encode_features(spec.feature, encoder, image, mask=mask, rules=rules, progress=host.progress_bar())
+        neutral = unconditional_features(found.adapter.weights, encoder, features, rules)
+        if weight != 1:
+            features = features * weight if rules.features_scaled else neutral + (features - neutral) * weight
+        count = len(features) if spec.feature == "image_embeds" else 1
+        return features, neutral.expand(count, *neutral.shape[1:])
+
+
+class IPAdapterCombineEmbeds(LegacyNode):
+    REPLACEMENT = "Combine Image Prompts"
+    RETURN_TYPES = ("EMBEDS",)
+    FUNCTION = "batch"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        methods = choice(["concat", "add", "subtract", "average", "norm average", "max", "min"])
+        return {
+            "required": {"embed1": EMBEDS, "method": methods},
+            "optional": {f"embed{i}": EMBEDS for i in range(2, 6)} | compatibility(),
+        }
+
+    def batch(
+        self, embed1: Tensor, method: str, embed2: Tensor | None = None, embed3: Tensor | None = None,
+        embed4: Tensor | None = None, embed5: Tensor | None = None, compatibility: str = "IPAdapter_plus",
+    ) -> tuple[Any, ...]:  # fmt: skip
+        joined = combine_embeds([e for e in (embed1, embed2, embed3, embed4, embed5) if e is not None])
+        if method == "concat":
+            return (joined,)
+        return (combine_features(joined.split(1), method, rules_for(compatibility)),)
+
+
+class IPAdapterEmbeds(LegacyNode):
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply_ipadapter"
+    UNFOLD = False
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {"model": MODEL, "ipadapter": ADAPTER, "pos_embed": EMBEDS}
+            | weight(3.0)
+            | weight_type()
+            | window(),
+            "optional": scaling()
+            | {"neg_embed": EMBEDS, "attn_mask": MASK, "clip_vision": CLIP_VISION}
+            | compatibility(),
+        }
+
+    def apply_ipadapter(
+        self, model: Any, ipadapter: Any, pos_embed: Tensor, weight: Any, weight_type: str, start_at: float, end_at: float,
+        neg_embed: Tensor | None = None, attn_mask: Tensor | None = None, clip_vision: Any = None,
+        embeds_scaling: str = "V only", compatibility: str = "IPAdapter_plus",
+    ) -> tuple[Any, ...]:  # fmt: skip
+        found = understand(ipadapter)
+        rules = rules_for(compatibility)
+        settings = LegacySettings(
+            weight,
+            weight_type,
+            start_at=start_at,
+            end_at=end_at,
+            embeds_scaling=embeds_scaling,
+            unfold_batch=self.UNFOLD,
+        )
+        adapter = found.adapter.to_device()
+        if neg_embed is None:
+            clip_vision = found.clip_vision if clip_vision is None else clip_vision
+            encoder = None if clip_vision is None else host.ClipVisionEncoder(clip_vision)
+            neg_embed = unconditional_features(adapter, encoder, pos_embed, rules)
+        prompt = prompt_from_features(adapter, pos_embed, neg_embed, per_latent=self.UNFOLD, rules=rules)
+        model, _ = host.apply(model, found.adapter, prompt, settings.schedule(), attn_mask, rules)
+        return (model,)
+
+
+class IPAdapterEmbedsBatch(IPAdapterEmbeds):
+    UNFOLD = True
+
+
+class IPAdapterSaveEmbeds(LegacyNode):
+    REPLACEMENT = "this node still; it writes safetensors now"
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"embeds": EMBEDS, "filename_prefix": ("STRING", {"default": "IP_embeds"})}}
+
+    def save(self, embeds: Tensor, filename_prefix: str) -> dict[str, Any]:
+        path = save_embeds(host.unique_save_path(filename_prefix, EXTENSION), embeds)
+        return {"ui": {"text": [path.name]}}
+
+
+class IPAdapterLoadEmbeds(LegacyNode):
+    REPLACEMENT = "this node still"
+    RETURN_TYPES = ("EMBEDS",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"embeds": (host.input_files((".ipadpt", EXTENSION)),)}}
+
+    def load(self, embeds: str) -> tuple[Any, ...]:
+        return (load_embeds(host.input_path(embeds)).embeds,)

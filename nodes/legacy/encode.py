@@ -1,0 +1,149 @@
+"""References of an old node to image prompts: which encoder call each of its inputs becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...ipadapter_core import (
+    AdapterWeights,
+    ImagePrompt,
+    InvalidInputError,
+    Rules,
+    encode_features,
+    prompt_from_features,
+    unconditional_features,
+)
+from ...ipadapter_core.faces import CROP_SIZES, FaceAnalyzer, InsightFaceAnalyzer, find_faces
+from ...ipadapter_core.image_encoder import check_encoder
+from ...ipadapter_core.known_files import base_of
+from ...ipadapter_core.legacy import LegacySettings
+from ...ipadapter_core.projectors import pack_face
+from .. import host
+from .pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an old apply node is given to look at."""
+
+    image: Tensor
+    composition: Tensor | None = None
+    negative: Tensor | None = None
+    weight_faceidv2: float | None = None
+    weight_kolors: float = 1.0
+    batch_size: int = 0
+    tiles: int = 1
+    tile_ratio: float = 1.0
+    crop: int | None = None
+    """Side of the aligned face; None: by base model."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    prompt: ImagePrompt
+    composition: ImagePrompt | None = None
+    faces: Tensor | None = None
+
+
+def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacySettings, rules: Rules) -> Encoded:
+    """Encode and project the pictures of one node."""
+    if pipeline.adapter.weights.spec.feature in ("face", "face_tokens"):
+        return _encode_faces(pipeline, reference, settings, rules)
+    encoder = vision(pipeline)
+    adapter = pipeline.adapter.to_device()
+    feature = adapter.spec.feature
+    check_encoder(adapter.spec, encoder)
+    chunk = reference.batch_size or 8
+    options = {"rules": rules, "chunk": chunk, "progress": host.progress_bar()}
+    tiled = {**options, "tiles": min(reference.tiles, 16), "tile_ratio": reference.tile_ratio}
+    features = encode_features(feature, encoder, reference.image, **tiled)
+    if reference.negative is None:
+        uncond = unconditional_features(adapter, encoder, features, rules)
+    else:
+        uncond = encode_features(feature, encoder, reference.negative, **options)
+
+    def prompt(features: Tensor) -> ImagePrompt:
+        return prompt_from_features(
+            adapter, features, uncond, combine=settings.combine_embeds, per_latent=settings.unfold_batch,
+            chunk=chunk, encoder=encoder.name, rules=rules,
+        )  # fmt: skip
+
+    composition = None
+    if reference.composition is not None:
+        composition = prompt(encode_features(feature, encoder, reference.composition, **tiled))
+    return Encoded(prompt(features), composition)
+
+
+def _encode_faces(pipeline: Pipeline, reference: Reference, settings: LegacySettings, rules: Rules) -> Encoded:
+    """The face of every picture, and what an image encoder sees in its crop where the adapter reads that too."""
+    adapter = pipeline.adapter.to_device()
+    spec = adapter.spec
+    analyzer = face_analyzer(pipeline)
+    found = find_faces(analyzer, reference.image, reference.crop or CROP_SIZES[base_of(spec.token_dim)])
+    faces = found.embeddings if spec.family in ("faceid-unnorm", "instantid") else found.normed
+    chunk = reference.batch_size or 8
+    # as the old pack: where the node has no weight of its own for it, twice the weight
+    weight = settings.weight if isinstance(settings.weight, (int, float)) else settings.weight[0]
+    scale = 2 * weight if reference.weight_faceidv2 is None else reference.weight_faceidv2
+    if spec.feature == "face":
+        prompt = prompt_from_features(
+            adapter, faces, unconditional_features(adapter, None, faces), combine=settings.combine_embeds,
+            per_latent=settings.unfold_batch, chunk=chunk, encoder=analyzer.name, rules=rules,
+        )  # fmt: skip
+        return Encoded(prompt, faces=found.crops)
+    features, uncond, name = _face_tokens(pipeline, adapter, faces, found.crops, reference, rules, chunk)
+    prompt = prompt_from_features(
+        adapter, features, uncond, combine=settings.combine_embeds, per_latent=settings.unfold_batch,
+        chunk=chunk, encoder=name, rules=rules, face_scale=scale,
+    )  # fmt: skip
+    return Encoded(prompt, faces=found.crops)
+
+
+def _face_tokens(
+    pipeline: Pipeline,
+    adapter: AdapterWeights,
+    faces: Tensor,
+    crops: Tensor,
+    reference: Reference,
+    rules: Rules,
+    chunk: int,
+) -> tuple[Tensor, Tensor, str]:
+    encoder = vision(pipeline)
+    check_encoder(adapter.spec, encoder)
+    options = {"rules": rules, "chunk": chunk, "progress": host.progress_bar()}
+    features = pack_face(faces, encode_features("penultimate", encoder, crops, **options))
+    if reference.negative is None:
+        return features, unconditional_features(adapter, encoder, features, rules), encoder.name
+    negative = encode_features("penultimate", encoder, reference.negative, **options)
+    return features, pack_face(torch.zeros(len(negative), faces.shape[1]), negative), encoder.name
+
+
+def face_analyzer(pipeline: Pipeline) -> FaceAnalyzer:
+    """The face model on the insightface input: ours, or an insightface FaceAnalysis of another pack."""
+    model = pipeline.insightface
+    if model is None:
+        raise InvalidInputError(
+            f"{pipeline.adapter.weights.name} reads faces: connect IPAdapter InsightFace Loader to insightface, or load "
+            "everything with IPAdapter Unified Loader FaceID"
+        )
+    if hasattr(model, "find"):
+        return model
+    if hasattr(model, "get") and hasattr(model, "det_model"):
+        return InsightFaceAnalyzer(model, f"InsightFace {id(model):x}")
+    raise InvalidInputError(
+        f"the insightface input carries a {type(model).__name__}, which finds no faces; use the loader"
+    )
+
+
+def vision(pipeline: Pipeline) -> host.ClipVisionEncoder:
+    """The image encoder. Raises InvalidInputError where none is connected."""
+    if pipeline.clip_vision is None:
+        spec = pipeline.adapter.weights.spec
+        raise InvalidInputError(
+            f"{pipeline.adapter.weights.name} needs an image encoder ({spec.encoder}): connect Load CLIP Vision to "
+            "clip_vision, or load everything with an IPAdapter Unified Loader"
+        )
+    return host.ClipVisionEncoder(pipeline.clip_vision)

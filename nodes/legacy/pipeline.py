@@ -1,0 +1,101 @@
+"""The objects on the old pack's sockets: made so that its own nodes could read them, understood whoever made them.
+
+``IPADAPTER`` is either one adapter, a mapping with ``image_proj`` and ``ip_adapter``, or what a unified loader gives:
+``{"ipadapter": {"file", "model"}, "clipvision": {"file", "model"}, "insightface": {"provider", "model"}}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from ...ipadapter_core import InvalidInputError
+from .. import host
+
+
+class LegacyAdapter(Mapping[str, Any]):
+    """An adapter of ours that looks like the old pack's dictionary; tensors are gathered only when someone looks."""
+
+    def __init__(self, managed: host.ManagedAdapter) -> None:
+        self.managed = managed
+
+    def __getitem__(self, group: str) -> Any:
+        if group not in ("image_proj", "ip_adapter"):
+            raise KeyError(group)
+        weights = self.managed.weights
+        state = {**weights.module.checkpoint_state(), **weights.lora}
+        return {key.split(".", 1)[1]: value for key, value in state.items() if key.startswith(f"{group}.")}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("image_proj", "ip_adapter"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What an IPADAPTER input carries, in our own objects."""
+
+    adapter: host.ManagedAdapter
+    clip_vision: Any = None
+    insightface: Any = None
+
+
+_FOREIGN: WeakKeyDictionary[Tensor, host.ManagedAdapter] = WeakKeyDictionary()
+"""Adapters that another pack loaded, by one of their tensors."""
+
+
+def understand(value: Any) -> Pipeline:
+    """Read an IPADAPTER input. Raises InvalidInputError that says what was found there."""
+    if isinstance(value, host.ManagedAdapter):
+        return Pipeline(value)
+    if isinstance(value, LegacyAdapter):
+        return Pipeline(value.managed)
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(
+            f"the ipadapter input carries a {type(value).__name__}, which is no adapter that this pack knows; connect an "
+            "IPAdapter loader (or Load IP-Adapter of this pack)"
+        )
+    if "ipadapter" in value:
+        inner = _part(value, "ipadapter")
+        if inner is None:
+            raise InvalidInputError(
+                "the pipeline on the ipadapter input holds no adapter; load one with a unified loader"
+            )
+        return Pipeline(understand(inner).adapter, _part(value, "clipvision"), _part(value, "insightface"))
+    if not value.get("image_proj") or not value.get("ip_adapter"):
+        raise InvalidInputError(
+            f"the ipadapter input carries a table with {', '.join(map(str, list(value)[:6])) or 'nothing'}; "
+            "image_proj and ip_adapter were expected. Connect an IPAdapter loader"
+        )
+    anchor = next(iter(value["ip_adapter"].values()))
+    found = _FOREIGN.get(anchor) if isinstance(anchor, Tensor) else None
+    if found is None:
+        groups = {group: value[group] for group in ("image_proj", "ip_adapter")}
+        name = "faceid-plusv2 of another pack" if "faceidplusv2" in value else "the adapter of another pack"
+        name = "portrait-unnorm of another pack" if "portraitunnorm" in value else name
+        found = host.manage(groups, name)
+        if isinstance(anchor, Tensor):
+            _FOREIGN[anchor] = found
+    return Pipeline(found)
+
+
+def _part(pipeline: Mapping[str, Any], name: str) -> Any:
+    part = pipeline.get(name)
+    return part.get("model") if isinstance(part, Mapping) and "model" in part else None
+
+
+def pack(
+    adapter: host.ManagedAdapter, file: str, clip_vision: Any, clip_file: str | None, face: Any, provider: Any
+) -> dict[str, Any]:
+    """The dictionary that a unified loader hands on."""
+    return {
+        "clipvision": {"file": clip_file, "model": clip_vision},
+        "ipadapter": {"file": file, "model": LegacyAdapter(adapter)},
+        "insightface": {"provider": provider, "model": face},
+    }

@@ -1,0 +1,167 @@
+"""FaceID families: which file is which, their projectors against formulas in float64, and the LoRA inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from ipadapter_core.checkpoints import FORMATS, describe_adapter, kohya_lora, load_adapter, save_adapter
+from ipadapter_core.checkpoints.containers import normalise
+from ipadapter_core.errors import CorruptFileError, IncompatibleEncoderError
+from ipadapter_core.projectors import pack_face
+from ipadapter_core.prompt import encode_image_prompt, prompt_from_features
+from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, fill, tiny_state
+
+SD15 = {"token_dim": 768, "channels": SD15_CHANNELS, "face_dim": 512}
+SDXL = {"token_dim": 2048, "channels": SDXL_CHANNELS, "face_dim": 512}
+PLUS = {"feature_dim": 1280, "depth": 4}
+RAW = {"hidden_dim": 1280, "inner_dim": 1280, "depth": 4, "num_tokens": 16, "feature_dim": 512}
+
+# released name: shape of file, its sizes, parameters (catalogue A.6), family, base model, tokens, version
+RELEASED: dict[str, tuple[str, dict[str, object], int, str, str, int, int | None]] = {
+    "ip-adapter-faceid_sd15.bin": ("faceid", {**SD15, "lora_rank": 128}, 48_354_816, "faceid", "SD1.5", 4, None),
+    "ip-adapter-faceid-plus_sd15.bin": ("faceid-plus", {**SD15, **PLUS, "lora_rank": 128}, 78_260_736, "faceid-plus", "SD1.5", 4, 1),
+    "ip-adapter-faceid-plusv2_sd15.bin": ("faceid-plus", {**SD15, **PLUS, "lora_rank": 128}, 78_260_736, "faceid-plus", "SD1.5", 4, 2),
+    "ip-adapter-faceid_sdxl.bin": ("faceid", {**SDXL, "lora_rank": 128}, 535_507_968, "faceid", "SDXL", 4, None),
+    "ip-adapter-faceid-plusv2_sdxl.bin": ("faceid-plus", {**SDXL, **PLUS, "lora_rank": 128}, 743_707_648, "faceid-plus", "SDXL", 4, 2),
+    "ip-adapter-faceid-portrait_sd15.bin": ("faceid", {**SD15, "num_tokens": 16}, 32_291_328, "faceid", "SD1.5", 16, None),
+    "ip-adapter-faceid-portrait_sdxl.bin": ("faceid", {**SDXL, "num_tokens": 16}, 374_903_808, "faceid", "SDXL", 16, None),
+    "ip-adapter-faceid-portrait_sdxl_unnorm.bin": ("plus", {**SDXL, **RAW}, 0, "faceid-unnorm", "SDXL", 16, None),
+    "ip-adapter.bin": ("plus", {**SDXL, **RAW}, 0, "instantid", "SDXL", 16, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_files_by_their_shapes(name: str) -> None:
+    shape, sizes, parameters, family, base, tokens, version = RELEASED[name]
+    shapes = adapter_shapes(shape, **sizes)  # pyright: ignore[reportArgumentType]
+    state = {key: torch.empty(size, dtype=torch.float16, device="meta") for key, size in shapes.items()}
+    assert [format.detect(normalise(state)) for format in FORMATS].count(True) == 1
+    spec = describe_adapter(state, name=name)
+    assert (spec.family, spec.base_model, spec.num_tokens, spec.options.get("version")) == (
+        family,
+        base,
+        tokens,
+        version,
+    )
+    assert spec.feature == ("face_tokens" if family == "faceid-plus" else "face")
+    assert spec.encoder == ("ViT-H/14" if family == "faceid-plus" else "InsightFace")
+    adapter = load_adapter(state, name=name)
+    total = sum(p.numel() for p in adapter.module.parameters()) + sum(t.numel() for t in adapter.lora.values())
+    assert total == (parameters or sum(t.numel() for t in state.values()))
+
+
+def test_the_version_is_told_by_name_or_metadata_and_kept(tmp_path: Path) -> None:
+    state = tiny_state("faceid-plus", feature_dim=24, lora_rank=2)
+    for name, version in (
+        ("my-PlusV2.bin", 2),
+        ("plus_v2.bin", 2),
+        ("faceid-plus.bin", 1),
+        ("plusv2/faceid-plus.bin", 1),
+    ):
+        assert load_adapter(state, name=name).spec.options["version"] == version
+    saved = save_adapter(load_adapter(state, name="plusv2.bin"), tmp_path / "renamed.safetensors")
+    again = load_adapter(saved)
+    assert again.spec.options["version"] == 2
+    assert set(again.lora) == {key for key in state if "_lora" in key}
+
+
+# --- projectors in float64 --------------------------------------------------------------------------------------------
+
+
+def layer_norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def face_tokens(state: dict[str, Tensor], face: Tensor, dim: int) -> Tensor:
+    x = F.gelu(face @ state["proj.0.weight"].T + state["proj.0.bias"]) @ state["proj.2.weight"].T + state["proj.2.bias"]
+    return layer_norm(x.view(len(face), -1, dim), state, "norm")
+
+
+def perceive(state: dict[str, Tensor], latents: Tensor, x: Tensor, heads: int) -> Tensor:
+    p = "perceiver_resampler."
+    x = x @ state[f"{p}proj_in.weight"].T + state[f"{p}proj_in.bias"]
+    layer = 0
+    while f"{p}layers.{layer}.0.to_q.weight" in state:
+        a = f"{p}layers.{layer}.0."
+        queries = layer_norm(latents, state, f"{a}norm2")
+        context = torch.cat([layer_norm(x, state, f"{a}norm1"), queries], 1)
+        q = queries @ state[f"{a}to_q.weight"].T
+        k, v = (context @ state[f"{a}to_kv.weight"].T).chunk(2, -1)
+        q, k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
+        latents = latents + (weights @ v).transpose(1, 2).flatten(2) @ state[f"{a}to_out.weight"].T
+        f = f"{p}layers.{layer}.1."
+        hidden = F.gelu(layer_norm(latents, state, f"{f}0") @ state[f"{f}1.weight"].T)
+        latents = latents + hidden @ state[f"{f}3.weight"].T
+        layer += 1
+    out = latents @ state[f"{p}proj_out.weight"].T + state[f"{p}proj_out.bias"]
+    return layer_norm(out, state, f"{p}norm_out")
+
+
+def exact(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("image_proj."): t.double() for k, t in state.items() if k.startswith("image_proj.")}
+
+
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_faceid_tokens_equal_the_formula(tokens: int) -> None:
+    state = fill(adapter_shapes("faceid", token_dim=64, num_tokens=tokens), seed=3)
+    face = torch.randn(3, 12)
+    got = load_adapter(state).tokens(face)
+    assert_close(got.double(), face_tokens(exact(state), face.double(), 64), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "version"), [("plus.bin", 1), ("plusv2.bin", 2)])
+def test_faceid_plus_tokens_equal_the_formula(name: str, version: int) -> None:
+    state = fill(adapter_shapes("faceid-plus", token_dim=128, feature_dim=24), seed=4)
+    adapter = load_adapter(state, name=name)
+    face, picture = torch.randn(2, 12), torch.randn(2, 9, 24)
+    weights = exact(state)
+    own = face_tokens(weights, face.double(), 128)
+    read = perceive(weights, own, picture.double(), heads=2)
+    expected = own + 0.7 * read if version == 2 else read
+    assert_close(adapter.tokens(pack_face(face, picture), 0.7).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_faces_become_prompts_and_whole_pictures_are_refused() -> None:
+    adapter = load_adapter(tiny_state("faceid"), name="faceid.bin")
+    faces = torch.randn(2, 12)
+    prompt = prompt_from_features(adapter, faces, torch.zeros_like(faces[:1]))
+    assert prompt.cond.shape == (1, 8, 32)
+    with pytest.raises(IncompatibleEncoderError, match=r"faceid\.bin is a faceid adapter, which reads faces"):
+        encode_image_prompt(adapter, None, torch.zeros(1, 8, 8, 3))  # pyright: ignore[reportArgumentType]
+
+
+# --- the LoRA inside --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "first", "last"), [
+    (16, "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0"),
+    (70, "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", "lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0"),
+])  # fmt: skip
+def test_the_lora_is_named_as_loaders_know_it(layers: int, first: str, last: str) -> None:
+    state = tiny_state("faceid", channels=(8,) * layers, lora_rank=2)
+    adapter = load_adapter(state)
+    named = kohya_lora(adapter.lora, layers)
+    assert len(named) == len(adapter.lora) == layers * 2 * 4 * 2
+    assert_close(named[f"{first}.lora_down.weight"], state["ip_adapter.0.to_q_lora.down.weight"], rtol=0, atol=0)
+    assert_close(
+        named[f"{last}.lora_up.weight"], state[f"ip_adapter.{2 * layers - 1}.to_out_lora.up.weight"], rtol=0, atol=0
+    )
+
+
+def test_half_a_lora_is_refused() -> None:
+    state = tiny_state("faceid", lora_rank=2)
+    del state["ip_adapter.3.to_k_lora.up.weight"]
+    with pytest.raises(CorruptFileError, match=r"3\.to_k_lora\.down\.weight.* without"):
+        load_adapter(state)
+    with pytest.raises(CorruptFileError, match="3 cross-attentions; 16 and 70 are known"):
+        kohya_lora(load_adapter(tiny_state("faceid", lora_rank=2)).lora, 3)

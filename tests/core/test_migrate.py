@@ -1,0 +1,124 @@
+"""Workflows rewritten with our nodes: links, places and titles kept, and said what could not be."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipadapter_core.cli import main
+from ipadapter_core.errors import InvalidInputError
+from ipadapter_core.migrate import migrate
+
+OLD = os.environ.get("IPADAPTER_PLUS_PATH")
+
+
+def node(
+    number: int, kind: str, inputs: dict[str, tuple[str, int | None]], outputs: list[str], widgets: list[Any]
+) -> Any:
+    return {
+        "id": number, "type": kind, "pos": [100 * number, 50], "title": f"title {number}", "widgets_values": widgets,
+        "inputs": [{"name": name, "type": type_, "link": link} for name, (type_, link) in inputs.items()],
+        "outputs": [{"name": type_, "type": type_, "links": []} for type_ in outputs],
+    }  # fmt: skip
+
+
+def workflow(kind: str = "IPAdapterAdvanced", widgets: list[Any] | None = None, **extra: Any) -> dict[str, Any]:
+    """Checkpoint, unified loader, image and mask into one apply node, and a sampler behind it."""
+    values = widgets or [0.8, "ease in", "average", 0.1, 0.9, "K+V"]
+    sockets = {"model": ("MODEL", 2), "ipadapter": ("IPADAPTER", 3), "image": ("IMAGE", 4), "attn_mask": ("MASK", 5)}
+    nodes = [
+        node(1, "CheckpointLoaderSimple", {}, ["MODEL", "CLIP", "VAE"], ["sd15.safetensors"]),
+        node(2, "IPAdapterUnifiedLoader", {"model": ("MODEL", 1)}, ["MODEL", "IPADAPTER"], ["PLUS (high strength)"]),
+        node(3, "LoadImage", {}, ["IMAGE", "MASK"], ["a.png"]),
+        node(4, kind, {**sockets, **extra}, ["MODEL"], values),
+        node(5, "KSampler", {"model": ("MODEL", 6)}, ["LATENT"], [1]),
+    ]
+    links = [[1, 1, 0, 2, 0, "MODEL"], [2, 2, 0, 4, 0, "MODEL"], [3, 2, 1, 4, 1, "IPADAPTER"]]
+    links += [[4, 3, 0, 4, 2, "IMAGE"], [5, 3, 1, 4, 3, "MASK"], [6, 4, 0, 5, 0, "MODEL"]]
+    return {"nodes": nodes, "links": links, "version": 0.4, "groups": [{"title": "kept"}]}
+
+
+def fed_by(made: dict[str, Any]) -> dict[tuple[str, str], tuple[str, int]]:
+    """(type of node, input) to (type of the node that feeds it, output), checked from both sides."""
+    nodes = {n["id"]: n for n in made["nodes"]}
+    found: dict[tuple[str, str], tuple[str, int]] = {}
+    for number, source, slot, target, target_slot, kind in made["links"]:
+        assert number in nodes[source]["outputs"][slot]["links"]
+        entry = nodes[target]["inputs"][target_slot]
+        assert entry["link"] == number
+        if "IMAGE_PROMPT" in kind:
+            assert (entry["type"], nodes[source]["outputs"][slot]["type"]) == (kind, kind)
+        found[nodes[target]["type"], entry["name"]] = (nodes[source]["type"], slot)
+    return found
+
+
+def test_an_apply_node_becomes_encode_and_apply() -> None:
+    made, report = migrate(workflow())
+    assert fed_by(made) == {
+        ("ImagePromptApply", "model"): ("CheckpointLoaderSimple", 0),
+        ("ImagePromptApply", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptApply", "image_prompt"): ("ImagePromptEncode", 0),
+        ("ImagePromptApply", "mask"): ("LoadImage", 1),
+        ("ImagePromptEncode", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptEncode", "clip_vision"): ("CLIPVisionLoader", 0),
+        ("ImagePromptEncode", "image"): ("LoadImage", 0),
+        ("KSampler", "model"): ("ImagePromptApply", 0),
+    }
+    nodes = {n["type"]: n for n in made["nodes"]}
+    assert nodes["ImagePromptApply"]["widgets_values"] == [0.8, "ease in", "K+V", 0.1, 0.9, "IPAdapter_plus"]
+    assert nodes["ImagePromptEncode"]["widgets_values"] == ["center", "average", "", "auto", False, "IPAdapter_plus"]
+    assert nodes["ImagePromptLoadAdapter"]["widgets_values"] == ["ip-adapter-plus_sd15.safetensors"]
+    assert (nodes["ImagePromptApply"]["title"], nodes["ImagePromptApply"]["pos"]) == ("title 4", [400, 50])
+    assert made["groups"] == [{"title": "kept"}]
+    assert any("SD1.5" in line and "ip-adapter-plus_sd15" in line for line in report)
+
+
+def test_simple_nodes_and_sdxl_files() -> None:
+    made, _ = migrate(workflow("IPAdapter", [0.7, 0.0, 1.0, "prompt is more important"]), "sdxl")
+    nodes = {n["type"]: n for n in made["nodes"]}
+    assert nodes["ImagePromptApply"]["widgets_values"][:3] == [0.7, "ease out", "V only"]
+    assert nodes["ImagePromptLoadAdapter"]["widgets_values"] == ["ip-adapter-plus_sdxl_vit-h.safetensors"]
+
+
+def test_what_has_no_counterpart_stays_with_its_loader() -> None:
+    old = workflow("IPAdapterTiled")
+    made, report = migrate(old)
+    assert [n["type"] for n in made["nodes"]] == [n["type"] for n in old["nodes"]]
+    assert len(fed_by(made)) == 6
+    assert any("IPAdapterTiled (node 4) stays" in line for line in report)
+    assert any("IPAdapterUnifiedLoader (node 2) stays" in line for line in report)
+    weights = workflow(weight=("FLOAT", 4))
+    weights["links"].append([7, 3, 0, 4, 4, "FLOAT"])
+    weights["nodes"][3]["inputs"][-1]["link"] = 7
+    assert "weight comes from another node" in " ".join(migrate(weights)[1])
+
+
+def test_what_is_no_saved_workflow_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InvalidInputError, match="exported as API"):
+        migrate({"1": {"class_type": "IPAdapter"}})
+    file = tmp_path / "old.json"
+    file.write_text("{")
+    assert main(["migrate", str(file)]) == 1
+    assert "is no JSON file" in capsys.readouterr().err
+    file.write_text(json.dumps(workflow()))
+    assert main(["migrate", str(file)]) == 0
+    assert "Apply Adapter to Model" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "old.migrated.json").read_text())["nodes"]) == 7
+
+
+EXAMPLES = sorted(Path(OLD).glob("examples/*.json")) if OLD else []
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="no old pack at $IPADAPTER_PLUS_PATH")
+def test_the_old_packs_examples_migrate() -> None:
+    changed = 0
+    for file in EXAMPLES:
+        made, report = migrate(json.loads(file.read_text()))
+        fed_by(made)
+        changed += any(n["type"] == "ImagePromptApply" for n in made["nodes"])
+        assert report
+    assert changed >= 8

@@ -1,0 +1,164 @@
+"""The old pack's class types on a real ComfyUI: there under their names, with its widgets in its order; graphs that use them run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from host.comfy_server import ComfyServer, ExecutionFailed, Graph, Link
+from host.tiny_adapters import build_adapter
+from workflows.graph import _widget_names  # pyright: ignore[reportPrivateUsage]
+
+OLD = os.environ.get("IPADAPTER_PLUS_PATH")
+CONTROL = ["weight", "weight_type", "combine_embeds", "start_at", "end_at", "embeds_scaling"]
+BATCH = ["weight", "weight_type", "start_at", "end_at", "embeds_scaling"]
+FACE = ["weight", "weight_faceidv2", *CONTROL[1:]]
+STYLE = ["weight_style", "weight_composition", "expand_style"]
+FRAMES = ["frames", "start_frame", "end_frame", "add_starting_frames", "add_ending_frames"]
+
+# class type: widgets in the order in which old workflows store their values
+WIDGETS: dict[str, list[str]] = {
+    "IPAdapter": ["weight", "start_at", "end_at", "weight_type"],
+    "IPAdapterAdvanced": CONTROL,
+    "IPAdapterBatch": [*BATCH, "encode_batch_size"],
+    "IPAdapterFaceID": FACE,
+    "IPAAdapterFaceIDBatch": FACE,
+    "IPAdapterTiled": ["weight", "weight_type", "combine_embeds", "start_at", "end_at", "sharpening", "embeds_scaling"],
+    "IPAdapterTiledBatch": ["weight", "weight_type", "start_at", "end_at", "sharpening", "embeds_scaling", "encode_batch_size"],
+    "IPAdapterEmbeds": BATCH,
+    "IPAdapterEmbedsBatch": BATCH,
+    "IPAdapterStyleComposition": [*STYLE, *CONTROL[2:]],
+    "IPAdapterStyleCompositionBatch": [*STYLE, *CONTROL[3:]],
+    "IPAdapterMS": [*FACE, "layer_weights"],
+    "IPAdapterClipVisionEnhancer": [*CONTROL, "enhance_tiles", "enhance_ratio"],
+    "IPAdapterClipVisionEnhancerBatch": [*BATCH, "enhance_tiles", "enhance_ratio", "encode_batch_size"],
+    "IPAdapterFromParams": ["combine_embeds", "embeds_scaling"],
+    "IPAdapterPreciseStyleTransfer": ["weight", "style_boost", *CONTROL[2:]],
+    "IPAdapterPreciseStyleTransferBatch": ["weight", "style_boost", *CONTROL[2:]],
+    "IPAdapterPreciseComposition": ["weight", "composition_boost", *CONTROL[2:]],
+    "IPAdapterPreciseCompositionBatch": ["weight", "composition_boost", *CONTROL[2:]],
+    "IPAdapterUnifiedLoader": ["preset"],
+    "IPAdapterUnifiedLoaderFaceID": ["preset", "lora_strength", "provider"],
+    "IPAdapterUnifiedLoaderCommunity": ["preset"],
+    "IPAdapterModelLoader": ["ipadapter_file"],
+    "IPAdapterInsightFaceLoader": ["provider", "model_name"],
+    "IPAdapterEncoder": ["weight"],
+    "IPAdapterCombineEmbeds": ["method"],
+    "IPAdapterNoise": ["type", "strength", "blur"],
+    "PrepImageForClipVision": ["interpolation", "crop_position", "sharpening"],
+    "IPAdapterSaveEmbeds": ["filename_prefix"],
+    "IPAdapterLoadEmbeds": ["embeds"],
+    "IPAdapterWeights": ["weights", "timing", *FRAMES, "method"],
+    "IPAdapterWeightsFromStrategy": [],
+    "IPAdapterPromptScheduleFromWeightsStrategy": ["prompt"],
+    "IPAdapterCombineWeights": ["weights_1", "weights_2"],
+    "IPAdapterRegionalConditioning": ["image_weight", "prompt_weight", "weight_type", "start_at", "end_at"],
+    "IPAdapterCombineParams": [],
+    "IPAdapterApply": ["weight", "noise", "weight_type", "start_at", "end_at", "unfold_batch"],
+    "IPAdapterApplyFaceID": ["weight", "noise", "weight_type", "start_at", "end_at", "faceid_v2", "weight_v2", "unfold_batch"],
+    "IPAdapterApplyEncoded": ["weight", "weight_type", "start_at", "end_at", "unfold_batch"],
+    "IPAdapterTilesMasked": ["weight", "noise", "weight_type", "start_at", "end_at", "short_side_tiles", "tile_weight"],
+    "IPAdapterBatchEmbeds": [],
+    "InsightFaceLoader": ["provider"],
+    "PrepImageForInsightFace": ["crop_position", "sharpening", "pad_around"],
+}  # fmt: skip
+
+
+def test_every_class_type_has_the_old_widgets_in_the_old_order(server: ComfyServer) -> None:
+    found = server.object_info()
+    missing = [name for name in WIDGETS if name not in found]
+    assert missing == [], server.log[-3000:]
+    assert server.import_problems() == []
+    for name, widgets in WIDGETS.items():
+        names = [widget for widget in _widget_names(found[name]) if widget != "compatibility"]
+        assert names == widgets, name
+        assert found[name]["deprecated"] is True
+        assert found[name]["python_module"] == "custom_nodes.comfyui-image-prompt"
+
+
+EXAMPLES = sorted(Path(OLD).glob("examples/*.json")) if OLD else []
+UNSUPPORTED = {"IPAdapterFaceIDKolors"}
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="no old pack at $IPADAPTER_PLUS_PATH")
+def test_the_old_packs_examples_fit_our_nodes(server: ComfyServer) -> None:
+    """Every value of its nodes fits the widget at its place, and every link a socket of its type."""
+    info = server.object_info()
+    seen: set[str] = set()
+    for file in EXAMPLES:
+        workflow = json.loads(file.read_text())
+        types = {node["id"]: node["type"] for node in workflow["nodes"]}
+        for node in workflow["nodes"]:
+            kind = node["type"]
+            if kind not in WIDGETS:
+                assert not kind.startswith("IPA") or kind in UNSUPPORTED, kind
+                continue
+            seen.add(kind)
+            check_values(info[kind], node, file.name)
+            inputs = {**info[kind]["input"]["required"], **info[kind]["input"].get("optional", {})}
+            assert {entry["name"] for entry in node.get("inputs") or ()} <= set(inputs), (file.name, kind)
+        for _, source, slot, target, _, kind in workflow["links"]:
+            if types[source] in WIDGETS:
+                assert info[types[source]]["output"][slot] == kind, (file.name, types[source], types[target])
+    assert len(seen) > 10
+
+
+def check_values(info: dict[str, Any], node: dict[str, Any], where: str) -> None:
+    values = node.get("widgets_values") or []
+    names = list(_widget_names(info))
+    assert len(values) <= len(names), (where, node["type"], values, names)
+    for name, value in zip(names, values, strict=False):
+        kind, *options = {**info["input"]["required"], **info["input"].get("optional", {})}[name]
+        if name in ("ipadapter_file", "embeds"):
+            continue  # a file that this server has not
+        if isinstance(kind, list):
+            assert value in kind, (where, node["type"], name, value)
+        elif kind in ("FLOAT", "INT"):
+            assert options[0]["min"] <= value <= options[0]["max"], (where, node["type"], name, value)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+def sampled(graph: Graph, model: Link) -> str:
+    conds = [graph.add("TestConditioning", seed=seed, width=768) for seed in (1, 2)]
+    latent = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+    out = graph.add(
+        "KSampler", model=model, positive=conds[0], negative=conds[1], latent_image=latent, seed=0, steps=1, cfg=3.0,
+        sampler_name="euler", scheduler="normal", denoise=1.0,
+    )  # fmt: skip
+    return graph.add("TestSaveTensor", value=out).id
+
+
+def test_a_graph_of_old_nodes_follows_its_image(server: ComfyServer, sd15: str, adapters: Path) -> None:
+    file = server.add_model("ipadapter", build_adapter("plus", "sd15", adapters))
+    results: list[str] = []
+    for seed in (1, 2):
+        graph = Graph()
+        model = graph.add("CheckpointLoaderSimple", ckpt_name=sd15)
+        image = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=seed * 90000)
+        adapter = graph.add("IPAdapterModelLoader", ipadapter_file=file)
+        vision = graph.add("TestClipVision", seed=0)
+        # as graphs from before embeds_scaling have it: without that widget
+        applied = graph.add(
+            "IPAdapterAdvanced", model=model, ipadapter=adapter, image=image, clip_vision=vision, weight=0.9,
+            weight_type="ease out", combine_embeds="concat", start_at=0.0, end_at=1.0,
+        )  # fmt: skip
+        saved = sampled(graph, applied[0])
+        results.append(server.run(graph).sha256(saved))
+    assert results[0] != results[1]
+
+
+def test_a_missing_file_is_named_with_its_place(server: ComfyServer, sd15: str) -> None:
+    graph = Graph()
+    model = graph.add("CheckpointLoaderSimple", ckpt_name=sd15)
+    loader = graph.add("IPAdapterUnifiedLoader", model=model, preset="PLUS FACE (portraits)")
+    sampled(graph, loader[0])
+    with pytest.raises(
+        ExecutionFailed, match=r"no file for the preset 'PLUS FACE.*models/ipadapter.*ip-adapter-plus-face_sd15"
+    ):
+        server.run(graph)
