@@ -3,8 +3,8 @@
 A released UNet has drawn billions of pictures before an adapter meets it. One of 17 million parameters that has drawn a
 hundred thousand paints what a word means on average, and an adapter on it, frozen, hands over colours but hardly shapes.
 So the UNet and the text encoder go on learning while a plus adapter, begun from nothing, hands them picture tokens in three
-quarters of the samples, at times at some of the sites only, so that every depth learns to listen. The adapter is kept as the
-start of ``train_adapters plus``, where the UNet is frozen.
+quarters of the samples, at times at some of the sites only, so that every depth learns to listen. The adapter is kept as
+``ip-adapter-together.safetensors``, with which ``train_adapters plus --start-from`` can begin.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..checkpoints import load_adapter, save_adapter
 from ..image_encoder import CLIP_MEAN, CLIP_STD, TransformersImageEncoder
 from ..processors import IPAttnProcessor
 from ..projectors import Resampler
@@ -124,6 +125,20 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
     return cast(nn.ModuleDict, averaged)
 
 
+def save_together(models: nn.ModuleDict, work: Path) -> None:
+    """Write ``unet`` and ``text_encoder`` as plain models, and the adapter that learned with them as a file of its own."""
+    unet = cast(UNet2DConditionModel, models["unet"])
+    state = {f"image_proj.{key}": value for key, value in models["projector"].state_dict().items()}
+    for number, site in enumerate(unet.attn_processors.values()):
+        if isinstance(site, MatmulIPAttention):
+            state |= {f"ip_adapter.{number}.{key}": value for key, value in site.inner.state_dict().items()}
+    adapter = load_adapter({key: value.half() for key, value in state.items()}, name="ip-adapter-together")
+    save_adapter(adapter, work / "ip-adapter-together.safetensors")
+    unet.set_attn_processor(AttnProcessor())
+    unet.half().save_pretrained(work / "unet")
+    cast(CLIPTextModel, models["text"]).half().save_pretrained(work / "text_encoder")
+
+
 def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -139,8 +154,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     args = parser.parse_args(argv if argv is None else list(argv))
     args.work.mkdir(parents=True, exist_ok=True)
     models = train_together(load_pictures(args.pictures), args.world, args.work, args.steps, args.batch, args.lr)
-    cast(Any, models["unet"]).half().save_pretrained(args.work / "unet")
-    cast(Any, models["text"]).half().save_pretrained(args.work / "text_encoder")
+    save_together(models, args.work)
 
 
 if __name__ == "__main__":
