@@ -21,6 +21,9 @@ def sources(folder: Path) -> list[Path]:
     return found
 
 
+NOT_HOST = [path for path in sources(NODES) if path.parent != NODES / "host"]
+
+
 def dotted(path: Path) -> str:
     """``ipadapter_core.backends.comfy``; a package's ``__init__`` is the package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -186,24 +189,24 @@ def test_the_backends_do_not_know_each_other() -> None:
         assert offenders([CORE / f"backends/{diffusers}.py"], *foreign[1]) == []
 
 
-def test_only_the_comfy_backend_and_the_host_file_know_the_comfy_backend() -> None:
+def test_only_the_comfy_backend_and_the_host_room_know_the_comfy_backend() -> None:
     theirs = ("comfy.py", "comfy_lora.py")
     assert (
         offenders([p for p in sources(CORE) if p.name not in theirs], *core("backends.comfy", "backends.comfy_lora"))
         == []
     )
-    others = [p for p in sources(NODES) if p.name not in ("host.py",)]
     assert (
-        offenders(others, *core("backends.diffusers", "backends.diffusers_lora", "generate", "cli", "demo", "training"))
+        offenders(
+            NOT_HOST, *core("backends.diffusers", "backends.diffusers_lora", "generate", "cli", "demo", "training")
+        )
         == []
     )
 
 
-def test_only_host_py_asks_comfyui() -> None:
-    """comfy_api is the schema every node is written in; all else of the host goes through one file."""
-    others = [p for p in sources(NODES) if p.name != "host.py"]
-    assert offenders(others, *(HOST_MODULES - {"comfy_api", "nodes"})) == []
-    assert offenders([NODES / "host.py"], "comfy", "folder_paths"), "a rule could not fail"
+def test_only_the_host_room_asks_comfyui() -> None:
+    """comfy_api is the schema every node is written in; all else of the host goes through one room."""
+    assert offenders(NOT_HOST, *(HOST_MODULES - {"comfy_api", "nodes"})) == []
+    assert offenders(sources(NODES / "host"), "comfy", "folder_paths"), "a rule could not fail"
 
 
 def test_no_drawer_for_everything() -> None:
@@ -230,7 +233,7 @@ def test_every_node_is_in_the_one_list() -> None:
     assert sorted(names) == sorted(classes), "a node is not listed, or listed twice"
     imported = {a.name: n.module for n in tree.body if isinstance(n, ast.ImportFrom) and n.level for a in n.names}
     assert {name: imported.get(name) for name in names} == classes
-    unlisted = {p.stem for p in NODES.glob("*.py")} - {"__init__", "host", "sockets"} - set(classes.values())
+    unlisted = {p.stem for p in NODES.glob("*.py")} - {"__init__", "sockets"} - set(classes.values())
     assert unlisted == set(), "files in nodes/ without a node"
 
 

@@ -1,0 +1,122 @@
+"""Adapters under ComfyUI's memory manager: loaded, given image prompts, hooked onto a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ...ipadapter_core import (
+    AdapterError,
+    AdapterPatch,
+    AdapterSpec,
+    AdapterWeights,
+    ImagePrompt,
+    RegionMask,
+    Rules,
+    WeightSchedule,
+    bake,
+    describe_adapter,
+    encode_image_prompt,
+    load_adapter,
+    rules_for,
+)
+from ...ipadapter_core.backends import comfy as backend
+from ...ipadapter_core.checkpoints import as_version
+from .clip_vision import ClipVisionEncoder
+from .files import FOLDER, Version, file_version
+from .frontend import progress_bar
+
+
+@dataclass(eq=False)
+class ManagedAdapter:
+    """An adapter whose weights ComfyUI's memory manager moves and unloads."""
+
+    weights: AdapterWeights
+    patcher: comfy.model_patcher.ModelPatcher
+
+    def to_device(self) -> AdapterWeights:
+        """The weights, on the compute device until the memory manager needs the room."""
+        comfy.model_management.load_models_gpu([self.patcher])
+        return self.weights
+
+
+_LOADED: WeakValueDictionary[Version, ManagedAdapter] = WeakValueDictionary()
+
+
+def load_ip_adapter(file: str) -> ManagedAdapter:
+    """One copy per file, however many nodes load it; a changed file is read again."""
+    key = path, *_ = file_version(FOLDER, file)
+    adapter = _LOADED.get(key)
+    if adapter is None:
+        adapter = _LOADED[key] = manage(path, file)
+    return adapter
+
+
+def manage(source: str | Mapping[str, object], name: str) -> ManagedAdapter:
+    """Load an adapter's file or state dict and hand its weights to the memory manager."""
+    device = comfy.model_management.get_torch_device()
+    half = comfy.model_management.should_use_fp16(device)
+    weights = load_adapter(source, name=name, dtype=torch.float16 if half else torch.float32)
+    # Plain modules in a plain patcher: dynamic (per-layer) loading buys nothing for layers that run once per prompt.
+    patcher = comfy.model_patcher.ModelPatcher(
+        weights.module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    return ManagedAdapter(weights, patcher)
+
+
+def of_version(adapter: ManagedAdapter, version: int) -> ManagedAdapter:
+    """A FaceID Plus adapter read as version 1 or 2 (other families as they are); the weights are shared."""
+    spec = adapter.weights.spec
+    if spec.options.get("version") in (None, version):
+        return adapter
+    return ManagedAdapter(as_version(adapter.weights, version), adapter.patcher)
+
+
+_DESCRIBED: dict[Version, AdapterSpec | None] = {}
+
+
+def describe_file(file: str) -> AdapterSpec | None:
+    """What a file of the adapters' folder is, without its numbers; None if it is no adapter."""
+    key = path, *_ = file_version(FOLDER, file)
+    if key not in _DESCRIBED:
+        try:
+            _DESCRIBED[key] = describe_adapter(path, name=file)
+        except (AdapterError, OSError):
+            _DESCRIBED[key] = None
+    return _DESCRIBED[key]
+
+
+def encode(adapter: ManagedAdapter, clip_vision: Any, images: Tensor, **options: Any) -> ImagePrompt:
+    """encode_image_prompt with ComfyUI's encoder, memory manager and progress bar."""
+    encoder = ClipVisionEncoder(clip_vision)
+    rules = rules_for(options.pop("compatibility", "correct"))
+    return encode_image_prompt(adapter.to_device(), encoder, images, progress=progress_bar(), rules=rules, **options)
+
+
+def apply(
+    model: Any,
+    adapter: ManagedAdapter,
+    prompt: ImagePrompt,
+    schedule: WeightSchedule,
+    mask: Tensor | None,
+    rules: Rules | None = None,
+) -> tuple[Any, AdapterPatch]:
+    """Bake the prompt for this model and hook it onto a clone."""
+    layout = backend.comfy_layout(model)
+    rules = rules or rules_for("correct")
+    region = None if mask is None else RegionMask.from_tensor(mask, clamp=not rules.stretched_masks)
+    patch = bake(adapter.weights, prompt, layout, schedule, region, prepare=adapter.to_device, rules=rules)
+    return backend.apply(model, patch, attention), patch
+
+
+def attention(*args: Any, **kwargs: Any) -> Tensor:
+    """The host's attention, looked up at the call: launch options and other packs may replace it."""
+    return comfy.ldm.modules.attention.optimized_attention(*args, **kwargs)

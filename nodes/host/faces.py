@@ -1,0 +1,20 @@
+"""Face models in ComfyUI's folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ...ipadapter_core.faces import FaceAnalyzer, open_face_model
+
+_FACE_MODELS: dict[tuple[str, str], FaceAnalyzer] = {}
+
+
+def load_face_model(pack: str, provider: str) -> FaceAnalyzer:
+    """A face model of ``models/insightface``, one copy per pack and provider."""
+    key = (pack, provider)
+    if key not in _FACE_MODELS:
+        root = Path(folder_paths.models_dir) / "insightface"
+        _FACE_MODELS[key] = open_face_model(root, pack, provider)
+    return _FACE_MODELS[key]

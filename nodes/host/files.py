@@ -1,0 +1,101 @@
+"""ComfyUI's model, input and output folders."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+
+FOLDER = "ipadapter"
+
+Version = tuple[str, int, int]
+
+
+def register_model_folder() -> None:
+    """Make ``models/ipadapter`` and ``output/ipadapter`` known, besides what others registered under the same name."""
+    for base in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        path = os.path.join(base, FOLDER)
+        if path not in folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]:
+            folder_paths.add_model_folder_path(FOLDER, path)
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | folder_paths.supported_pt_extensions)
+
+
+def adapter_files() -> list[str]:
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def folder_of(kind: str) -> str:
+    """Where files of a kind belong: the first folder of its name."""
+    return folder_paths.get_folder_paths(kind)[0]
+
+
+def clip_vision_files() -> list[str]:
+    return folder_paths.get_filename_list("clip_vision")
+
+
+def unique_save_path(prefix: str, extension: str) -> str:
+    """A new file ``<prefix>_00001<extension>`` in the output folder."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    while os.path.exists(path := os.path.join(folder, f"{name}_{counter:05}{extension}")):
+        counter += 1
+    return path
+
+
+def input_files(extensions: tuple[str, ...]) -> list[str]:
+    """Files of these extensions anywhere below the input folder."""
+    root = folder_paths.get_input_directory()
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+    return sorted(os.path.relpath(path, root) for path in found if path.endswith(extensions))
+
+
+def input_path(name: str) -> str:
+    return folder_paths.get_annotated_filepath(name)
+
+
+def file_version(kind: str, file: str) -> Version:
+    """Path, time of change and size of a file below models/<kind>: what is loaded from it is shared under this key."""
+    path = folder_paths.get_full_path_or_raise(kind, file)
+    stat = os.stat(path)
+    return path, stat.st_mtime_ns, stat.st_size
+
+
+def _fingerprint(kind: str, file: str) -> str:
+    _, changed, size = file_version(kind, file)
+    return f"{file} {changed} {size}"
+
+
+def adapter_fingerprint(file: str) -> str:
+    return _fingerprint(FOLDER, file)
+
+
+def lora_files() -> list[str]:
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_fingerprint(*files: str) -> str:
+    return " ".join(_fingerprint("loras", file) for file in files)
+
+
+def lora_path(file: str) -> str:
+    return folder_paths.get_full_path_or_raise("loras", file)
+
+
+def checkpoint_files() -> list[str]:
+    return folder_paths.get_filename_list("checkpoints")
+
+
+def checkpoint_path(file: str) -> str:
+    return folder_paths.get_full_path_or_raise("checkpoints", file)
+
+
+def output_file(prefix: str, folder: str = "loras") -> str:
+    """A new file name under output/loras, counted up as the host counts."""
+    path, name, counter, _, _ = folder_paths.get_save_image_path(
+        prefix, os.path.join(folder_paths.get_output_directory(), folder)
+    )
+    return os.path.join(path, f"{name}_{counter:05}_.safetensors")
+
+
+def adapter_path(file: str) -> str:
+    return folder_paths.get_full_path_or_raise(FOLDER, file)

@@ -1,0 +1,117 @@
+"""LoRA in ComfyUI: its folder, its own loader, its way to patch weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import comfy.weight_adapter
+import folder_paths
+import torch
+from torch import Tensor
+
+from ...ipadapter_core.backends import comfy_lora as backend
+from ...ipadapter_core.lora import LoRAWeights, load_lora
+from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
+from .adapters import attention
+from .files import Version, file_version
+
+
+def load_lora_tensors(file: str) -> dict[str, Tensor]:
+    return comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", file), safe_load=True)
+
+
+def apply_lora_by_host(model: Any, lora: dict[str, Tensor], strength: float) -> Any:
+    """The model with a LoRA by ComfyUI's own loader."""
+    return comfy.sd.load_lora_for_models(model, None, dict(lora), strength, 0)[0]
+
+
+@dataclass(eq=False)
+class LoadedLoRA:
+    """A LoRA file, shared by all nodes that name it."""
+
+    weights: LoRAWeights
+
+
+_LORAS: WeakValueDictionary[Version, LoadedLoRA] = WeakValueDictionary()
+
+
+def load_lora_file(file: str) -> LoadedLoRA:
+    """One copy per file, however many nodes name it; a changed file is read again."""
+    key = path, *_ = file_version("loras", file)
+    found = _LORAS.get(key)
+    if found is None:
+        found = _LORAS[key] = LoadedLoRA(load_lora(path, name=file))
+    return found
+
+
+class MergedUpdates(comfy.weight_adapter.WeightAdapterBase):
+    """All our LoRAs on one parameter, as the host's own kind of patch; it calls this whenever it patches the weight."""
+
+    name = "image_prompt_lora"
+
+    def __init__(self, loaded_keys: object, weights: tuple[Any, ...]) -> None:
+        self.loaded_keys = loaded_keys
+        self.weights = weights  # the host may rebuild the patch from these two
+
+    @classmethod
+    def of(cls, parts: tuple[backend.Part, ...]) -> MergedUpdates:
+        return cls(set(), parts)
+
+    @property
+    def parts(self) -> tuple[backend.Part, ...]:
+        return self.weights
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: object,
+        function: Callable[[Tensor], Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: object = None,
+    ) -> Tensor:
+        change = backend.merge_parts(weight.to(intermediate_dtype), self.parts)
+        weight += function(strength * change).to(weight.dtype)
+        return weight
+
+
+def apply_lora(
+    model: Any | None, clip: Any | None, loaded: LoadedLoRA, mode: Mode, **settings: Any
+) -> tuple[Any | None, Any | None, str]:
+    """A LoRA on clones of MODEL and CLIP, and a text that says what was done. ``settings`` are those of LoRAPatch."""
+    placed = backend.place(loaded.weights, model, None if clip is None else clip.cond_stage_model)
+    patch = LoRAPatch(placed, **settings)
+    lines = [placed.summary()]
+    if model is not None and patch.strength != 0:
+        choice = choose_mode([patch], mode, quantised=_quantised(model), offloaded=_offloaded(model))
+        lines.append(f"runs {choice.mode}: {choice.reason}")
+        if choice.mode == "live":
+            model = backend.apply_live(model, patch, attention)
+        else:
+            model = backend.apply_merged(model, patch, ("unet",), MergedUpdates.of)
+        lines.append(patch.selector.table(p.target for p in placed.of("unet")))
+        lost = patch.selector.unmatched(p.target for p in placed.placements)
+        if lost:
+            lines.append(f"selector entries that match no layer of this LoRA: {', '.join(lost)}")
+    if clip is not None and patch.strength_for("te1") != 0:
+        clip = clip.clone()
+        clip.patcher = backend.apply_merged(clip.patcher, patch, ("te1", "te2", "te3"), MergedUpdates.of)
+    return model, clip, "\n".join(lines)
+
+
+def _quantised(model: Any) -> bool:
+    return model.model_dtype().itemsize < 2
+
+
+def _offloaded(model: Any) -> bool:
+    states = (comfy.model_management.VRAMState.LOW_VRAM, comfy.model_management.VRAMState.NO_VRAM)
+    dynamic = getattr(model, "is_dynamic", None)
+    return comfy.model_management.vram_state in states or bool(dynamic is not None and dynamic())

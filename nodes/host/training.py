@@ -1,0 +1,138 @@
+"""Training from a graph: models by folder name, a run in another process, its progress in the node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core.training.config import parse_config, parse_overrides
+from ...ipadapter_core.training.job import run_job
+from .files import FOLDER
+from .frontend import show_in_node
+
+INSIDE = "inside the base model's folder"
+
+TRAIN_PYTHON = "IPADAPTER_TRAIN_PYTHON"
+"""Environment variable: the Python that trains, where ComfyUI's own lacks diffusers and accelerate."""
+
+
+def model_folders(marker: str, *kinds: str) -> dict[str, Path]:
+    """Folders with a file `marker` right below models/<kind>, by name."""
+    found: dict[str, Path] = {}
+    for kind in kinds:
+        for root in folder_paths.get_folder_paths(kind):
+            for file in sorted(Path(root).glob(f"*/{marker}")):
+                found.setdefault(file.parent.name, file.parent)
+    return found
+
+
+def base_models() -> dict[str, Path]:
+    return model_folders("model_index.json", "diffusers")
+
+
+def image_encoders() -> dict[str, Path]:
+    return model_folders("config.json", "clip_vision", "diffusers")
+
+
+def training_folder(name: str) -> Path:
+    """Where a training of that name keeps its states: beside, not inside, the folder that Load IP-Adapter lists."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise InvalidInputError(f"name is {name!r}; it must be a plain file name such as my-adapter")
+    return Path(folder_paths.get_output_directory()) / "ipadapter_training" / name
+
+
+def pictures_folder(path: str) -> str:
+    """A folder, list or shards as given, or inside ComfyUI's input directory."""
+    if "://" in path or path.startswith("pipe:") or os.path.isabs(path):
+        return path
+    return os.path.join(folder_paths.get_input_directory(), path)
+
+
+def save_pictures(images: Tensor, captions: list[str], folder: Path) -> str:
+    """Images `b y x c` from the graph as a folder that a training reads."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        pixels = (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        Image.fromarray(pixels).save(folder / f"{i:06d}.png")
+        (folder / f"{i:06d}.txt").write_text(captions[i if len(captions) > 1 else 0], encoding="utf-8")
+    return str(folder)
+
+
+def train(values: dict[str, dict[str, object]], changes: list[str], name: str, node_id: str) -> str:
+    """Run a training in another process, with this node's progress bar and previews; returns the name to load it by."""
+    config = parse_overrides(changes, parse_config(values, "Train IP-Adapter"))
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    report = _training_progress(node_id)
+    result = run_job(
+        config,
+        python=os.environ.get(TRAIN_PYTHON) or sys.executable,
+        on_event=report,
+        check=comfy.model_management.throw_exception_if_processing_interrupted,
+    )
+    target = Path(folder_paths.get_output_directory()) / FOLDER / f"{name}.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(".unfinished")
+    shutil.copyfile(result, unfinished)
+    os.replace(unfinished, target)
+    return target.name
+
+
+def _training_progress(node_id: str) -> Callable[[dict[str, Any]], None]:
+    """Progress bar and previews, and in the node a line of text: what happened last, or how the losses stand."""
+    texts: dict[str, str] = {}
+    bar = comfy.utils.ProgressBar(1)
+    preview: list[Any] = [None]
+
+    def report(event: dict[str, Any]) -> None:
+        shown = event.get("file") if event["event"] in ("sheet", "plot") else None
+        if shown and os.path.isfile(shown):
+            with Image.open(shown) as picture:
+                preview[0] = ("PNG", picture.convert("RGB"), 1024)
+        text = _in_words(event)
+        if text:
+            texts[event["event"]] = text
+            show_in_node("\n".join(texts.values()), node_id)
+        if "steps" in event:
+            bar.update_absolute(event["step"], event["steps"], preview[0])
+            preview[0] = None
+
+    return report
+
+
+def _in_words(event: dict[str, Any]) -> str:
+    match event["event"]:
+        case "note":
+            return event["text"]
+        case "step":
+            left = (event["steps"] - event["step"]) * event["seconds_per_step"] / 60
+            return f"step {event['step']} of {event['steps']}, loss {event['loss']:.4f}, {left:.0f} minutes left"
+        case "validation":
+            gains = (
+                f"{key.replace('_', ' ')} {event[key]:+.4f}" for key in ("image_gain", "reference_gain") if key in event
+            )
+            return f"validation {event['validation']:.4f}, {', '.join(gains)}"
+        case _:
+            return ""
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture as IMAGE `1 y x 3`; one grey pixel if there is none."""
+    if not path.is_file():
+        return torch.full((1, 1, 1, 3), 0.5)
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
