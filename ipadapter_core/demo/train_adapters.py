@@ -224,7 +224,7 @@ def settings(family: str, work: Path, steps: int, batch: int, start_from: str = 
             "warmup": min(200, steps // 10), "ema": 0.995, "seed": SEED, "device": "cpu",
         },
         "watch": {
-            "log_every": 50, "validate_every": 0, "sample_every": 250, "guidance": 3.0, "tensorboard": False,
+            "log_every": 50, "validate_every": 0, "sample_every": 250, "guidance": 2.0, "tensorboard": False,
             "sample_prompts": ["emoji", "emoji on green background"],
         },
         "output": {

@@ -20,14 +20,25 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..backends.diffusers import layout_of
 from ..checkpoints import load_adapter, save_adapter
 from ..image_encoder import CLIP_MEAN, CLIP_STD, TransformersImageEncoder
 from ..processors import IPAttnProcessor
 from ..projectors import Resampler
+from ..schedule import roles_of
 from ..training.adapter import fresh_adapter
 from ..training.config import AdapterConfig
 from ..training.frozen import encoder_sizes
-from .pictures import Pictures, colour_table, draw_captions, draw_scenes, load_pictures, on_background, place
+from .pictures import (
+    Pictures,
+    colour_table,
+    draw_captions,
+    draw_scenes,
+    load_pictures,
+    on_background,
+    place,
+    recolour,
+)
 from .train_adapters import MatmulIPAttention, draw_pairs, listen, start_on_grid
 from .train_world import (
     LATENT_SCALE,
@@ -44,8 +55,12 @@ from .train_world import (
 NUM_TOKENS = 16
 TEXT_ONLY = 1 / 4
 """Share of a batch that sees no adapter at all: strength 0 must stay a good text-to-image model."""
-SITE_DROPOUT = 0.3
+SITE_DROPOUT = 0.15
 """Share of the pictured samples whose tokens reach each site with probability one half only."""
+ONE_ROLE = 0.15
+"""Share of the pictured samples whose tokens reach the sites of composition only, and as large a share for style. Released
+models divide these tasks by themselves; here, composition sees the reference in wrong colours and style sees it turned by a
+quarter or half, so that each learns to hand over just what its name says."""
 
 
 def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batch: int, lr: float) -> nn.ModuleDict:
@@ -68,7 +83,10 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
         name: next(left) if isinstance(layer, IPAttnProcessor) else AttnProcessor()
         for name, layer in zip(adapter.names, adapter.ip_adapter, strict=True)
     }
-    unet.set_attn_processor(cast(Any, processors))
+    layout = layout_of(unet)
+    by_path = dict(zip((name.removesuffix(".processor") for name in processors), processors.values(), strict=True))
+    styling = {by_path[site.path] for site in layout.sites if site.transformer in roles_of(layout).style}
+    unet.set_attn_processor(cast(Any, processors))  # which empties the mapping
     models = nn.ModuleDict({"unet": unet, "text": text_encoder, "projector": projector})
     scheduler = build_scheduler()
     mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
@@ -88,9 +106,20 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
         references, targets, captions, dropped = draw_pairs(pictures, index[:n], generator)
         scenes = draw_scenes(pictures, index[n:], generator, recolour_rate=0.1)
         captions = captions + draw_captions(pictures, scenes, generator)
-        partly = torch.rand(n, generator=generator) < SITE_DROPOUT
+        kind = torch.rand(n, generator=generator)
+        partly = kind < SITE_DROPOUT
+        composition = (kind >= SITE_DROPOUT) & (kind < SITE_DROPOUT + ONE_ROLE)
+        style = (kind >= SITE_DROPOUT + ONE_ROLE) & (kind < SITE_DROPOUT + 2 * ONE_ROLE)
+        references = recolour(
+            torch.cat([references, torch.ones_like(references[:, :1])], 1),
+            torch.where(composition, torch.rand(n, generator=generator) * 5.0 + 0.6, 0.0),
+        )[:, :3]
+        for i in torch.nonzero(style)[:, 0].tolist():
+            turns = int(torch.randint(1, 4, (), generator=generator))
+            references[i] = references[i].rot90(turns, (-2, -1))
         for site in sites:
             on = ~partly | (torch.rand(n, generator=generator) < 0.5)
+            on &= ~composition if site in styling else ~style
             site.gate = torch.cat([on, torch.zeros(batch - n, dtype=torch.bool)]).float()[:, None, None]
         with torch.autocast("cpu", torch.bfloat16):
             text = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
@@ -111,9 +140,16 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
             none = torch.zeros(16, dtype=torch.bool)
             unconditional = torch.cat([empty, projector(features(references[:1], ~none[:1]))], 1)
             rows = [references]
-            for words in (["emoji"] * 16, ["emoji on green background"] * 16, PREVIEW_PROMPTS):
+            everywhere, nowhere = set(sites), set[MatmulIPAttention]()
+            for words, listening in (
+                (["emoji"] * 16, everywhere),
+                (["emoji on green background"] * 16, everywhere),
+                (["emoji"] * 16, styling),
+                (["emoji"] * 16, everywhere - styling),
+                (PREVIEW_PROMPTS, nowhere),
+            ):
                 for site in sites:
-                    site.gate = None if words is not PREVIEW_PROMPTS else torch.zeros(1)
+                    site.gate = None if site in listening else torch.zeros(1)
                 text = text_encoder(tokenize(tokenizer, words)).last_hidden_state
                 context = torch.cat([text, projector(features(references, none))], 1)
                 latents = sample(unet, context, unconditional)

@@ -322,12 +322,13 @@ def build_sampler() -> EulerAncestralDiscreteScheduler:
 
 
 def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """Timesteps of which three quarters lie above 750.
+    """Timesteps of which half lie above 750, where these small latents settle what is shown and where.
 
-    There these small latents settle what is shown and where, there words and pictures have something to say.
+    Below, colours and edges are settled; with a quarter of the samples there, they stayed confetti.
     """
-    early = torch.where(torch.arange(count) % 2 == 0, 0.25, 1.0)
-    return (999 * (1 - early * torch.rand(count, generator=generator).square())).round().long()
+    early = torch.where(torch.arange(count) % 4 == 0, 0.25, 1.0)
+    power = torch.where(torch.arange(count) % 4 == 1, 2.0, 1.0)
+    return (999 * (1 - early * torch.rand(count, generator=generator).pow(power))).round().long()
 
 
 def velocity_loss(

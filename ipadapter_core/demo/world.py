@@ -20,7 +20,7 @@ from ..schedule import WeightSchedule
 
 FOLDER = Path(__file__).parent / "world"
 REFERENCES = Path(__file__).parent / "references"
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
