@@ -9,6 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from PIL import Image
+
+from ..generate import save_picture
+
 CURVES = ("loss", "validation", "image_gain", "reference_gain")
 """`image_gain` and `reference_gain`: how much worse validation gets without the image, and with another's."""
 
@@ -162,3 +166,11 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def save_sheet(sheet: Image.Image, folder: Path, step: int) -> Path:
+    """Write `sheet-<step>.png` and, for who looks for the newest, `sheet.png`."""
+    path = folder / f"sheet-{step:08d}.png"
+    save_picture(sheet, path, {"step": step})
+    save_picture(sheet, folder / "sheet.png", {"step": step})
+    return path
