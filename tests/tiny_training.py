@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ipadapter_core.demo.pictures import Pictures
 from ipadapter_core.training import RunConfig, parse_config
 
 SIDE = 32
@@ -126,3 +127,12 @@ def tiny_config(model: Path, data: Path, out: Path, **changes: Any) -> RunConfig
         section, key = name.split("__")
         values.setdefault(section, {})[key] = value
     return parse_config(values, "the test")
+
+
+def six_discs() -> Pictures:
+    """Six discs of three colours, the last held out."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    disc = ((x.square() + y.square()) < 0.8).float()
+    rgba = torch.stack([torch.stack([disc * (i % 3 == c) for c in range(3)] + [disc]) for i in range(6)])
+    names, studios = tuple("abcdef"), ("noto",) * 6
+    return Pictures(rgba, names, studios, torch.tensor([False] * 5 + [True]))

@@ -13,16 +13,12 @@ from ipadapter_core import load_adapter
 from ipadapter_core.demo import train_adapters
 from ipadapter_core.demo.pictures import Pictures
 from ipadapter_core.demo.world import FOLDER
+from tiny_training import six_discs
 
 
 @pytest.fixture
 def pictures() -> Pictures:
-    """Six discs of three colours, the last held out."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
-    disc = ((x.square() + y.square()) < 0.8).float()
-    rgba = torch.stack([torch.stack([disc * (i % 3 == c) for c in range(3)] + [disc]) for i in range(6)])
-    names, studios = tuple("abcdef"), ("noto",) * 6
-    return Pictures(rgba, names, studios, torch.tensor([False] * 5 + [True]))
+    return six_discs()
 
 
 def test_a_resumed_run_draws_the_same_pairs(
