@@ -33,9 +33,18 @@ class Validation:
     """Loss on held-out pictures: with their own reference, without one, and with another's."""
 
     def __init__(self, items: Sequence[Item], encoders: Encoders | None, config: WatchConfig, batch: int) -> None:
+        self._set([assemble([item], encoders) for item in items], config, batch)
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], config: WatchConfig, batch: int) -> Validation:
+        """Over pictures that are encoded already: batches of one."""
+        made = cls([], None, config, batch)
+        made._set(batches, config, batch)
+        return made
+
+    def _set(self, batches: Sequence[Batch], config: WatchConfig, batch: int) -> None:
         self.timesteps, self.size = config.timesteps, batch
-        self.batches = [assemble([item], encoders) for item in items]
-        self.count = len(items)
+        self.batches, self.count = list(batches), len(batches)
 
     @torch.no_grad()
     def measure(self, module: AdapterStep, objective: Objective, device: torch.device) -> dict[str, float]:
