@@ -17,7 +17,9 @@ SIDE = 32
 NAMES = ("cat", "dog", "frog", "owl", "bee", "fox")
 
 
-def save_model(folder: Path, kind: str = "sd15", *, prediction: str = "epsilon", seed: int = 0) -> Path:
+def save_model(
+    folder: Path, kind: str = "sd15", *, prediction: str = "epsilon", seed: int = 0, text_width: int = 16
+) -> Path:
     """A diffusers pipeline folder of random weights with an image encoder: kind "sd15" or "sdxl"."""
     from diffusers import (
         AutoencoderTiny,
@@ -41,7 +43,7 @@ def save_model(folder: Path, kind: str = "sd15", *, prediction: str = "epsilon",
     )
     tokenizer.model_max_length = 12
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=text_width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=8,
     )  # fmt: skip
     vision = CLIPVisionConfig(
@@ -64,7 +66,7 @@ def save_model(folder: Path, kind: str = "sd15", *, prediction: str = "epsilon",
     encoder = CLIPVisionModelWithProjection(vision)
     if kind == "sdxl":
         unet = UNet2DConditionModel(
-            cross_attention_dim=32, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
+            cross_attention_dim=2 * text_width, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=6 * 4 + 8, **sizes,
         )  # fmt: skip
         StableDiffusionXLPipeline(
@@ -72,7 +74,7 @@ def save_model(folder: Path, kind: str = "sd15", *, prediction: str = "epsilon",
             tokenizer_2=tokenizer, unet=unet, scheduler=scheduler, image_encoder=encoder, add_watermarker=False,
         ).save_pretrained(folder)  # fmt: skip
     else:
-        unet = UNet2DConditionModel(cross_attention_dim=16, **sizes)
+        unet = UNet2DConditionModel(cross_attention_dim=text_width, **sizes)
         StableDiffusionPipeline(
             vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
             safety_checker=None, feature_extractor=None, image_encoder=encoder, requires_safety_checker=False,
