@@ -19,7 +19,7 @@ Family = Literal["base", "plus", "full-face"]
 Prediction = Literal["auto", "epsilon", "v_prediction", "flow"]
 Kind = Literal["auto", "folder", "json", "webdataset", "huggingface"]
 Precision = Literal["fp32", "bf16", "fp16"]
-OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
+OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor", "muon"]
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -97,7 +97,10 @@ class TrainConfig:
     precision: Precision = "fp32"
     optimizer: OptimizerName = "adamw"
     lr: float = 1e-4
+    """muon: of what AdamW updates; matrices and convolutions learn at twice that."""
     weight_decay: float = 0.01
+    beta2: float = 0.999
+    """How long AdamW remembers squared gradients; 0.99 suits runs of a few thousand steps."""
     schedule: ScheduleName = "constant_with_warmup"
     warmup: int = 100
     clip: float = 1.0
@@ -296,7 +299,15 @@ _AT_LEAST = {
     "watch.sample_count": 1, "watch.sample_steps": 1, "output.save_every": 0, "output.keep": 1, "output.state_every": 0,
     "output.keep_states": 1,
 }  # fmt: skip
-_SHARES = ("data.pairs", "data.augment", "loss.drop_image", "loss.drop_text", "loss.drop_both", "train.ema")
+_SHARES = (
+    "data.pairs",
+    "data.augment",
+    "loss.drop_image",
+    "loss.drop_text",
+    "loss.drop_both",
+    "train.ema",
+    "train.beta2",
+)
 
 
 def _check(config: RunConfig) -> None:

@@ -29,7 +29,7 @@ from .objectives import objective_for
 from .optimizers import build_optimizer
 from .order import Draws, Order, draw
 from .sources import Source, open_source
-from .state import RunFolder
+from .state import AdapterFiles, RunFolder
 from .step import AdapterStep
 from .watch import Sheets, Validation, reference_tiles
 
@@ -187,7 +187,8 @@ def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
         plots=seen.plot,
     ) as log:
         run = prepare(config, log, accelerator=accelerator)
-        return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, run.metadata)
+        files = AdapterFiles(folder, run.module.adapter, run.metadata, averaged=config.train.ema > 0)
+        return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, files)
 
 
 def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:

@@ -12,7 +12,16 @@ from .objectives import Objective
 from .order import Draws
 
 
-class AdapterStep(nn.Module):
+class Step(nn.Module):
+    """What the loop trains: `forward` of what a feed gives is the mean loss. Its parameters are all that is wrapped."""
+
+    @property
+    def learned(self) -> nn.Module:
+        """The part that is averaged and saved."""
+        return self
+
+
+class AdapterStep(Step):
     """The loss of the adapter on a batch. Only the adapter is a submodule: it alone is learned, wrapped and saved.
 
     `neutral` are the features `1 …` that stand for no image; `empty` the token ids `1 l` of an empty caption.
@@ -32,6 +41,10 @@ class AdapterStep(nn.Module):
         self.adapter = adapter
         self._frozen = (base, objective, empty)  # inside a tuple, so that nn.Module does not register it
         self.register_buffer("neutral", neutral, persistent=False)
+
+    @property
+    def learned(self) -> TrainedAdapter:
+        return self.adapter
 
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
         """Mean loss of the batch."""

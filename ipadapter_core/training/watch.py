@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoints import AdapterWeights
 from ..errors import AdapterError
-from ..generate import generate, grid_of, save_picture, to_pillow
+from ..generate import generate, grid_of, to_pillow
 from ..layouts import layout_of
 from ..patch import bake
 from ..prompt import ImagePrompt
@@ -34,9 +33,18 @@ class Validation:
     """Loss on held-out pictures: with their own reference, without one, and with another's."""
 
     def __init__(self, items: Sequence[Item], encoders: Encoders | None, config: WatchConfig, batch: int) -> None:
+        self._set([assemble([item], encoders) for item in items], config, batch)
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], config: WatchConfig, batch: int) -> Validation:
+        """Over pictures that are encoded already: batches of one."""
+        made = cls([], None, config, batch)
+        made._set(batches, config, batch)
+        return made
+
+    def _set(self, batches: Sequence[Batch], config: WatchConfig, batch: int) -> None:
         self.timesteps, self.size = config.timesteps, batch
-        self.batches = [assemble([item], encoders) for item in items]
-        self.count = len(items)
+        self.batches, self.count = list(batches), len(batches)
 
     @torch.no_grad()
     def measure(self, module: AdapterStep, objective: Objective, device: torch.device) -> dict[str, float]:
@@ -193,11 +201,3 @@ def reference_tiles(source: Source, samples: Sequence[Sample], side: int) -> lis
         except (OSError, AdapterError):
             tiles.append(Image.new("RGB", (side, side), "white"))
     return tiles
-
-
-def save_sheet(sheet: Image.Image, folder: Path, step: int) -> Path:
-    """Write `sheet-<step>.png` and, for who looks for the newest, `sheet.png`."""
-    path = folder / f"sheet-{step:08d}.png"
-    save_picture(sheet, path, {"step": step})
-    save_picture(sheet, folder / "sheet.png", {"step": step})
-    return path
