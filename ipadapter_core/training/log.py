@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-CURVES = ("loss", "validation", "image_gain", "reference_gain")
-"""`image_gain` and `reference_gain`: how much worse validation gets without the image, and with another's."""
+CURVES = ("loss", "validation", "image_gain", "reference_gain", "lora_gain")
+"""The gains: how much worse validation gets without the image, with another's, and without the LoRA."""
 
 
 class Log:

@@ -21,6 +21,7 @@ from ..errors import AdapterError
 from .batches import Batch
 from .config import RunConfig
 from .log import Log
+from .lora_step import LoRAStep
 from .optimizers import build_average, build_optimizer, build_schedule
 from .order import Draws
 from .state import RunFolder, check_same_run
@@ -44,9 +45,9 @@ class Feed(Protocol):
 class Watch(Protocol):
     """What is looked at between steps; None means that there is nothing to see."""
 
-    def validate(self, module: AdapterStep) -> dict[str, float] | None: ...
+    def validate(self, module: Any) -> dict[str, float] | None: ...
 
-    def sheet(self, module: AdapterStep, state: dict[str, Tensor]) -> Image.Image | None: ...
+    def sheet(self, module: Any, state: dict[str, Tensor]) -> Image.Image | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Clock:
 def fit(
     config: RunConfig,
     accelerator: Any,
-    module: AdapterStep,
+    module: AdapterStep | LoRAStep,
     feed: Feed,
     folder: RunFolder,
     log: Log,
