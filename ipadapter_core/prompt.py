@@ -30,6 +30,8 @@ class ImagePrompt:
     """Encoded references: image tokens with their unconditional counterpart, and the features they came from.
 
     ``cond`` and ``uncond`` are ``b n d``: b = 1 is shared by the whole batch, b > 1 holds one prompt per latent.
+    They are ``token_dim`` wide once they are ready for an adapter's layers; Kolors FaceID's come wider and pass
+    project_by_model() first.
     ``features`` and ``uncond_features`` are what they were projected from, ``b k ...``; ``neutral_features`` stand for
     no image at all and differ from ``uncond_features`` only where a negative image was given.
     """
@@ -86,7 +88,7 @@ def encode_image_prompt(
     if adapter.spec.feature in ("face", "face_tokens"):
         raise IncompatibleEncoderError(
             f"{adapter.name} is a {adapter.spec.family} adapter, which reads faces and not whole pictures; use the FaceID "
-            "nodes (in Python: faces.face_features and prompt_from_features)"
+            "nodes (in Python: encode_face_prompt)"
         )
     check_encoder(adapter.spec, encoder)
     _check_option("combine", combine, get_args(Combine))

@@ -27,6 +27,7 @@ WIDGETS: dict[str, list[str]] = {
     "IPAdapterBatch": [*BATCH, "encode_batch_size"],
     "IPAdapterFaceID": FACE,
     "IPAAdapterFaceIDBatch": FACE,
+    "IPAdapterFaceIDKolors": [*FACE[:2], "weight_kolors", *FACE[2:]],
     "IPAdapterTiled": ["weight", "weight_type", "combine_embeds", "start_at", "end_at", "sharpening", "embeds_scaling"],
     "IPAdapterTiledBatch": ["weight", "weight_type", "start_at", "end_at", "sharpening", "embeds_scaling", "encode_batch_size"],
     "IPAdapterEmbeds": BATCH,
@@ -81,7 +82,6 @@ def test_every_class_type_has_the_old_widgets_in_the_old_order(server: ComfyServ
 
 
 EXAMPLES = sorted(Path(OLD).glob("examples/*.json")) if OLD else []
-UNSUPPORTED = {"IPAdapterFaceIDKolors"}
 
 
 @pytest.mark.skipif(not EXAMPLES, reason="no old pack at $IPADAPTER_PLUS_PATH")
@@ -95,7 +95,7 @@ def test_the_old_packs_examples_fit_our_nodes(server: ComfyServer) -> None:
         for node in workflow["nodes"]:
             kind = node["type"]
             if kind not in WIDGETS:
-                assert not kind.startswith("IPA") or kind in UNSUPPORTED, kind
+                assert not kind.startswith("IPA"), kind
                 continue
             seen.add(kind)
             check_values(info[kind], node, file.name)
