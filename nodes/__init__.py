@@ -6,12 +6,15 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import host
 from .apply_adapter_to_model import ApplyAdapterToModel
+from .apply_face_lora import ApplyFaceLoRA
 from .combine_image_prompts import CombineImagePrompts
+from .encode_face_prompt import EncodeFacePrompt
 from .encode_image_prompt import EncodeImagePrompt
 from .extract_lora import ExtractLoRA
 from .inspect_adapter import InspectAdapter
 from .inspect_lora import InspectLoRA
 from .legacy import LEGACY_NODES
+from .load_face_model import LoadFaceModel
 from .load_ip_adapter import LoadIPAdapter
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
@@ -26,6 +29,9 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyAdapterToModel,
     AdapterSchedule,
     InspectAdapter,
+    LoadFaceModel,
+    EncodeFacePrompt,
+    ApplyFaceLoRA,
     LoRAStrength,
     LoRAStack,
     InspectLoRA,

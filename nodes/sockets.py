@@ -14,6 +14,7 @@ LORA_CATEGORY = "image prompt/lora"
 
 Adapter = io.Custom("IMAGE_PROMPT_ADAPTER")
 Prompt = io.Custom("IMAGE_PROMPT")
+FaceModel = io.Custom("IMAGE_PROMPT_FACE_MODEL")
 Schedule = io.Custom("IMAGE_PROMPT_SCHEDULE")
 
 COMBINE_TOOLTIP = (

@@ -6,6 +6,7 @@ from .adapters import (
     attention,
     describe_file,
     encode,
+    encode_face,
     load_ip_adapter,
     manage,
     of_version,
@@ -31,7 +32,7 @@ from .files import (
     unique_save_path,
 )
 from .frontend import picture_tensor, progress_bar, register_nodes, show_in_node
-from .lora import LoadedLoRA, apply_lora, apply_lora_by_host, load_lora_file, load_lora_tensors
+from .lora import LoadedLoRA, apply_face_lora, apply_lora, apply_lora_by_host, load_lora_file, load_lora_tensors
 from .training import (
     INSIDE,
     TRAIN_PYTHON,
@@ -55,6 +56,7 @@ __all__ = [
     "adapter_fingerprint",
     "adapter_path",
     "apply",
+    "apply_face_lora",
     "apply_lora",
     "apply_lora_by_host",
     "attention",
@@ -65,6 +67,7 @@ __all__ = [
     "clip_vision_widths",
     "describe_file",
     "encode",
+    "encode_face",
     "folder_of",
     "image_encoders",
     "input_files",

@@ -28,13 +28,13 @@ PHOTO = Path(__file__).parents[1] / "host" / "photo.jpg"
 SIDE = 64
 STEPS = 2
 APPLY = "ImagePromptApply"
-STEERING = frozenset({APPLY, "ImagePromptLoRAStrength", "ImagePromptLoRAStack"})
+STEERING = frozenset({APPLY, "ImagePromptApplyFaceLoRA", "ImagePromptLoRAStrength", "ImagePromptLoRAStack"})
 TELLING = frozenset({"ImagePromptInspect", "ImagePromptLoRAInspect", "ImagePromptLoRASave", "ImagePromptLoRAExtract"})
 NEEDED = {
     "sd15_text_to_image", "sdxl_text_to_image", "plus_adapter", "several_references", "regional_masks_two_adapters",
     "style_only", "composition_only", "image_to_image", "inpainting", "scheduled_strength", "batch", "inspect_adapter",
     "lora_strength", "lora_stack", "inspect_lora", "convert_lora", "extract_lora", "lora_regions_and_image_prompt",
-    "train_ip_adapter",
+    "train_ip_adapter", "face_prompt",
 }  # fmt: skip
 TRAINING = "train_ip_adapter"  # run by tests/host/test_training_node.py
 IMAGES = {"batch": 3, "inspect_adapter": 0, "inspect_lora": 0, "convert_lora": 0, "extract_lora": 0}  # others make one
@@ -67,7 +67,7 @@ class Shrunk:
                     inputs["ckpt_name"] = self.server.add_model("checkpoints", build_checkpoint(self.unet, self.models))
                 case "ImagePromptLoadAdapter":
                     assert (inputs["file"].find("sdxl") >= 0) == (self.unet == "sdxl"), "adapter of another base model"
-                    family = "plus" if "plus" in inputs["file"] else "base"
+                    family = next((name for name in ("faceid", "plus") if name in inputs["file"]), "base")
                     file = build_adapter(family, self.unet, self.adapters)
                     inputs["file"] = self.server.add_model("ipadapter", file)
                 case "CLIPTextEncode":
@@ -76,6 +76,8 @@ class Shrunk:
                     node["inputs"] = {"seed": seed, "width": UNETS[self.unet].text_width}
                 case "CLIPVisionLoader":
                     node["class_type"], node["inputs"] = "TestClipVision", {"seed": 0}
+                case "ImagePromptLoadFaceModel":
+                    node["class_type"], node["inputs"] = "TestFaceModel", {}
                 case "LoadImage":
                     pictures += 1
                     masked = any([node_id, 1] in list(other["inputs"].values()) for other in graph.values())

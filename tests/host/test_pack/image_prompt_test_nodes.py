@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import types
 
 import comfy.clip_vision
 import comfy.samplers
@@ -92,6 +93,45 @@ class TestClipVision:
             state[key] = random.to(value.dtype)
         vision.load_sd(state)
         return (vision,)
+
+
+class ThreeFaces:
+    """A face model that finds three faces in every picture, the second one the largest; who they are depends on the picture."""
+
+    name = "three faces"
+
+    def find(self, picture, size):
+        height, width = picture.shape[:2]
+        seed = int(picture.double().sum() * 1000) % 2**31
+        faces = []
+        for i, (left, side) in enumerate(((0.05, 0.2), (0.25, 0.4), (0.75, 0.2))):
+            corner = torch.tensor([left * width, 0.3 * height])
+            points = torch.tensor([[0.34, 0.46], [0.66, 0.46], [0.5, 0.64], [0.37, 0.82], [0.63, 0.82]])
+            faces.append(
+                types.SimpleNamespace(
+                    box=torch.cat([corner, corner + side * width]),
+                    points=corner + points * side * width,
+                    score=0.9 - i / 10,
+                    area=(side * width) ** 2,
+                    embedding=torch.randn(512, generator=torch.Generator().manual_seed(seed + i)) * 20,
+                )
+            )
+        return faces
+
+
+class TestFaceModel:
+    """Stands in for Load Face Model and the old pack's loaders, without a face model's files."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("IMAGE_PROMPT_FACE_MODEL", "INSIGHTFACE")
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        return ThreeFaces(), ThreeFaces()
 
 
 class TestSaveTensor:
@@ -276,6 +316,7 @@ class TestSameObject:
 NODES = (
     TestConditioning,
     TestClipVision,
+    TestFaceModel,
     TestSaveTensor,
     TestImage,
     TestMaskBatch,
