@@ -44,7 +44,7 @@ Which = Literal["best", "largest", "all"] | Nth
 ARCFACE_POINTS = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 """Where both eyes, the nose and the corners of the mouth lie in an aligned face of 112 pixels."""
 
-DETECTION_SIZES = tuple(range(640, 256, -64))
+DETECTION_SIZES = tuple(range(640, 128, -64))
 """Sides at which a picture is searched, until there is a face: a face that fills the picture is found in a small one."""
 
 
