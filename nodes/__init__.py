@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..ipadapter_core.migrate import REPLACEMENTS
 from . import host
 from .apply_adapter_to_model import ApplyAdapterToModel
 from .apply_face_lora import ApplyFaceLoRA
+from .apply_image_to_model import ApplyImageToModel
 from .combine_image_prompts import CombineImagePrompts
 from .encode_face_prompt import EncodeFacePrompt
 from .encode_image_prompt import EncodeImagePrompt
@@ -27,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     EncodeImagePrompt,
     CombineImagePrompts,
     ApplyAdapterToModel,
+    ApplyImageToModel,
     AdapterSchedule,
     InspectAdapter,
     LoadFaceModel,
@@ -42,11 +45,15 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class ImagePromptExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        await host.register_replacements(REPLACEMENTS)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
 
 
 def comfy_entrypoint() -> ImagePromptExtension:
     host.register_model_folder()
-    host.register_nodes(LEGACY_NODES)
+    if host.wants_old_names():
+        host.register_nodes(LEGACY_NODES)
     return ImagePromptExtension()

@@ -31,7 +31,15 @@ from .files import (
     register_model_folder,
     unique_save_path,
 )
-from .frontend import picture_tensor, progress_bar, register_nodes, show_in_node
+from .frontend import (
+    picture_tensor,
+    progress_bar,
+    register_nodes,
+    register_replacements,
+    resized_like,
+    show_in_node,
+    wants_old_names,
+)
 from .lora import LoadedLoRA, apply_face_lora, apply_lora, apply_lora_by_host, load_lora_file, load_lora_tensors
 from .training import (
     INSIDE,
@@ -89,9 +97,12 @@ __all__ = [
     "read_picture",
     "register_model_folder",
     "register_nodes",
+    "register_replacements",
+    "resized_like",
     "save_pictures",
     "show_in_node",
     "train",
     "training_folder",
     "unique_save_path",
+    "wants_old_names",
 ]

@@ -24,6 +24,7 @@ OUTPUTS = {
     "ImagePromptEncode": (["IMAGE_PROMPT"], ["image_prompt"]),
     "ImagePromptCombine": (["IMAGE_PROMPT"], ["image_prompt"]),
     "ImagePromptApply": (["MODEL"], ["model"]),
+    "ImagePromptApplyImage": (["MODEL"], ["model"]),
     "ImagePromptSchedule": (["IMAGE_PROMPT_SCHEDULE"], ["schedule"]),
     "ImagePromptInspect": (["STRING"], ["text"]),
     "ImagePromptLoadFaceModel": (["IMAGE_PROMPT_FACE_MODEL"], ["face_model"]),
@@ -113,6 +114,20 @@ def test_strength_zero_is_the_plain_model_and_one_is_not(make: Callable[..., Ste
         assert np.isfinite(result.tensor(node)).all()
         assert np.abs(result.tensor(node) - result.tensor(plain)).mean() > 0.01
     assert result.sha256(one) != result.sha256(away)
+
+
+def test_one_node_does_what_two_do(make: Callable[..., Steering]) -> None:
+    s = make()
+    adapter, photo, mask = s.adapter(), s.photo(), s.mask(0.2, 1.0)
+    settings = {"strength": 0.7, "preset": "ease in", "scaling": "K+V", "start": 0.0, "end": 0.9}
+    two = s.apply(s.model, adapter, s.encode(adapter, photo, combine="average"), mask=mask, **settings)
+    one = s.graph.add(
+        "ImagePromptApplyImage", model=s.model, adapter=adapter, clip_vision=s.vision, image=photo, mask=mask,
+        combine="average", per_latent=False, **settings,
+    )  # fmt: skip
+    saved = [s.sample(model) for model in (two, one)]
+    result = s.run()
+    assert result.sha256(saved[0]) == result.sha256(saved[1])
 
 
 def test_another_strength_encodes_nothing_again_and_going_back_gives_the_same_bits(

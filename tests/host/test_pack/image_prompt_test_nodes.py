@@ -134,6 +134,49 @@ class TestFaceModel:
         return ThreeFaces(), ThreeFaces()
 
 
+class TestUnifiedLoader:
+    """What a unified loader of the old pack hands on, from parts that a test chooses."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL", "IPADAPTER")
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"model": ("MODEL",), "adapter": ("IPADAPTER",), "clip_vision": ("CLIP_VISION",)},
+            "optional": {"insightface": ("INSIGHTFACE",)},
+        }
+
+    def make(self, model, adapter, clip_vision, insightface=None):
+        pipeline = {
+            "clipvision": {"file": None, "model": clip_vision},
+            "ipadapter": {"file": None, "model": adapter},
+            "insightface": {"provider": "CPU", "model": insightface},
+        }
+        return model, pipeline
+
+
+class TestKolors:
+    """An SDXL model that carries Kolors' projection of its text, as Kolors loaders leave it on the UNet."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        unet = model.get_model_object("diffusion_model")
+        if not hasattr(unet, "encoder_hid_proj"):
+            with torch.inference_mode(False), torch.random.fork_rng():
+                torch.manual_seed(0)
+                unet.encoder_hid_proj = torch.nn.Linear(4096, 2048)
+        return (model,)
+
+
 class TestSaveTensor:
     """Write a LATENT, IMAGE, MASK or CONDITIONING as .npy (float32) and report shape, dtype and hash."""
 
@@ -317,6 +360,8 @@ NODES = (
     TestConditioning,
     TestClipVision,
     TestFaceModel,
+    TestUnifiedLoader,
+    TestKolors,
     TestSaveTensor,
     TestImage,
     TestMaskBatch,
