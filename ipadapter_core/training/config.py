@@ -29,6 +29,10 @@ class ModelConfig:
     """The frozen models. `image_encoder` "" is the folder of that name inside `base`."""
 
     base: str = ""
+    """A diffusers folder, or one .safetensors file of SD1.5, SD2 or SDXL."""
+    config: str = ""
+    """Of a single file: a diffusers folder of its architecture, for configs and tokenizers (its weights are not read).
+    Empty: the folder beside the file that is named as it is."""
     image_encoder: str = ""
     prediction: Prediction = "auto"
     """What the UNet predicts; auto: what the scheduler in the model folder says."""
@@ -179,7 +183,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = parse_config(values, str(path))
     config = dataclasses.replace(
         config,
-        model=_beside(path, config.model, "base", "image_encoder"),
+        model=_beside(path, config.model, "base", "config", "image_encoder"),
         adapter=_beside(path, config.adapter, "start_from"),
         data=_beside(path, config.data, "path", "cache"),
         output=_beside(path, config.output, "folder"),

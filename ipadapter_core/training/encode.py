@@ -14,7 +14,7 @@ from ..checkpoints import AdapterSpec
 from ..errors import IncompatibleEncoderError
 from ..image_encoder import TransformersImageEncoder, check_encoder
 from .config import DataConfig, ModelConfig
-from .frozen import FrozenBase, files_stamp, looks_of
+from .frozen import FrozenBase, files_stamp, looks_of, model_home
 
 
 class Encoders:
@@ -56,7 +56,8 @@ class Encoders:
 
 def cache_settings(model: ModelConfig, data: DataConfig, base: FrozenBase, spec: AdapterSpec) -> dict[str, Any]:
     """Everything that the numbers in a cache depend on, besides the pictures."""
-    encoder = (model.image_encoder, ".") if model.image_encoder else (model.base, "image_encoder")
+    home = model_home(model.base, model.config)
+    encoder = (model.image_encoder, ".") if model.image_encoder else (home, "image_encoder")
     values = asdict(data)
     keys = ("resolution", "buckets", "bucket_step", "augment", "variants", "cache_dtype", "latents")
     return {
@@ -65,7 +66,7 @@ def cache_settings(model: ModelConfig, data: DataConfig, base: FrozenBase, spec:
         "unconditional": spec.unconditional,
         "vae": files_stamp(model.base, "vae"),
         "image_encoder": files_stamp(encoder[0], encoder[1]),
-        "tokenizer": files_stamp(model.base, "tokenizer", "tokenizer_2"),
+        "tokenizer": files_stamp(home, "tokenizer", "tokenizer_2"),
         "text_lengths": [int(tokenizer.model_max_length) for tokenizer in base.tokenizers],
         "layout": 1,
     }

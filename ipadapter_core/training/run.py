@@ -21,7 +21,7 @@ from .cache import NEUTRAL, Cache, fill
 from .collection import Collection, Sample, Seen, collect, hold_out, look
 from .config import RunConfig
 from .encode import Encoders, cache_settings, check_widths
-from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder
+from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder, model_home
 from .log import Log
 from .loop import Outcome, fit
 from .memory import predict
@@ -120,7 +120,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
     device: torch.device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     source = open_source(config.data)
-    base = load_base(config.model.base)
+    base = load_base(config.model.base, config.model.config)
     factor = base.latent_factor
     _check_sides(config, base, factor)
     objective = objective_for(base.scheduler, config.model.prediction, config.loss)
@@ -130,7 +130,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
     log.say(describe_trainable(adapter))
 
     def load_encoders() -> Encoders:
-        encoder = load_encoder(config.model.base, config.model.image_encoder)
+        encoder = load_encoder(home_of(config), config.model.image_encoder)
         return Encoders(base, encoder, spec, config.data, device)
 
     if config.data.cache and use_cache:
@@ -198,12 +198,12 @@ def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
     accelerator = build_accelerator(config)
     root = RunFolder(config.output).path
     with Log(root, steps=0, active=accelerator.is_main_process, as_json=as_json, tensorboard=False) as log:
-        base = load_base(config.model.base)
+        base = load_base(config.model.base, config.model.config)
         _check_sides(config, base, base.latent_factor)
         spec = build_adapter(config, base).spec()
 
         def load_encoders() -> Encoders:
-            encoder = load_encoder(config.model.base, config.model.image_encoder)
+            encoder = load_encoder(home_of(config), config.model.image_encoder)
             return Encoders(base, encoder, spec, config.data, accelerator.device)
 
         collection, cache = _cached(config, base, spec, open_source(config.data), load_encoders, log, accelerator)
@@ -250,12 +250,17 @@ def dry_run(config: RunConfig, *, steps: int = 3) -> str:
 
 def build_adapter(config: RunConfig, base: FrozenBase) -> TrainedAdapter:
     """The configured adapter, fresh or from a file."""
-    sizes = encoder_sizes(config.model.base, config.model.image_encoder)
+    sizes = encoder_sizes(home_of(config), config.model.image_encoder)
     if not config.adapter.start_from:
         return fresh_adapter(base.unet, sizes, config.adapter)
     weights = load_adapter(config.adapter.start_from, dtype=torch.float32)
     check_family(config.adapter, weights.spec)
     return continued_adapter(base.unet, weights, sizes)
+
+
+def home_of(config: RunConfig) -> str:
+    """The folder of the base model's configs, which may also hold an image encoder."""
+    return model_home(config.model.base, config.model.config)
 
 
 def survey(config: RunConfig, source: Source) -> Collection:
@@ -381,8 +386,8 @@ def _metadata(config: RunConfig, base: FrozenBase, prediction: str, pictures: in
         "trained_by": "ipadapter train",
         "prediction": prediction,
         "base_files": str(base.folder),
-        "encoder_tokens": str(encoder_sizes(config.model.base, config.model.image_encoder).tokens),
-        "encoder_size": str(image_size(config.model.base, config.model.image_encoder)),
+        "encoder_tokens": str(encoder_sizes(home_of(config), config.model.image_encoder).tokens),
+        "encoder_size": str(image_size(home_of(config), config.model.image_encoder)),
         "pictures": str(pictures),
         "settings": json.dumps(settings),
     }

@@ -172,13 +172,11 @@ class Sheets:
 
     def _pipeline(self) -> Any:
         """The model folder's pipeline around the models in memory; the VAE comes from disk and goes again."""
-        from diffusers import DiffusionPipeline
-
         base = self.base
         parts: dict[str, Any] = {"unet": base.unet, "text_encoder": base.text_encoders[0]}
         if len(base.text_encoders) > 1:
             parts["text_encoder_2"] = base.text_encoders[1]
-        pipeline: Any = DiffusionPipeline.from_pretrained(base.folder, local_files_only=True, **parts)
+        pipeline: Any = base.pipeline(**parts)
         if self.prediction in ("epsilon", "v_prediction"):
             pipeline.scheduler = type(pipeline.scheduler).from_config(
                 pipeline.scheduler.config, prediction_type=self.prediction
