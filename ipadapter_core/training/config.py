@@ -110,6 +110,8 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.999
     checkpointing: bool = False
+    shard: bool = False
+    """Split the frozen models' weights over the processes (FSDP), where one device cannot hold them."""
     seed: int = 0
     bad_steps: int = 5
     """So many steps in a row with a loss or gradient that is no number end the run."""

@@ -65,14 +65,18 @@ class Memory:
         if config.train.optimizer == "adamw":
             advice.append('train.optimizer = "adamw8bit"')
         advice.append("a smaller data.resolution")
+        if not config.train.shard:
+            advice.append("train.shard = true on several GPUs")
         raise InvalidInputError(
             f"this run needs {_gb(self.total)} and {_gb(self.available)} are free; try {', or '.join(advice)} "
             "(train.ignore_memory = true starts it anyway)"
         )
 
 
-def predict(config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device: torch.device, factor: int) -> Memory:
-    """Predict the peak of a run. `factor`: pixels per latent."""
+def predict(
+    config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device: torch.device, factor: int, shards: int = 1
+) -> Memory:
+    """Predict the peak of a run. `factor`: pixels per latent; `shards`: processes that share the frozen weights."""
     element = 4 if config.train.precision == "fp32" else 2
     modules: list[nn.Module] = [base.unet, *base.text_encoders]
     frozen = sum(p.numel() for module in modules for name, p in module.named_parameters() if ".processor." not in name)
@@ -86,7 +90,7 @@ def predict(config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device
     if not config.data.cache:
         encoders = sum(p.numel() for p in cast(nn.Module, base.vae).parameters()) * 4
     return Memory(
-        frozen * element + encoders, count * per_parameter, activations * config.train.batch, _available(device)
+        frozen * element // shards + encoders, count * per_parameter, activations * config.train.batch, _available(device)
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from .memory import predict
 from .objectives import objective_for
 from .optimizers import build_optimizer
 from .order import Draws, Order, draw
+from .shard import from_launcher, shard
 from .sources import Source, open_source
 from .state import AdapterFiles, RunFolder
 from .step import AdapterStep
@@ -149,16 +150,22 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
     if chosen and not unseen:
         log.say(f"validation on {len(chosen)} pictures that are trained on too: there are too few to hold any out")
     if not config.train.ignore_memory:
-        memory = predict(config, base, adapter, device, factor)
+        memory = predict(config, base, adapter, device, factor, world if config.train.shard else 1)
         log.say(memory.describe())
         memory.check(config)
     items = _items(training, cache, source, config, encoders, base)
     dtype = DTYPES[config.train.precision]
-    base.to(device, dtype)
     adapter.to(device)
+    if config.train.shard:
+        adapter.install(base.unet)
+        shard(base, adapter, device, dtype)
+        if base.vae is not None:
+            base.vae.to(device)
+    else:
+        base.to(device, dtype)
+        adapter.install(base.unet)
     if config.train.checkpointing:
         base.unet.enable_gradient_checkpointing()
-    adapter.install(base.unet)
     empty = base.tokenize([""])
     module = AdapterStep(adapter, base, objective, neutral, empty).to(device)
     order = Order(training, config.train.batch * world, config.train.seed, config.data)
@@ -170,6 +177,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
 
 def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
     """Run a training to its end, or go on with it. Returns where the adapter lies."""
+    config = from_launcher(config)
     folder = RunFolder(config.output)
     accelerator = build_accelerator(config)
     main: bool = accelerator.is_main_process
