@@ -32,6 +32,10 @@ class ModelConfig:
     """The frozen models. `image_encoder` "" is the folder of that name inside `base`."""
 
     base: str = ""
+    """A diffusers folder, or one .safetensors file of SD1.5, SD2 or SDXL."""
+    config: str = ""
+    """Of a single file: a diffusers folder of its architecture, for configs and tokenizers (its weights are not read).
+    Empty: the folder beside the file that is named as it is."""
     image_encoder: str = ""
     prediction: Prediction = "auto"
     """What the UNet predicts; auto: what the scheduler in the model folder says."""
@@ -140,6 +144,8 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.999
     checkpointing: bool = False
+    shard: bool = False
+    """Split the frozen models' weights over the processes (FSDP), where one device cannot hold them."""
     seed: int = 0
     bad_steps: int = 5
     """So many steps in a row with a loss or gradient that is no number end the run."""
@@ -218,7 +224,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = parse_config(values, str(path))
     config = dataclasses.replace(
         config,
-        model=_beside(path, config.model, "base", "image_encoder"),
+        model=_beside(path, config.model, "base", "config", "image_encoder"),
         adapter=_beside(path, config.adapter, "start_from"),
         lora=_beside(path, config.lora, "start_from"),
         data=_beside(path, config.data, "path", "cache"),
@@ -399,6 +405,8 @@ def _check_lora(config: RunConfig) -> None:
         section, key = name.split(".")
         if values[section][key] != defaults[section][key]:
             raise InvalidInputError(f"{name} is about reference pictures, which a LoRA has none of; leave it out")
+    if config.train.shard:
+        raise InvalidInputError("train.shard splits frozen layers, and a LoRA lies inside them; leave it out")
     if lora.dropout == 1:
         raise InvalidInputError("lora.dropout is 1, which leaves nothing to learn from; 0 to 0.3 are usual")
     if lora.dropout and lora.algorithm == "dora":

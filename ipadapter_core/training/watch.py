@@ -178,11 +178,9 @@ class Sheets:
 
 def pipeline_around(base: FrozenBase, prediction: Prediction) -> Any:
     """The model folder's pipeline around the models in memory; what is not there comes from disk and goes again."""
-    from diffusers import DiffusionPipeline
-
     parts: dict[str, Any] = {"unet": base.unet}
     parts |= dict(zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=False))
-    pipeline: Any = DiffusionPipeline.from_pretrained(base.folder, local_files_only=True, **parts)
+    pipeline: Any = base.pipeline(**parts)
     if prediction in ("epsilon", "v_prediction"):
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=prediction)
     if hasattr(pipeline, "safety_checker"):
