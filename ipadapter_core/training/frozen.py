@@ -51,9 +51,11 @@ class FrozenBase:
             for tokenizer in self.tokenizers
         )
 
-    @torch.no_grad()
     def encode_text(self, ids: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-        """Context `b l d` and SDXL's pooled embedding, as diffusers' pipelines make them."""
+        """Context `b l d` and SDXL's pooled embedding, as diffusers' pipelines make them.
+
+        Frozen encoders keep nothing for a gradient; a LoRA beside their layers makes them do.
+        """
         if not self.is_sdxl:
             return cast(Tensor, self.text_encoders[0](ids[0])[0]), None
         outputs = [

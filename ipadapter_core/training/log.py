@@ -14,7 +14,11 @@ from PIL import Image
 
 from ..generate import save_picture
 
-GAINS = {"image_gain": "without the image", "reference_gain": "with another picture's image"}
+GAINS = {
+    "image_gain": "without the image",
+    "reference_gain": "with another picture's image",
+    "lora_gain": "without the LoRA",
+}
 """How much worse validation gets so."""
 CURVES = ("loss", "validation", *GAINS)
 SMOOTH = 60

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints import AdapterSpec, load_adapter
+from ..checkpoints import load_adapter
 from ..errors import InvalidInputError
 from .adapter import TrainedAdapter, check_family, continued_adapter, describe_trainable, fresh_adapter, trainable
 from .batches import Batch, CachedItems, Items, LiveItems, assemble, loader
 from .cache import NEUTRAL, Cache, fill
 from .collection import Collection, Sample, Seen, collect, hold_out, look
 from .config import RunConfig
-from .encode import Encoders, cache_settings, check_widths
+from .encode import Encoders, TargetEncoders, cache_settings, check_widths
 from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder
 from .log import Log
 from .loop import Outcome, fit
@@ -58,7 +58,7 @@ class PictureFeed:
     """Batches of a collection in its order, read ahead by worker processes and encoded here where no cache did it."""
 
     def __init__(
-        self, config: RunConfig, order: Order, items: Items, encoders: Encoders | None, module_objective: Any, log: Log,
+        self, config: RunConfig, order: Order, items: Items, encoders: TargetEncoders | None, module_objective: Any, log: Log,
         rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         self.config, self.order, self.items, self.encoders = config, order, items, encoders
@@ -102,14 +102,14 @@ class Looking:
 
 @dataclass
 class Prepared:
-    """A run, ready to start."""
+    """A run, ready to start: `module` and `looking` are those of adapters or of LoRAs."""
 
     config: RunConfig
     accelerator: Any
     base: FrozenBase
-    module: AdapterStep
+    module: Any
     feed: PictureFeed
-    looking: Looking
+    looking: Any
     collection: Collection
     metadata: dict[str, str]
 
@@ -117,12 +117,16 @@ class Prepared:
 def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: bool = True) -> Prepared:
     """Load, lint, cache and check everything; nothing is trained yet."""
     accelerator = accelerator or build_accelerator(config)
+    if config.lora.wanted:
+        from .lora_run import prepare_lora
+
+        return prepare_lora(config, log, accelerator, use_cache=use_cache)
     device: torch.device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     source = open_source(config.data)
     base = load_base(config.model.base)
     factor = base.latent_factor
-    _check_sides(config, base, factor)
+    check_sides(config, base, factor)
     objective = objective_for(base.scheduler, config.model.prediction, config.loss)
     torch.manual_seed(config.train.seed)
     adapter = build_adapter(config, base)
@@ -134,7 +138,8 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
         return Encoders(base, encoder, spec, config.data, device)
 
     if config.data.cache and use_cache:
-        collection, cache = _cached(config, base, spec, source, load_encoders, log, accelerator)
+        settings = cache_settings(config.model, config.data, base, spec)
+        collection, cache = cached(config, settings, base, source, load_encoders, log, accelerator)
         encoders, base.vae = None, None
         neutral = cache.read(NEUTRAL)
         check_widths(spec, neutral)
@@ -152,7 +157,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
         memory = predict(config, base, adapter, device, factor)
         log.say(memory.describe())
         memory.check(config)
-    items = _items(training, cache, source, config, encoders, base)
+    items = items_of(training, cache, source, config, encoders, base)
     dtype = DTYPES[config.train.precision]
     base.to(device, dtype)
     adapter.to(device)
@@ -199,14 +204,21 @@ def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
     root = RunFolder(config.output).path
     with Log(root, steps=0, active=accelerator.is_main_process, as_json=as_json, tensorboard=False) as log:
         base = load_base(config.model.base)
-        _check_sides(config, base, base.latent_factor)
-        spec = build_adapter(config, base).spec()
+        check_sides(config, base, base.latent_factor)
+        source = open_source(config.data)
+        if config.lora.wanted:
+            from .lora_run import fill_cache
 
-        def load_encoders() -> Encoders:
-            encoder = load_encoder(config.model.base, config.model.image_encoder)
-            return Encoders(base, encoder, spec, config.data, accelerator.device)
+            collection, cache = fill_cache(config, base, source, log, accelerator)
+        else:
+            spec = build_adapter(config, base).spec()
 
-        collection, cache = _cached(config, base, spec, open_source(config.data), load_encoders, log, accelerator)
+            def load_encoders() -> Encoders:
+                encoder = load_encoder(config.model.base, config.model.image_encoder)
+                return Encoders(base, encoder, spec, config.data, accelerator.device)
+
+            settings = cache_settings(config.model, config.data, base, spec)
+            collection, cache = cached(config, settings, base, source, load_encoders, log, accelerator)
         size = sum(path.stat().st_size for path in cache.folder.glob("*"))
         log.say(f"{collection.findings.describe()}\n{cache.folder}: {size / 1e6:.1f} MB")
     return collection
@@ -264,19 +276,20 @@ def survey(config: RunConfig, source: Source) -> Collection:
     return collect(seen, config.data, config.data.path)
 
 
-def _cached(
+def cached(
     config: RunConfig,
+    settings: dict[str, Any],
     base: FrozenBase,
-    spec: AdapterSpec,
     source: Source,
-    load_encoders: Any,
+    load_encoders: Callable[[], TargetEncoders],
     log: Log,
     accelerator: Any,
 ) -> tuple[Collection, Cache]:
-    cache = Cache(config.data.cache, cache_settings(config.model, config.data, base, spec))
-    loads: list[Encoders] = []
+    """Encode what a cache of these settings lacks, all processes together; the VAE leaves memory afterwards."""
+    cache = Cache(config.data.cache, settings)
+    loads: list[TargetEncoders] = []
 
-    def load_once() -> Encoders:
+    def load_once() -> TargetEncoders:
         loads.append(load_encoders())
         return loads[0]
 
@@ -321,12 +334,12 @@ def _in_order(mine: Sequence[Seen], accelerator: Any) -> list[Seen]:
     return [share[i] for i in range(longest) for share in shares if i < len(share)]
 
 
-def _items(
+def items_of(
     collection: Collection,
     cache: Cache | None,
     source: Source,
     config: RunConfig,
-    encoders: Encoders | None,
+    encoders: TargetEncoders | None,
     base: FrozenBase,
 ) -> Items:
     if cache is not None:
@@ -361,7 +374,7 @@ def _looking(
     return Looking(validation, sheets, base, objective, device, dtype)
 
 
-def _check_sides(config: RunConfig, base: FrozenBase, factor: int) -> None:
+def check_sides(config: RunConfig, base: FrozenBase, factor: int) -> None:
     """Latents must halve as often as the UNet halves them."""
     widths: list[int] = list(base.unet.config.block_out_channels)
     unit = factor * 2 ** (len(widths) - 1)

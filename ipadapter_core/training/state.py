@@ -8,14 +8,11 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from ..checkpoints import save_adapter
 from ..errors import CorruptFileError, InvalidInputError
-from .adapter import TrainedAdapter
 from .config import OutputConfig, RunConfig
 
 STATE = re.compile(r"state-(\d{8})")
@@ -24,8 +21,15 @@ FREE = ("watch", "output")
 EXTENDABLE = {
     ("train", "steps"), ("train", "device"), ("train", "ignore_memory"), ("data", "cache"), ("data", "workers"),
     ("data", "encode_batch"), ("data", "path"), ("model", "base"), ("model", "image_encoder"), ("adapter", "start_from"),
+    ("lora", "start_from"),
 }  # fmt: skip
 """Keys that may change too: places, and how long the run is."""
+
+
+class Savable(Protocol):
+    """What is learned, as far as this room knows it."""
+
+    def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], config: OutputConfig) -> Path: ...
 
 
 class RunFolder:
@@ -103,19 +107,18 @@ class RunFolder:
 
     def save_adapter(
         self,
-        adapter: TrainedAdapter,
+        adapter: Savable,
         state: dict[str, Tensor],
         stem: str,
         metadata: Mapping[str, str],
         *,
         nested: bool = False,
     ) -> Path:
-        """Write one adapter file in `output.dtype`; only the projector and the image layers are in it."""
-        weights = adapter.weights(getattr(torch, self.config.dtype), state)
+        """Write one file of what is learned, in `output.dtype`."""
         try:
             if nested:
-                save_adapter(weights, self.path / f"{stem}.bin", layout="nested")
-            return save_adapter(weights, self.path / f"{stem}.safetensors", metadata=metadata)
+                adapter.save(self.path / f"{stem}.bin", state, metadata, self.config)
+            return adapter.save(self.path / f"{stem}.safetensors", state, metadata, self.config)
         except OSError as error:
             raise OSError(
                 error.errno, f"{self.path} cannot be written ({error.strerror}); free some space or mend it"
@@ -143,9 +146,7 @@ class RunFolder:
 class AdapterFiles:
     """What a run leaves of its adapter: a file at every checkpoint, beside it the averaged one, and the finished file."""
 
-    def __init__(
-        self, folder: RunFolder, adapter: TrainedAdapter, metadata: Mapping[str, str], *, averaged: bool
-    ) -> None:
+    def __init__(self, folder: RunFolder, adapter: Savable, metadata: Mapping[str, str], *, averaged: bool) -> None:
         self.folder, self.adapter, self.metadata, self.averaged = folder, adapter, metadata, averaged
 
     def checkpoint(self, step: int, state: dict[str, Tensor], averaged: dict[str, Tensor] | None) -> None:

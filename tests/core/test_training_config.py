@@ -80,8 +80,11 @@ def test_examples_are_valid_and_printed(name: str, capsys: pytest.CaptureFixture
     assert main(["train", "--example", name]) == 0
     (tmp_path / "run.toml").write_text(capsys.readouterr().out)
     config = load_config(tmp_path / "run.toml")
-    assert config.adapter.family == name.split("-", 1)[1]
-    assert config.output.name == f"ip-adapter-{name}"
+    if name.endswith("-lora"):
+        assert config.lora.wanted
+    else:
+        assert config.adapter.family == name.split("-", 1)[1]
+        assert config.output.name == f"ip-adapter-{name}"
 
 
 def test_the_command_names_a_typo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
