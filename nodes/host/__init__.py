@@ -38,10 +38,10 @@ from .training import (
     base_models,
     image_encoders,
     pictures_folder,
-    read_picture,
     save_pictures,
     train,
     training_folder,
+    training_pictures,
 )
 
 __all__ = [
@@ -83,12 +83,12 @@ __all__ = [
     "picture_tensor",
     "pictures_folder",
     "progress_bar",
-    "read_picture",
     "register_model_folder",
     "register_nodes",
     "save_pictures",
     "show_in_node",
     "train",
     "training_folder",
+    "training_pictures",
     "unique_save_path",
 ]
