@@ -90,7 +90,10 @@ def test_live_merged_and_the_hosts_own_loader_agree(scene: Callable[..., Scene])
 def test_comfyui_reads_what_the_trainer_writes(
     server: ComfyServer, sd15: str, adapters: Path, tmp_path: Path, algorithm: Any
 ) -> None:
-    """By its own table of names, in every spelling; DoRA by columns, as its own loader mistakes rows (PR 15458)."""
+    """By its own table of names; DoRA by columns, as its own loader mistakes rows (PR 15458).
+
+    PEFT's spelling its table has for convolutions, not for the attentions of UNets: half of the file is lost on it.
+    """
     s = Scene(server, sd15, adapters, unet="sd15", steps=1)
     runs = {"plain": s.sample(s.model)}
     for spelling, path in trained_files(tmp_path, algorithm).items():
@@ -102,6 +105,7 @@ def test_comfyui_reads_what_the_trainer_writes(
     first = out["ours kohya"]
     assert apart(first, out["plain"]) > EFFECT
     differing = {name: apart(found, first) for name, found in out.items() if name != "plain"}
+    assert differing.pop("host diffusers", 1.0) > EFFECT
     assert max(differing.values()) < CLOSE, differing
 
 
@@ -118,11 +122,12 @@ def trained_files(folder: Path, algorithm: Any) -> dict[str, Path]:
                 p.fill_(0.02)
     config = LoRAConfig(rank=4, alpha=2.0, algorithm=algorithm, dora_axis="in")
     lora = fresh_lora({"unet": unet}, config)
+    size = 1.0 if algorithm == "loha" else 0.3
     with torch.no_grad():
         for i, (name, p) in enumerate(lora.named_parameters()):
             if not name.endswith("magnitude"):
                 generator = torch.Generator().manual_seed(i)
-                p.copy_(torch.randn(p.shape, generator=generator) * (0.3 / p[0].numel() ** 0.5))
+                p.copy_(torch.randn(p.shape, generator=generator) * (size / p[0].numel() ** 0.5))
     files: dict[str, Path] = {}
     for spelling in ("kohya", "generic", "diffusers") if algorithm == "locon" else ("kohya", "generic"):
         out = parse_config({"output": {"spelling": spelling, "dtype": "float32"}}, "here").output
