@@ -164,7 +164,7 @@ class StreamSource:
 
     random_access = False
 
-    def __init__(self, urls: str, caption_key: str) -> None:
+    def __init__(self, urls: str | list[str], caption_key: str) -> None:
         self.urls, self.caption_key = urls, caption_key
         self.bad: list[str] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -25,7 +25,6 @@ from .frozen import FrozenBase
 from .objectives import Objective
 from .order import Draws, seeded
 from .pictures import cut_target, decode
-from .sources import Source
 from .step import AdapterStep
 
 
@@ -188,7 +187,13 @@ class Sheets:
         return pipeline
 
 
-def reference_tiles(source: Source, samples: Sequence[Sample], side: int) -> list[Image.Image]:
+class Readable(Protocol):
+    """Bytes of pictures by name."""
+
+    def read(self, name: str) -> bytes: ...
+
+
+def reference_tiles(source: Readable, samples: Sequence[Sample], side: int) -> list[Image.Image]:
     """The references of some samples as squares; white where a stream cannot show them again."""
     tiles: list[Image.Image] = []
     for sample in samples:
