@@ -64,7 +64,13 @@ def launch(command: list[str], **environment: str) -> subprocess.CompletedProces
         timeout=280,
         check=False,
         start_new_session=True,  # torchrun ends a failed attempt by signalling its whole group
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        env={
+            **os.environ,
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "PYTHONPATH": paths,
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
     )
 
 
@@ -85,7 +91,7 @@ def test_split_frozen_models_train_what_whole_ones_do(model: Path, pictures: Pat
     train(whole)
     write_config(split, tmp_path / "split.toml")
     done = launch(["-m", "ipadapter_core.cli", "train", str(tmp_path / "split.toml")])
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     assert_close(tmp_path / "split", tmp_path / "whole")
     rows = [json.loads(line) for line in (tmp_path / "split/progress.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "validation"] == [0, 2, 4]
@@ -128,7 +134,7 @@ AdapterStep.forward = forward
 sys.exit(main(["train", {str(tmp_path / "elastic.toml")!r}]))
 """)
     done = launch(["--max-restarts", "1", str(script)])
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     assert "going on after step 2" in done.stderr
     assert_close(tmp_path / "elastic", tmp_path / "whole")
 
@@ -196,6 +202,6 @@ def test_two_processes_stream_the_same_number_of_steps(model: Path, tmp_path: Pa
     )
     write_config(config, tmp_path / "run.toml")
     done = launch(["-m", "ipadapter_core.cli", "train", str(tmp_path / "run.toml")])
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out/progress.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5]
