@@ -109,6 +109,8 @@ class DataConfig:
     cache_dtype: Dtype = "float16"
     latents: Literal["mode", "sample"] = "mode"
     """Use the autoencoder's mean, or draw from its distribution at every step as the original does (twice the cache)."""
+    shuffle: int = 1000
+    """Remote shards without a cache: so many pictures are held in memory and drawn from at random."""
     encode_batch: int = 8
     workers: int = 0
 
@@ -338,7 +340,7 @@ def _beside(path: Path, section: Any, *keys: str) -> Any:
 
 
 _AT_LEAST = {
-    "data.resolution": 8, "data.bucket_step": 8, "data.min_side": 1, "data.variants": 1, "data.encode_batch": 1,
+    "data.resolution": 8, "data.bucket_step": 8, "data.min_side": 1, "data.variants": 1, "data.shuffle": 1, "data.encode_batch": 1,
     "data.workers": 0, "train.steps": 1, "train.batch": 1, "train.accumulate": 1, "train.warmup": 0, "train.clip": 0,
     "train.bad_steps": 1, "lora.rank": 0, "lora.alpha": 0, "lora.factor": 1, "adapter.num_tokens": 0, "adapter.depth": 1, "adapter.hidden_dim": 0, "loss.min_snr": 0,
     "watch.log_every": 1, "watch.validate_every": 0, "watch.validation": 0, "watch.sample_every": 0,

@@ -23,7 +23,7 @@ from .config import RunConfig
 from .encode import Encoders, TargetEncoders, cache_settings, check_widths
 from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder, model_home
 from .log import Log
-from .loop import Outcome, fit
+from .loop import Feed, Outcome, fit
 from .memory import predict
 from .objectives import objective_for
 from .optimizers import build_optimizer
@@ -32,6 +32,7 @@ from .shard import from_launcher, shard
 from .sources import Source, open_source
 from .state import AdapterFiles, RunFolder
 from .step import AdapterStep
+from .stream import Stream, StreamFeed
 from .watch import Sheets, Validation, reference_tiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,7 +110,7 @@ class Prepared:
     accelerator: Any
     base: FrozenBase
     module: Any
-    feed: PictureFeed
+    feed: Feed
     looking: Any
     collection: Collection
     metadata: dict[str, str]
@@ -125,6 +126,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
     device: torch.device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     source = open_source(config.data)
+    stream: Stream | None = None
     base = load_base(config.model.base, config.model.config)
     factor = base.latent_factor
     check_sides(config, base, factor)
@@ -145,20 +147,27 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
         neutral = cache.read(NEUTRAL)
         check_widths(spec, neutral)
     else:
-        if not source.random_access:
-            raise InvalidInputError(f"{config.data.path} is a stream, read once from start to end: set data.cache")
-        collection, cache = survey(config, source), None
+        cache = None
         encoders = load_encoders()
         neutral = encoders.neutral()
-    log.say(collection.findings.describe())
-    training, chosen, unseen = hold_out(collection, config.watch.validation, config.data)
-    if chosen and not unseen:
-        log.say(f"validation on {len(chosen)} pictures that are trained on too: there are too few to hold any out")
+        if source.random_access:
+            collection = survey(config, source)
+        else:
+            stream = Stream(config, encoders, base.tokenize, rank, world)
+            collection = stream.held_out
+    if stream is None:
+        log.say(collection.findings.describe())
+        training, chosen, unseen = hold_out(collection, config.watch.validation, config.data)
+        if chosen and not unseen:
+            log.say(f"validation on {len(chosen)} pictures that are trained on too: there are too few to hold any out")
+    else:
+        training, chosen = collection, collection.samples
+        log.say(f"streaming {len(stream.shards)} shards, unseen; {len(chosen)} pictures are held out for validation")
     if not config.train.ignore_memory:
         memory = predict(config, base, adapter, device, factor, world if config.train.shard else 1)
         log.say(memory.describe())
         memory.check(config)
-    items = items_of(training, cache, source, config, encoders, base)
+    items = stream or items_of(training, cache, source, config, encoders, base)
     dtype = DTYPES[config.train.precision]
     adapter.to(device)
     if config.train.shard:
@@ -173,10 +182,14 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
         base.unet.enable_gradient_checkpointing()
     empty = base.tokenize([""])
     module = AdapterStep(adapter, base, objective, neutral, empty).to(device)
-    order = Order(training, config.train.batch * world, config.train.seed, config.data)
-    feed = PictureFeed(config, order, items, encoders, objective, log, rank, world)
-    looking = _looking(config, base, items, chosen, encoders, source, neutral, objective, device, dtype)
-    metadata = _metadata(config, base, objective.prediction, len(training.samples))
+    if isinstance(items, Stream):
+        feed: Feed = StreamFeed(items, objective, log)
+    else:
+        order = Order(training, config.train.batch * world, config.train.seed, config.data)
+        feed = PictureFeed(config, order, items, encoders, objective, log, rank, world)
+    looking = _looking(config, base, items, chosen, encoders, stream or source, neutral, objective, device, dtype)
+    count = "a stream" if stream is not None else str(len(training.samples))
+    metadata = _metadata(config, base, objective.prediction, count)
     return Prepared(config, accelerator, base, module, feed, looking, collection, metadata)
 
 
@@ -364,10 +377,10 @@ def items_of(
 def _looking(
     config: RunConfig,
     base: FrozenBase,
-    items: Items,
+    items: Items | Stream,
     chosen: Sequence[Sample],
     encoders: Encoders | None,
-    source: Source,
+    source: Source | Stream,
     neutral: Tensor,
     objective: Any,
     device: torch.device,
@@ -398,7 +411,7 @@ def check_sides(config: RunConfig, base: FrozenBase, factor: int) -> None:
         raise InvalidInputError(f"data.{name} is {side}; for this model it must be a multiple of {unit}")
 
 
-def _metadata(config: RunConfig, base: FrozenBase, prediction: str, pictures: int) -> dict[str, str]:
+def _metadata(config: RunConfig, base: FrozenBase, prediction: str, pictures: str) -> dict[str, str]:
     """What a finished file says of its making, besides what it is."""
     settings = config.as_dict()
     settings.pop("output")
@@ -409,7 +422,7 @@ def _metadata(config: RunConfig, base: FrozenBase, prediction: str, pictures: in
         "base_files": str(base.folder),
         "encoder_tokens": str(encoder_sizes(home_of(config), config.model.image_encoder).tokens),
         "encoder_size": str(image_size(home_of(config), config.model.image_encoder)),
-        "pictures": str(pictures),
+        "pictures": pictures,
         "settings": json.dumps(settings),
     }
 
