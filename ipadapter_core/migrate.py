@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from .errors import InvalidInputError
 from .image_encoder import ENCODERS
@@ -327,7 +327,7 @@ def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
         if face_model is None and beside.faces is not None:
             face_model = (beside.faces, 0, FACE_MODEL)
         if face_model is not None:
-            made.edges[encode, "face_model"] = (*face_model[:2], FACE_MODEL)
+            made.edges[encode, "face_model"] = (face_model[0], face_model[1], FACE_MODEL)
     else:
         outputs = {"image_prompt": "IMAGE_PROMPT"}
         settings = ["center", combine, "", "auto", batch, SWITCH]
@@ -398,15 +398,18 @@ REPLACEMENTS: tuple[Replacement, ...] = (
 
 
 def complete(prompt: Mapping[str, Any], known: Collection[str]) -> None:
-    """Give old nodes of a prompt (API format) that ``known`` does not list their unconnected optional inputs, as None.
+    """Prepare the old nodes of a prompt (API format) that ``known`` does not list for ComfyUI's replacement.
 
-    ComfyUI's replacement reads every input that is mapped and stops at one that is not there.
+    That reads every input that is mapped and a node's ``_meta``, and stops where one is not there: optional inputs that
+    nothing is connected to become None.
     """
     optional = {entry.old: entry.optional for entry in REPLACEMENTS if entry.old not in known}
     for node in prompt.values():
-        if isinstance(node, dict) and isinstance(node.get("inputs"), dict):
-            for name in optional.get(node.get("class_type"), ()):
-                node["inputs"].setdefault(name, None)
+        entry = cast("Json", node) if isinstance(node, dict) else {}
+        if entry.get("class_type") in optional:
+            entry.setdefault("_meta", {})
+            for name in optional[entry["class_type"]]:
+                entry.setdefault("inputs", {}).setdefault(name, None)
 
 
 def _place(node: Json) -> tuple[float, float]:

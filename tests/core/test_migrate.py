@@ -143,7 +143,7 @@ def test_replacements_complete_what_the_host_would_miss() -> None:
     assert prompt["1"]["inputs"] == {"model": ["2", 0]}  # the old node is there: nothing to replace
     complete(prompt, set())
     missing = {"clip_vision": None, "image_negative": None, "attn_mask": None}
-    assert prompt["1"]["inputs"] == {"model": ["2", 0], **missing}
+    assert prompt["1"] == {"class_type": "IPAdapterAdvanced", "inputs": {"model": ["2", 0], **missing}, "_meta": {}}
     assert prompt["2"]["inputs"] == {}
 
 
