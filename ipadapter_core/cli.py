@@ -90,7 +90,7 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("--mask", type=Path, default=None, help="picture: white is where the image acts")
     p.add_argument("--steps", type=int, default=25, help="sampling steps")
     p.add_argument(
-        "--guidance", type=float, default=None, help="guidance scale; default 3 for the demo world, else 7.5"
+        "--guidance", type=float, default=None, help="guidance scale; default 2 for the demo world, else 7.5"
     )
     p.add_argument("--seed", type=int, default=0, help="seed of the first picture; the others count up")
     p.add_argument("--batch", type=int, default=4, help="number of pictures")
@@ -188,7 +188,7 @@ def run_generate(args: argparse.Namespace) -> None:
         adapter.module.to(args.device)
         encoder.model.to(args.device)
         patches = [prepare_patch(pipeline, adapter, encoder, images, settings, mask)]
-    guidance = args.guidance if args.guidance is not None else 3.0 if args.model == WORLD else 7.5
+    guidance = args.guidance if args.guidance is not None else 2.0 if args.model == WORLD else 7.5
     seeds = [args.seed + i for i in range(args.batch)]
     args.out.mkdir(parents=True, exist_ok=True)
     with progress_bar("sampling", args.steps) as progress:

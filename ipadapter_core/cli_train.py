@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InvalidInputError
+from .lora.convert import SPELLINGS
+from .lora.formats import load_lora
+from .lora.saving import save_lora
 
 OVERRIDES = "changes to the config, such as train.steps=2000 data.cache=/fast/cache"
 
 
 def add_commands(commands: Any) -> None:
     """Add them to the parser of `ipadapter`."""
-    p = commands.add_parser("train", help="train an IP-Adapter")
+    p = commands.add_parser("train", help="train an IP-Adapter or a LoRA")
     p.set_defaults(run=run_train)
     p.add_argument("config", type=Path, help="TOML file; ipadapter train --example FAMILY prints one", nargs="?")
     p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
@@ -34,18 +37,19 @@ def add_commands(commands: Any) -> None:
     p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
     p.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
 
-    p = commands.add_parser("export", help="an adapter in another layout or precision")
+    p = commands.add_parser("export", help="an adapter or LoRA in another layout, spelling or precision")
     p.set_defaults(run=run_export)
-    p.add_argument("source", type=Path, help="adapter file")
+    p.add_argument("source", type=Path, help="adapter file, or LoRA with --spelling")
     p.add_argument("target", type=Path, help=".bin: nested as the first released files; .safetensors: flat")
     p.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default=None, help="default: as in the source"
     )
+    p.add_argument("--spelling", choices=SPELLINGS, default=None, help="write the keys of a LoRA in this way")
     p.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "datasets", "webdataset", "matplotlib", "psutil", "tqdm")
-EXAMPLES = ("sd15-base", "sd15-plus", "sd15-full-face", "sdxl-base", "sdxl-plus")
+EXAMPLES = ("sd15-base", "sd15-plus", "sd15-full-face", "sdxl-base", "sdxl-plus", "sd15-lora")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -92,6 +96,16 @@ def run_export(args: argparse.Namespace) -> None:
 
     from .checkpoints import EXTENSIONS, load_adapter, save_adapter
 
+    if args.spelling is not None:
+        facts = save_lora(
+            load_lora(args.source), args.target, spelling=args.spelling, dtype=args.dtype or "keep", overwrite=True
+        )
+        print(
+            json.dumps(facts)
+            if args.json
+            else f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
+        )
+        return
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     layout = "nested" if args.target.suffix.lower() in EXTENSIONS["nested"] else "flat"
     path = save_adapter(load_adapter(args.source, dtype=dtype), args.target, layout=layout)

@@ -23,6 +23,7 @@ from .lora_strength import LoRAStrength
 from .save_lora import SaveLoRA
 from .schedule_adapter import AdapterSchedule
 from .train_ip_adapter import TrainIPAdapter
+from .train_lora import TrainLoRA
 
 NODES: list[type[io.ComfyNode]] = [
     LoadIPAdapter,
@@ -41,6 +42,7 @@ NODES: list[type[io.ComfyNode]] = [
     SaveLoRA,
     ExtractLoRA,
     TrainIPAdapter,
+    TrainLoRA,
 ]
 
 

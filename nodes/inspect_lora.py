@@ -24,6 +24,7 @@ class InspectLoRA(io.ComfyNode):
                 )
             ],
             outputs=[io.String.Output(display_name="text"), io.Image.Output(display_name="heat_map")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -36,5 +37,6 @@ class InspectLoRA(io.ComfyNode):
         weights = host.load_lora_file(file).weights
         text = describe_facts(facts_of(weights))
         image = host.picture_tensor(draw_heat_map(heat_map(weights), file))
+        host.show_in_node(text, cls.hidden.unique_id)
         shown = ui.PreviewImage(image, cls=cls).as_dict()
         return io.NodeOutput(text, image, ui={**shown, "text": [text]})

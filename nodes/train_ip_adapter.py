@@ -1,9 +1,10 @@
-"""Train IP-Adapter."""
+"""Train IP-Adapter, and what all training nodes share."""
 
 from __future__ import annotations
 
 import math
-import shutil
+from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -13,6 +14,95 @@ from . import host
 from .sockets import CATEGORY, Adapter
 
 FRESH = "nothing"
+
+
+def name_inputs(default: str) -> list[io.Input]:
+    """The first inputs of every training node."""
+    return [
+        io.String.Input(
+            "name",
+            default=default,
+            tooltip="File name of the result, and of the run that a later queueing of this node goes on with.",
+        ),
+        io.Combo.Input(
+            "base_model",
+            options=list(host.base_models()),
+            tooltip="A diffusers folder of an SD1.5, SD2 or SDXL model in models/diffusers.",
+        ),
+    ]
+
+
+def run_inputs(samples: str) -> list[io.Input]:
+    """The last inputs of every training node, which `run_values` reads; `samples` explains the prompt of the sheets."""
+    return [
+        io.String.Input(
+            "pictures",
+            default="",
+            tooltip="Folder of pictures with .txt captions, a .json list or .tar shards; inside ComfyUI's input folder or "
+            "anywhere. Empty: the images input.",
+        ),
+        io.String.Input(
+            "captions",
+            default="",
+            multiline=True,
+            tooltip="For the images input: one line per image, or one line for all of them.",
+        ),
+        io.Int.Input("steps", default=1000, min=1, max=10_000_000, tooltip="Training steps in all, 1 or more."),
+        io.Int.Input(
+            "batch",
+            default=4,
+            min=1,
+            max=1024,
+            tooltip="Pictures per step, 1 or more; the memory needed grows with it.",
+        ),
+        io.Int.Input(
+            "resolution",
+            default=512,
+            min=64,
+            max=2048,
+            step=64,
+            tooltip="Side of the training pictures in pixels.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=1e-4,
+            min=1e-8,
+            max=1.0,
+            step=1e-6,
+            round=False,
+            tooltip="Step size of the optimiser; 0.0001 at 512 pixels, less at 1024 or when training on.",
+        ),
+        io.Combo.Input(
+            "precision",
+            options=["bf16", "fp16", "fp32"],
+            tooltip="What the frozen models compute in; what is trained is always kept in fp32.",
+        ),
+        io.Int.Input(
+            "sample_every",
+            default=250,
+            min=1,
+            max=1_000_000,
+            tooltip="Steps between sample sheets and validations.",
+        ),
+        io.String.Input(
+            "sample_prompt",
+            default="",
+            tooltip=samples,
+        ),
+        io.Int.Input("seed", default=0, min=0, max=2**31, tooltip="Of all random choices of the training, 0 or more."),
+        io.String.Input(
+            "settings",
+            default="",
+            multiline=True,
+            tooltip="Any other setting of ipadapter train, one per line, such as loss.min_snr=5 or train.checkpointing=true.",
+        ),
+        io.Boolean.Input(
+            "start_over",
+            default=False,
+            tooltip="On: drop what an earlier run of this name had learned. Off: go on with it.",
+        ),
+        io.Image.Input("images", optional=True, tooltip="Training pictures from the graph, if no folder is given."),
+    ]
 
 
 class TrainIPAdapter(io.ComfyNode):
@@ -27,16 +117,7 @@ class TrainIPAdapter(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.String.Input(
-                    "name",
-                    default="my-adapter",
-                    tooltip="File name of the result, and of the run that a later queueing of this node goes on with.",
-                ),
-                io.Combo.Input(
-                    "base_model",
-                    options=list(host.base_models()),
-                    tooltip="A diffusers folder of an SD1.5, SD2 or SDXL model in models/diffusers.",
-                ),
+                *name_inputs("my-adapter"),
                 io.Combo.Input(
                     "image_encoder",
                     options=[host.INSIDE, *host.image_encoders()],
@@ -52,77 +133,7 @@ class TrainIPAdapter(io.ComfyNode):
                     options=[FRESH, *host.adapter_files()],
                     tooltip="An adapter to train on. With few pictures this works far better than starting from nothing.",
                 ),
-                io.String.Input(
-                    "pictures",
-                    default="",
-                    tooltip="Folder of pictures with .txt captions, a .json list or .tar shards; inside ComfyUI's input folder or "
-                    "anywhere. Empty: the images input.",
-                ),
-                io.String.Input(
-                    "captions",
-                    default="",
-                    multiline=True,
-                    tooltip="For the images input: one line per image, or one line for all of them.",
-                ),
-                io.Int.Input("steps", default=1000, min=1, max=10_000_000, tooltip="Training steps in all, 1 or more."),
-                io.Int.Input(
-                    "batch",
-                    default=4,
-                    min=1,
-                    max=1024,
-                    tooltip="Pictures per step, 1 or more; the memory needed grows with it.",
-                ),
-                io.Int.Input(
-                    "resolution",
-                    default=512,
-                    min=64,
-                    max=2048,
-                    step=64,
-                    tooltip="Side of the training pictures in pixels.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=1e-4,
-                    min=1e-8,
-                    max=1.0,
-                    step=1e-6,
-                    round=False,
-                    tooltip="Step size of the optimiser; 0.0001 at 512 pixels, less at 1024 or when training on.",
-                ),
-                io.Combo.Input(
-                    "precision",
-                    options=["bf16", "fp16", "fp32"],
-                    tooltip="What the frozen models compute in; the adapter itself is always trained in fp32.",
-                ),
-                io.Int.Input(
-                    "sample_every",
-                    default=250,
-                    min=1,
-                    max=1_000_000,
-                    tooltip="Steps between sample sheets and validations.",
-                ),
-                io.String.Input(
-                    "sample_prompt",
-                    default="",
-                    tooltip="Text of the sample sheets; empty shows what the image alone does.",
-                ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**31, tooltip="Of all random choices of the training, 0 or more."
-                ),
-                io.String.Input(
-                    "settings",
-                    default="",
-                    multiline=True,
-                    tooltip="Any other setting of ipadapter train, one per line, such as loss.min_snr=5 or train.checkpointing=true.",
-                ),
-                io.Boolean.Input(
-                    "start_over",
-                    default=False,
-                    tooltip="On: drop what an earlier run of this name had learned. Off: go on with it.",
-                ),
-                io.Image.Input(
-                    "images", optional=True, tooltip="Training pictures from the graph, if no folder is given."
-                ),
+                *run_inputs(samples="Text of the sample sheets; empty shows what the image alone does."),
             ],
             outputs=[
                 Adapter.Output(display_name="adapter"),
@@ -133,25 +144,32 @@ class TrainIPAdapter(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, name: str, settings: str, start_over: bool, images: Tensor | None = None, **choices: object
+        cls,
+        name: str,
+        base_model: str,
+        image_encoder: str,
+        family: str,
+        start_from: str,
+        settings: str,
+        start_over: bool,
+        **run: Any,
     ) -> io.NodeOutput:
-        folder = host.training_folder(name)
-        if start_over:
-            shutil.rmtree(folder, ignore_errors=True)
-        changes = [line.strip() for line in settings.splitlines() if line.strip()]
-        file = host.train(_values(name, images, **choices), changes, name, cls.hidden.unique_id)
-        plot, sheet = host.read_picture(folder / "loss.png"), host.read_picture(folder / "sheet.png")
-        return io.NodeOutput(host.load_ip_adapter(file), plot, sheet)
+        folder = host.training_folder(name, "ipadapter", start_over=start_over)
+        values = run_values(name, base_model, folder, **run)
+        if image_encoder != host.INSIDE:
+            values["model"]["image_encoder"] = str(host.image_encoders()[image_encoder])
+        values["adapter"] = {"family": family}
+        if start_from != FRESH:
+            values["adapter"]["start_from"] = host.adapter_path(start_from)
+        file = host.train(values, settings, name, "ipadapter", cls.hidden.unique_id)
+        return io.NodeOutput(host.load_ip_adapter(file), *host.training_pictures(folder))
 
 
-def _values(
+def run_values(
     name: str,
-    images: Tensor | None,
-    *,
     base_model: str,
-    image_encoder: str,
-    family: str,
-    start_from: str,
+    folder: Path,
+    *,
     pictures: str,
     captions: str,
     steps: int,
@@ -162,8 +180,9 @@ def _values(
     sample_every: int,
     sample_prompt: str,
     seed: int,
+    images: Tensor | None = None,
 ) -> dict[str, dict[str, object]]:
-    folder = host.training_folder(name)
+    """The sections of a training's config that every training node fills."""
     lines = [line.strip() for line in captions.splitlines() if line.strip()] or [""]
     if pictures.strip():
         path = host.pictures_folder(pictures.strip())
@@ -176,11 +195,7 @@ def _values(
     else:
         path = host.save_pictures(images, lines, folder / "pictures")
     return {
-        "model": {
-            "base": str(host.base_models()[base_model]),
-            "image_encoder": "" if image_encoder == host.INSIDE else str(host.image_encoders()[image_encoder]),
-        },
-        "adapter": {"family": family, "start_from": "" if start_from == FRESH else host.adapter_path(start_from)},
+        "model": {"base": str(host.base_models()[base_model])},
         "data": {"path": path, "resolution": resolution, "cache": str(folder / "cache")},
         "train": {"steps": steps, "batch": batch, "lr": learning_rate, "precision": precision, "seed": seed},
         "watch": {"validate_every": sample_every, "sample_every": sample_every, "sample_prompts": [sample_prompt]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,28 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ipadapter_core.demo.pictures import Pictures
 from ipadapter_core.training import RunConfig, parse_config
 
 SIDE = 32
 NAMES = ("cat", "dog", "frog", "owl", "bee", "fox")
 
 
-def save_model(folder: Path, kind: str = "sd15", *, prediction: str = "epsilon", seed: int = 0) -> Path:
-    """A diffusers pipeline folder of random weights with an image encoder: kind "sd15" or "sdxl"."""
+def save_model(
+    folder: Path,
+    kind: str = "sd15",
+    *,
+    prediction: str = "epsilon",
+    seed: int = 0,
+    text_width: int = 16,
+    kl: bool = False,
+) -> Path:
+    """A diffusers pipeline folder of random weights with an image encoder: kind "sd15" or "sdxl".
+
+    `kl`: with the autoencoder that single-file checkpoints hold, which is slower than the tiny one.
+    """
     from diffusers import (
+        AutoencoderKL,
         AutoencoderTiny,
         DDIMScheduler,
         StableDiffusionPipeline,
@@ -40,7 +54,7 @@ def save_model(folder: Path, kind: str = "sd15", *, prediction: str = "epsilon",
     )
     tokenizer.model_max_length = 12
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=text_width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=8,
     )  # fmt: skip
     vision = CLIPVisionConfig(
@@ -50,6 +64,11 @@ def save_model(folder: Path, kind: str = "sd15", *, prediction: str = "epsilon",
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
     )  # fmt: skip
+    if kl:
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        )  # fmt: skip
     sizes: dict[str, Any] = {
         "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 16),
         "norm_num_groups": 4, "attention_head_dim": 2,
@@ -62,16 +81,19 @@ def save_model(folder: Path, kind: str = "sd15", *, prediction: str = "epsilon",
     )  # fmt: skip
     encoder = CLIPVisionModelWithProjection(vision)
     if kind == "sdxl":
+        # as in the real ones, by whose widths diffusers tells the two apart in a single file
+        second = copy.deepcopy(text)
+        second.hidden_size = 2 * text_width if kl else text_width
         unet = UNet2DConditionModel(
-            cross_attention_dim=32, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
+            cross_attention_dim=text_width + second.hidden_size, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=6 * 4 + 8, **sizes,
         )  # fmt: skip
         StableDiffusionXLPipeline(
-            vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), tokenizer=tokenizer,
+            vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(second), tokenizer=tokenizer,
             tokenizer_2=tokenizer, unet=unet, scheduler=scheduler, image_encoder=encoder, add_watermarker=False,
         ).save_pretrained(folder)  # fmt: skip
     else:
-        unet = UNet2DConditionModel(cross_attention_dim=16, **sizes)
+        unet = UNet2DConditionModel(cross_attention_dim=text_width, **sizes)
         StableDiffusionPipeline(
             vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
             safety_checker=None, feature_extractor=None, image_encoder=encoder, requires_safety_checker=False,
@@ -126,3 +148,12 @@ def tiny_config(model: Path, data: Path, out: Path, **changes: Any) -> RunConfig
         section, key = name.split("__")
         values.setdefault(section, {})[key] = value
     return parse_config(values, "the test")
+
+
+def six_discs() -> Pictures:
+    """Six discs of three colours, the last held out."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    disc = ((x.square() + y.square()) < 0.8).float()
+    rgba = torch.stack([torch.stack([disc * (i % 3 == c) for c in range(3)] + [disc]) for i in range(6)])
+    names, studios = tuple("abcdef"), ("noto",) * 6
+    return Pictures(rgba, names, studios, torch.tensor([False] * 5 + [True]))

@@ -36,6 +36,11 @@ def build(work: Path, folder: Path) -> None:
     )
     pipeline.save_pretrained(folder)
     shutil.copy(work / "image_encoder" / "preprocessor_config.json", folder / "image_encoder")
+    for part in ("unet", "vae"):  # where a part lay on the machine that built it is nobody's business
+        file = folder / part / "config.json"
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_references(pictures: Pictures, folder: Path) -> None:

@@ -17,26 +17,38 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..backends.diffusers import layout_of
 from ..checkpoints import load_adapter, save_adapter
 from ..image_encoder import CLIP_MEAN, CLIP_STD, TransformersImageEncoder
 from ..processors import IPAttnProcessor
 from ..projectors import Resampler
+from ..schedule import roles_of
 from ..training.adapter import fresh_adapter
 from ..training.config import AdapterConfig
 from ..training.frozen import encoder_sizes
-from .pictures import Pictures, colour_table, draw_captions, draw_scenes, load_pictures, on_background, place
+from ..training.order import seeded
+from .pictures import (
+    Pictures,
+    colour_table,
+    draw_captions,
+    draw_scenes,
+    load_pictures,
+    on_background,
+    place,
+    recolour,
+)
+from .stages import picture_grid, stage_config, train_stage
 from .train_adapters import MatmulIPAttention, draw_pairs, listen, start_on_grid
 from .train_world import (
     LATENT_SCALE,
     PREVIEW_PROMPTS,
     build_scheduler,
     encode,
-    fit,
     sample,
-    save_sheet,
     tokenize,
     velocity_loss,
 )
@@ -44,14 +56,17 @@ from .train_world import (
 NUM_TOKENS = 16
 TEXT_ONLY = 1 / 4
 """Share of a batch that sees no adapter at all: strength 0 must stay a good text-to-image model."""
-SITE_DROPOUT = 0.3
+SITE_DROPOUT = 0.15
 """Share of the pictured samples whose tokens reach each site with probability one half only."""
+ONE_ROLE = 0.15
+"""Share of the pictured samples whose tokens reach the sites of composition only, and as large a share for style. Released
+models divide these tasks by themselves; here, composition sees the reference in wrong colours and style sees it turned by a
+quarter or half, so that each learns to hand over just what its name says."""
 
 
 def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batch: int, lr: float) -> nn.ModuleDict:
     """Go on training the UNet and the text encoder of ``world``; returns them averaged, with the adapter used."""
     torch.manual_seed(7)
-    generator = torch.Generator().manual_seed(7)
     seen, unseen = pictures.where(held_out=False), pictures.where(held_out=True)
     unet = UNet2DConditionModel.from_pretrained(world / "unet").float().to(memory_format=torch.channels_last)
     tokenizer = CLIPTokenizer.from_pretrained(world / "tokenizer")
@@ -68,7 +83,10 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
         name: next(left) if isinstance(layer, IPAttnProcessor) else AttnProcessor()
         for name, layer in zip(adapter.names, adapter.ip_adapter, strict=True)
     }
-    unet.set_attn_processor(cast(Any, processors))
+    layout = layout_of(unet)
+    by_path = dict(zip((name.removesuffix(".processor") for name in processors), processors.values(), strict=True))
+    styling = {by_path[site.path] for site in layout.sites if site.transformer in roles_of(layout).style}
+    unet.set_attn_processor(cast(Any, processors))  # which empties the mapping
     models = nn.ModuleDict({"unet": unet, "text": text_encoder, "projector": projector})
     scheduler = build_scheduler()
     mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
@@ -77,20 +95,33 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             return encoder.encode((images - mean) / std * ~dropped[:, None, None, None]).penultimate
 
+    generator = seeded("together")
     first = draw_scenes(
         pictures, seen[torch.randperm(len(seen), generator=generator)[:128]], generator, recolour_rate=0.0
     )
     start_on_grid(projector, features(first.images, torch.zeros(128, dtype=torch.bool)).float())
 
     def loss(step: int) -> Tensor:
+        generator = seeded("together", step)
         index = seen[torch.randint(len(seen), (batch,), generator=generator)]
         n = round(batch * (1 - TEXT_ONLY))
         references, targets, captions, dropped = draw_pairs(pictures, index[:n], generator)
         scenes = draw_scenes(pictures, index[n:], generator, recolour_rate=0.1)
         captions = captions + draw_captions(pictures, scenes, generator)
-        partly = torch.rand(n, generator=generator) < SITE_DROPOUT
+        kind = torch.rand(n, generator=generator)
+        partly = kind < SITE_DROPOUT
+        composition = (kind >= SITE_DROPOUT) & (kind < SITE_DROPOUT + ONE_ROLE)
+        style = (kind >= SITE_DROPOUT + ONE_ROLE) & (kind < SITE_DROPOUT + 2 * ONE_ROLE)
+        references = recolour(
+            torch.cat([references, torch.ones_like(references[:, :1])], 1),
+            torch.where(composition, torch.rand(n, generator=generator) * 5.0 + 0.6, 0.0),
+        )[:, :3]
+        for i in torch.nonzero(style)[:, 0].tolist():
+            turns = int(torch.randint(1, 4, (), generator=generator))
+            references[i] = references[i].rot90(turns, (-2, -1))
         for site in sites:
             on = ~partly | (torch.rand(n, generator=generator) < 0.5)
+            on &= ~composition if site in styling else ~style
             site.gate = torch.cat([on, torch.zeros(batch - n, dtype=torch.bool)]).float()[:, None, None]
         with torch.autocast("cpu", torch.bfloat16):
             text = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
@@ -103,26 +134,30 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
     shown = torch.cat([unseen[::5][:10], seen[::97][:6]])
     references = on_background(place(pictures.rgba[shown], None), colour_table()[torch.arange(16) % 12])
 
-    def preview(averaged: nn.Module, step: int) -> None:
-        kept = {key: value.clone() for key, value in models.state_dict().items()}
-        models.load_state_dict(averaged.state_dict())
-        with torch.no_grad():
-            empty = text_encoder(tokenize(tokenizer, [""])).last_hidden_state
-            none = torch.zeros(16, dtype=torch.bool)
-            unconditional = torch.cat([empty, projector(features(references[:1], ~none[:1]))], 1)
-            rows = [references]
-            for words in (["emoji"] * 16, ["emoji on green background"] * 16, PREVIEW_PROMPTS):
-                for site in sites:
-                    site.gate = None if words is not PREVIEW_PROMPTS else torch.zeros(1)
-                text = text_encoder(tokenize(tokenizer, words)).last_hidden_state
-                context = torch.cat([text, projector(features(references, none))], 1)
-                latents = sample(unet, context, unconditional)
-                rows.append(autoencoder.decode(latents / LATENT_SCALE).sample / 2 + 0.5)
-        models.load_state_dict(kept)
-        save_sheet(torch.cat(rows), 16, work / f"together-{step:06d}.png", zoom=1)
+    def preview() -> Image.Image:
+        empty = text_encoder(tokenize(tokenizer, [""])).last_hidden_state
+        none = torch.zeros(16, dtype=torch.bool)
+        unconditional = torch.cat([empty, projector(features(references[:1], ~none[:1]))], 1)
+        rows = [references]
+        everywhere, nowhere = set(sites), set[MatmulIPAttention]()
+        for words, listening in (
+            (["emoji"] * 16, everywhere),
+            (["emoji on green background"] * 16, everywhere),
+            (["emoji"] * 16, styling),
+            (["emoji"] * 16, everywhere - styling),
+            (PREVIEW_PROMPTS, nowhere),
+        ):
+            for site in sites:
+                site.gate = None if site in listening else torch.zeros(1)
+            text = text_encoder(tokenize(tokenizer, words)).last_hidden_state
+            context = torch.cat([text, projector(features(references, none))], 1)
+            latents = sample(unet, context, unconditional)
+            rows.append(autoencoder.decode(latents / LATENT_SCALE).sample / 2 + 0.5)
+        return picture_grid(torch.cat(rows), 16)
 
-    averaged = fit("together", models, loss, steps=steps, lr=lr, folder=work, preview=preview, every=250, muon=True)
-    return cast(nn.ModuleDict, averaged)
+    config = stage_config("together", work, steps=steps, lr=lr, seed=7, optimizer="muon", every=250)
+    train_stage(config, models, loss, preview)
+    return models
 
 
 def save_together(models: nn.ModuleDict, work: Path) -> None:

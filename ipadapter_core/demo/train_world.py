@@ -16,9 +16,8 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,6 @@ from diffusers.models.attention_processor import AttnProcessor
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -37,106 +35,15 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ..training.order import seeded
 from .pictures import BACKGROUNDS, SIZE, STUDIOS, Pictures, caption, draw_captions, draw_scenes, load_pictures
+from .stages import picture_grid, stage_config, train_stage
 
 LATENT_CHANNELS = 16
 LATENT_SCALE = 4.0
 """scaling_factor of the autoencoder: its tanh clamp at 3 leaves latents of a quarter of unit variance untouched."""
 TEXT_DIM = 192
 TEXT_LENGTH = 16
-
-
-def fit(
-    name: str,
-    modules: nn.Module,
-    loss: Callable[[int], Tensor],
-    *,
-    steps: int,
-    lr: float,
-    folder: Path,
-    preview: Callable[[nn.Module, int], None] | None = None,
-    every: int = 500,
-    ema_decay: float = 0.995,
-    muon: bool = False,
-) -> nn.Module:
-    """Minimise ``loss(step)`` over ``modules`` with warm-up and cosine decay; returns the averaged weights.
-
-    With ``muon``, matrices and convolutions are updated by Muon at ``2 · lr`` and only the rest by AdamW: on sixteen fixed
-    pictures at t = 999, a UNet and its adapter went in 60 steps from 0.53 to 0.19, with AdamW alone to 0.38.
-
-    Writes ``<name>.jsonl`` (step and mean loss) and a resumable ``<name>.pt`` below ``folder``.
-    """
-    parameters = [p for p in modules.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if muon and p.ndim in (2, 4) and min(p.shape[:2]) > 16]
-    views = [(p, nn.Parameter(as_matrix(p.data))) for p in matrices]
-    chosen = set(map(id, matrices))
-    rest = [p for p in parameters if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ]
-    if views:
-        rule = "match_rms_adamw"
-        optimizers.append(torch.optim.Muon([m for _, m in views], lr=2 * lr, weight_decay=0.0, adjust_lr_fn=rule))
-    warmup = min(200, steps // 10)
-
-    def rate(i: int) -> float:
-        return min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1.0)) + 1e-3)
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-
-    def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
-        n = int(count)  # short runs would never forget their first weights at the full decay
-        return averaged.lerp(current, 1 - min(ema_decay, (1 + n) / (10 + n)))
-
-    ema = torch.optim.swa_utils.AveragedModel(modules, avg_fn=cast(Any, average), use_buffers=False)
-    state_file, log_file = folder / f"{name}.pt", folder / f"{name}.jsonl"
-    start = 0
-    if state_file.is_file():
-        state = torch.load(state_file, weights_only=True)
-        modules.load_state_dict(state["modules"])
-        ema.load_state_dict(state["ema"])
-        for found, saved in zip([*optimizers, *schedules], state["optimizers"] + state["schedules"], strict=True):
-            found.load_state_dict(saved)
-        start = state["step"]
-    running: list[float] = []
-    for step in (bar := tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)):
-        value = loss(step)
-        modules.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for parameter, matrix in views:
-            matrix.grad = None if parameter.grad is None else as_matrix(parameter.grad)
-        for optimizer in optimizers:
-            optimizer.step()
-        for schedule in schedules:
-            schedule.step()
-        if step >= warmup:
-            ema.update_parameters(modules)
-        running.append(value.item())
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            mean = sum(running) / len(running)
-            running.clear()
-            bar.set_postfix(loss=f"{mean:.4f}")
-            with log_file.open("a") as log:
-                log.write(json.dumps({"step": step + 1, "loss": round(mean, 5)}) + "\n")
-        if (step + 1) % every == 0 or step + 1 == steps:
-            state = {
-                "modules": modules.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "schedules": [schedule.state_dict() for schedule in schedules],
-                "step": step + 1,
-            }
-            torch.save(state, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").replace(state_file)
-            if preview is not None:
-                preview(ema.module, step + 1)
-    return ema.module
-
-
-def as_matrix(weight: Tensor) -> Tensor:
-    """A linear weight as it is; a convolution's ``o i y x``, in channels-last memory, as a view ``o (y x i)``."""
-    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).view(weight.shape[0], -1)
 
 
 # --- 1. autoencoder -------------------------------------------------------------------------------------------------
@@ -201,20 +108,20 @@ def decode(autoencoder: AutoencoderTiny, latents: Tensor) -> Tensor:
 
 
 def train_autoencoder(pictures: Pictures, work: Path, steps: int) -> AutoencoderTiny:
-    generator = torch.Generator().manual_seed(1)
     seen = pictures.where(held_out=False)
 
-    def scenes(count: int) -> Tensor:
+    def scenes(count: int, generator: torch.Generator) -> Tensor:
         index = seen[torch.randint(len(seen), (count,), generator=generator)]
         return draw_scenes(pictures, index, generator, recolour_rate=0.25).images
 
     torch.manual_seed(1)
-    autoencoder = build_autoencoder(*patch_pca(scenes(2000)))
+    autoencoder = build_autoencoder(*patch_pca(scenes(2000, torch.Generator().manual_seed(1))))
     autoencoder.encoder.requires_grad_(False)
     decoder = autoencoder.decoder.to(memory_format=torch.channels_last)
 
     def loss(step: int) -> Tensor:
-        images = scenes(8)
+        generator = seeded("autoencoder", step)
+        images = scenes(8, generator)
         latents = encode(autoencoder, images)
         latents = latents + 0.05 * torch.randn(latents.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -225,13 +132,13 @@ def train_autoencoder(pictures: Pictures, work: Path, steps: int) -> Autoencoder
         ).abs().mean()
         return (out - images).abs().mean() + edges
 
-    def preview(module: nn.Module, step: int) -> None:
-        images = scenes(16)
-        with torch.no_grad():
-            out = module(encode(autoencoder, images) / LATENT_SCALE) / 2 + 0.5
-        save_sheet(torch.cat([images, out]), 16, work / f"autoencoder-{step:06d}.png")
+    def preview() -> Image.Image:
+        images = scenes(16, seeded("autoencoder", "preview"))
+        out = decoder(encode(autoencoder, images) / LATENT_SCALE) / 2 + 0.5
+        return picture_grid(torch.cat([images, out]), 16)
 
-    autoencoder.decoder = fit("autoencoder", decoder, loss, steps=steps, lr=2e-3, folder=work, preview=preview)
+    config = stage_config("autoencoder", work, steps=steps, lr=2e-3, seed=1)
+    autoencoder.decoder = train_stage(config, decoder, loss, preview)
     return autoencoder
 
 
@@ -322,12 +229,13 @@ def build_sampler() -> EulerAncestralDiscreteScheduler:
 
 
 def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """Timesteps of which three quarters lie above 750.
+    """Timesteps of which half lie above 750, where these small latents settle what is shown and where.
 
-    There these small latents settle what is shown and where, there words and pictures have something to say.
+    Below, colours and edges are settled; with a quarter of the samples there, they stayed confetti.
     """
-    early = torch.where(torch.arange(count) % 2 == 0, 0.25, 1.0)
-    return (999 * (1 - early * torch.rand(count, generator=generator).square())).round().long()
+    early = torch.where(torch.arange(count) % 4 == 0, 0.25, 1.0)
+    power = torch.where(torch.arange(count) % 4 == 1, 2.0, 1.0)
+    return (999 * (1 - early * torch.rand(count, generator=generator).pow(power))).round().long()
 
 
 def velocity_loss(
@@ -379,7 +287,6 @@ def train_unet(
     pictures: Pictures, tokenizer: CLIPTokenizer, autoencoder: AutoencoderTiny, work: Path, steps: int, batch: int
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     torch.manual_seed(2)
-    generator = torch.Generator().manual_seed(2)
     seen = pictures.where(held_out=False)
     unet = build_unet().to(memory_format=torch.channels_last)
     # torch's CPU flash attention is several times slower than plain matmuls in bfloat16 backward
@@ -388,6 +295,7 @@ def train_unet(
     scheduler = build_scheduler()
 
     def loss(step: int) -> Tensor:
+        generator = seeded("unet", step)
         index = seen[torch.randint(len(seen), (batch,), generator=generator)]
         scenes = draw_scenes(pictures, index, generator, recolour_rate=0.2)
         ids = tokenize(tokenizer, draw_captions(pictures, scenes, generator))
@@ -397,18 +305,16 @@ def train_unet(
 
     pinv = torch.linalg.pinv(autoencoder.encoder.layers[-1].weight[:, :, 1, 1])
 
-    def preview(averaged: nn.Module, step: int) -> None:
-        ids = tokenize(tokenizer, [*PREVIEW_PROMPTS, ""])
-        with torch.no_grad():
-            text = averaged["text"](ids).last_hidden_state  # pyright: ignore
-            x = sample(averaged["unet"], text[:-1], text[-1:])  # pyright: ignore
-            bias = autoencoder.encoder.layers[-1].bias[:, None, None]
-            patches = torch.einsum("pl,blyx->bpyx", pinv, x / LATENT_SCALE - bias)
-            images = rearrange(patches, "b (c i j) y x -> b c (y i) (x j)", c=3, i=4)
-        save_sheet(images, 8, work / f"unet-{step:06d}.png")
+    def preview() -> Image.Image:
+        text = models["text"](tokenize(tokenizer, [*PREVIEW_PROMPTS, ""])).last_hidden_state
+        x = sample(unet, text[:-1], text[-1:])
+        bias = autoencoder.encoder.layers[-1].bias[:, None, None]
+        patches = torch.einsum("pl,blyx->bpyx", pinv, x / LATENT_SCALE - bias)
+        return picture_grid(rearrange(patches, "b (c i j) y x -> b c (y i) (x j)", c=3, i=4), 8)
 
-    averaged = fit("unet", models, loss, steps=steps, lr=1e-3, folder=work, preview=preview)
-    return averaged["unet"], averaged["text"]  # pyright: ignore
+    config = stage_config("unet", work, steps=steps, lr=1e-3, seed=2, optimizer="muon")
+    train_stage(config, models, loss, preview)
+    return unet, models["text"]  # pyright: ignore
 
 
 # --- 3. image encoder -----------------------------------------------------------------------------------------------
@@ -530,6 +436,7 @@ def train_image_encoder(pictures: Pictures, work: Path, steps: int, batch: int) 
     model = EncoderTraining(len(vocabulary), thumbnails(first))
 
     def loss(step: int) -> Tensor:
+        generator = seeded("image-encoder", step)
         index = seen[torch.randint(len(seen), (batch,), generator=generator)]
         scenes = draw_scenes(pictures, index, generator, recolour_rate=0.3)
         with torch.autocast("cpu", torch.bfloat16):
@@ -541,18 +448,14 @@ def train_image_encoder(pictures: Pictures, work: Path, steps: int, batch: int) 
         layout = F.mse_loss(coefficients.float(), wanted) / wanted.square().mean()
         return layout + 4 * (large.float() - scenes.images).abs().mean() + 0.05 * matched
 
-    def preview(averaged: nn.Module, step: int) -> None:
-        assert isinstance(averaged, EncoderTraining)
-        images, small, large = redraw_held_out(averaged, pictures, seed=0)
+    def preview() -> Image.Image:
+        images, small, large = redraw_held_out(model, pictures, seed=0)
         rows = [images[:16], F.interpolate(small[:16], size=(SIZE, SIZE), mode="bilinear"), large[:16]]
-        save_sheet(torch.cat(rows), 16, work / f"image-encoder-{step:06d}.png")
-        figures = {"step": step, **measure_image_encoder(averaged, pictures)}
-        with (work / "image-encoder-held-out.jsonl").open("a") as log:
-            log.write(json.dumps(figures) + "\n")
+        return picture_grid(torch.cat(rows), 16)
 
-    averaged = fit("image-encoder", model, loss, steps=steps, lr=1e-3, folder=work, preview=preview)
-    assert isinstance(averaged, EncoderTraining)
-    return averaged
+    config = stage_config("image-encoder", work, steps=steps, lr=1e-3, seed=3)
+    train_stage(config, model, loss, preview)
+    return model
 
 
 @torch.no_grad()
@@ -601,13 +504,6 @@ def save_image_encoder(encoder: CLIPVisionModelWithProjection, folder: Path) -> 
         image_std=list(CLIP_STD),
     )
     processor.save_pretrained(folder)
-
-
-def save_sheet(images: Tensor, columns: int, path: Path, zoom: int = 2) -> None:
-    """Write ``b 3 y x`` images in 0..1 as one PNG grid."""
-    grid = rearrange(images.clamp(0, 1), "(r c) k y x -> (r y) (c x) k", c=columns)
-    sheet = Image.fromarray((grid * 255).round().byte().numpy())
-    sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(path)
 
 
 def main(argv: Iterable[str] | None = None) -> None:

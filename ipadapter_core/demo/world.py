@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..schedule import WeightSchedule
 
 FOLDER = Path(__file__).parent / "world"
 REFERENCES = Path(__file__).parent / "references"
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,19 +73,20 @@ class World:
         return pictures.permute(0, 3, 1, 2)
 
 
-def load_world(folder: Path = FOLDER) -> World:
-    """Load everything from disk through the ordinary public loaders."""
+def load_world(folder: Path = FOLDER, adapters: Mapping[str, Path] | None = None) -> World:
+    """Load everything from disk through the ordinary public loaders.
+
+    `adapters` are files by family; by default the two in the folder.
+    """
     if not (folder / "model_index.json").is_file():
         raise InvalidInputError(
             f"the demo world is missing from {folder}; reinstall the package or clone the repository whole"
         )
     pipeline = load_pipeline(folder)
-    adapters = {
-        family: load_adapter(folder / "adapters" / f"ip-adapter-{family}.safetensors", dtype=torch.float32)
-        for family in ("base", "plus")
-    }
-    encoder = load_image_encoder(folder, None, adapters["plus"])
-    return World(pipeline, encoder, adapters, load_references())
+    files = adapters or {name: folder / "adapters" / f"ip-adapter-{name}.safetensors" for name in ("base", "plus")}
+    loaded = {family: load_adapter(file, dtype=torch.float32) for family, file in files.items()}
+    encoder = load_image_encoder(folder, None, next(iter(loaded.values())))
+    return World(pipeline, encoder, loaded, load_references())
 
 
 def load_references() -> References:

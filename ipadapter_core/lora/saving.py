@@ -25,10 +25,10 @@ def save_lora(
     wanted = None if dtype == "keep" else getattr(torch, dtype)
     tensors, metadata = to_tensors(weights, spelling, wanted)  # pyright: ignore[reportArgumentType]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
+    unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        save_file({key: t.clone() for key, t in tensors.items()}, partial, {"format": "pt", **metadata})
-        partial.replace(path)
+        save_file({key: t.clone() for key, t in tensors.items()}, unfinished, {"format": "pt", **metadata})
+        unfinished.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return {"file": str(path), "modules": len(weights.modules), "bytes": path.stat().st_size, "spelling": spelling}

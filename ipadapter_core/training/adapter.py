@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import AdapterSpec, AdapterWeights, describe_adapter, load_adapter
+from ..checkpoints import AdapterSpec, AdapterWeights, describe_adapter, load_adapter, save_adapter
 from ..errors import InvalidInputError
 from ..layouts import layout_of
 from ..patch import check_adapter
 from ..processors import AttnProcessor, IPAttnProcessor, build_processors
 from ..projectors import ImageProjModel, MLPProjModel, Resampler
-from .config import AdapterConfig
+from .config import AdapterConfig, OutputConfig
 
 Wrap = Callable[[AttnProcessor | IPAttnProcessor], object]
 """Another way to compute one attention, with the layers of the given processor."""
@@ -58,6 +59,13 @@ class TrainedAdapter(nn.Module):
         state = self.state_dict() if state is None else state
         copies = {key: value.detach().to("cpu", dtype, copy=True) for key, value in state.items()}
         return load_adapter(copies, name="the adapter in training")
+
+    def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], config: OutputConfig) -> Path:
+        """Write these weights to `path`, nested if it ends in .bin; only projector and image layers are in the file."""
+        weights = self.weights(getattr(torch, config.dtype), state)
+        if path.suffix == ".bin":
+            return save_adapter(weights, path, layout="nested")
+        return save_adapter(weights, path, metadata=metadata)
 
 
 def fresh_adapter(unet: Any, encoder: EncoderSizes, config: AdapterConfig) -> TrainedAdapter:

@@ -13,16 +13,21 @@ from ..errors import CorruptFileError
 from .cache import Cache, tokens_key
 from .collection import Collection, Sample
 from .config import DataConfig
-from .encode import Encoders
+from .encode import TargetEncoders
 from .frozen import EncoderLooks
 from .order import Pick
 from .pictures import bucket_for, bucket_sizes, cut_target, decode, see_reference
 from .sources import Source
 
+NO_REFERENCE = torch.empty(0)
+
 
 @dataclass(slots=True)
 class Item:
-    """One sample, as far as it can be prepared without a model: `ready` ones have latents and features, others pixels."""
+    """One sample, as far as it can be prepared without a model: `ready` ones have latents and features, others pixels.
+
+    `reference` is empty where nothing is trained on references; `text` where text is encoded at every step.
+    """
 
     target: Tensor
     reference: Tensor
@@ -31,21 +36,27 @@ class Item:
     place: tuple[int, int]
     ready: bool
     skipped: str = ""
+    text: tuple[Tensor, ...] = ()
 
 
 @dataclass(slots=True)
 class Batch:
-    """What one forward pass sees: latents `b m c y x` (m: mean, or mean and deviation), features, token ids, sizes."""
+    """What one forward pass sees: latents `b m c y x` (m: mean, or mean and deviation), features, token ids, sizes.
+
+    `text` is the captions' context `b l d` and, for SDXL, pooled embedding `b d`, where they are not encoded at every step.
+    """
 
     latents: Tensor
     features: Tensor
     tokens: tuple[Tensor, ...]
     sizes: Tensor
     places: list[tuple[int, int]]
+    text: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        tokens = tuple(ids.to(device) for ids in self.tokens)
-        return Batch(self.latents.to(device), self.features.to(device), tokens, self.sizes.to(device), self.places)
+        tokens, text = (tuple(one.to(device) for one in several) for several in (self.tokens, self.text))
+        latents, features, sizes = self.latents.to(device), self.features.to(device), self.sizes.to(device)
+        return Batch(latents, features, tokens, sizes, self.places, text)
 
 
 class Items(Protocol):
@@ -73,11 +84,12 @@ class CachedItems:
         ids = self.cache.read(tokens_key(target.caption)).long()
         return Item(
             self.cache.read(f"{target.key}.latents"),
-            self.cache.read(f"{reference_key}.features")[variant],
+            self.cache.read(f"{reference_key}.features")[variant] if self.cache.keeps_features else NO_REFERENCE,
             tuple(ids.unbind(0)),
             self.cache.read(f"{target.key}.sizes"),
             place,
             ready=True,
+            text=self.cache.text(target.caption),
         )
 
 
@@ -85,7 +97,7 @@ class LiveItems:
     """Samples opened when they are needed. One that cannot be opened any more is named and its neighbour taken."""
 
     def __init__(
-        self, collection: Collection, source: Source, config: DataConfig, looks: EncoderLooks, tokenize: Any
+        self, collection: Collection, source: Source, config: DataConfig, looks: EncoderLooks | None, tokenize: Any
     ) -> None:
         self.collection, self.source, self.config = collection, source, config
         self.looks, self.tokenize = looks, tokenize
@@ -114,12 +126,16 @@ class LiveItems:
 
     def _item(self, target: Sample, reference: Sample, variant: int, place: tuple[int, int]) -> Item:
         image = decode(self.source.read(target.name), target.name)
-        name, key = (target.reference, target.reference_key) if target.reference else (reference.name, reference.key)
-        seen = image if name == target.name else decode(self.source.read(name), name)
+        seen = NO_REFERENCE
+        if self.looks is not None:
+            own = bool(target.reference)
+            name, key = (target.reference, target.reference_key) if own else (reference.name, reference.key)
+            picture = image if name == target.name else decode(self.source.read(name), name)
+            seen = see_reference(picture, self.looks, self.config.augment, f"{key} {variant}")
         pixels, cut = cut_target(image, bucket_for(target.size, self._sizes))
         return Item(
             pixels,
-            see_reference(seen, self.looks, self.config.augment, f"{key} {variant}"),
+            seen,
             tuple(ids[0] for ids in self.tokenize([target.caption])),
             torch.tensor(cut.time_ids(), dtype=torch.float32),
             place,
@@ -131,20 +147,17 @@ def _reference_key(target: Sample, reference: Sample) -> str:
     return target.reference_key or reference.key
 
 
-def assemble(items: Sequence[Item], encoders: Encoders | None) -> Batch:
+def assemble(items: Sequence[Item], encoders: TargetEncoders | None) -> Batch:
     """Stack items into a batch, through the encoders where they are still pixels."""
     targets = [item.target for item in items]
     references = torch.stack([item.reference for item in items])
+    tokens = tuple(torch.stack(ids) for ids in zip(*(item.tokens for item in items), strict=True))
+    text = tuple(torch.stack(one) for one in zip(*(item.text for item in items), strict=True))
     if not items[0].ready:
         assert encoders is not None
-        targets, references = encoders.latents(targets), encoders.features(references)
-    return Batch(
-        torch.stack(targets),
-        references,
-        tuple(torch.stack(ids) for ids in zip(*(item.tokens for item in items), strict=True)),
-        torch.stack([item.sizes for item in items]),
-        [item.place for item in items],
-    )
+        targets, references, text = encoders.latents(targets), encoders.features(references), encoders.text(tokens)
+    sizes, places = torch.stack([item.sizes for item in items]), [item.place for item in items]
+    return Batch(torch.stack(targets), references, tokens, sizes, places, text)
 
 
 def loader(items: Items, picks: Iterator[list[Pick]], workers: int) -> Iterator[list[Item]]:

@@ -1,4 +1,4 @@
-"""Latents, features and token ids on disk, computed once.
+"""Latents, features, token ids and text embeddings on disk, computed once.
 
 `<cache>/<digest of the settings>/` holds shards of safetensors, each with a JSON file that lists its keys and appears
 after it: a shard without its list was cut off and is made again. `samples-<rank>.jsonl` says which picture (by name and
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import CorruptFileError
 from .collection import Collection, Sample, Seen, collect, look
 from .config import DataConfig
-from .encode import Encoders
+from .encode import TargetEncoders
 from .pictures import bucket_for, bucket_sizes, cut_target, see_reference
 from .sources import Source
 
@@ -48,6 +48,7 @@ class Cache:
         self.root = Path(folder)
         self.folder = self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.settings = settings
+        self.keeps_features, self.keeps_text = "feature" in settings, "text_encoders" in settings
         self._shards: list[Path] = []
         self._places: dict[str, int] = {}
         self._open: dict[int, Any] = {}
@@ -111,7 +112,16 @@ class Cache:
         }  # fmt: skip
 
     def holds(self, sample: Sample) -> bool:
-        return all(key in self for key in keys_of(sample))
+        keys = [f"{sample.key}.latents", f"{sample.key}.sizes", tokens_key(sample.caption)]
+        if self.keeps_features:
+            keys.append(f"{sample.reference_key or sample.key}.features")
+        if self.keeps_text:
+            keys.append(text_keys(sample.caption)[0])
+        return all(key in self for key in keys)
+
+    def text(self, caption: str) -> tuple[Tensor, ...]:
+        """A caption's context `l d` and, for SDXL, its pooled embedding `d`; nothing where text is not kept."""
+        return tuple(self.read(key) for key in text_keys(caption) if key in self)
 
     def _rows(self) -> Iterator[tuple[int, Sample | None]]:
         for file in sorted(self.folder.glob("samples-*.jsonl")):
@@ -133,25 +143,24 @@ class Cache:
         return f"the cache in {newest.parent.name} was made with other settings, a new one begins ({'; '.join(changed)[:300]})"
 
 
-def keys_of(sample: Sample) -> list[str]:
-    """The tensors that a sample needs."""
-    return [
-        f"{sample.key}.latents",
-        f"{sample.key}.sizes",
-        f"{sample.reference_key or sample.key}.features",
-        tokens_key(sample.caption),
-    ]
-
-
 def tokens_key(caption: str) -> str:
-    return hashlib.sha256(caption.encode()).hexdigest()[:32] + ".tokens"
+    return _caption_key(caption) + ".tokens"
+
+
+def text_keys(caption: str) -> tuple[str, str]:
+    """Where a caption's context and pooled embedding are kept."""
+    return _caption_key(caption) + ".context", _caption_key(caption) + ".pooled"
+
+
+def _caption_key(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
 def fill(
     cache: Cache,
     source: Source,
     config: DataConfig,
-    encoders: Callable[[], Encoders],
+    encoders: Callable[[], TargetEncoders],
     *,
     rank: int = 0,
     world: int = 1,
@@ -165,6 +174,8 @@ def fill(
     results: list[Seen] = []
     if rank == 0 and NEUTRAL not in cache:
         cache.write({NEUTRAL: writer.encoders.neutral()}, rank)
+    if rank == 0 and cache.keeps_text:
+        writer.add_caption("")  # what a dropped caption becomes
     known = cache.known()
     for number, seen in enumerate(look(source, config, known, lambda n: n % world == rank)):
         if seen.sample is not None and seen.image is not None:
@@ -196,17 +207,18 @@ def _write_samples(cache: Cache, results: Sequence[Seen], rank: int, world: int)
 class _Writer:
     """Collects pictures into batches for the encoders, and results into shards."""
 
-    def __init__(self, cache: Cache, config: DataConfig, encoders: Callable[[], Encoders], rank: int) -> None:
+    def __init__(self, cache: Cache, config: DataConfig, encoders: Callable[[], TargetEncoders], rank: int) -> None:
         self.cache, self.config, self.rank = cache, config, rank
         self._load, self._loaded = encoders, None
         self._sizes = bucket_sizes(config)
         self._targets: list[tuple[str, Tensor]] = []
         self._references: list[tuple[str, Tensor]] = []
+        self._captions: list[tuple[str, tuple[Tensor, ...]]] = []
         self._tensors: dict[str, Tensor] = {}
         self._queued: set[str] = set()
 
     @property
-    def encoders(self) -> Encoders:
+    def encoders(self) -> TargetEncoders:
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
@@ -222,13 +234,18 @@ class _Writer:
             self._targets.append((f"{sample.key}.latents", pixels))
         # the target's own features too: it may become another picture's reference
         for key, picture in ((sample.key, image), (sample.reference_key, reference)):
-            if picture is not None and self._new(f"{key}.features"):
+            if self.cache.keeps_features and picture is not None and self._new(f"{key}.features"):
                 self._references.append((f"{key}.features", reference_views(picture, key, self.config, self.encoders)))
-        if self._new(tokens_key(sample.caption)):
-            ids = self.encoders.base.tokenize([sample.caption])
-            self._tensors[tokens_key(sample.caption)] = torch.stack([one[0] for one in _padded(ids)]).int()
+        self.add_caption(sample.caption)
         if len(self._targets) >= self.config.encode_batch or len(self._references) >= self.config.encode_batch:
             self._encode()
+
+    def add_caption(self, caption: str) -> None:
+        if self._new(tokens_key(caption)):
+            ids = self.encoders.base.tokenize([caption])
+            self._tensors[tokens_key(caption)] = torch.stack([one[0] for one in _padded(ids)]).int()
+            if self.cache.keeps_text:
+                self._captions.append((caption, ids))
 
     def _new(self, key: str) -> bool:
         if key in self.cache or key in self._queued:
@@ -245,7 +262,12 @@ class _Writer:
             self._tensors.update({key: one.clone() for (key, _), one in zip(group, latents, strict=True)})
         for key, views in self._references:
             self._tensors[key] = self.encoders.features(views)
-        self._targets, self._references = [], []
+        if self._captions:
+            ids = [torch.cat(one) for one in zip(*(ids for _, ids in self._captions), strict=True)]
+            found = self.encoders.text(ids)
+            for number, (caption, _) in enumerate(self._captions):
+                self._tensors.update(zip(text_keys(caption), (one[number].clone() for one in found), strict=False))
+        self._targets, self._references, self._captions = [], [], []
 
     def flush(self) -> None:
         self._encode()
@@ -254,9 +276,11 @@ class _Writer:
         self._tensors, self._queued = {}, set()
 
 
-def reference_views(image: Image.Image, key: str, config: DataConfig, encoders: Encoders) -> Tensor:
+def reference_views(image: Image.Image, key: str, config: DataConfig, encoders: TargetEncoders) -> Tensor:
     """All versions of a reference, `v 3 y x`."""
-    views = [see_reference(image, encoders.looks, config.augment, f"{key} {v}") for v in range(config.variants)]
+    looks = encoders.looks
+    assert looks is not None
+    views = [see_reference(image, looks, config.augment, f"{key} {v}") for v in range(config.variants)]
     return torch.stack(views)
 
 

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..errors import InvalidInputError
+from ..lora.convert import Spelling
+from ..lora.selector import parse_selector
 from ..processors import Init
 
 Family = Literal["base", "plus", "full-face"]
 Prediction = Literal["auto", "epsilon", "v_prediction", "flow"]
 Kind = Literal["auto", "folder", "json", "webdataset", "huggingface"]
 Precision = Literal["fp32", "bf16", "fp16"]
-OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
+OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor", "muon"]
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Algorithm = Literal["lora", "locon", "loha", "lokr", "dora"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,10 @@ class ModelConfig:
     """The frozen models. `image_encoder` "" is the folder of that name inside `base`."""
 
     base: str = ""
+    """A diffusers folder, or one .safetensors file of SD1.5, SD2 or SDXL."""
+    config: str = ""
+    """Of a single file: a diffusers folder of its architecture, for configs and tokenizers (its weights are not read).
+    Empty: the folder beside the file that is named as it is."""
     image_encoder: str = ""
     prediction: Prediction = "auto"
     """What the UNet predicts; auto: what the scheduler in the model folder says."""
@@ -46,6 +53,37 @@ class AdapterConfig:
     depth: int = 4
     hidden_dim: int = 0
     """Width of a plus adapter's latents; 0: as released, 1280 for SDXL, else the width of the text tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAConfig:
+    """A LoRA, which is trained instead of an adapter as soon as there is a `rank` or a file to start from.
+
+    With `start_from` the file says layers, algorithms, ranks and alphas.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    """0: the rank, which makes the scale 1."""
+    rslora: bool = False
+    """Divide alpha by the root of the rank instead of the rank; files hold the alpha that plain readers need."""
+    algorithm: Algorithm = "lora"
+    """locon: lora with convolutions and feed-forward layers among its targets; dora: lora with learned magnitudes."""
+    targets: str = ""
+    """Which layers, in the selector's words, such as "all: 0, attn2: 1"; empty: attentions, for locon more."""
+    text_encoders: bool = False
+    """Whether the layers of the text encoders can be targets too; they then stay in memory."""
+    dropout: float = 0.0
+    """Share of a layer's inputs that the LoRA does not see in a step."""
+    factor: int = 8
+    """lokr: rows and columns of the small matrix, or the next smaller divisors of the layer's."""
+    dora_axis: Literal["out", "in"] = "out"
+    """dora: a magnitude per output row, as PEFT has it, or per input column, as first files had it."""
+    start_from: str = ""
+
+    @property
+    def wanted(self) -> bool:
+        return self.rank > 0 or bool(self.start_from)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +135,17 @@ class TrainConfig:
     precision: Precision = "fp32"
     optimizer: OptimizerName = "adamw"
     lr: float = 1e-4
+    """muon: of what AdamW updates; matrices and convolutions learn at twice that."""
     weight_decay: float = 0.01
+    beta2: float = 0.999
+    """How long AdamW remembers squared gradients; 0.99 suits runs of a few thousand steps."""
     schedule: ScheduleName = "constant_with_warmup"
     warmup: int = 100
     clip: float = 1.0
     ema: float = 0.999
     checkpointing: bool = False
+    shard: bool = False
+    """Split the frozen models' weights over the processes (FSDP), where one device cannot hold them."""
     seed: int = 0
     bad_steps: int = 5
     """So many steps in a row with a loss or gradient that is no number end the run."""
@@ -143,6 +186,10 @@ class OutputConfig:
     dtype: Dtype = "float16"
     nested: bool = False
     """Also write the final adapter as nested .bin."""
+    spelling: Spelling = "kohya"
+    """How a LoRA's keys are written."""
+    trigger: str = ""
+    """Words that a LoRA's file names as its trigger phrase; they belong into the captions too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +198,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -176,8 +224,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = parse_config(values, str(path))
     config = dataclasses.replace(
         config,
-        model=_beside(path, config.model, "base", "image_encoder"),
+        model=_beside(path, config.model, "base", "config", "image_encoder"),
         adapter=_beside(path, config.adapter, "start_from"),
+        lora=_beside(path, config.lora, "start_from"),
         data=_beside(path, config.data, "path", "cache"),
         output=_beside(path, config.output, "folder"),
     )
@@ -291,12 +340,26 @@ def _beside(path: Path, section: Any, *keys: str) -> Any:
 _AT_LEAST = {
     "data.resolution": 8, "data.bucket_step": 8, "data.min_side": 1, "data.variants": 1, "data.encode_batch": 1,
     "data.workers": 0, "train.steps": 1, "train.batch": 1, "train.accumulate": 1, "train.warmup": 0, "train.clip": 0,
-    "train.bad_steps": 1, "adapter.num_tokens": 0, "adapter.depth": 1, "adapter.hidden_dim": 0, "loss.min_snr": 0,
+    "train.bad_steps": 1, "lora.rank": 0, "lora.alpha": 0, "lora.factor": 1, "adapter.num_tokens": 0, "adapter.depth": 1, "adapter.hidden_dim": 0, "loss.min_snr": 0,
     "watch.log_every": 1, "watch.validate_every": 0, "watch.validation": 0, "watch.sample_every": 0,
     "watch.sample_count": 1, "watch.sample_steps": 1, "output.save_every": 0, "output.keep": 1, "output.state_every": 0,
     "output.keep_states": 1,
 }  # fmt: skip
-_SHARES = ("data.pairs", "data.augment", "loss.drop_image", "loss.drop_text", "loss.drop_both", "train.ema")
+_SHARES = (
+    "data.pairs",
+    "data.augment",
+    "loss.drop_image",
+    "loss.drop_text",
+    "loss.drop_both",
+    "train.ema",
+    "train.beta2",
+    "lora.dropout",
+)
+_OF_ADAPTERS = (
+    "data.pairs", "data.augment", "data.variants", "loss.drop_image", "loss.drop_both", "model.image_encoder",
+    "output.nested",
+)  # fmt: skip
+"""Keys that are about references, which a LoRA has none of."""
 
 
 def _check(config: RunConfig) -> None:
@@ -324,3 +387,30 @@ def _check(config: RunConfig) -> None:
         raise InvalidInputError("train.precision fp16 does not run on a CPU; use bf16 or fp32")
     if any(not 0 <= t < 1000 for t in config.watch.timesteps):
         raise InvalidInputError(f"watch.timesteps are {config.watch.timesteps}; each must lie in 0..999")
+    _check_lora(config)
+
+
+def _check_lora(config: RunConfig) -> None:
+    lora = config.lora
+    if not lora.wanted:
+        if lora != LoRAConfig():
+            raise InvalidInputError(
+                "[lora] is given without lora.rank; set it (4 to 64 are usual) to train a LoRA, or leave [lora] out"
+            )
+        return
+    if config.adapter != AdapterConfig():
+        raise InvalidInputError("a run trains an adapter or a LoRA: leave out [adapter], or lora.rank")
+    values, defaults = config.as_dict(), RunConfig().as_dict()
+    for name in _OF_ADAPTERS:
+        section, key = name.split(".")
+        if values[section][key] != defaults[section][key]:
+            raise InvalidInputError(f"{name} is about reference pictures, which a LoRA has none of; leave it out")
+    if config.train.shard:
+        raise InvalidInputError("train.shard splits frozen layers, and a LoRA lies inside them; leave it out")
+    if lora.dropout == 1:
+        raise InvalidInputError("lora.dropout is 1, which leaves nothing to learn from; 0 to 0.3 are usual")
+    if lora.dropout and lora.algorithm == "dora":
+        raise InvalidInputError(
+            "lora.dropout is not defined for dora, whose magnitudes need the whole input; set it to 0"
+        )
+    parse_selector(lora.targets)

@@ -1,4 +1,4 @@
-"""Pictures to latents and features, by the frozen encoders; the same numbers with and without a cache."""
+"""Pictures to latents and features, captions to embeddings, by the frozen encoders; the same numbers with and without a cache."""
 
 from __future__ import annotations
 
@@ -14,11 +14,54 @@ from ..checkpoints import AdapterSpec
 from ..errors import IncompatibleEncoderError
 from ..image_encoder import TransformersImageEncoder, check_encoder
 from .config import DataConfig, ModelConfig
-from .frozen import FrozenBase, files_stamp, looks_of
+from .frozen import EncoderLooks, FrozenBase, files_stamp, looks_of, model_home
 
 
-class Encoders:
-    """VAE and image encoder of a run. Results have `data.cache_dtype`, whether they are kept or not."""
+class TargetEncoders:
+    """The VAE of a run, and the text encoders if they only have to be asked once per caption.
+
+    Results have `data.cache_dtype`, whether they are kept or not.
+    """
+
+    looks: EncoderLooks | None = None
+    """What reference pictures are prepared for; None: there are none."""
+
+    def __init__(self, base: FrozenBase, config: DataConfig, device: torch.device, *, keep_text: bool = False) -> None:
+        self.base, self.config, self.device, self.keep_text = base, config, device, keep_text
+        self.dtype: torch.dtype = getattr(torch, config.cache_dtype)
+        if base.vae is not None:
+            base.vae.to(device)
+        if keep_text:
+            for encoder in base.text_encoders:
+                encoder.to(device)
+
+    @torch.no_grad()
+    def latents(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Each picture's latents `1 c y x`, or mean and deviation `2 c y x` where they are drawn at every step."""
+        mean, std = self.base.encode_latents(torch.stack(list(pixels)))
+        moments = torch.stack([mean, std] if self.config.latents == "sample" else [mean], 1)
+        return list(moments.to("cpu", self.dtype).unbind(0))
+
+    @torch.no_grad()
+    def text(self, ids: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Context `b l d` and SDXL's pooled embedding `b d` of token ids `b l`; nothing if text is encoded at every step."""
+        if not self.keep_text:
+            return ()
+        context, pooled = self.base.encode_text(tuple(one.to(self.device) for one in ids))
+        found = (context,) if pooled is None else (context, pooled)
+        return tuple(one.to("cpu", self.dtype) for one in found)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Features of references `b …`; without an image encoder the references are empty, and so are these."""
+        return pixel_values
+
+    def neutral(self) -> Tensor:
+        """The features `1 …` that stand for no image."""
+        return torch.empty(1, 0)
+
+
+class Encoders(TargetEncoders):
+    """VAE and image encoder of an adapter's run."""
 
     def __init__(
         self,
@@ -29,19 +72,10 @@ class Encoders:
         device: torch.device,
     ) -> None:
         check_encoder(spec, encoder)
-        self.base, self.encoder, self.spec, self.config = base, encoder, spec, config
-        self.dtype: torch.dtype = getattr(torch, config.cache_dtype)
+        super().__init__(base, config, device)
+        self.encoder, self.spec = encoder, spec
         self.looks = looks_of(encoder)
-        self.device = device
         encoder.model.to(device)
-        if base.vae is not None:
-            base.vae.to(device)
-
-    def latents(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """Each picture's latents `1 c y x`, or mean and deviation `2 c y x` where they are drawn at every step."""
-        mean, std = self.base.encode_latents(torch.stack(list(pixels)))
-        moments = torch.stack([mean, std] if self.config.latents == "sample" else [mean], 1)
-        return list(moments.to("cpu", self.dtype).unbind(0))
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Features `b …` of the kind that the adapter reads."""
@@ -55,17 +89,32 @@ class Encoders:
 
 
 def cache_settings(model: ModelConfig, data: DataConfig, base: FrozenBase, spec: AdapterSpec) -> dict[str, Any]:
-    """Everything that the numbers in a cache depend on, besides the pictures."""
-    encoder = (model.image_encoder, ".") if model.image_encoder else (model.base, "image_encoder")
+    """Everything that the numbers in an adapter's cache depend on, besides the pictures."""
+    encoder = (
+        (model.image_encoder, ".") if model.image_encoder else (model_home(model.base, model.config), "image_encoder")
+    )
     values = asdict(data)
-    keys = ("resolution", "buckets", "bucket_step", "augment", "variants", "cache_dtype", "latents")
     return {
-        **{key: values[key] for key in keys},
+        **target_settings(model, data, base),
+        **{key: values[key] for key in ("augment", "variants")},
         "feature": spec.feature,
         "unconditional": spec.unconditional,
-        "vae": files_stamp(model.base, "vae"),
         "image_encoder": files_stamp(encoder[0], encoder[1]),
-        "tokenizer": files_stamp(model.base, "tokenizer", "tokenizer_2"),
+    }
+
+
+def target_settings(
+    model: ModelConfig, data: DataConfig, base: FrozenBase, *, keep_text: bool = False
+) -> dict[str, Any]:
+    """The same for pictures that are only targets; with `keep_text` the embeddings of captions are kept too."""
+    values = asdict(data)
+    keys = ("resolution", "buckets", "bucket_step", "cache_dtype", "latents")
+    text = {"text_encoders": files_stamp(model.base, "text_encoder", "text_encoder_2")} if keep_text else {}
+    return {
+        **{key: values[key] for key in keys},
+        **text,
+        "vae": files_stamp(model.base, "vae"),
+        "tokenizer": files_stamp(model_home(model.base, model.config), "tokenizer", "tokenizer_2"),
         "text_lengths": [int(tokenizer.model_max_length) for tokenizer in base.tokenizers],
         "layout": 1,
     }

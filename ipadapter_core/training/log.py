@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-CURVES = ("loss", "validation", "image_gain", "reference_gain")
-"""`image_gain` and `reference_gain`: how much worse validation gets without the image, and with another's."""
+from PIL import Image
+
+from ..generate import save_picture
+
+GAINS = {
+    "image_gain": "without the image",
+    "reference_gain": "with another picture's image",
+    "lora_gain": "without the LoRA",
+}
+"""How much worse validation gets so."""
+CURVES = ("loss", "validation", *GAINS)
+SMOOTH = 60
+"""From so many points on, a curve has no markers, and the training loss a running mean."""
 
 
 class Log:
@@ -133,28 +145,53 @@ def curves(file: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def draw_losses(source: Path, target: Path) -> None:
-    """Training and validation loss above, the two gains below."""
+    """Training and validation loss; below them the two gains, where the run has any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found = curves(source)
+    gains = [name for name in GAINS if name in found]
     figure: Any = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, names in ((upper, CURVES[:2]), (lower, CURVES[2:])):
-        for name in names:
-            if name in found:
-                axes.plot(*found[name], label=name.replace("_", " "), marker="." if len(found[name][0]) < 40 else None)
+    panels: Any = figure.subplots(1 + bool(gains), 1, sharex=True, squeeze=False)[:, 0]
+    if "loss" in found:
+        steps, values = found["loss"]
+        many = len(values) > SMOOTH
+        panels[0].plot(steps, values, color="C0", alpha=0.3 if many else 1.0, label="training", marker=_marker(values))
+        if many:
+            panels[0].plot(steps, running_mean(values, len(values) // 20), color="C0", label="training, running mean")
+    if "validation" in found:
+        steps, values = found["validation"]
+        panels[0].plot(steps, values, color="C1", label="validation", marker=_marker(values))
+    panels[0].set_ylabel("loss")
+    for number, name in enumerate(gains):
+        steps, values = found[name]
+        panels[1].plot(steps, values, color=f"C{2 + number}", label=GAINS[name], marker=_marker(values))
+    if gains:
+        panels[1].axhline(0, color="black", linewidth=0.8)
+        panels[1].set_ylabel("validation loss added")
+    for axes in panels:
         axes.grid(alpha=0.3)
-        if axes.get_lines():
+        if len(axes.get_legend_handles_labels()[1]) > 0:
             axes.legend()
-    upper.set_ylabel("loss")
-    lower.set_ylabel("loss added without / with another image")
-    lower.axhline(0, color="black", linewidth=0.8)
-    lower.set_xlabel("step")
+    panels[-1].set_xlabel("step")
     unfinished = target.with_name(f".{target.name}.tmp")
     figure.savefig(unfinished, format="png", dpi=100)
     os.replace(unfinished, target)
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Each value's mean with its neighbours, up to `width` on either side (as many on both, so ends do not lean)."""
+    means: list[float] = []
+    for i in range(len(values)):
+        reach = min(width, i, len(values) - 1 - i)
+        near = values[i - reach : i + reach + 1]
+        means.append(sum(near) / len(near))
+    return means
+
+
+def _marker(values: Sequence[float]) -> str | None:
+    return "." if len(values) < SMOOTH else None
 
 
 def _step_of(line: str) -> float:
@@ -162,3 +199,11 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def save_sheet(sheet: Image.Image, folder: Path, step: int) -> Path:
+    """Write `sheet-<step>.png` and, for who looks for the newest, `sheet.png`."""
+    path = folder / f"sheet-{step:08d}.png"
+    save_picture(sheet, path, {"step": step})
+    save_picture(sheet, folder / "sheet.png", {"step": step})
+    return path

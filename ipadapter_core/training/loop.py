@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import AdapterError
-from .batches import Batch
 from .config import RunConfig
-from .log import Log
+from .log import Log, save_sheet
 from .optimizers import build_average, build_optimizer, build_schedule
-from .order import Draws
 from .state import RunFolder, check_same_run
-from .step import AdapterStep
-from .watch import save_sheet
+from .step import Step
+
+State = dict[str, Tensor]
 
 STOP_WITH_PARENT = "IPADAPTER_STOP_WITH_PARENT"
 """Set in the environment of a child process: it saves and ends when the process that started it is gone."""
@@ -36,22 +35,37 @@ class TrainingFailed(AdapterError):
 
 
 class Feed(Protocol):
-    """Where batches come from; a function of the micro-step, so that a resumed run sees what it would have seen."""
+    """Where batches come from; a function of the micro-step, so that a resumed run sees what it would have seen.
 
-    def batches(self, micro: int, end: int) -> Iterator[tuple[Batch, Draws]]: ...
+    What is given is passed to the step's `forward`, on the compute device where it has a method `to`.
+    """
+
+    def batches(self, micro: int, end: int) -> Iterator[Sequence[Any]]: ...
 
 
 class Watch(Protocol):
-    """What is looked at between steps; None means that there is nothing to see."""
+    """What is looked at between steps; None means that there is nothing to see. `module` is the step in training."""
 
-    def validate(self, module: AdapterStep) -> dict[str, float] | None: ...
+    def validate(self, module: Any) -> dict[str, float] | None: ...
 
-    def sheet(self, module: AdapterStep, state: dict[str, Tensor]) -> Image.Image | None: ...
+    def sheet(self, module: Any, state: State) -> Image.Image | None: ...
+
+
+class Results(Protocol):
+    """The files that a run leaves for people, besides the states that it resumes from. `state` is of what is learned."""
+
+    def checkpoint(self, step: int, state: State, averaged: State | None) -> None: ...
+
+    def finish(self, step: int, state: State) -> None: ...
+
+    def file(self, step: int | None) -> Path:
+        """Where the checkpoint of a step lies, or (None) the finished result."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: the steps done, the adapter file, and whether someone asked it to stop before its end."""
+    """How a run ended: the steps done, the file of the result, and whether someone asked it to stop before its end."""
 
     step: int
     file: Path
@@ -96,23 +110,26 @@ class Clock:
 def fit(
     config: RunConfig,
     accelerator: Any,
-    module: AdapterStep,
+    module: Step,
     feed: Feed,
     folder: RunFolder,
     log: Log,
     watch: Watch,
-    metadata: Mapping[str, str],
+    results: Results,
 ) -> Outcome:
-    """Train `module.adapter` to `train.steps`, from the newest state in `folder` if there is one.
+    """Train `module.learned` to `train.steps`, from the newest state in `folder` if there is one.
+
+    Of `config` the sections train, watch and output are read; all of it is kept with the state, and compared.
 
     Raises TrainingFailed when steps keep giving no numbers, InvalidInputError for a folder of another run.
     """
     train, out, seen = config.train, config.output, config.watch
-    parameters = [p for p in module.adapter.parameters() if p.requires_grad]
+    learned = module.learned
+    parameters = [p for p in learned.parameters() if p.requires_grad]
     optimizer: Any = build_optimizer(train, parameters)
     schedule = build_schedule(train, optimizer)
     model, optimizer = accelerator.prepare(module, optimizer)
-    average = build_average(train, module.adapter)
+    average = build_average(train, learned)
     tally = Tally()
     accelerator.register_for_checkpointing(schedule, tally, *([] if average is None else [average]))
     newest = folder.newest()
@@ -123,20 +140,15 @@ def fit(
         log.say(f"going on after step {tally.step} from {place}")
     log.begin(tally.step)
 
-    def raw() -> dict[str, Tensor]:
-        return module.adapter.state_dict()
+    def raw() -> State:
+        return learned.state_dict()
 
-    def best() -> dict[str, Tensor]:
+    def best() -> State:
         return raw() if average is None else average.module.state_dict()
 
-    def save_adapters() -> None:
+    def save_checkpoint() -> None:
         if accelerator.is_main_process:
-            texts = {**metadata, "steps": str(tally.step)}
-            folder.save_adapter(module.adapter, raw(), folder.checkpoint_stem(tally.step, averaged=False), texts)
-            if average is not None:
-                stem = folder.checkpoint_stem(tally.step, averaged=True)
-                folder.save_adapter(module.adapter, best(), stem, texts)
-            folder.drop_old_checkpoints()
+            results.checkpoint(tally.step, raw(), None if average is None else best())
         accelerator.wait_for_everyone()
 
     def save_state() -> None:
@@ -159,7 +171,9 @@ def fit(
             folder.prepare_again()
             return False
 
-    if tally.step == 0 and seen.validate_every:
+    # where the frozen models are split, no process can look at anything without the others
+    looks: bool = accelerator.is_main_process or train.shard
+    if looks and tally.step == 0 and seen.validate_every:
         _look(accelerator, log, 0, lambda: watch.validate(module))
     orphaned = _orphan_watch()
     end = train.steps * train.accumulate
@@ -174,9 +188,9 @@ def fit(
             clock.start()
             loss_sum, fine = 0.0, False
             for _ in range(train.accumulate):
-                batch, draws = next(batches)
+                given = _onto(next(batches), accelerator.device)
                 with accelerator.accumulate(model):
-                    loss = model(batch.to(accelerator.device), draws.to(accelerator.device))
+                    loss = model(*given)
                     accelerator.backward(loss)
                     loss_sum = loss_sum + loss.detach()
                     if accelerator.sync_gradients:
@@ -185,7 +199,7 @@ def fit(
                         if fine or train.precision == "fp16":  # fp16's own scaler skips overflows and learns from them
                             optimizer.step()
                         if fine and average is not None:
-                            average.update_parameters(module.adapter)
+                            average.update_parameters(learned)
                         schedule.step()
                     optimizer.zero_grad()
             tally.step += 1
@@ -202,26 +216,21 @@ def fit(
                 log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
                 losses.clear()
                 unsaved = [save for save in unsaved if not try_to(save)]
-            if _due(tally.step, seen.validate_every) or last:
+            if looks and (_due(tally.step, seen.validate_every) or last):
                 _look(accelerator, log, tally.step, lambda: watch.validate(module))
-            if accelerator.is_main_process and (_due(tally.step, seen.sample_every) or (last and seen.sample_every)):
+            if looks and (_due(tally.step, seen.sample_every) or (last and seen.sample_every)):
                 _draw(log, folder, tally.step, lambda: watch.sheet(module, best()))
             if _due(tally.step, out.save_every) or last or stopped:
-                unsaved += [] if try_to(save_adapters) else [save_adapters]
+                unsaved += [] if try_to(save_checkpoint) else [save_checkpoint]
             if _due(tally.step, out.state_every) or last or stopped:
                 unsaved += [] if try_to(save_state) else [save_state]
-    file = folder.path / f"{out.name}.safetensors"
-    if stopped:
-        file = folder.path / f"{folder.checkpoint_stem(tally.step, averaged=average is not None)}.safetensors"
+    file = results.file(tally.step if stopped else None)
 
     def save_final() -> None:
         for save in unsaved:
             save()
         if accelerator.is_main_process and not stopped:
-            texts = {**metadata, "steps": str(tally.step)}
-            folder.save_adapter(module.adapter, best(), out.name, texts)
-            if out.nested:
-                folder.save_adapter(module.adapter, best(), out.name, texts, nested=True)
+            results.finish(tally.step, best())
 
     try:
         save_final()
@@ -236,6 +245,10 @@ def fit(
         log.event("stopped" if stopped else "done", tally.step, file=str(file), bad_steps=tally.bad)
     accelerator.wait_for_everyone()
     return Outcome(tally.step, file, stopped)
+
+
+def _onto(given: Sequence[Any], device: torch.device) -> list[Any]:
+    return [one.to(device) if hasattr(one, "to") else one for one in given]
 
 
 def _due(step: int, every: int) -> bool:
@@ -276,8 +289,6 @@ def _mean(accelerator: Any, losses: list[float]) -> float:
 
 
 def _look(accelerator: Any, log: Log, step: int, validate: Any) -> None:
-    if not accelerator.is_main_process:
-        return
     with accelerator.autocast():
         values = validate()
     if values is not None:
@@ -289,7 +300,7 @@ def _draw(log: Log, folder: RunFolder, step: int, draw: Any) -> None:
     """A sheet that fails (no memory left, no disk) is reported and costs no training."""
     try:
         sheet = draw()
-        if sheet is None:
+        if sheet is None or not log.active:
             return
         path = save_sheet(sheet, folder.path, step)
     except (RuntimeError, OSError) as error:

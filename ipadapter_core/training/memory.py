@@ -65,29 +65,53 @@ class Memory:
         if config.train.optimizer == "adamw":
             advice.append('train.optimizer = "adamw8bit"')
         advice.append("a smaller data.resolution")
+        if not config.train.shard:
+            advice.append("train.shard = true on several GPUs")
         raise InvalidInputError(
             f"this run needs {_gb(self.total)} and {_gb(self.available)} are free; try {', or '.join(advice)} "
             "(train.ignore_memory = true starts it anyway)"
         )
 
 
-def predict(config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device: torch.device, factor: int) -> Memory:
-    """Predict the peak of a run. `factor`: pixels per latent."""
-    element = 4 if config.train.precision == "fp32" else 2
+def predict(
+    config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device: torch.device, factor: int, shards: int = 1
+) -> Memory:
+    """Predict the peak of a run. `factor`: pixels per latent; `shards`: processes that share the frozen weights."""
+    activations = activation_bytes(
+        base,
+        adapter,
+        largest_latent(config, factor),
+        element_size(config),
+        checkpointing=config.train.checkpointing,
+    )
+    return memory_of(config, base, sum(trainable(adapter).values()), activations, device, shards)
+
+
+def memory_of(
+    config: RunConfig, base: FrozenBase, trained: int, activations: int, device: torch.device, shards: int = 1
+) -> Memory:
+    """The sum for `trained` parameters and the activations of one sample."""
     modules: list[nn.Module] = [base.unet, *base.text_encoders]
     frozen = sum(p.numel() for module in modules for name, p in module.named_parameters() if ".processor." not in name)
-    count = sum(trainable(adapter).values())
     per_parameter = 4 + 4 + STATE_BYTES[config.train.optimizer] + (4 if config.train.ema else 0)
-    height, width = max(bucket_sizes(config.data), key=lambda size: size[0] * size[1])
-    activations = activation_bytes(
-        base, adapter, (height // factor, width // factor), element, checkpointing=config.train.checkpointing
-    )
     encoders = 0
     if not config.data.cache:
         encoders = sum(p.numel() for p in cast(nn.Module, base.vae).parameters()) * 4
     return Memory(
-        frozen * element + encoders, count * per_parameter, activations * config.train.batch, _available(device)
-    )  # fmt: skip
+        frozen * element_size(config) // shards + encoders,
+        trained * per_parameter,
+        activations * config.train.batch,
+        available_memory(device),
+    )
+
+
+def element_size(config: RunConfig) -> int:
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def largest_latent(config: RunConfig, factor: int) -> tuple[int, int]:
+    height, width = max(bucket_sizes(config.data), key=lambda size: size[0] * size[1])
+    return height // factor, width // factor
 
 
 def activation_bytes(
@@ -102,25 +126,30 @@ def activation_bytes(
     twin.set_attn_processor(processors)
     length = 77
     context = torch.zeros(1, length + adapter.num_tokens, twin.config.cross_attention_dim, device="meta")
+    keeper = Keeper(twin)
+    with keeper, fused_attention():
+        call_twin(twin, context.requires_grad_(True), latent, sdxl=base.is_sdxl)
+    return keeper.total(checkpointing) * element // 4
+
+
+def call_twin(twin: Any, context: Tensor, latent: tuple[int, int], *, sdxl: bool) -> None:
+    """One sample through a UNet on `meta`."""
     added: dict[str, Tensor] = {}
-    if base.is_sdxl:
+    if sdxl:
         pooled = twin.add_embedding.linear_1.in_features - 6 * twin.config.addition_time_embed_dim
         added = {
             "text_embeds": torch.zeros(1, pooled, device="meta"),
             "time_ids": torch.zeros(1, 6, device="meta"),
         }
-    keeper = _Keeper(twin)
-    with keeper, _fused_attention():
-        twin(
-            torch.zeros(1, twin.config.in_channels, *latent, device="meta"),
-            torch.zeros(1, dtype=torch.long, device="meta"),
-            context.requires_grad_(True),
-            added_cond_kwargs=added,
-        )
-    return keeper.total(checkpointing) * element // 4
+    twin(
+        torch.zeros(1, twin.config.in_channels, *latent, device="meta"),
+        torch.zeros(1, dtype=torch.long, device="meta"),
+        context,
+        added_cond_kwargs=added,
+    )
 
 
-class _Keeper:
+class Keeper:
     """Counts the tensors that autograd saves (weights excepted), each once, and where in the model."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -185,7 +214,7 @@ class _Fused(torch.autograd.Function):
 
 
 @contextmanager
-def _fused_attention() -> Generator[None]:
+def fused_attention() -> Generator[None]:
     """On `meta` torch would choose the kernel that keeps every attention matrix; no GPU does."""
     original = F.scaled_dot_product_attention
 
@@ -199,7 +228,7 @@ def _fused_attention() -> Generator[None]:
         F.scaled_dot_product_attention = original
 
 
-def _available(device: torch.device) -> int | None:
+def available_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +13,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints import AdapterSpec, load_adapter
+from ..checkpoints import load_adapter
 from ..errors import InvalidInputError
 from .adapter import TrainedAdapter, check_family, continued_adapter, describe_trainable, fresh_adapter, trainable
 from .batches import Batch, CachedItems, Items, LiveItems, assemble, loader
 from .cache import NEUTRAL, Cache, fill
 from .collection import Collection, Sample, Seen, collect, hold_out, look
 from .config import RunConfig
-from .encode import Encoders, cache_settings, check_widths
-from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder
+from .encode import Encoders, TargetEncoders, cache_settings, check_widths
+from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder, model_home
 from .log import Log
 from .loop import Outcome, fit
 from .memory import predict
 from .objectives import objective_for
 from .optimizers import build_optimizer
 from .order import Draws, Order, draw
+from .shard import from_launcher, shard
 from .sources import Source, open_source
-from .state import RunFolder
+from .state import AdapterFiles, RunFolder
 from .step import AdapterStep
 from .watch import Sheets, Validation, reference_tiles
 
@@ -58,7 +59,7 @@ class PictureFeed:
     """Batches of a collection in its order, read ahead by worker processes and encoded here where no cache did it."""
 
     def __init__(
-        self, config: RunConfig, order: Order, items: Items, encoders: Encoders | None, module_objective: Any, log: Log,
+        self, config: RunConfig, order: Order, items: Items, encoders: TargetEncoders | None, module_objective: Any, log: Log,
         rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         self.config, self.order, self.items, self.encoders = config, order, items, encoders
@@ -102,14 +103,14 @@ class Looking:
 
 @dataclass
 class Prepared:
-    """A run, ready to start."""
+    """A run, ready to start: `module` and `looking` are those of adapters or of LoRAs."""
 
     config: RunConfig
     accelerator: Any
     base: FrozenBase
-    module: AdapterStep
+    module: Any
     feed: PictureFeed
-    looking: Looking
+    looking: Any
     collection: Collection
     metadata: dict[str, str]
 
@@ -117,12 +118,16 @@ class Prepared:
 def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: bool = True) -> Prepared:
     """Load, lint, cache and check everything; nothing is trained yet."""
     accelerator = accelerator or build_accelerator(config)
+    if config.lora.wanted:
+        from .lora_run import prepare_lora
+
+        return prepare_lora(config, log, accelerator, use_cache=use_cache)
     device: torch.device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     source = open_source(config.data)
-    base = load_base(config.model.base)
+    base = load_base(config.model.base, config.model.config)
     factor = base.latent_factor
-    _check_sides(config, base, factor)
+    check_sides(config, base, factor)
     objective = objective_for(base.scheduler, config.model.prediction, config.loss)
     torch.manual_seed(config.train.seed)
     adapter = build_adapter(config, base)
@@ -130,11 +135,12 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
     log.say(describe_trainable(adapter))
 
     def load_encoders() -> Encoders:
-        encoder = load_encoder(config.model.base, config.model.image_encoder)
+        encoder = load_encoder(home_of(config), config.model.image_encoder)
         return Encoders(base, encoder, spec, config.data, device)
 
     if config.data.cache and use_cache:
-        collection, cache = _cached(config, base, spec, source, load_encoders, log, accelerator)
+        settings = cache_settings(config.model, config.data, base, spec)
+        collection, cache = cached(config, settings, base, source, load_encoders, log, accelerator)
         encoders, base.vae = None, None
         neutral = cache.read(NEUTRAL)
         check_widths(spec, neutral)
@@ -149,16 +155,22 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
     if chosen and not unseen:
         log.say(f"validation on {len(chosen)} pictures that are trained on too: there are too few to hold any out")
     if not config.train.ignore_memory:
-        memory = predict(config, base, adapter, device, factor)
+        memory = predict(config, base, adapter, device, factor, world if config.train.shard else 1)
         log.say(memory.describe())
         memory.check(config)
-    items = _items(training, cache, source, config, encoders, base)
+    items = items_of(training, cache, source, config, encoders, base)
     dtype = DTYPES[config.train.precision]
-    base.to(device, dtype)
     adapter.to(device)
+    if config.train.shard:
+        adapter.install(base.unet)
+        shard(base, adapter, device, dtype)
+        if base.vae is not None:
+            base.vae.to(device)
+    else:
+        base.to(device, dtype)
+        adapter.install(base.unet)
     if config.train.checkpointing:
         base.unet.enable_gradient_checkpointing()
-    adapter.install(base.unet)
     empty = base.tokenize([""])
     module = AdapterStep(adapter, base, objective, neutral, empty).to(device)
     order = Order(training, config.train.batch * world, config.train.seed, config.data)
@@ -170,6 +182,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
 
 def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
     """Run a training to its end, or go on with it. Returns where the adapter lies."""
+    config = from_launcher(config)
     folder = RunFolder(config.output)
     accelerator = build_accelerator(config)
     main: bool = accelerator.is_main_process
@@ -187,7 +200,8 @@ def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
         plots=seen.plot,
     ) as log:
         run = prepare(config, log, accelerator=accelerator)
-        return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, run.metadata)
+        files = AdapterFiles(folder, run.module.adapter, run.metadata, averaged=config.train.ema > 0)
+        return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, files)
 
 
 def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
@@ -197,15 +211,22 @@ def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
     accelerator = build_accelerator(config)
     root = RunFolder(config.output).path
     with Log(root, steps=0, active=accelerator.is_main_process, as_json=as_json, tensorboard=False) as log:
-        base = load_base(config.model.base)
-        _check_sides(config, base, base.latent_factor)
-        spec = build_adapter(config, base).spec()
+        base = load_base(config.model.base, config.model.config)
+        check_sides(config, base, base.latent_factor)
+        source = open_source(config.data)
+        if config.lora.wanted:
+            from .lora_run import fill_cache
 
-        def load_encoders() -> Encoders:
-            encoder = load_encoder(config.model.base, config.model.image_encoder)
-            return Encoders(base, encoder, spec, config.data, accelerator.device)
+            collection, cache = fill_cache(config, base, source, log, accelerator)
+        else:
+            spec = build_adapter(config, base).spec()
 
-        collection, cache = _cached(config, base, spec, open_source(config.data), load_encoders, log, accelerator)
+            def load_encoders() -> Encoders:
+                encoder = load_encoder(home_of(config), config.model.image_encoder)
+                return Encoders(base, encoder, spec, config.data, accelerator.device)
+
+            settings = cache_settings(config.model, config.data, base, spec)
+            collection, cache = cached(config, settings, base, source, load_encoders, log, accelerator)
         size = sum(path.stat().st_size for path in cache.folder.glob("*"))
         log.say(f"{collection.findings.describe()}\n{cache.folder}: {size / 1e6:.1f} MB")
     return collection
@@ -249,12 +270,17 @@ def dry_run(config: RunConfig, *, steps: int = 3) -> str:
 
 def build_adapter(config: RunConfig, base: FrozenBase) -> TrainedAdapter:
     """The configured adapter, fresh or from a file."""
-    sizes = encoder_sizes(config.model.base, config.model.image_encoder)
+    sizes = encoder_sizes(home_of(config), config.model.image_encoder)
     if not config.adapter.start_from:
         return fresh_adapter(base.unet, sizes, config.adapter)
     weights = load_adapter(config.adapter.start_from, dtype=torch.float32)
     check_family(config.adapter, weights.spec)
     return continued_adapter(base.unet, weights, sizes)
+
+
+def home_of(config: RunConfig) -> str:
+    """The folder of the base model's configs, which may also hold an image encoder."""
+    return model_home(config.model.base, config.model.config)
 
 
 def survey(config: RunConfig, source: Source) -> Collection:
@@ -263,19 +289,20 @@ def survey(config: RunConfig, source: Source) -> Collection:
     return collect(seen, config.data, config.data.path)
 
 
-def _cached(
+def cached(
     config: RunConfig,
+    settings: dict[str, Any],
     base: FrozenBase,
-    spec: AdapterSpec,
     source: Source,
-    load_encoders: Any,
+    load_encoders: Callable[[], TargetEncoders],
     log: Log,
     accelerator: Any,
 ) -> tuple[Collection, Cache]:
-    cache = Cache(config.data.cache, cache_settings(config.model, config.data, base, spec))
-    loads: list[Encoders] = []
+    """Encode what a cache of these settings lacks, all processes together; the VAE leaves memory afterwards."""
+    cache = Cache(config.data.cache, settings)
+    loads: list[TargetEncoders] = []
 
-    def load_once() -> Encoders:
+    def load_once() -> TargetEncoders:
         loads.append(load_encoders())
         return loads[0]
 
@@ -320,12 +347,12 @@ def _in_order(mine: Sequence[Seen], accelerator: Any) -> list[Seen]:
     return [share[i] for i in range(longest) for share in shares if i < len(share)]
 
 
-def _items(
+def items_of(
     collection: Collection,
     cache: Cache | None,
     source: Source,
     config: RunConfig,
-    encoders: Encoders | None,
+    encoders: TargetEncoders | None,
     base: FrozenBase,
 ) -> Items:
     if cache is not None:
@@ -360,7 +387,7 @@ def _looking(
     return Looking(validation, sheets, base, objective, device, dtype)
 
 
-def _check_sides(config: RunConfig, base: FrozenBase, factor: int) -> None:
+def check_sides(config: RunConfig, base: FrozenBase, factor: int) -> None:
     """Latents must halve as often as the UNet halves them."""
     widths: list[int] = list(base.unet.config.block_out_channels)
     unit = factor * 2 ** (len(widths) - 1)
@@ -380,8 +407,8 @@ def _metadata(config: RunConfig, base: FrozenBase, prediction: str, pictures: in
         "trained_by": "ipadapter train",
         "prediction": prediction,
         "base_files": str(base.folder),
-        "encoder_tokens": str(encoder_sizes(config.model.base, config.model.image_encoder).tokens),
-        "encoder_size": str(image_size(config.model.base, config.model.image_encoder)),
+        "encoder_tokens": str(encoder_sizes(home_of(config), config.model.image_encoder).tokens),
+        "encoder_size": str(image_size(home_of(config), config.model.image_encoder)),
         "pictures": str(pictures),
         "settings": json.dumps(settings),
     }

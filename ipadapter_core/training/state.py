@@ -8,24 +8,30 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from ..checkpoints import save_adapter
 from ..errors import CorruptFileError, InvalidInputError
-from .adapter import TrainedAdapter
 from .config import OutputConfig, RunConfig
 
 STATE = re.compile(r"state-(\d{8})")
 FREE = ("watch", "output")
 """Sections that may change between a run and its resumption."""
 EXTENDABLE = {
-    ("train", "steps"), ("train", "device"), ("train", "ignore_memory"), ("data", "cache"), ("data", "workers"),
-    ("data", "encode_batch"), ("data", "path"), ("model", "base"), ("model", "image_encoder"), ("adapter", "start_from"),
+    ("train", "steps"), ("train", "device"), ("train", "ignore_memory"), ("train", "shard"),
+    ("data", "cache"), ("data", "workers"),
+    ("data", "encode_batch"), ("data", "path"), ("model", "base"), ("model", "config"),
+    ("model", "image_encoder"), ("adapter", "start_from"),
+    ("lora", "start_from"),
 }  # fmt: skip
 """Keys that may change too: places, and how long the run is."""
+
+
+class Savable(Protocol):
+    """What is learned, as far as this room knows it."""
+
+    def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], config: OutputConfig) -> Path: ...
 
 
 class RunFolder:
@@ -103,19 +109,18 @@ class RunFolder:
 
     def save_adapter(
         self,
-        adapter: TrainedAdapter,
+        adapter: Savable,
         state: dict[str, Tensor],
         stem: str,
         metadata: Mapping[str, str],
         *,
         nested: bool = False,
     ) -> Path:
-        """Write one adapter file in `output.dtype`; only the projector and the image layers are in it."""
-        weights = adapter.weights(getattr(torch, self.config.dtype), state)
+        """Write one file of what is learned, in `output.dtype`."""
         try:
             if nested:
-                save_adapter(weights, self.path / f"{stem}.bin", layout="nested")
-            return save_adapter(weights, self.path / f"{stem}.safetensors", metadata=metadata)
+                adapter.save(self.path / f"{stem}.bin", state, metadata, self.config)
+            return adapter.save(self.path / f"{stem}.safetensors", state, metadata, self.config)
         except OSError as error:
             raise OSError(
                 error.errno, f"{self.path} cannot be written ({error.strerror}); free some space or mend it"
@@ -140,15 +145,47 @@ class RunFolder:
         return self.path / "stop"
 
 
+class AdapterFiles:
+    """What a run leaves of its adapter: a file at every checkpoint, beside it the averaged one, and the finished file."""
+
+    def __init__(self, folder: RunFolder, adapter: Savable, metadata: Mapping[str, str], *, averaged: bool) -> None:
+        self.folder, self.adapter, self.metadata, self.averaged = folder, adapter, metadata, averaged
+
+    def checkpoint(self, step: int, state: dict[str, Tensor], averaged: dict[str, Tensor] | None) -> None:
+        folder, texts = self.folder, self._texts(step)
+        folder.save_adapter(self.adapter, state, folder.checkpoint_stem(step, averaged=False), texts)
+        if averaged is not None:
+            folder.save_adapter(self.adapter, averaged, folder.checkpoint_stem(step, averaged=True), texts)
+        folder.drop_old_checkpoints()
+
+    def finish(self, step: int, state: dict[str, Tensor]) -> None:
+        out, texts = self.folder.config, self._texts(step)
+        self.folder.save_adapter(self.adapter, state, out.name, texts)
+        if out.nested:
+            self.folder.save_adapter(self.adapter, state, out.name, texts, nested=True)
+
+    def file(self, step: int | None) -> Path:
+        stem = self.folder.config.name if step is None else self.folder.checkpoint_stem(step, averaged=self.averaged)
+        return self.folder.path / f"{stem}.safetensors"
+
+    def _texts(self, step: int) -> dict[str, str]:
+        return {**self.metadata, "steps": str(step)}
+
+
 def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path) -> None:
     """Raise InvalidInputError when a state belongs to a run whose settings shaped it differently."""
-    now = json.loads(json.dumps(config.as_dict()))
+    now, defaults = (json.loads(json.dumps(one.as_dict())) for one in (config, RunConfig()))
+
+    def was(section: str, key: str) -> Any:
+        # a run of an older version, which lacked the key, ran as its default does
+        return before["config"].get(section, {}).get(key, defaults[section][key])
+
     changed = [
-        f"{section}.{key}: {before['config'].get(section, {}).get(key)!r} → {value!r}"
+        f"{section}.{key}: {was(section, key)!r} → {value!r}"
         for section, entries in now.items()
         if section not in FREE
         for key, value in entries.items()
-        if (section, key) not in EXTENDABLE and before["config"].get(section, {}).get(key) != value
+        if (section, key) not in EXTENDABLE and was(section, key) != value
     ]
     if changed:
         raise InvalidInputError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,16 @@ from .objectives import Objective
 from .order import Draws
 
 
-class AdapterStep(nn.Module):
+class Step(nn.Module):
+    """What the loop trains: `forward` of what a feed gives is the mean loss. Its parameters are all that is wrapped."""
+
+    @property
+    def learned(self) -> nn.Module:
+        """The part that is averaged and saved."""
+        return self
+
+
+class AdapterStep(Step):
     """The loss of the adapter on a batch. Only the adapter is a submodule: it alone is learned, wrapped and saved.
 
     `neutral` are the features `1 …` that stand for no image; `empty` the token ids `1 l` of an empty caption.
@@ -33,6 +44,10 @@ class AdapterStep(nn.Module):
         self._frozen = (base, objective, empty)  # inside a tuple, so that nn.Module does not register it
         self.register_buffer("neutral", neutral, persistent=False)
 
+    @property
+    def learned(self) -> TrainedAdapter:
+        return self.adapter
+
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
         """Mean loss of the batch."""
         return self.losses(batch, draws).mean()
@@ -48,15 +63,8 @@ class AdapterStep(nn.Module):
         text, pooled = base.encode_text(ids)
         image = self.adapter.image_proj(self._features(batch, draws).to(self._adapter_dtype()))
         context = torch.cat([text.to(weight), image.to(weight)], 1)
-        moments = batch.latents.to(self._loss_dtype())
-        latents = moments[:, 0]
-        if moments.shape[1] == 2:
-            latents = latents + moments[:, 1] * draws.latent_noise.to(latents)
-        noise = draws.noise.to(latents)
-        noisy = objective.noisy(latents, noise, draws.timesteps).to(weight)
         added = base.added(None if pooled is None else pooled.to(weight), batch.sizes)
-        predicted = base.unet(noisy, draws.timesteps, context, added_cond_kwargs=added, return_dict=False)[0]
-        return objective.losses(predicted.to(latents), latents, noise, draws.timesteps)
+        return denoising_losses(base.unet, objective, batch, draws, context, added, self._loss_dtype())
 
     def _features(self, batch: Batch, draws: Draws) -> Tensor:
         dropped = draws.no_image.view(-1, *[1] * (batch.features.ndim - 1))
@@ -71,3 +79,23 @@ class AdapterStep(nn.Module):
     def _loss_dtype(self) -> torch.dtype:
         """Loss and noise are computed in float32 at least, whatever the UNet computes in."""
         return torch.promote_types(self._adapter_dtype(), torch.float32)
+
+
+def denoising_losses(
+    unet: Any,
+    objective: Objective,
+    batch: Batch,
+    draws: Draws,
+    context: Tensor,
+    added: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Loss of each sample, `b`: noisy latents through the UNet, in its dtype; noise and loss in `dtype`."""
+    moments = batch.latents.to(dtype)
+    latents = moments[:, 0]
+    if moments.shape[1] == 2:
+        latents = latents + moments[:, 1] * draws.latent_noise.to(latents)
+    noise = draws.noise.to(latents)
+    noisy = objective.noisy(latents, noise, draws.timesteps).to(unet.dtype)
+    predicted = unet(noisy, draws.timesteps, context, added_cond_kwargs=added, return_dict=False)[0]
+    return objective.losses(predicted.to(latents), latents, noise, draws.timesteps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints import AdapterWeights
 from ..errors import AdapterError
-from ..generate import generate, grid_of, save_picture, to_pillow
+from ..generate import generate, grid_of, to_pillow
 from ..layouts import layout_of
 from ..patch import bake
 from ..prompt import ImagePrompt
@@ -21,7 +21,7 @@ from ..schedule import WeightSchedule
 from .batches import Batch, Item, assemble
 from .collection import Sample
 from .config import Prediction, WatchConfig
-from .encode import Encoders
+from .encode import TargetEncoders
 from .frozen import FrozenBase
 from .objectives import Objective
 from .order import Draws, seeded
@@ -33,48 +33,59 @@ from .step import AdapterStep
 class Validation:
     """Loss on held-out pictures: with their own reference, without one, and with another's."""
 
-    def __init__(self, items: Sequence[Item], encoders: Encoders | None, config: WatchConfig, batch: int) -> None:
+    def __init__(self, items: Sequence[Item], encoders: TargetEncoders | None, config: WatchConfig, batch: int) -> None:
+        self._set([assemble([item], encoders) for item in items], config, batch)
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], config: WatchConfig, batch: int) -> Validation:
+        """Over pictures that are encoded already: batches of one."""
+        made = cls([], None, config, batch)
+        made._set(batches, config, batch)
+        return made
+
+    def _set(self, batches: Sequence[Batch], config: WatchConfig, batch: int) -> None:
         self.timesteps, self.size = config.timesteps, batch
-        self.batches = [assemble([item], encoders) for item in items]
-        self.count = len(items)
+        self.batches, self.count = list(batches), len(batches)
 
     @torch.no_grad()
     def measure(self, module: AdapterStep, objective: Objective, device: torch.device) -> dict[str, float]:
         """`validation`, and what is added to it without the image (`image_gain`) and with a wrong one
         (`reference_gain`): both near 0 mean that the adapter ignores its image."""
-        own = self._mean(module, objective, device, [b.features for b in self.batches], no_image=False)
-        values = {"validation": own}
-        none = self._mean(module, objective, device, [b.features for b in self.batches], no_image=True)
-        values["image_gain"] = none - own
+
+        def mean(batches: Sequence[Batch], *, no_image: bool = False) -> float:
+            return mean_loss(module, objective, device, batches, self.timesteps, self.size, no_image=no_image)
+
+        own = mean(self.batches)
+        values = {"validation": own, "image_gain": mean(self.batches, no_image=True) - own}
         if self.count > 1:
-            rolled = [self.batches[(i + 1) % self.count].features for i in range(self.count)]
-            values["reference_gain"] = self._mean(module, objective, device, rolled, no_image=False) - own
+            others = [self.batches[(i + 1) % self.count].features for i in range(self.count)]
+            rolled = [replace(b, features=features) for b, features in zip(self.batches, others, strict=True)]
+            values["reference_gain"] = mean(rolled) - own
         return {key: round(value, 8) for key, value in values.items()}
 
-    def _mean(
-        self,
-        module: AdapterStep,
-        objective: Objective,
-        device: torch.device,
-        features: Sequence[Tensor],
-        *,
-        no_image: bool,
-    ) -> float:
-        cases = [
-            (Batch(b.latents, f, b.tokens, b.sizes, b.places), i, t)
-            for t in self.timesteps
-            for i, (b, f) in enumerate(zip(self.batches, features, strict=True))
-        ]
-        groups: dict[tuple[int, ...], list[tuple[Batch, int, int]]] = {}
-        for case in cases:
-            groups.setdefault(tuple(case[0].latents.shape), []).append(case)
-        total = 0.0
-        for group in groups.values():
-            for start in range(0, len(group), self.size):
-                part = group[start : start + self.size]
-                batch, draws = _stack([b for b, _, _ in part]), _fixed(part, objective, no_image)
-                total += float(module.losses(batch.to(device), draws.to(device)).sum())
-        return total / len(cases)
+
+def mean_loss(
+    module: Any,
+    objective: Objective,
+    device: torch.device,
+    batches: Sequence[Batch],
+    timesteps: Sequence[int],
+    size: int,
+    *,
+    no_image: bool = False,
+) -> float:
+    """Mean of a step's `losses` over batches of one picture, each at every timestep, `size` at a time."""
+    cases = [(batch, i, t) for t in timesteps for i, batch in enumerate(batches)]
+    groups: dict[tuple[int, ...], list[tuple[Batch, int, int]]] = {}
+    for case in cases:
+        groups.setdefault(tuple(case[0].latents.shape), []).append(case)
+    total = 0.0
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            batch, draws = _stack([b for b, _, _ in part]), _fixed(part, objective, no_image)
+            total += float(module.losses(batch.to(device), draws.to(device)).sum())
+    return total / len(cases)
 
 
 def _stack(batches: Sequence[Batch]) -> Batch:
@@ -84,6 +95,7 @@ def _stack(batches: Sequence[Batch]) -> Batch:
         tuple(torch.cat(ids) for ids in zip(*(b.tokens for b in batches), strict=True)),
         torch.cat([b.sizes for b in batches]),
         [(0, 0)] * len(batches),
+        tuple(torch.cat(one) for one in zip(*(b.text for b in batches), strict=True)),
     )
 
 
@@ -116,7 +128,8 @@ class Sheets:
         prediction: Prediction,
     ) -> None:
         self.base, self.features, self.neutral = base, features, neutral
-        self.references, self.config, self.resolution, self.prediction = references, config, resolution, prediction
+        self.references, self.config, self.resolution = references, config, resolution
+        self.prediction: Prediction = prediction
 
     @torch.no_grad()
     def draw(self, weights: AdapterWeights, install: Callable[[], None]) -> Image.Image:
@@ -127,7 +140,7 @@ class Sheets:
         weights.module.to(unet.device)
         unet.set_attn_processor(AttnProcessor2_0())
         try:
-            pipeline = self._pipeline()
+            pipeline = pipeline_around(self.base, self.prediction)
             layout = layout_of(unet)
             prompt = self._prompt(weights)
             patch = bake(weights, prompt, layout, WeightSchedule())
@@ -162,24 +175,21 @@ class Sheets:
             weights.spec.token_dim,
         )
 
-    def _pipeline(self) -> Any:
-        """The model folder's pipeline around the models in memory; the VAE comes from disk and goes again."""
-        from diffusers import DiffusionPipeline
 
-        base = self.base
-        parts: dict[str, Any] = {"unet": base.unet, "text_encoder": base.text_encoders[0]}
-        if len(base.text_encoders) > 1:
-            parts["text_encoder_2"] = base.text_encoders[1]
-        pipeline: Any = DiffusionPipeline.from_pretrained(base.folder, local_files_only=True, **parts)
-        if self.prediction in ("epsilon", "v_prediction"):
-            pipeline.scheduler = type(pipeline.scheduler).from_config(
-                pipeline.scheduler.config, prediction_type=self.prediction
-            )
-        if hasattr(pipeline, "safety_checker"):
-            pipeline.safety_checker = None
-        pipeline.vae.to(base.unet.device, base.unet.dtype)
-        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
-        return pipeline
+def pipeline_around(base: FrozenBase, prediction: Prediction) -> Any:
+    """The model folder's pipeline around the models in memory; what is not there comes from disk and goes again."""
+    parts: dict[str, Any] = {"unet": base.unet}
+    parts |= dict(zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=False))
+    pipeline: Any = base.pipeline(**parts)
+    if prediction in ("epsilon", "v_prediction"):
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=prediction)
+    if hasattr(pipeline, "safety_checker"):
+        pipeline.safety_checker = None
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if getattr(pipeline, name, None) is not None:
+            getattr(pipeline, name).to(base.unet.device, base.unet.dtype)
+    pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+    return pipeline
 
 
 def reference_tiles(source: Source, samples: Sequence[Sample], side: int) -> list[Image.Image]:
@@ -193,11 +203,3 @@ def reference_tiles(source: Source, samples: Sequence[Sample], side: int) -> lis
         except (OSError, AdapterError):
             tiles.append(Image.new("RGB", (side, side), "white"))
     return tiles
-
-
-def save_sheet(sheet: Image.Image, folder: Path, step: int) -> Path:
-    """Write `sheet-<step>.png` and, for who looks for the newest, `sheet.png`."""
-    path = folder / f"sheet-{step:08d}.png"
-    save_picture(sheet, path, {"step": step})
-    save_picture(sheet, folder / "sheet.png", {"step": step})
-    return path

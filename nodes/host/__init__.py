@@ -47,10 +47,10 @@ from .training import (
     base_models,
     image_encoders,
     pictures_folder,
-    read_picture,
     save_pictures,
     train,
     training_folder,
+    training_pictures,
 )
 
 __all__ = [
@@ -94,7 +94,6 @@ __all__ = [
     "picture_tensor",
     "pictures_folder",
     "progress_bar",
-    "read_picture",
     "register_model_folder",
     "register_nodes",
     "register_replacements",
@@ -103,6 +102,7 @@ __all__ = [
     "show_in_node",
     "train",
     "training_folder",
+    "training_pictures",
     "unique_save_path",
     "wants_old_names",
 ]

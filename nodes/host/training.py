@@ -47,11 +47,14 @@ def image_encoders() -> dict[str, Path]:
     return model_folders("config.json", "clip_vision", "diffusers")
 
 
-def training_folder(name: str) -> Path:
-    """Where a training of that name keeps its states: beside, not inside, the folder that Load IP-Adapter lists."""
+def training_folder(name: str, kind: str, *, start_over: bool) -> Path:
+    """Where a training of that name and kind keeps its states: beside, not inside, the folder that loaders list."""
     if not name or Path(name).name != name or name.startswith("."):
         raise InvalidInputError(f"name is {name!r}; it must be a plain file name such as my-adapter")
-    return Path(folder_paths.get_output_directory()) / "ipadapter_training" / name
+    folder = Path(folder_paths.get_output_directory()) / f"{kind}_training" / name
+    if start_over:
+        shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def pictures_folder(path: str) -> str:
@@ -72,9 +75,14 @@ def save_pictures(images: Tensor, captions: list[str], folder: Path) -> str:
     return str(folder)
 
 
-def train(values: dict[str, dict[str, object]], changes: list[str], name: str, node_id: str) -> str:
-    """Run a training in another process, with this node's progress bar and previews; returns the name to load it by."""
-    config = parse_overrides(changes, parse_config(values, "Train IP-Adapter"))
+def train(values: dict[str, dict[str, Any]], settings: str, name: str, kind: str, node_id: str) -> str:
+    """Run a training in another process, with this node's progress bar and previews.
+
+    `settings` has an override per line, `kind` is the folder below output that takes the result: `ipadapter`, whose files
+    are loaded by the name that is returned, or `loras`, for which the path is returned.
+    """
+    changes = [line.strip() for line in settings.splitlines() if line.strip()]
+    config = parse_overrides(changes, parse_config(values, "this node"))
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     report = _training_progress(node_id)
@@ -84,12 +92,12 @@ def train(values: dict[str, dict[str, object]], changes: list[str], name: str, n
         on_event=report,
         check=comfy.model_management.throw_exception_if_processing_interrupted,
     )
-    target = Path(folder_paths.get_output_directory()) / FOLDER / f"{name}.safetensors"
+    target = Path(folder_paths.get_output_directory()) / kind / f"{name}.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".unfinished")
     shutil.copyfile(result, unfinished)
     os.replace(unfinished, target)
-    return target.name
+    return target.name if kind == FOLDER else str(target)
 
 
 def _training_progress(node_id: str) -> Callable[[dict[str, Any]], None]:
@@ -122,12 +130,15 @@ def _in_words(event: dict[str, Any]) -> str:
             left = (event["steps"] - event["step"]) * event["seconds_per_step"] / 60
             return f"step {event['step']} of {event['steps']}, loss {event['loss']:.4f}, {left:.0f} minutes left"
         case "validation":
-            gains = (
-                f"{key.replace('_', ' ')} {event[key]:+.4f}" for key in ("image_gain", "reference_gain") if key in event
-            )
+            gains = (f"{key.replace('_', ' ')} {event[key]:+.4f}" for key in event if key.endswith("_gain"))
             return f"validation {event['validation']:.4f}, {', '.join(gains)}"
         case _:
             return ""
+
+
+def training_pictures(folder: Path) -> tuple[Tensor, Tensor]:
+    """Loss plot and last sample sheet of a training."""
+    return read_picture(folder / "loss.png"), read_picture(folder / "sheet.png")
 
 
 def read_picture(path: Path) -> Tensor:

@@ -13,6 +13,7 @@ from ipadapter_core.demo import judge
 from ipadapter_core.demo.measure import Figures, measure
 from ipadapter_core.demo.sheet import ROWS, compose, draw_sheet
 from ipadapter_core.demo.world import FOLDER, REFERENCES, World, load_world
+from ipadapter_core.schedule import WeightSchedule
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def figures(world: World) -> Figures:
-    return measure(world, "plus", steps=16, seeds=(0, 1))
+    return measure(world, "plus", steps=10, seeds=(0,))
 
 
 def test_it_is_small_and_safe() -> None:
@@ -37,7 +38,7 @@ def test_diffusers_alone_can_load_it() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER, local_files_only=True, safety_checker=None)
     assert pipeline.vae_scale_factor == 4
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
-    assert pipeline.scheduler.config.clip_sample is False
+    assert pipeline.scheduler.config.rescale_betas_zero_snr is True
 
 
 @pytest.mark.parametrize(("family", "tokens"), [("base", 4), ("plus", 16)])
@@ -65,8 +66,7 @@ def test_the_image_steers_more_with_strength(figures: Figures) -> None:
     similarity = figures.similarity
     assert similarity[0.0] + 0.1 < similarity[0.5] < similarity[1.0]
     assert figures.retrieval[0.0] <= 0.2, "without the image, the right reference is found by chance only"
-    # The goal is 0.8; this world's UNet follows colours but draws shapes roughly (0.38 measured with 20 steps).
-    assert figures.retrieval[1.0] >= 0.25
+    assert figures.retrieval[1.0] >= 0.8
 
 
 def test_the_text_keeps_the_background(figures: Figures) -> None:
@@ -74,12 +74,16 @@ def test_the_text_keeps_the_background(figures: Figures) -> None:
 
 
 def test_a_mask_confines_the_image(figures: Figures) -> None:
-    assert figures.inside_change > 1.2 * figures.outside_change
+    assert figures.inside_change > 2 * figures.outside_change
 
 
 def test_the_base_adapter_follows_the_image_too(world: World) -> None:
-    found = measure(world, "base", steps=12, seeds=(0,), strengths=(0.0, 1.0))
-    assert found.similarity[1.0] > found.similarity[0.0] + 0.1
+    references = world.references[:16]
+    drawn = world.draw(
+        "base", references.images, WeightSchedule(strength=1.0), ["emoji"] * 16, seeds=list(range(16)), steps=10
+    )
+    found = judge.similarity(drawn, references.images).argmax(1) == torch.arange(16)
+    assert found.float().mean() >= 0.6
 
 
 def test_the_sheet_has_a_row_per_reference(world: World) -> None:

@@ -53,7 +53,10 @@ def test_defaults_are_the_originals() -> None:
         ({"steps": 3}, r"'steps' belongs below \[train\]"),
         ({"train": {"steps": "many"}}, "train.steps is 'many'; a value of type int"),
         ({"train": {"steps": True}}, "type int"),
-        ({"train": {"optimizer": "adam"}}, "choose one of adamw, adamw8bit, prodigy, adafactor; did you mean 'adamw'"),
+        (
+            {"train": {"optimizer": "adam"}},
+            "choose one of adamw, adamw8bit, prodigy, adafactor, muon; did you mean 'adamw'",
+        ),
         ({"train": {"steps": 0}}, "must be at least 1"),
         ({"loss": {"drop_image": 0.6, "drop_text": 0.6}}, "must not pass 1"),
         ({"loss": {"drop_image": float("nan")}}, "must lie in 0..1"),
@@ -80,8 +83,11 @@ def test_examples_are_valid_and_printed(name: str, capsys: pytest.CaptureFixture
     assert main(["train", "--example", name]) == 0
     (tmp_path / "run.toml").write_text(capsys.readouterr().out)
     config = load_config(tmp_path / "run.toml")
-    assert config.adapter.family == name.split("-", 1)[1]
-    assert config.output.name == f"ip-adapter-{name}"
+    if name.endswith("-lora"):
+        assert config.lora.wanted
+    else:
+        assert config.adapter.family == name.split("-", 1)[1]
+        assert config.output.name == f"ip-adapter-{name}"
 
 
 def test_the_command_names_a_typo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

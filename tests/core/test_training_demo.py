@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,35 +12,31 @@ from PIL import Image
 
 from ipadapter_core import load_adapter
 from ipadapter_core.demo import train_adapters
+from ipadapter_core.demo.measure import measure
 from ipadapter_core.demo.pictures import Pictures
 from ipadapter_core.demo.world import FOLDER
+from ipadapter_core.training.config import RunConfig, parse_overrides
+from ipadapter_core.training.log import curves
+from tiny_training import six_discs
+
+SETTINGS = train_adapters.settings
 
 
 @pytest.fixture
 def pictures() -> Pictures:
-    """Six discs of three colours, the last held out."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
-    disc = ((x.square() + y.square()) < 0.8).float()
-    rgba = torch.stack([torch.stack([disc * (i % 3 == c) for c in range(3)] + [disc]) for i in range(6)])
-    names, studios = tuple("abcdef"), ("noto",) * 6
-    return Pictures(rgba, names, studios, torch.tensor([False] * 5 + [True]))
+    return six_discs()
 
 
-def test_a_resumed_run_draws_the_same_pairs(
-    pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = train_adapters.settings
+def quick(work: Path, steps: int, family: str = "base") -> RunConfig:
+    config = SETTINGS(family, work, steps, 2, 1e-3, "muon")
+    changes = ["output.state_every=1", "watch.log_every=1", "watch.sample_steps=1", "watch.validation=1"]
+    return parse_overrides([*changes, "train.warmup=0", 'train.schedule="constant"'], config)
 
-    def quick(*args: Any) -> object:
-        from ipadapter_core.training.config import parse_overrides
 
-        changes = ["output.state_every=1", "watch.log_every=1", "watch.sample_steps=1", "train.ignore_memory=true"]
-        return parse_overrides([*changes, "train.warmup=0", 'train.schedule="constant"'], original(*args))
-
-    monkeypatch.setattr(train_adapters, "settings", quick)
-    whole = train_adapters.train_adapter("base", pictures, FOLDER, tmp_path / "whole", 2, 2)
-    train_adapters.train_adapter("base", pictures, FOLDER, tmp_path / "halves", 1, 2)
-    halves = train_adapters.train_adapter("base", pictures, FOLDER, tmp_path / "halves", 2, 2)
+def test_a_resumed_run_draws_the_same_pairs(pictures: Pictures, tmp_path: Path) -> None:
+    whole = train_adapters.train_adapter(quick(tmp_path / "whole", 2), pictures, FOLDER)
+    train_adapters.train_adapter(quick(tmp_path / "halves", 1), pictures, FOLDER)
+    halves = train_adapters.train_adapter(quick(tmp_path / "halves", 2), pictures, FOLDER)
     adapter = load_adapter(whole)
     for key, value in adapter.module.checkpoint_state().items():
         assert torch.equal(value, load_adapter(halves).module.checkpoint_state()[key]), key
@@ -48,3 +45,18 @@ def test_a_resumed_run_draws_the_same_pairs(
     assert adapter.spec.token_dim == load_adapter(FOLDER / "adapters/ip-adapter-base.safetensors").spec.token_dim
     with Image.open(tmp_path / "whole/adapter-base/sheet.png") as sheet:
         assert sheet.size == (2 * 68 - 4, 3 * 68 - 4)
+
+
+def test_one_command_trains_from_nothing_and_measures(
+    pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_adapters, "load_pictures", lambda folder: pictures)
+    monkeypatch.setattr(train_adapters, "settings", lambda family, work, *rest: quick(work, 2, family))
+    monkeypatch.setattr(train_adapters, "measure", partial(measure, seeds=(0,), strengths=(1.0,)))
+    train_adapters.main(["plus", "--pictures", "none", "--work", str(tmp_path), "--sampling-steps", "1"])
+    assert "right of 16" in capsys.readouterr().out
+    folder = tmp_path / "adapter-plus"
+    assert load_adapter(folder / "ip-adapter-plus.safetensors").spec.num_tokens == 16
+    assert set(json.loads((folder / "figures.json").read_text())["right_reference_of_16"]) == {"1.0"}
+    assert set(curves(folder / "progress.jsonl")) == {"loss", "validation", "image_gain"}, "one picture has no other's"
+    assert (folder / "loss.png").is_file()

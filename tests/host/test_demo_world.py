@@ -65,7 +65,7 @@ def draw(
     latents = graph.add(
         "KSampler", model=patched, positive=graph.add("DemoWorldConditioning", path=texts[prompt]),
         negative=graph.add("DemoWorldConditioning", path=texts[""]), latent_image=graph.add("DemoWorldLatent", batch=COUNT),
-        seed=1, steps=16, cfg=3.0, sampler_name="ddim", scheduler="sgm_uniform", denoise=1.0,
+        seed=1, steps=12, cfg=2.0, sampler_name="euler_ancestral", scheduler="sgm_uniform", denoise=1.0,
     )  # fmt: skip
     saved = graph.add("TestSaveTensor", value=latents)
     found = torch.as_tensor(server.run(graph).tensor(saved))
@@ -81,8 +81,9 @@ def test_pictures_follow_their_references(
     references = world.references.images[:COUNT]
     right = torch.arange(COUNT)
     without, with_image = (similarity(draw(server, world, texts, family, s), references) for s in (0.0, 1.0))
-    assert with_image.diag().mean() > without.diag().mean() + 0.1
-    assert (with_image.argmax(1) == right).sum() > (without.argmax(1) == right).sum()
+    assert with_image.diag().mean() > without.diag().mean() + 0.2
+    assert (with_image.argmax(1) == right).sum() >= 6, "of 8 references"
+    assert (without.argmax(1) == right).sum() <= 4
 
 
 def test_text_decides_the_background_while_the_image_decides_the_subject(

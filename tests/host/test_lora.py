@@ -8,11 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from host.comfy_server import ComfyServer, ExecutionFailed, Link, Node
+from host.shrunk import WIDTH
 from host.steering import Steering
 from host.tiny_lora_files import build_lora
+from ipadapter_core.training import parse_config
+from ipadapter_core.training.config import LoRAConfig
+from ipadapter_core.training.lora_adapter import fresh_lora
 
 CLOSE = 2e-3
 """Latents of size 5 after two steps; merging rounds where the side path does not, and sampling multiplies that."""
@@ -28,11 +33,14 @@ class Scene(Steering):
     def file(self, *, seed: int = 0, unet: str | None = None) -> str:
         return self.server.add_model("loras", build_lora(unet or self.unet, self.folder, seed=seed))
 
-    def lora(self, model: Node | Link | None = None, *, seed: int = 0, **settings: Any) -> Node:
-        inputs = {
-            "model": model or self.model, "file": self.file(seed=seed), "strength": 1.0, "text_strength": 1.0, "selector": "",
-            "mode": "live", "start": 0.0, "end": 1.0,
+    def lora_inputs(self) -> dict[str, Any]:
+        return {
+            "model": self.model, "strength": 1.0, "text_strength": 1.0, "selector": "", "mode": "live", "start": 0.0,
+            "end": 1.0,
         }  # fmt: skip
+
+    def lora(self, model: Node | Link | None = None, *, seed: int = 0, **settings: Any) -> Node:
+        inputs = self.lora_inputs() | {"model": model or self.model, "file": self.file(seed=seed)}
         return self.graph.add("ImagePromptLoRAStrength", **(inputs | settings))
 
     def host_lora(self, model: Node | Link | None = None, *, strength: float = 1.0, seed: int = 0) -> Node:
@@ -76,6 +84,56 @@ def test_live_merged_and_the_hosts_own_loader_agree(scene: Callable[..., Scene])
     assert np.array_equal(out["zero merged"], out["plain"])
     again = scene()
     assert np.array_equal(again.compare(plain=again.sample(again.model, seed=5))["plain"], out["plain"])
+
+
+@pytest.mark.parametrize("algorithm", ["locon", "loha", "lokr", "dora"])
+def test_comfyui_reads_what_the_trainer_writes(
+    server: ComfyServer, sd15: str, adapters: Path, tmp_path: Path, algorithm: Any
+) -> None:
+    """By its own table of names; DoRA by columns, as its own loader mistakes rows (PR 15458).
+
+    PEFT's spelling its table has for convolutions, not for the attentions of UNets: half of the file is lost on it.
+    """
+    s = Scene(server, sd15, adapters, unet="sd15", steps=1)
+    runs = {"plain": s.sample(s.model)}
+    for spelling, path in trained_files(tmp_path, algorithm).items():
+        file = server.add_model("loras", path)
+        ours = s.graph.add("ImagePromptLoRAStrength", **(s.lora_inputs() | {"file": file, "mode": "merged"}))
+        host = s.graph.add("LoraLoaderModelOnly", model=s.model, lora_name=file, strength_model=1.0)
+        runs |= {f"ours {spelling}": s.sample(ours), f"host {spelling}": s.sample(host)}
+    out = s.compare(**runs)
+    first = out["ours kohya"]
+    assert apart(first, out["plain"]) > EFFECT
+    differing = {name: apart(found, first) for name, found in out.items() if name != "plain"}
+    assert differing.pop("host diffusers", 1.0) > EFFECT
+    assert max(differing.values()) < CLOSE, differing
+
+
+def trained_files(folder: Path, algorithm: Any) -> dict[str, Path]:
+    """A LoRA as the trainer saves it, random instead of learned, for the shrunk SD1.5."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, block_out_channels=(WIDTH,) * 4)
+    if algorithm == "dora":  # its magnitudes start as the weights' norms
+        unet = unet.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in unet.parameters():
+                p.fill_(0.02)
+    config = LoRAConfig(rank=4, alpha=2.0, algorithm=algorithm, dora_axis="in")
+    lora = fresh_lora({"unet": unet}, config)
+    size = 1.0 if algorithm == "loha" else 0.3
+    with torch.no_grad():
+        for i, (name, p) in enumerate(lora.named_parameters()):
+            if not name.endswith("magnitude"):
+                generator = torch.Generator().manual_seed(i)
+                p.copy_(torch.randn(p.shape, generator=generator) * (size / p[0].numel() ** 0.5))
+    files: dict[str, Path] = {}
+    for spelling in ("kohya", "generic", "diffusers") if algorithm == "locon" else ("kohya", "generic"):
+        out = parse_config({"output": {"spelling": spelling, "dtype": "float32"}}, "here").output
+        path = folder / f"{algorithm}_{spelling}.safetensors"
+        files[spelling] = lora.save(path, lora.state_dict(), {}, out)
+    return files
 
 
 def test_chains_stacks_and_others_loras(scene: Callable[..., Scene]) -> None:

@@ -36,6 +36,7 @@ OUTPUTS = {
     "ImagePromptLoRASave": (["STRING"], ["path"]),
     "ImagePromptLoRAExtract": (["STRING"], ["path"]),
     "ImagePromptTrain": (["IMAGE_PROMPT_ADAPTER", "IMAGE", "IMAGE"], ["adapter", "loss_plot", "samples"]),
+    "ImagePromptTrainLoRA": (["STRING", "IMAGE", "IMAGE"], ["path", "loss_plot", "samples"]),
 }
 OUTPUT_NODES = {
     "ImagePromptInspect",
@@ -43,6 +44,7 @@ OUTPUT_NODES = {
     "ImagePromptLoRASave",
     "ImagePromptLoRAExtract",
     "ImagePromptTrain",
+    "ImagePromptTrainLoRA",
 }
 
 

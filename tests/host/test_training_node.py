@@ -1,4 +1,4 @@
-"""Train IP-Adapter in a running ComfyUI: it trains, cancels, goes on, and says what went wrong."""
+"""Train IP-Adapter and Train LoRA in a running ComfyUI: they train, cancel, go on, and say what went wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from host.comfy_server import REPOSITORY, ComfyServer, ExecutionFailed, ExecutionInterrupted, Graph, Node
 from ipadapter_core import load_adapter
+from ipadapter_core.lora import load_lora
 from tiny_training import picture, save_model
 from workflows.graph import to_prompt
 
@@ -27,20 +28,29 @@ def model(server: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> str:
     return server.add_model("diffusers", save_model(tmp_path_factory.mktemp("model")), "tiny")
 
 
-def training(server: ComfyServer, model: str, name: str, **changes: object) -> tuple[Graph, Node, Node]:
+def training(
+    server: ComfyServer, model: str, name: str, kind: str = "ImagePromptTrain", **changes: object
+) -> tuple[Graph, Node, Node]:
     graph = Graph()
     images = [server.upload_image(np.asarray(picture(i, (64, 64))), f"train_{i}.png") for i in range(2)]
     batch = graph.add(
         "ImageBatch", image1=graph.add("LoadImage", image=images[0]), image2=graph.add("LoadImage", image=images[1])
     )
     values: dict[str, object] = {
-        "name": name, "base_model": model, "image_encoder": "inside the base model's folder", "family": "base",
-        "start_from": "nothing", "pictures": "", "captions": "cat\ndog", "steps": 4, "batch": 2, "resolution": 64,
-        "learning_rate": 1e-3, "precision": "fp32", "sample_every": 2, "sample_prompt": "", "seed": 0,
-        "settings": SETTINGS, "start_over": False, "images": batch,
+        "name": name, "base_model": model, "start_from": "nothing", "pictures": "", "captions": "cat\ndog", "steps": 4,
+        "batch": 2, "resolution": 64, "learning_rate": 1e-3, "precision": "fp32", "sample_every": 2, "sample_prompt": "",
+        "seed": 0, "settings": SETTINGS, "start_over": False, "images": batch,
     }  # fmt: skip
-    node = graph.add("ImagePromptTrain", **(values | changes))
+    node = graph.add(kind, **(values | KINDS[kind] | changes))
     return graph, node, graph.add("TestSaveTensor", value=node[1])
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "ImagePromptTrain": {"image_encoder": "inside the base model's folder", "family": "base"},
+    "ImagePromptTrainLoRA": {
+        "algorithm": "lora", "rank": 2, "alpha": 0.0, "targets": "", "text_encoders": False, "trigger": "in tiny style",
+    },
+}  # fmt: skip
 
 
 def test_it_trains_and_the_result_can_be_loaded(server: ComfyServer, model: str) -> None:
@@ -92,18 +102,56 @@ def test_the_real_error_is_shown(server: ComfyServer, model: str) -> None:
         server.run(training(server, model, "lines", captions="a\nb\nc")[0])
 
 
-def test_the_workflow_trains(server: ComfyServer, model: str) -> None:
-    file = REPOSITORY / "workflows/train_ip_adapter.json"
-    graph = to_prompt(json.loads(file.read_text("utf-8")), server.object_info())
+def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> None:
+    lora = {"kind": "ImagePromptTrainLoRA", "text_encoders": True, "targets": "all: 0, attn2: 1, te v: 1"}
+    graph, node, plot = training(server, model, "my lora", **lora)
+    samples, path = graph.add("TestSaveTensor", value=node[2]), graph.add("PreviewAny", source=node[0])
+    result = server.run(graph)
+    assert result.tensor(plot).shape == (1, 600, 800, 3)
+    # pictures, without the LoRA, with it
+    assert result.tensor(samples).shape == (1, 3 * 68 - 4, 2 * 68 - 4, 3)
+    file = server.base / "output/loras/my lora.safetensors"
+    assert result.text(path) == [str(file)]
+    weights = load_lora(file)
+    assert weights.components == ("unet", "te1")
+    assert weights.metadata["modelspec.trigger_phrase"] == "in tiny style"
+    assert weights.metadata["ss_steps"] == "4"
+    for node_type, field in (("ImagePromptLoRAStrength", "file"), ("LoraLoader", "lora_name")):
+        kind, *more = server.object_info(node_type)["input"]["required"][field]
+        files = more[0]["options"] if kind == "COMBO" else kind
+        assert "my lora.safetensors" in files, "listed without a restart"
+    longer, _, _ = training(server, model, "my lora", steps=6, **lora)
+    server.run(longer)
+    assert load_lora(file).metadata["ss_steps"] == "6"
+    again, _, _ = training(server, model, "on", **(lora | {"start_from": "my lora.safetensors", "steps": 1}))
+    server.run(again)
+    assert {m.name for m in load_lora(server.base / "output/loras/on.safetensors").modules} == {
+        m.name for m in weights.modules
+    }
+    with pytest.raises(ExecutionFailed, match="unknown word 'atn'"):
+        server.run(training(server, model, "typo", "ImagePromptTrainLoRA", targets="atn: 1")[0])
+    with pytest.raises(ExecutionFailed, match="give a folder in pictures, or connect images"):
+        server.run(training(server, model, "none", "ImagePromptTrainLoRA", images=None)[0])
+
+
+@pytest.mark.parametrize("file", ["train_ip_adapter", "train_lora"])
+def test_the_workflow_trains(server: ComfyServer, model: str, file: str) -> None:
+    workflow = json.loads((REPOSITORY / f"workflows/{file}.json").read_text("utf-8"))
+    graph = to_prompt(workflow, server.object_info())
+    more = "\nadapter.depth=1" if file == "train_ip_adapter" else ""
     for node in graph.values():
-        if node["class_type"] == "ImagePromptTrain":
+        if node["class_type"] in KINDS:
             node["inputs"] |= {
                 "name": "from a workflow", "base_model": model, "steps": 2, "resolution": 64, "precision": "fp32",
-                "settings": SETTINGS + "\nadapter.depth=1", "batch": 1,
+                "settings": SETTINGS + more, "batch": 1,
             }  # fmt: skip
         elif node["class_type"] == "LoadImage":
             node["inputs"]["image"] = server.upload_image(np.asarray(picture(3, (64, 64))), "learn.png")
     result = server.run(graph)
     previews = [i for i, node in graph.items() if node["class_type"] == "PreviewImage"]
     assert [result.images(i)[0].ndim for i in previews] == [3, 3]
-    assert load_adapter(server.base / "output/ipadapter/from a workflow.safetensors").spec.family == "plus"
+    if file == "train_ip_adapter":
+        assert load_adapter(server.base / "output/ipadapter/from a workflow.safetensors").spec.family == "plus"
+    else:
+        weights = load_lora(server.base / "output/loras/from a workflow.safetensors")
+        assert {m.weight.rank for m in weights.modules if m.weight is not None} <= {8, 16}

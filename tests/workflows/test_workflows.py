@@ -37,9 +37,9 @@ NEEDED = {
     "sd15_text_to_image", "sdxl_text_to_image", "plus_adapter", "several_references", "regional_masks_two_adapters",
     "style_only", "composition_only", "image_to_image", "inpainting", "scheduled_strength", "batch", "inspect_adapter",
     "lora_strength", "lora_stack", "inspect_lora", "convert_lora", "extract_lora", "lora_regions_and_image_prompt",
-    "train_ip_adapter", "face_prompt", "image_in_one_node",
+    "train_ip_adapter", "train_lora", "face_prompt", "image_in_one_node",
 }  # fmt: skip
-TRAINING = "train_ip_adapter"  # run by tests/host/test_training_node.py
+TRAINING = ("train_ip_adapter", "train_lora")  # run by tests/host/test_training_node.py
 IMAGES = {"batch": 3, "inspect_adapter": 0, "inspect_lora": 0, "convert_lora": 0, "extract_lora": 0}  # others make one
 
 
@@ -124,7 +124,7 @@ def test_every_promised_workflow_is_there() -> None:
     assert {file.stem for file in FILES} >= NEEDED
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem != TRAINING], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem not in TRAINING], ids=lambda file: file.stem)
 def test_workflow_runs_and_follows_its_image(
     server: ComfyServer, model_cache: Path, adapters: Path, file: Path
 ) -> None:

@@ -1,0 +1,83 @@
+"""What a trained LoRA's file says of its making, in the words that other tools read: kohya's ss_… and modelspec."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..lora.weights import TEXT_WIDTHS
+from .collection import Sample
+from .config import RunConfig
+from .frozen import FrozenBase
+
+VERSIONS = {
+    "SD1.5": ("sd_v1", "stable-diffusion-v1/lora"),
+    "SD2": ("sd_v2", "stable-diffusion-v2-512/lora"),
+    "SDXL": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+}
+"""What kohya and modelspec call the base models."""
+MODULES = {"lora": "networks.lora", "locon": "networks.lora", "dora": "lycoris.kohya"}
+
+
+def describe_training(
+    config: RunConfig, base: FrozenBase, prediction: str, samples: Sequence[Sample]
+) -> dict[str, str]:
+    """Metadata of a LoRA's file; the step count is added when it is saved. All values are texts, as safetensors asks."""
+    lora, train, data, loss = config.lora, config.train, config.data, config.loss
+    model = TEXT_WIDTHS.get(int(base.unet.config.cross_attention_dim), "unknown")
+    version, architecture = VERSIONS.get(model, ("unknown", "unknown/lora"))
+    if prediction == "v_prediction" and model == "SD2":
+        version, architecture = "sd_v2_768_v", "stable-diffusion-v2-768-v/lora"
+    settings = config.as_dict()
+    for section in ("output", "watch", "adapter"):
+        settings.pop(section)
+    text_rate = train.lr if lora.text_encoders else 0
+    facts: dict[str, object] = {
+        "trained_by": "ipadapter train",
+        "settings": json.dumps(settings),
+        "ss_base_model_version": version,
+        "ss_v2": model == "SD2",
+        "ss_sd_model_name": Path(base.folder).name,
+        "ss_network_module": MODULES.get(lora.algorithm, "lycoris.kohya"),
+        "ss_network_dim": lora.rank or "from the file it started from",
+        "ss_network_alpha": lora.alpha or lora.rank or "from the file it started from",
+        "ss_network_args": json.dumps({"algo": lora.algorithm, "rs_lora": lora.rslora, "targets": lora.targets}),
+        "ss_network_dropout": lora.dropout,
+        "ss_learning_rate": train.lr,
+        "ss_unet_lr": train.lr,
+        "ss_text_encoder_lr": text_rate,
+        "ss_optimizer": train.optimizer,
+        "ss_lr_scheduler": train.schedule,
+        "ss_lr_warmup_steps": train.warmup,
+        "ss_max_train_steps": train.steps,
+        "ss_batch_size_per_device": train.batch,
+        "ss_gradient_accumulation_steps": train.accumulate,
+        "ss_gradient_checkpointing": train.checkpointing,
+        "ss_mixed_precision": {"fp32": "no"}.get(train.precision, train.precision),
+        "ss_seed": train.seed,
+        "ss_max_grad_norm": train.clip,
+        "ss_num_train_images": len(samples),
+        "ss_resolution": f"({data.resolution}, {data.resolution})",
+        "ss_enable_bucket": data.buckets,
+        "ss_caption_dropout_rate": loss.drop_text,
+        "ss_min_snr_gamma": loss.min_snr or None,
+        "ss_noise_offset": loss.noise_offset or None,
+        "ss_training_comment": config.output.trigger,
+        "ss_tag_frequency": json.dumps({config.output.name: _tags(samples)}),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": config.output.name,
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction, prediction),
+        "modelspec.resolution": f"{data.resolution}x{data.resolution}",
+        "modelspec.trigger_phrase": config.output.trigger,
+    }
+    return {key: str(value) for key, value in facts.items() if value not in ("", None)}
+
+
+def _tags(samples: Sequence[Sample]) -> dict[str, int]:
+    """How often each comma-separated part of a caption occurs, the commonest thousand."""
+    tags = Counter(tag.strip() for sample in samples for tag in sample.caption.split(",") if tag.strip())
+    return dict(tags.most_common(1000))

@@ -1,0 +1,102 @@
+"""Train LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import host
+from .sockets import LORA_CATEGORY
+from .train_ip_adapter import FRESH, name_inputs, run_inputs, run_values
+
+
+class TrainLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ImagePromptTrainLoRA",
+            display_name="Train LoRA",
+            category=LORA_CATEGORY,
+            description="Trains a LoRA on pictures with captions, in a process of its own. Cancelling saves its state; queueing it "
+            "again goes on from there. The result lies in output/loras, where LoRA lists find it.",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                *name_inputs("my-lora"),
+                io.Combo.Input(
+                    "algorithm",
+                    options=["lora", "locon", "loha", "lokr", "dora"],
+                    tooltip="lora: attention layers. locon: convolutions and feed-forward layers too. dora: lora with learned magnitudes.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=1024,
+                    tooltip="Inner width, 1 or more; the file grows with it, 4 to 64 are usual.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="The scale is alpha / rank; 0: as the rank.",
+                ),
+                io.String.Input(
+                    "targets",
+                    default="",
+                    multiline=True,
+                    tooltip="Which layers are trained, in the words of LoRA Strength: 'all: 0, attn2: 1, mid: 1'. Empty: as the algorithm "
+                    "says.",
+                ),
+                io.Boolean.Input(
+                    "text_encoders",
+                    default=False,
+                    tooltip="On: train attention layers of the text encoders too, SDXL's both.",
+                ),
+                io.Combo.Input(
+                    "start_from",
+                    options=[FRESH, *host.lora_files()],
+                    tooltip="A LoRA to train on; it says layers, ranks and algorithms itself.",
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip="Trigger words to note in the file; write them into the captions too.",
+                ),
+                *run_inputs(samples="Text of the sample sheets; empty: the captions of held-out pictures."),
+            ],
+            outputs=[
+                io.String.Output(display_name="path"),
+                io.Image.Output(display_name="loss_plot"),
+                io.Image.Output(display_name="samples"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        name: str,
+        base_model: str,
+        algorithm: str,
+        rank: int,
+        alpha: float,
+        targets: str,
+        text_encoders: bool,
+        start_from: str,
+        trigger: str,
+        settings: str,
+        start_over: bool,
+        **run: Any,
+    ) -> io.NodeOutput:
+        folder = host.training_folder(name, "lora", start_over=start_over)
+        values = run_values(name, base_model, folder, **run)
+        values["lora"] = {
+            "algorithm": algorithm, "rank": rank, "alpha": alpha, "targets": targets, "text_encoders": text_encoders,
+            "start_from": "" if start_from == FRESH else host.lora_path(start_from),
+        }  # fmt: skip
+        values["output"]["trigger"] = trigger
+        file = host.train(values, settings, name, "loras", cls.hidden.unique_id)
+        return io.NodeOutput(file, *host.training_pictures(folder))
