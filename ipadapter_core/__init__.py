@@ -18,9 +18,11 @@ from .errors import (
     UnknownFormatError,
     UnsafeFileError,
 )
+from .face_prompt import encode_face_prompt
 from .image_encoder import ENCODERS, EncoderSpec, ImageEncoder, ImageFeatures, TransformersImageEncoder, preprocess
 from .layouts import layout_of
 from .masks import RegionMask
+from .model_projection import project_by_model
 from .patch import AdapterPatch, SiteCall, bake, check_adapter
 from .processors import AttnProcessor, IPAttnProcessor, build_processors
 from .prompt import (
@@ -90,6 +92,7 @@ __all__ = [
     "describe_adapter",
     "describe_fit",
     "describe_spec",
+    "encode_face_prompt",
     "encode_features",
     "encode_image_prompt",
     "layout_of",
@@ -99,6 +102,7 @@ __all__ = [
     "parse_numbers",
     "parse_site_factors",
     "preprocess",
+    "project_by_model",
     "prompt_from_features",
     "rules_for",
     "save_adapter",

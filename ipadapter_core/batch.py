@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+WINDOWS_KEPT = 64
+"""How many values made for windows of an animation are kept: some hundred frames in windows of sixteen, and their levels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +18,17 @@ class Frames:
 
     numbers: tuple[int, ...]
     count: int
+
+
+Key = TypeVar("Key")
+
+
+def keep(cache: dict[Key, Tensor], key: Key, value: Tensor, limit: int = WINDOWS_KEPT) -> Tensor:
+    """Put a value into a cache that forgets its oldest entries beyond ``limit``; returns the value."""
+    while len(cache) >= limit:
+        cache.pop(next(iter(cache)), None)
+    cache[key] = value
+    return value
 
 
 def fit_batch(rows: Tensor, latents: int, frames: Frames | None = None, dim: int = 0) -> Tensor:

@@ -22,17 +22,37 @@ from torch import Tensor
 
 from .errors import InvalidInputError
 
-Which = Literal["best", "largest"]
+
+@dataclass(frozen=True, slots=True)
+class Nth:
+    """The n-th face of a picture, from 1: by size (1 is the largest), or from the left.
+
+    Raises InvalidInputError for a number below 1.
+    """
+
+    number: int
+    order: Literal["size", "left"] = "size"
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise InvalidInputError(f"the number of a face is {self.number}; faces are counted from 1")
+
+
+Which = Literal["best", "largest", "all"] | Nth
 
 # https://github.com/deepinsight/insightface, python-package/insightface/utils/face_align.py
 ARCFACE_POINTS = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 """Where both eyes, the nose and the corners of the mouth lie in an aligned face of 112 pixels."""
 
-DETECTION_SIZES = tuple(range(640, 256, -64))
+DETECTION_SIZES = tuple(range(640, 128, -64))
 """Sides at which a picture is searched, until there is a face: a face that fills the picture is found in a small one."""
 
-CROP_SIZES = {"sd15": 224, "sdxl": 256, "kolors": 336}
-"""Side of the aligned face that FaceID Plus looks at, by base model."""
+
+def crop_size(base_model: str, token_dim: int) -> int:
+    """Side in pixels of the aligned face that FaceID Plus looks at: 224 for SD1.5, 256 for SDXL, 336 for Kolors."""
+    if base_model == "Kolors":
+        return 336
+    return 256 if token_dim == 2048 else 224
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +87,7 @@ class FaceAnalyzer(Protocol):
 
 @dataclass(frozen=True)
 class FoundFaces:
-    """One face per picture: embeddings ``b 512`` (raw) and aligned crops ``b s s 3``."""
+    """The chosen faces: embeddings ``f 512`` (raw) and aligned crops ``f s s 3``."""
 
     embeddings: Tensor
     crops: Tensor
@@ -78,33 +98,64 @@ class FoundFaces:
 
 
 def find_faces(
-    analyzer: FaceAnalyzer, pictures: Tensor, crop_size: int, *, which: Which | int = "best", mask: Tensor | None = None
+    analyzer: FaceAnalyzer, pictures: Tensor, crop_size: int, *, which: Which = "best", mask: Tensor | None = None
 ) -> FoundFaces:
-    """One face of every picture ``b h w c``.
+    """Chosen faces of the pictures ``b h w c``, one after another.
 
-    ``which``: the best detection, the largest face, or the n-th largest (0 is the largest). With a ``mask`` ``h w``
-    only faces whose centre lies inside count. Raises InvalidInputError that names the picture without such a face.
+    ``which`` chooses in every picture: the "best" detection, the "largest" face, "all" of them (the largest first), or a
+    Nth. With a ``mask`` only faces whose centre lies inside (above 0.5) count: ``h w`` for all pictures, or ``m h w``,
+    one per picture; of one picture and several masks every mask chooses its own face.
+
+    Raises InvalidInputError that names the picture without such a face, or masks that do not fit the pictures.
     """
     embeddings: list[Tensor] = []
     crops: list[Tensor] = []
     eight_bits = pictures[..., :3].detach().cpu().mul(255).clamp(0, 255).byte().float() / 255  # as face models see them
-    for index, picture in enumerate(eight_bits):
+    for index, region in _paired(len(pictures), mask):
+        picture = eight_bits[index]
         found = all_faces(analyzer, picture)
-        inside = found if mask is None else [face for face in found if _lies_in(face, mask, picture)]
-        ordered = inside if which == "best" else sorted(inside, key=lambda face: -face.area)
-        position = which if isinstance(which, int) else 0
-        if position >= len(ordered):
+        inside = found if region is None else [face for face in found if _lies_in(face, region, picture)]
+        chosen = _chosen(inside, which)
+        if not chosen:
             where = f"image {index + 1} of {len(pictures)}" if len(pictures) > 1 else "the image"
-            wanted = f"face number {position + 1}" if position else "a face"
-            region = " inside the mask" if mask is not None else ""
+            wanted = f"face number {which.number}" if isinstance(which, Nth) and which.number > 1 else "a face"
+            inner = " inside the mask" if region is not None else ""
             raise InvalidInputError(
-                f"{analyzer.name} found {len(ordered)} faces{region} in {where} ({picture.shape[1]} x {picture.shape[0]} "
+                f"{analyzer.name} found {len(inside)} faces{inner} in {where} ({picture.shape[1]} x {picture.shape[0]} "
                 f"pixels), {wanted} was expected; use a picture with a clear face, with some room around it"
             )
-        face = ordered[position]
-        embeddings.append(face.embedding)
-        crops.append(align(picture, face.points, crop_size))
+        for face in chosen:
+            embeddings.append(face.embedding)
+            crops.append(align(picture, face.points, crop_size))
     return FoundFaces(torch.stack(embeddings), torch.stack(crops))
+
+
+def _paired(count: int, mask: Tensor | None) -> list[tuple[int, Tensor | None]]:
+    """Pictures by number, each with its mask."""
+    if mask is None:
+        return [(index, None) for index in range(count)]
+    masks = list(mask.reshape(-1, *mask.shape[-2:]))
+    if count == 1:
+        return [(0, region) for region in masks]
+    if len(masks) not in (1, count):
+        raise InvalidInputError(
+            f"got {len(masks)} masks for {count} images; give one for all, one per image, or one image with several masks"
+        )
+    return [(index, masks[index % len(masks)]) for index in range(count)]
+
+
+def _chosen(faces: list[Face], which: Which) -> list[Face]:
+    if which == "best":
+        return faces[:1]
+    by_size = sorted(faces, key=lambda face: -face.area)
+    match which:
+        case "largest":
+            return by_size[:1]
+        case "all":
+            return by_size
+        case Nth(number, order):
+            ordered = by_size if order == "size" else sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))
+            return ordered[number - 1 : number]
 
 
 _FOUND: OrderedDict[tuple[object, ...], list[Face]] = OrderedDict()
@@ -130,7 +181,7 @@ def _lies_in(face: Face, mask: Tensor, picture: Tensor) -> bool:
     h, w = picture.shape[:2]
     column = min(max(int((x0 + x1) / 2 / w * mask.shape[-1]), 0), mask.shape[-1] - 1)
     row = min(max(int((y0 + y1) / 2 / h * mask.shape[-2]), 0), mask.shape[-2] - 1)
-    return float(mask.reshape(-1, *mask.shape[-2:])[0, row, column]) > 0.5
+    return float(mask[row, column]) > 0.5
 
 
 # --- alignment --------------------------------------------------------------------------------------------------------

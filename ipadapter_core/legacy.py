@@ -27,6 +27,11 @@ FIRST_WEIGHT_TYPES: dict[str, Scaling] = {
 """Weight types of before 2024-03-23 were ways of scaling."""
 
 
+def first_feature_weight(weight: float) -> float:
+    """What the encoder of before 2024-03-23 multiplied an image's features by: the square of its weight."""
+    return weight * (0.1 + (weight - 0.1))
+
+
 @dataclass(frozen=True, slots=True)
 class LegacySettings:
     """The settings of an apply node, under its own names.

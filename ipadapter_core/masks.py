@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import Frames, fit_batch
+from .batch import Frames, fit_batch, keep
 from .errors import InvalidInputError
 
 Area = tuple[int, int, int, int]
@@ -24,7 +24,7 @@ Area = tuple[int, int, int, int]
 class RegionMask:
     """Region masks ``m y x`` in 0..1 at image resolution: one for the batch (m = 1) or one per latent.
 
-    Grids are computed once per resolution and kept.
+    Grids are computed once per resolution and kept, those of an animation's windows up to a limit.
     """
 
     values: Tensor
@@ -64,7 +64,7 @@ class RegionMask:
         found = self._grids.get(key)
         if found is None:
             rows = self._fit(self._compute(latent, area, grid), batch, frames)
-            found = self._grids[key] = rows.to(like.device, like.dtype)
+            found = keep(self._grids, key, rows.to(like.device, like.dtype))
         return found
 
     def stretched(
@@ -87,7 +87,7 @@ class RegionMask:
                 flat = F.pad(flat, (0, 0, missing // 2, missing - missing // 2))
             elif missing < 0:
                 flat = flat[:, -missing // 2 :][:, :tokens]
-            found = self._grids[key] = flat.to(like.device, like.dtype)
+            found = keep(self._grids, key, flat.to(like.device, like.dtype))
         return found
 
     @staticmethod

@@ -8,7 +8,7 @@ has no counterpart stays as it is, and runs under its old name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,20 @@ APPLY_WIDGETS: dict[str, tuple[str, ...]] = {
     "IPAdapterAdvanced": ("weight", "weight_type", "combine_embeds", "start_at", "end_at", "embeds_scaling"),
     "IPAdapterBatch": ("weight", "weight_type", "start_at", "end_at", "embeds_scaling"),
 }
-UNIFIED = ("IPAdapterUnifiedLoader", "IPAdapterUnifiedLoaderCommunity")
+FACE_WIDGETS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("IPAdapterFaceID", "IPAAdapterFaceIDBatch"), ("weight", "weight_faceidv2", *APPLY_WIDGETS["IPAdapterAdvanced"][1:])
+)
+"""Every one of these becomes a node that encodes faces and one that applies them."""
+WIDGETS = APPLY_WIDGETS | FACE_WIDGETS
+NEW_NAMES = {
+    "ipadapter": "adapter", "image_negative": "negative", "attn_mask": "mask", "weight": "strength",
+    "weight_type": "preset", "combine_embeds": "combine", "embeds_scaling": "scaling", "start_at": "start",
+    "end_at": "end", "ipadapter_file": "file", "model_name": "pack",
+}  # fmt: skip
+"""What inputs of the old nodes are called here; others have the same name."""
+FACE_LOADER = "IPAdapterUnifiedLoaderFaceID"
+FACE_MODELS = ("IPAdapterInsightFaceLoader", "InsightFaceLoader")
+UNIFIED = ("IPAdapterUnifiedLoader", "IPAdapterUnifiedLoaderCommunity", FACE_LOADER)
 LOADERS = ("IPAdapterModelLoader", *UNIFIED)
 SOCKETS = {"model", "ipadapter", "image", "image_negative", "attn_mask", "clip_vision"}
 
@@ -38,6 +51,14 @@ ENCODE_INPUTS = {
     "image": "IMAGE",
     "mask": "MASK",
     "negative": "IMAGE",
+}
+FACE_MODEL = "IMAGE_PROMPT_FACE_MODEL"
+FACE_INPUTS = {
+    "adapter": ADAPTER,
+    "face_model": FACE_MODEL,
+    "image": "IMAGE",
+    "clip_vision": "CLIP_VISION",
+    "mask": "MASK",
 }
 APPLY_INPUTS = {
     "model": "MODEL",
@@ -116,10 +137,12 @@ def migrate(workflow: Mapping[str, Any], base: str | None = None) -> tuple[Json,
     made = _read(copy.deepcopy(dict(workflow)), base)
     kept = dict(_kept(made))
     loaders = [n for n, node in made.nodes.items() if node["type"] in LOADERS and n not in kept]
-    appliers = [n for n, node in made.nodes.items() if node["type"] in APPLY_WIDGETS and n not in kept]
-    visions = {number: _load(made, number) for number in loaders}
+    appliers = [n for n, node in made.nodes.items() if node["type"] in WIDGETS and n not in kept]
+    for number in [n for n, node in made.nodes.items() if node["type"] in FACE_MODELS and n not in kept]:
+        _load_face_model(made, number)
+    loaded = {number: _load(made, number) for number in loaders}
     for number in appliers:
-        _apply(made, number, visions)
+        _apply(made, number, loaded)
     made.report += [f"{made.nodes[n]['type']} (node {n}) stays: {reason}" for n, reason in kept.items()]
     return made.finished(), made.report
 
@@ -153,24 +176,28 @@ def _kept(made: Migration) -> Iterator[tuple[int, str]]:
     reasons: dict[int, str] = {}
     for number, node in made.nodes.items():
         kind = node["type"]
-        if kind in APPLY_WIDGETS:
+        if kind in WIDGETS:
             reason = _obstacle(made, number)
             if reason:
                 reasons[number] = reason
-        elif kind not in LOADERS and (kind.startswith(("IPA", "PrepImageFor")) or kind == "InsightFaceLoader"):
+        elif (
+            kind not in LOADERS
+            and kind not in FACE_MODELS
+            and (kind.startswith(("IPA", "PrepImageFor")) or kind == "InsightFaceLoader")
+        ):
             reasons[number] = "there is no node of ours for it"
     changed = True
     while changed:
         changed = False
         for number, node in made.nodes.items():
             kind = node["type"]
-            if kind not in LOADERS:
+            if kind not in LOADERS and kind not in FACE_MODELS:
                 continue
-            slot = 1 if kind in UNIFIED else 0
-            fed = [target for target, name in made.consumers(number, slot) if name == "ipadapter"]
+            slot, socket = 1 if kind in UNIFIED else 0, "insightface" if kind in FACE_MODELS else "ipadapter"
+            fed = [target for target, name in made.consumers(number, slot) if name == socket]
             if number not in reasons and (
                 len(fed) < len(made.consumers(number, slot))
-                or any(t in reasons or made.nodes[t]["type"] not in APPLY_WIDGETS for t in fed)
+                or any(t in reasons or made.nodes[t]["type"] not in WIDGETS for t in fed)
             ):
                 reasons[number], changed = "something that stays is fed by it", True
             if number in reasons:
@@ -183,14 +210,27 @@ def _kept(made: Migration) -> Iterator[tuple[int, str]]:
 def _obstacle(made: Migration, number: int) -> str:
     node = made.nodes[number]
     linked = {name for target, name in made.edges if target == number}
-    if linked - SOCKETS:
+    faces = node["type"] in FACE_WIDGETS
+    if faces and "image_negative" in linked:
+        return "image_negative is connected, which Encode Face Prompt has not"
+    if linked - SOCKETS - ({"insightface"} if faces else set[str]()):
         return f"{', '.join(sorted(linked - SOCKETS))} comes from another node"
     if not {"model", "ipadapter", "image"} <= linked:
         return "it is not connected"
     loader = made.nodes[made.edges[number, "ipadapter"][0]]["type"]
     if loader not in LOADERS:
         return f"its adapter comes from {loader}"
-    if loader not in UNIFIED and "clip_vision" not in linked:
+    if faces and loader != FACE_LOADER and "insightface" not in linked:
+        return "no face model is connected"
+    if (
+        faces
+        and "insightface" in linked
+        and made.nodes[made.edges[number, "insightface"][0]]["type"] not in FACE_MODELS
+    ):
+        return "its face model comes from another pack"
+    if not faces and loader == FACE_LOADER:
+        return "its adapter comes from a loader of faces"
+    if not faces and loader not in UNIFIED and "clip_vision" not in linked:
         return "no image encoder is connected"
     values = _values(node)
     if values.get("weight_type") == "style and composition" and values.get("weight") != 1:
@@ -199,20 +239,46 @@ def _obstacle(made: Migration, number: int) -> str:
 
 
 def _values(node: Json) -> Json:
-    return dict(zip(APPLY_WIDGETS[node["type"]], node.get("widgets_values") or [], strict=False))
+    return dict(zip(WIDGETS[node["type"]], node.get("widgets_values") or [], strict=False))
 
 
-def _load(made: Migration, number: int) -> int | None:
-    """Rewrite a loader; the node that loads its image encoder, if the old one did that too."""
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What an old loader loaded besides the adapter, as nodes of its own."""
+
+    vision: int | None = None
+    faces: int | None = None
+
+
+def _load_face_model(made: Migration, number: int) -> None:
+    node = made.nodes[number]
+    provider, *pack = node.get("widgets_values") or ["CPU"]
+    old = node["type"]
+    made.become(
+        number, "ImagePromptLoadFaceModel", {}, {"face_model": FACE_MODEL}, [*(pack or ["buffalo_l"]), provider]
+    )
+    made.report.append(f"{old} (node {number}) is Load Face Model")
+
+
+def _load(made: Migration, number: int) -> Loaded:
+    """Rewrite a loader, with nodes for all else that the old one loaded."""
     node = made.nodes[number]
     values = node.get("widgets_values") or [""]
     if node["type"] not in UNIFIED:
         made.become(number, "ImagePromptLoadAdapter", {}, {"adapter": ADAPTER}, [values[0]])
         made.report.append(f"IPAdapterModelLoader (node {number}) is Load IP-Adapter")
-        return None
+        return Loaded()
     entry = known_file(str(values[0]), made.base)
     file = entry.release.split(" from ")[0]
+    x, y = _place(node)
     model = made.edges.get((number, "model"))
+    lora = float(values[1]) if node["type"] == FACE_LOADER and len(values) > 1 else 0.0
+    if lora and entry.lora and model is not None:
+        applied = made.add(
+            "ImagePromptApplyFaceLoRA", [x, y - 140], {"model": "MODEL", "adapter": ADAPTER}, {"model": "MODEL"}, [lora]
+        )
+        made.edges[applied, "model"], made.edges[applied, "adapter"] = model, (number, 1, ADAPTER)
+        model = (applied, 0, "MODEL")
     for target in made.consumers(number, 0):
         if model is not None:
             made.edges[target] = model
@@ -222,47 +288,125 @@ def _load(made: Migration, number: int) -> int | None:
         made.edges[target] = (number, 0, ADAPTER)
     for name in ("model", "ipadapter"):
         made.edges.pop((number, name), None)
-    x, y = _place(node)
-    encoder = ENCODERS[entry.encoder].files[0]
-    vision = made.add("CLIPVisionLoader", [x, y + 130], {}, {"CLIP_VISION": "CLIP_VISION"}, [encoder])
+    vision = faces = None
+    parts = [f"Load IP-Adapter ({file})"]
+    if entry.encoder in ENCODERS:
+        encoder = ENCODERS[entry.encoder].files[0]
+        vision = made.add("CLIPVisionLoader", [x, y + 130], {}, {"CLIP_VISION": "CLIP_VISION"}, [encoder])
+        parts.append(f"Load CLIP Vision ({encoder})")
+    if node["type"] == FACE_LOADER:
+        provider = values[2] if len(values) > 2 else "CPU"
+        where = [x, y + 260]
+        faces = made.add("ImagePromptLoadFaceModel", where, {}, {"face_model": FACE_MODEL}, ["buffalo_l", provider])
+        parts += ["Load Face Model", *(["Apply Face LoRA"] if lora and entry.lora else [])]
     old = node["type"]
     made.become(number, "ImagePromptLoadAdapter", {}, {"adapter": ADAPTER}, [file])
     made.report.append(
-        f"{old} (node {number}, {values[0]}) is Load IP-Adapter ({file}) and Load CLIP Vision ({encoder}), taken for an "
+        f"{old} (node {number}, {values[0]}) is {' and '.join(parts)}, taken for an "
         f"{'SDXL' if made.base == 'sdxl' else 'SD1.5'} model: choose your own files where they are called otherwise"
     )
-    return vision
+    return Loaded(vision, faces)
 
 
-def _apply(made: Migration, number: int, visions: Mapping[int, int | None]) -> None:
+def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
     node = made.nodes[number]
     old, values = node["type"], _values(node)
-    source, slot, _ = made.edges.pop((number, "ipadapter"))
-    vision = visions.get(source)
+    source, _, _ = made.edges.pop((number, "ipadapter"))
+    beside = loaded.get(source, Loaded())
+    vision = beside.vision
     x, y = _place(node)
-    combine = values.get("combine_embeds", "concat")
-    encode = made.add(
-        "ImagePromptEncode", [x, y - 320], ENCODE_INPUTS, {"image_prompt": "IMAGE_PROMPT"},
-        ["center", combine, "", "auto", old == "IPAdapterBatch", SWITCH],
-    )  # fmt: skip
-    moved = {"clip_vision": "clip_vision", "image": "image", "image_negative": "negative"}
-    for name, new in moved.items():
+    combine, batch = values.get("combine_embeds", "concat"), old.endswith("Batch")
+    if old in FACE_WIDGETS:
+        outputs = {"image_prompt": "IMAGE_PROMPT", "faces": "IMAGE"}
+        # the old pack takes the best detection
+        settings = ["best", 1, combine, values.get("weight_faceidv2", 1.0), batch, SWITCH]
+        encode = made.add("ImagePromptEncodeFace", [x, y - 340], FACE_INPUTS, outputs, settings)
+        for target in made.consumers(number, 1):
+            made.edges[target] = (encode, 1, "IMAGE")
+        face_model = made.edges.pop((number, "insightface"), None)
+        if face_model is None and beside.faces is not None:
+            face_model = (beside.faces, 0, FACE_MODEL)
+        if face_model is not None:
+            made.edges[encode, "face_model"] = (*face_model[:2], FACE_MODEL)
+    else:
+        outputs = {"image_prompt": "IMAGE_PROMPT"}
+        settings = ["center", combine, "", "auto", batch, SWITCH]
+        encode = made.add("ImagePromptEncode", [x, y - 320], ENCODE_INPUTS, outputs, settings)
+    for name in ("clip_vision", "image", "image_negative"):
         edge = made.edges.pop((number, name), None)
         if edge is not None:
-            made.edges[encode, new] = edge
+            made.edges[encode, NEW_NAMES.get(name, name)] = edge
     if (encode, "clip_vision") not in made.edges and vision is not None:
         made.edges[encode, "clip_vision"] = (vision, 0, "CLIP_VISION")
     mask = made.edges.pop((number, "attn_mask"), None)
     if mask is not None:
-        made.edges[number, "mask"] = mask
-    made.edges[encode, "adapter"] = made.edges[number, "adapter"] = (source, slot if vision is None else 0, ADAPTER)
+        made.edges[number, NEW_NAMES["attn_mask"]] = mask
+    made.edges[encode, "adapter"] = made.edges[number, "adapter"] = (source, 0, ADAPTER)
     made.edges[number, "image_prompt"] = (encode, 0, "IMAGE_PROMPT")
     kind = values.get("weight_type", "linear")
     preset = SIMPLE_WEIGHT_TYPES.get(kind, "linear") if old == "IPAdapter" else kind
     widgets = [values.get("weight", 1.0), preset, values.get("embeds_scaling", "V only")]
     widgets += [values.get("start_at", 0.0), values.get("end_at", 1.0), SWITCH]
     made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, widgets)
-    made.report.append(f"{old} (node {number}) is Encode Image Prompt (node {encode}) and Apply Adapter to Model")
+    encoder = "Encode Face Prompt" if old in FACE_WIDGETS else "Encode Image Prompt"
+    made.report.append(f"{old} (node {number}) is {encoder} (node {encode}) and Apply Adapter to Model")
+
+
+# --- one for one ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A node of ours that does alone what an old one did, for hosts that replace nodes one for one.
+
+    ``widgets`` are the old node's in order, ``inputs`` its inputs by our names (``optional`` those that a graph may
+    lack), ``values`` what ours is set to besides.
+    """
+
+    old: str
+    new: str
+    widgets: tuple[str, ...]
+    inputs: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _replacement(
+    old: str, new: str, widgets: tuple[str, ...], sockets: tuple[str, ...] = (), **values: Any
+) -> Replacement:
+    names = (*sockets, *widgets)
+    optional = frozenset(sockets) - {"model", "ipadapter", "image"}
+    return Replacement(old, new, widgets, {NEW_NAMES.get(name, name): name for name in names}, optional, values)
+
+
+_APPLY_SOCKETS = ("model", "ipadapter", "image", "clip_vision", "image_negative", "attn_mask")
+
+REPLACEMENTS: tuple[Replacement, ...] = (
+    _replacement("IPAdapterModelLoader", "ImagePromptLoadAdapter", ("ipadapter_file",)),
+    _replacement("IPAdapterInsightFaceLoader", "ImagePromptLoadFaceModel", ("provider", "model_name")),
+    _replacement("InsightFaceLoader", "ImagePromptLoadFaceModel", ("provider",), pack="buffalo_l"),
+    _replacement(
+        "IPAdapterAdvanced", "ImagePromptApplyImage", APPLY_WIDGETS["IPAdapterAdvanced"], _APPLY_SOCKETS,
+        per_latent=False, compatibility=SWITCH,
+    ),
+    _replacement(
+        "IPAdapterBatch", "ImagePromptApplyImage", APPLY_WIDGETS["IPAdapterBatch"], _APPLY_SOCKETS,
+        combine="concat", per_latent=True, compatibility=SWITCH,
+    ),
+)  # fmt: skip
+"""Nodes that one node of ours replaces; all others take two of ours (migrate() makes those) or stay as they are."""
+
+
+def complete(prompt: Mapping[str, Any], known: Collection[str]) -> None:
+    """Give old nodes of a prompt (API format) that ``known`` does not list their unconnected optional inputs, as None.
+
+    ComfyUI's replacement reads every input that is mapped and stops at one that is not there.
+    """
+    optional = {entry.old: entry.optional for entry in REPLACEMENTS if entry.old not in known}
+    for node in prompt.values():
+        if isinstance(node, dict) and isinstance(node.get("inputs"), dict):
+            for name in optional.get(node.get("class_type"), ()):
+                node["inputs"].setdefault(name, None)
 
 
 def _place(node: Json) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import KeyValue, Scale, add_image_attention, scale_for, split_heads, split_mean
-from .batch import Frames, fit_batch
+from .batch import WINDOWS_KEPT, Frames, fit_batch, keep
 from .checkpoints import AdapterWeights
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleAdapterError, InvalidInputError
@@ -133,7 +133,8 @@ class LatentWeights:
         found = self._rows.get(key)
         if found is None:
             row = fit_batch(self._table[site], latents, frames).repeat(chunks)[:, None, None]
-            found = self._rows[key] = row.to(like.device, like.dtype)
+            limit = WINDOWS_KEPT * len(self._table)
+            found = keep(self._rows, key, row.to(like.device, like.dtype), limit)
         return found
 
 
@@ -233,6 +234,11 @@ def bake(
         raise IncompatibleAdapterError(
             f"the image prompt was encoded for {prompt.adapter!r} ({prompt.token_dim} wide tokens), not for {adapter.name!r} "
             f"({adapter.spec.token_dim}); encode the image with the adapter that you apply"
+        )
+    if prompt.cond.shape[-1] != prompt.token_dim:
+        raise IncompatibleAdapterError(
+            f"the tokens of {prompt.adapter!r} are {prompt.cond.shape[-1]} wide and must become {prompt.token_dim} wide by the "
+            "model's own projection first: in Python, call project_by_model(prompt, unet)"
         )
     schedule = schedule or WeightSchedule()
     weights, latent_weights = _weights(schedule, layout, rules)

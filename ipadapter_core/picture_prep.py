@@ -130,7 +130,8 @@ def negative_picture(images: Tensor, noise: float) -> Tensor:
     _check(images)
     generator = torch.Generator().manual_seed(0)
     shuffled = _shuffled(_resize_square(images), 3.5 * noise, generator).movedim(1, -1)
-    return shuffled + (0.25 * (1 - noise) + 0.05) * torch.empty_like(shuffled).normal_(generator=generator)
+    noisy = shuffled + (0.25 * (1 - noise) + 0.05) * torch.empty_like(shuffled).normal_(generator=generator)
+    return noisy.clamp(0, 1)  # as ComfyUI clips what an encoder is given
 
 
 def _resize_square(images: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class ImagePrompt:
     """Encoded references: image tokens with their unconditional counterpart, and the features they came from.
 
     ``cond`` and ``uncond`` are ``b n d``: b = 1 is shared by the whole batch, b > 1 holds one prompt per latent.
+    They are ``token_dim`` wide once they are ready for an adapter's layers; Kolors FaceID's come wider and pass
+    project_by_model() first.
     ``features`` and ``uncond_features`` are what they were projected from, ``b k ...``; ``neutral_features`` stand for
     no image at all and differ from ``uncond_features`` only where a negative image was given.
     """
@@ -86,7 +88,7 @@ def encode_image_prompt(
     if adapter.spec.feature in ("face", "face_tokens"):
         raise IncompatibleEncoderError(
             f"{adapter.name} is a {adapter.spec.family} adapter, which reads faces and not whole pictures; use the FaceID "
-            "nodes (in Python: faces.face_features and prompt_from_features)"
+            "nodes (in Python: encode_face_prompt)"
         )
     check_encoder(adapter.spec, encoder)
     _check_option("combine", combine, get_args(Combine))
@@ -171,20 +173,30 @@ def unconditional_features(
 
     Raises InvalidInputError where that takes an encoder and there is none.
     """
-    if adapter.spec.unconditional == "zero_embeds":
-        return torch.zeros_like(like[:1])
-    if encoder is None:
+    if encoder is None and adapter.spec.unconditional != "zero_embeds":
         raise InvalidInputError(
             f"{adapter.name} needs the encoded picture of no image beside these embeds: connect the negative embeds of "
             "the encoder node, or a CLIP vision model"
         )
+    if encoder is None or adapter.spec.unconditional == "zero_embeds":
+        return torch.zeros_like(like[:1])
     check_encoder(adapter.spec, encoder)
-    zeros = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
-    pixels = _unconditional_pixels("black" if rules.black_unconditional else "zero_pixels", encoder, zeros)
-    tokens = _encode("penultimate", encoder, [pixels], 1, None)
+    tokens = no_image_features("penultimate", encoder, like, rules)
     if adapter.spec.feature != "face_tokens":
         return tokens
     return pack_face(torch.zeros(1, adapter.spec.options["face_dim"]), tokens)
+
+
+def no_image_features(feature: Feature, encoder: ImageEncoder, like: Tensor, rules: Rules = CORRECT) -> Tensor:
+    """What stands for no image beside features ``like`` (``i ...``) where no adapter tells: one entry ``1 ...``.
+
+    Zeros for image_embeds; for penultimate tokens those of an encoded empty picture, as rules say which.
+    """
+    if feature == "image_embeds":
+        return torch.zeros_like(like[:1])
+    zeros = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
+    pixels = _unconditional_pixels("black" if rules.black_unconditional else "zero_pixels", encoder, zeros)
+    return _encode("penultimate", encoder, [pixels], 1, None)
 
 
 @torch.no_grad()

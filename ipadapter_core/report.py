@@ -21,6 +21,12 @@ FAMILIES = {
 }
 
 
+LEFT_OUT = {
+    "image_encoder": "an image encoder trained along with it; the one you load is used, so pictures differ from the training's "
+    "unless you extract this group and load it as CLIP vision",
+}
+
+
 def spec_facts(spec: AdapterSpec) -> dict[str, object]:
     """The facts of an adapter as plain values, for JSON."""
     files = ENCODERS[spec.encoder].files if spec.encoder in ENCODERS else ()
@@ -36,6 +42,7 @@ def spec_facts(spec: AdapterSpec) -> dict[str, object]:
         "feature_dim": spec.feature_dim,
         "unconditional": spec.unconditional,
         **dict(spec.options),
+        "left_out": dict(spec.left_out),
     }
 
 
@@ -53,6 +60,8 @@ def describe_spec(spec: AdapterSpec, name: str) -> str:
     ]
     if files:
         lines.append(f"  encoder files  {', '.join(files)}")
+    for group, count in spec.left_out.items():
+        lines.append(f"  left out       {group} ({count} tensors): {LEFT_OUT.get(group, 'no part of an adapter')}")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -192,6 +192,10 @@ class WeightSchedule:
             raise InvalidInputError(f"curve points need percents that rise within 0..1, got {percents}")
         if any(not math.isfinite(factor) for _, factor in self.curve):
             raise InvalidInputError("curve factors must be finite numbers")
+
+    def steering(self, strength: float, preset: str, scaling: Scaling, start: float, end: float) -> WeightSchedule:
+        """The same curve and sites with the settings that an apply node has itself."""
+        return replace(self, strength=strength, preset=preset, scaling=scaling, start_percent=start, end_percent=end)
 
     @property
     def constant(self) -> bool:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..ipadapter_core.migrate import REPLACEMENTS
 from . import host
 from .apply_adapter_to_model import ApplyAdapterToModel
+from .apply_face_lora import ApplyFaceLoRA
+from .apply_image_to_model import ApplyImageToModel
 from .combine_image_prompts import CombineImagePrompts
+from .encode_face_prompt import EncodeFacePrompt
 from .encode_image_prompt import EncodeImagePrompt
 from .extract_lora import ExtractLoRA
 from .inspect_adapter import InspectAdapter
 from .inspect_lora import InspectLoRA
 from .legacy import LEGACY_NODES
+from .load_face_model import LoadFaceModel
 from .load_ip_adapter import LoadIPAdapter
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
@@ -25,8 +30,12 @@ NODES: list[type[io.ComfyNode]] = [
     EncodeImagePrompt,
     CombineImagePrompts,
     ApplyAdapterToModel,
+    ApplyImageToModel,
     AdapterSchedule,
     InspectAdapter,
+    LoadFaceModel,
+    EncodeFacePrompt,
+    ApplyFaceLoRA,
     LoRAStrength,
     LoRAStack,
     InspectLoRA,
@@ -38,11 +47,15 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class ImagePromptExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        await host.register_replacements(REPLACEMENTS)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
 
 
 def comfy_entrypoint() -> ImagePromptExtension:
     host.register_model_folder()
-    host.register_nodes(LEGACY_NODES)
+    if host.wants_old_names():
+        host.register_nodes(LEGACY_NODES)
     return ImagePromptExtension()

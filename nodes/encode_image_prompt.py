@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ..ipadapter_core import parse_numbers
 from . import host
-from .sockets import CATEGORY, Prompt, adapter_input, combine_input, compatibility_input
+from .sockets import (
+    CATEGORY,
+    Prompt,
+    adapter_input,
+    clip_vision_input,
+    combine_input,
+    compatibility_input,
+    per_latent_input,
+)
 
 
 class EncodeImagePrompt(io.ComfyNode):
@@ -20,11 +28,7 @@ class EncodeImagePrompt(io.ComfyNode):
             description="Turns reference images into an image prompt for one adapter. A batch of images is several references.",
             inputs=[
                 adapter_input(),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    tooltip="The image encoder that the adapter was trained with; Inspect Adapter names it. "
-                    "Most need CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors.",
-                ),
+                clip_vision_input(),
                 io.Image.Input("image", tooltip="One or more reference images, of any size."),
                 io.Combo.Input(
                     "crop",
@@ -44,11 +48,7 @@ class EncodeImagePrompt(io.ComfyNode):
                     tooltip="What the negative prompt sees instead of the image. auto: as in the adapter's training. "
                     "black: an encoded black image, as ComfyUI_IPAdapter_plus had it for plus adapters.",
                 ),
-                io.Boolean.Input(
-                    "per_latent",
-                    default=False,
-                    tooltip="On: reference i steers image i of the latent batch. Off: all references steer every image.",
-                ),
+                per_latent_input(),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Part of the reference that counts (white); same size as the image."
                 ),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ipadapter_core import COMPATIBILITIES
+from ..ipadapter_core import COMPATIBILITIES, PRESETS, SCALINGS
 
 CATEGORY = "image prompt"
 LORA_CATEGORY = "image prompt/lora"
 
 Adapter = io.Custom("IMAGE_PROMPT_ADAPTER")
 Prompt = io.Custom("IMAGE_PROMPT")
+FaceModel = io.Custom("IMAGE_PROMPT_FACE_MODEL")
 Schedule = io.Custom("IMAGE_PROMPT_SCHEDULE")
 
 COMBINE_TOOLTIP = (
@@ -45,6 +46,73 @@ MODE_TOOLTIP = (
 
 def strength_input(name: str, what: str) -> io.Input:
     return io.Float.Input(name, default=1.0, min=-20.0, max=20.0, step=0.05, tooltip=f"{what} {STRENGTH_TOOLTIP}")
+
+
+def clip_vision_input() -> io.Input:
+    return io.ClipVision.Input(
+        "clip_vision",
+        tooltip="The image encoder that the adapter was trained with; Inspect Adapter names it. "
+        "Most need CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors.",
+    )
+
+
+def per_latent_input() -> io.Input:
+    return io.Boolean.Input(
+        "per_latent",
+        default=False,
+        tooltip="On: reference i steers image i of the latent batch. Off: all references steer every image.",
+    )
+
+
+def region_input() -> io.Input:
+    return io.Mask.Input(
+        "mask",
+        optional=True,
+        tooltip="Where in the picture the image acts (white), soft edges allowed; one mask, or one per latent.",
+    )
+
+
+def steering_inputs() -> list[io.Input]:
+    """How much, where in the model, and when: the arguments of WeightSchedule.steering()."""
+    return [
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=-5.0,
+            max=5.0,
+            step=0.05,
+            tooltip="How much the image steers: 0 not at all (exactly the plain model), 1 as trained, 0.5–0.8 leaves "
+            "room for the text, below 0 steers away.",
+        ),
+        io.Combo.Input(
+            "preset",
+            options=list(PRESETS),
+            tooltip="Where in the model the image acts, and how strongly there: linear is everywhere; style transfer and "
+            "composition pick the layers that carry these; the precise ones also push the other part away.",
+        ),
+        io.Combo.Input(
+            "scaling",
+            options=list(SCALINGS),
+            tooltip="What the strength multiplies: V only (the trained rule), keys too (softer below 1), with a penalty for "
+            "narrow layers, or keys and the mean of V.",
+        ),
+        io.Float.Input(
+            "start",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Sampling progress at which the image begins to act (0: first step).",
+        ),
+        io.Float.Input(
+            "end",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Sampling progress after which the image no longer acts (1: last step).",
+        ),
+    ]
 
 
 def compatibility_input() -> io.Input:

@@ -27,11 +27,14 @@ def adapter_shapes(
     depth: int = 2,
     face_dim: int = 12,
     lora_rank: int = 0,
+    text_dim: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Flat key to shape of an adapter of the family "base", "plus", "full-face", "faceid" or "faceid-plus".
 
     With a LoRA of `lora_rank` inside, as FaceID files have it (the channels of self-attention are those of its cross one).
+    `text_dim` is the width of the projector's tokens where the base model narrows them to `token_dim` (Kolors FaceID).
     """
+    own = token_dim if text_dim is None else text_dim
     h, i, ff = hidden_dim, inner_dim, 4 * hidden_dim if ff_dim is None else ff_dim
     proj: dict[str, tuple[int, ...]]
     if family == "base":
@@ -78,16 +81,15 @@ def adapter_shapes(
         proj = {
             "proj.0.weight": (2 * face_dim, face_dim),
             "proj.0.bias": (2 * face_dim,),
-            "proj.2.weight": (num_tokens * token_dim, 2 * face_dim),
-            "proj.2.bias": (num_tokens * token_dim,),
-            "norm.weight": (token_dim,),
-            "norm.bias": (token_dim,),
+            "proj.2.weight": (num_tokens * own, 2 * face_dim),
+            "proj.2.bias": (num_tokens * own,),
+            "norm.weight": (own,),
+            "norm.bias": (own,),
         }
         if family == "faceid-plus":
-            sizes = {"token_dim": token_dim, "num_tokens": 1, "feature_dim": feature_dim, "hidden_dim": token_dim}
-            reader = adapter_shapes(
-                "plus", channels=(), inner_dim=token_dim, ff_dim=4 * token_dim, depth=depth, **sizes
-            )
+            sizes = {"token_dim": own, "num_tokens": 1, "feature_dim": feature_dim, "hidden_dim": own}
+            inner, ff = (own, 4 * own) if ff_dim is None else (inner_dim, ff_dim)
+            reader = adapter_shapes("plus", channels=(), inner_dim=inner, ff_dim=ff, depth=depth, **sizes)
             reader = {key.removeprefix("image_proj."): shape for key, shape in reader.items()}
             proj |= {f"perceiver_resampler.{key}": shape for key, shape in reader.items() if key != "latents"}
     else:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -117,12 +118,24 @@ def _occupant(slots: Mapping[Any, Any], site: CrossAttentionSite) -> Any:
 
 @dataclass(slots=True)
 class StepNote:
-    """One sampling step: the guider's conditionings by list identity and the progress, computed when first asked."""
+    """One sampling step: the guider's conditionings, and the progress, computed when first asked.
+
+    A conditioning is known by the identity of its list, or by its entries' uuids: context windows make new lists of
+    copied entries.
+    """
 
     names: dict[int, str]
     sigma: Tensor
     sampling: Any
+    entries: Mapping[object, str] = field(default_factory=dict[object, str])
     _percent: float | None = None
+
+    def name(self, conds: Sequence[dict[str, Any]] | None) -> str | None:
+        """The guider's name of a conditioning; None for one that the guider does not have."""
+        found = self.names.get(id(conds))
+        if found is None:
+            found = next((self.entries[e["uuid"]] for e in conds or () if e.get("uuid") in self.entries), None)
+        return found
 
     def percent(self) -> float:
         """Sampling progress 0..1; reading sigma synchronises the device, once per step and only for windows or curves."""
@@ -178,8 +191,12 @@ def note_step(
     conds: Mapping[str, Any] = getattr(guider, "conds", {})
     sampling = getattr(guider.inner_model, "model_sampling", None)
     if sampling is not None:
-        names = {id(cond): name for name, cond in conds.items() if cond is not None}
-        model_options = _with_note(model_options or {}, StepNote(names, timestep, sampling))
+        given = {name: cond for name, cond in conds.items() if cond is not None}
+        names = {id(cond): name for name, cond in given.items()}
+        owners = [(entry.get("uuid"), name) for name, cond in given.items() for entry in cond]
+        shared = Counter(uuid for uuid, _ in owners)  # the host copies uuids when it completes area conditionings
+        entries = {uuid: name for uuid, name in owners if shared[uuid] == 1}
+        model_options = _with_note(model_options or {}, StepNote(names, timestep, sampling, entries))
     return executor(x, timestep, model_options, seed)
 
 
@@ -200,7 +217,7 @@ def note_chunks(
     chunks: dict[object, Chunk] = {}
     distinct: list[Any] = []
     for index, entries in enumerate(conds):
-        name = step.names.get(id(entries)) if step is not None else None
+        name = step.name(entries) if step is not None else None
         negative = index == 1 if name is None else name in NEGATIVE_NAMES
         copied: list[dict[str, Any]] = []
         for entry in entries or ():
@@ -309,7 +326,7 @@ def site_call(q: Tensor, heads: int, options: Options) -> SiteCall:
         latent,
         grid,
         areas,
-        _frames(options.get("ad_params")),
+        _frames(options.get("ad_params")) or _window(options.get("context_window")),
         tuple(order),
         (int(size[-2]), int(size[-1])) if size is not None else None,
     )
@@ -325,6 +342,15 @@ def _frames(ad_params: Any) -> Frames | None:
         return None
     frames = tuple(int(number) for number in numbers)
     return Frames(frames, int(params.get("full_length") or max(frames) + 1))
+
+
+def _window(window: Any) -> Frames | None:
+    """The host's own context window, where it cuts the batch (``dim`` 0: each latent is a frame)."""
+    numbers = getattr(window, "index_list", None)
+    if not isinstance(numbers, (list, tuple)) or getattr(window, "dim", None) != 0:
+        return None
+    frames = tuple(int(number) for number in cast("Sequence[int]", numbers))
+    return Frames(frames, int(getattr(window, "total_frames", 0) or max(frames) + 1))
 
 
 def _unknown_percent() -> float:

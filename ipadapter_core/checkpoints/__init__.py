@@ -22,7 +22,7 @@ from ..image_encoder import ENCODERS
 from ..projectors import TORCH, Operations
 from ..state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
 from . import base, face_resampler, faceid, faceid_plus, full_face, plus
-from .containers import normalise, recognise
+from .containers import left_out, normalise, recognise
 from .embedded_lora import check_lora, kohya_lora, take_lora
 from .format import (
     BARE,
@@ -175,7 +175,7 @@ def _read(file: TensorFile) -> tuple[AdapterSpec, Format, dict[str, Tensor], dic
     format = _claim(state)
     state, lora = take_lora(state)
     check_lora(lora)
-    spec = _told_apart(format.parse(state), file)
+    spec = replace(_told_apart(format.parse(state), file), left_out=left_out(file.tensors))
     try:
         module = empty_module(format, spec, BARE)
     except (RuntimeError, OverflowError, TypeError) as error:
@@ -253,7 +253,7 @@ def _told_apart(spec: AdapterSpec, file: TensorFile) -> AdapterSpec:
     if spec.family == face_resampler.FORMAT.name:
         return replace(spec, family=face_resampler.released_as(file.name, file.metadata))
     if spec.family == faceid_plus.FORMAT.name:
-        return replace(spec, options={**spec.options, "version": faceid_plus.version(file.name, file.metadata)})
+        return replace(spec, options={**spec.options, "version": faceid_plus.version(spec, file.name, file.metadata)})
     return spec
 
 

@@ -48,6 +48,13 @@ def normalise(state: StateDict) -> dict[str, Tensor]:
     return tensors
 
 
+def left_out(state: StateDict) -> dict[str, int]:
+    """Groups beside an adapter that normalise() drops, with how many tensors each holds."""
+    keys = [_unwrap(key) for key in state]
+    counts = {group.rstrip("."): sum(key.startswith(group) for key in keys) for group in SET_ASIDE}
+    return {group: count for group, count in counts.items() if count}
+
+
 def _unwrap(key: str) -> str:
     while key.startswith(WRAPPERS):
         key = key.split(".", 1)[1]
@@ -71,11 +78,6 @@ def _is_face_resampler(state: StateDict) -> bool:
     return "image_proj.latents" in state and proj_in is not None and tuple(proj_in.shape[1:]) == (512,)
 
 
-def _is_kolors_faceid(state: StateDict) -> bool:
-    norm = state.get("image_proj.norm.weight")
-    return _has("image_proj.perceiver_resampler.proj_in.weight")(state) and norm is not None and norm.shape == (4096,)
-
-
 def _is_value_only(state: StateDict) -> bool:
     return _matches(r"^ip_adapter\..*to_v_ip")(state) and not _matches(r"^ip_adapter\..*to_k_ip")(state)
 
@@ -92,7 +94,6 @@ OTHER_FILES: tuple[tuple[Test, str, str], ...] = (
     (_matches(r"^ip_cross_attns\."), "an IP-Adapter for Anima (SigLIP2 encoder)", _OTHER_FAMILY),
     (_has("ip_adapter.0.to_k_ip.weight"), "a Flux IP-Adapter of InstantX", _OTHER_FAMILY),
     (_has("image_proj.proj_new_input.weight"), "an IP-Adapter Instruct", _OTHER_FAMILY),
-    (_is_kolors_faceid, "a FaceID Plus adapter for Kolors", _OTHER_FAMILY),
     (_matches(r"^image_proj\.perceiver_resampler\."), "a FaceID Plus adapter (v1 or v2)", _OTHER_FAMILY),
     (_is_face_resampler, "an InstantID adapter or a FaceID portrait (unnorm) one", _OTHER_FAMILY),
     (_is_value_only, "a Style Components adapter (values only)", _OTHER_FAMILY),

@@ -1,6 +1,8 @@
 """FaceID Plus adapters, v1 and v2: a face embedding whose tokens read the encoder's tokens of the aligned face.
 
-Both versions have the same keys; v2 adds the face's own tokens to what they read ("shortcut"), with a weight.
+Both versions have the same keys; v2 adds the face's own tokens to what they read ("shortcut"), with a weight. Kolors'
+file is a v2 whose tokens are as wide as that model's text encoder's (4096): the UNet's own projection of its text,
+`encoder_hid_proj`, brings them to the width that the layers take.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from .faceid import MLP_KEYS
 from .format import AdapterSpec, Format, base_model, divided, encoder_name, layer_channels, shape_of
 
 PERCEIVER = "image_proj.perceiver_resampler."
+KOLORS_TEXT_DIM, KOLORS_TOKEN_DIM = 4096, 2048
 LAYER = re.compile(rf"{re.escape(PERCEIVER)}layers\.(0|[1-9][0-9]{{0,3}})\..*")
 
 
 def parse(state: StateDict) -> AdapterSpec:
     hidden_dim, face_dim = shape_of(state, "image_proj.proj.0.weight", rank=2)
     rows, _ = shape_of(state, "image_proj.proj.2.weight", rank=2)
-    (token_dim,) = shape_of(state, "image_proj.norm.weight", rank=1)
+    (own_dim,) = shape_of(state, "image_proj.norm.weight", rank=1)
     _, feature_dim = shape_of(state, f"{PERCEIVER}proj_in.weight", rank=2)
     ff_dim, _ = shape_of(state, f"{PERCEIVER}layers.0.1.1.weight", rank=2)
     inner_dim, _ = shape_of(state, f"{PERCEIVER}layers.0.0.to_q.weight", rank=2)
@@ -35,16 +38,19 @@ def parse(state: StateDict) -> AdapterSpec:
         raise CorruptFileError(
             f"the encoder's tokens are {feature_dim} wide, less than the face embedding's {face_dim}."
         )
+    first = state.get("ip_adapter.1.to_k_ip.weight")
+    kolors = own_dim == KOLORS_TEXT_DIM and first is not None and tuple(first.shape[1:]) == (KOLORS_TOKEN_DIM,)
+    token_dim = KOLORS_TOKEN_DIM if kolors else own_dim
     channels = layer_channels(state, token_dim)
     return AdapterSpec(
         family=FORMAT.name,
-        base_model=base_model(token_dim, len(channels)),
-        num_tokens=divided(rows, token_dim, "image_proj.proj.2.weight"),
+        base_model="Kolors" if kolors else base_model(token_dim, len(channels)),
+        num_tokens=divided(rows, own_dim, "image_proj.proj.2.weight"),
         token_dim=token_dim,
         feature="face_tokens",
         feature_dim=feature_dim,
         unconditional="zero_pixels",
-        encoder=encoder_name("penultimate", feature_dim),
+        encoder="ViT-L/14-336" if kolors and feature_dim == 1024 else encoder_name("penultimate", feature_dim),
         layer_channels=channels,
         options={
             "hidden_dim": hidden_dim,
@@ -52,34 +58,31 @@ def parse(state: StateDict) -> AdapterSpec:
             "depth": len(numbers),
             "inner_dim": inner_dim,
             "ff_dim": ff_dim,
+            **({"text_dim": own_dim} if kolors else {}),
         },
     )
 
 
-def version(name: str, metadata: Mapping[str, str]) -> int:
-    """1 or 2, which no shape tells: by metadata, else by the released file names."""
+def version(spec: AdapterSpec, name: str, metadata: Mapping[str, str]) -> int:
+    """1 or 2, which no shape tells: by metadata, else by the released file names; Kolors' only one is a 2."""
     told = metadata.get("faceid_version", "")
     if told in ("1", "2"):
         return int(told)
+    if spec.projected_by_model:
+        return 2
     return 2 if re.search(r"plus.?v2", name.replace("\\", "/").rsplit("/", 1)[-1], re.IGNORECASE) else 1
 
 
 def build(spec: AdapterSpec, operations: Operations) -> nn.Module:
-    sizes = {key: value for key, value in spec.options.items() if key != "version"}
+    sizes = {key: value for key, value in spec.options.items() if key not in ("version", "text_dim")}
     return ProjModelFaceIdPlus(
         spec.feature_dim,
-        spec.token_dim,
+        spec.options.get("text_dim", spec.token_dim),
         spec.num_tokens,
         shortcut=spec.options.get("version") == 2,
         operations=operations,
         **sizes,
     )
-
-
-def is_kolors(state: StateDict) -> bool:
-    """Kolors' file makes tokens for the UNet's own encoder_hid_proj (4096 -> 2048), which no layer here has."""
-    norm = state.get("image_proj.norm.weight")
-    return norm is not None and tuple(norm.shape) == (4096,)
 
 
 FORMAT = Format(
@@ -91,6 +94,5 @@ FORMAT = Format(
     ),
     parse=parse,
     build=build,
-    unless=is_kolors,
     layers=LAYERS_AND_LORA,
 )

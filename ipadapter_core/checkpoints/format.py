@@ -26,7 +26,8 @@ class AdapterSpec:
     """Facts about an adapter, all read from keys and shapes.
 
     `num_tokens` counts the image tokens of one reference; 0 if it depends on the encoder and the encoder is not known.
-    `layer_channels` holds the rows of the i-th `to_k_ip`, in checkpoint order (down, up, mid); `token_dim` its columns.
+    `layer_channels` holds the rows of the i-th `to_k_ip`, in checkpoint order (down, up, mid); `token_dim` its columns,
+    which is also the width of the image tokens unless `projected_by_model`.
     `encoder` is the name in `image_encoder.ENCODERS` that the feature's width points to, or "custom".
     `options` holds the sizes only this family's projector has (`depth`, `queries`, `hidden_dim`, …).
     """
@@ -41,6 +42,13 @@ class AdapterSpec:
     encoder: str
     layer_channels: tuple[int, ...]
     options: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
+    """Groups of the file that are not part of an adapter and stay unused, with their numbers of tensors."""
+
+    @property
+    def projected_by_model(self) -> bool:
+        """Whether the image tokens must pass a projection of the base model before the layers can take them (Kolors)."""
+        return "text_dim" in self.options
 
 
 @dataclass(frozen=True, slots=True)

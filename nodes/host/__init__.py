@@ -6,6 +6,7 @@ from .adapters import (
     attention,
     describe_file,
     encode,
+    encode_face,
     load_ip_adapter,
     manage,
     of_version,
@@ -30,8 +31,16 @@ from .files import (
     register_model_folder,
     unique_save_path,
 )
-from .frontend import picture_tensor, progress_bar, register_nodes, show_in_node
-from .lora import LoadedLoRA, apply_lora, apply_lora_by_host, load_lora_file, load_lora_tensors
+from .frontend import (
+    picture_tensor,
+    progress_bar,
+    register_nodes,
+    register_replacements,
+    resized_like,
+    show_in_node,
+    wants_old_names,
+)
+from .lora import LoadedLoRA, apply_face_lora, apply_lora, apply_lora_by_host, load_lora_file, load_lora_tensors
 from .training import (
     INSIDE,
     TRAIN_PYTHON,
@@ -55,6 +64,7 @@ __all__ = [
     "adapter_fingerprint",
     "adapter_path",
     "apply",
+    "apply_face_lora",
     "apply_lora",
     "apply_lora_by_host",
     "attention",
@@ -65,6 +75,7 @@ __all__ = [
     "clip_vision_widths",
     "describe_file",
     "encode",
+    "encode_face",
     "folder_of",
     "image_encoders",
     "input_files",
@@ -85,10 +96,13 @@ __all__ = [
     "progress_bar",
     "register_model_folder",
     "register_nodes",
+    "register_replacements",
+    "resized_like",
     "save_pictures",
     "show_in_node",
     "train",
     "training_folder",
     "training_pictures",
     "unique_save_path",
+    "wants_old_names",
 ]

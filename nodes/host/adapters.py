@@ -24,12 +24,15 @@ from ...ipadapter_core import (
     WeightSchedule,
     bake,
     describe_adapter,
+    encode_face_prompt,
     encode_image_prompt,
     load_adapter,
+    project_by_model,
     rules_for,
 )
 from ...ipadapter_core.backends import comfy as backend
 from ...ipadapter_core.checkpoints import as_version
+from ...ipadapter_core.faces import FaceAnalyzer, FoundFaces
 from .clip_vision import ClipVisionEncoder
 from .files import FOLDER, Version, file_version
 from .frontend import progress_bar
@@ -97,8 +100,25 @@ def describe_file(file: str) -> AdapterSpec | None:
 def encode(adapter: ManagedAdapter, clip_vision: Any, images: Tensor, **options: Any) -> ImagePrompt:
     """encode_image_prompt with ComfyUI's encoder, memory manager and progress bar."""
     encoder = ClipVisionEncoder(clip_vision)
+    options["masks"] = real_mask(options.get("masks"))
     rules = rules_for(options.pop("compatibility", "correct"))
     return encode_image_prompt(adapter.to_device(), encoder, images, progress=progress_bar(), rules=rules, **options)
+
+
+def encode_face(
+    adapter: ManagedAdapter, face_model: FaceAnalyzer, clip_vision: Any | None, images: Tensor, **options: Any
+) -> tuple[ImagePrompt, FoundFaces]:
+    """encode_face_prompt with ComfyUI's encoder, memory manager and progress bar."""
+    encoder = None if clip_vision is None else ClipVisionEncoder(clip_vision)
+    options["mask"] = real_mask(options.get("mask"))
+    return encode_face_prompt(adapter.to_device(), face_model, encoder, images, progress=progress_bar(), **options)
+
+
+def real_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask, or None for 64 x 64 zeros: what Load Image gives for a picture without transparency."""
+    if mask is not None and tuple(mask.shape[-2:]) == (64, 64) and not bool(mask.any()):
+        return None
+    return mask
 
 
 def apply(
@@ -108,9 +128,12 @@ def apply(
     schedule: WeightSchedule,
     mask: Tensor | None,
     rules: Rules | None = None,
+    projection_scale: float = 1.0,
 ) -> tuple[Any, AdapterPatch]:
-    """Bake the prompt for this model and hook it onto a clone."""
+    """Bake the prompt for this model and hook it onto a clone; ``projection_scale`` as in project_by_model()."""
     layout = backend.comfy_layout(model)
+    if adapter.weights.spec.projected_by_model:
+        prompt = project_by_model(prompt, model.get_model_object("diffusion_model"), projection_scale)
     rules = rules or rules_for("correct")
     region = None if mask is None else RegionMask.from_tensor(mask, clamp=not rules.stretched_masks)
     patch = bake(adapter.weights, prompt, layout, schedule, region, prepare=adapter.to_device, rules=rules)

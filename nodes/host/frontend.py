@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import comfy.utils
 import numpy as np
 import torch
+from comfy_api.latest import ComfyAPI, io
 from server import PromptServer
 from torch import Tensor
+
+from ...ipadapter_core.migrate import Replacement, complete
 
 
 def register_nodes(classes: Mapping[str, tuple[type, str]]) -> list[str]:
@@ -46,6 +49,48 @@ def progress_bar() -> Callable[[int, int], None]:
 def show_in_node(text: str, node_id: str) -> None:
     """Let the frontend write ``text`` into the node: of the ui output it shows texts of a few core nodes only."""
     PromptServer.instance.send_progress_text(text, node_id)
+
+
+OLD_NAMES = "IMAGE_PROMPT_OLD_NAMES"
+"""Environment variable: ``off`` leaves the old pack's class types out, and ComfyUI offers our nodes in their place."""
+
+
+def wants_old_names() -> bool:
+    return os.environ.get(OLD_NAMES, "on").lower() not in ("off", "0", "false", "no")
+
+
+async def register_replacements(replacements: Iterable[Replacement]) -> None:
+    """Tell ComfyUI which of our nodes takes an old one's place where that is missing; older versions have no such thing."""
+    if not hasattr(io, "NodeReplace"):
+        return
+    import nodes as host_nodes
+
+    for entry in replacements:
+        mapping: list[dict[str, Any]] = [{"new_id": new, "old_id": old} for new, old in entry.inputs.items()]
+        mapping += [{"new_id": name, "set_value": value} for name, value in entry.values.items()]
+        await ComfyAPI().node_replacement.register(
+            io.NodeReplace(
+                new_node_id=entry.new,
+                old_node_id=entry.old,
+                old_widget_ids=list(entry.widgets),
+                input_mapping=mapping,
+                output_mapping=[{"new_idx": 0, "old_idx": 0}],
+            )
+        )
+
+    def completed(request: dict[str, Any]) -> dict[str, Any]:
+        complete(request.get("prompt") or {}, host_nodes.NODE_CLASS_MAPPINGS)
+        return request
+
+    PromptServer.instance.add_on_prompt_handler(completed)
+
+
+def resized_like(image: Tensor, other: Tensor) -> Tensor:
+    """A picture ``b h w c`` at another's size, by ComfyUI's own upscaling (bilinear, middle part kept)."""
+    if image.shape[1:] == other.shape[1:]:
+        return image
+    height, width = other.shape[1:3]
+    return comfy.utils.common_upscale(image.movedim(-1, 1), width, height, "bilinear", "center").movedim(1, -1)
 
 
 def picture_tensor(picture: Any) -> Tensor:

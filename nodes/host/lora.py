@@ -15,10 +15,13 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...ipadapter_core import InvalidInputError, check_adapter
 from ...ipadapter_core.backends import comfy_lora as backend
+from ...ipadapter_core.backends.comfy import comfy_layout
+from ...ipadapter_core.checkpoints import kohya_lora
 from ...ipadapter_core.lora import LoRAWeights, load_lora
 from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
-from .adapters import attention
+from .adapters import ManagedAdapter, attention
 from .files import Version, file_version
 
 
@@ -36,6 +39,23 @@ class LoadedLoRA:
     """A LoRA file, shared by all nodes that name it."""
 
     weights: LoRAWeights
+
+
+def apply_face_lora(model: Any, adapter: ManagedAdapter, strength: float) -> Any:
+    """The model with the LoRA inside a FaceID adapter's file, by ComfyUI's own loader.
+
+    Raises InvalidInputError for an adapter without one.
+    """
+    weights = adapter.weights
+    if not weights.lora:
+        raise InvalidInputError(
+            f"{weights.name} ({weights.spec.family}) carries no LoRA; FaceID's .bin files do, portrait and Kolors ones have "
+            "none and need none. Remove this node, or load the adapter's *_lora.safetensors with LoRA Strength"
+        )
+    if strength == 0:
+        return model
+    check_adapter(weights, comfy_layout(model))
+    return apply_lora_by_host(model, kohya_lora(weights.lora, len(weights.spec.layer_channels)), strength)
 
 
 _LORAS: WeakValueDictionary[Version, LoadedLoRA] = WeakValueDictionary()

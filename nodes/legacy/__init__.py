@@ -13,6 +13,7 @@ LEGACY_NODES: dict[str, tuple[type, str]] = {
     "IPAdapterBatch": (apply.IPAdapterBatch, "IPAdapter Batch (Adv.)"),
     "IPAdapterFaceID": (apply.IPAdapterFaceID, "IPAdapter FaceID"),
     "IPAAdapterFaceIDBatch": (apply.IPAAdapterFaceIDBatch, "IPAdapter FaceID Batch"),
+    "IPAdapterFaceIDKolors": (apply.IPAdapterFaceIDKolors, "IPAdapter FaceID Kolors"),
     "IPAdapterTiled": (pictures.IPAdapterTiled, "IPAdapter Tiled"),
     "IPAdapterTiledBatch": (pictures.IPAdapterTiledBatch, "IPAdapter Tiled Batch"),
     "IPAdapterEmbeds": (embeds.IPAdapterEmbeds, "IPAdapter Embeds"),

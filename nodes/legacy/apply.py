@@ -49,7 +49,7 @@ def apply_reference(
     else:
         schedules, prompts = settings.schedules_of_two(), (encoded.prompt, encoded.composition)
     for schedule, prompt in zip(schedules, prompts, strict=True):
-        model, _ = host.apply(model, pipeline.adapter, prompt, schedule, mask, rules)
+        model, _ = host.apply(model, pipeline.adapter, prompt, schedule, mask, rules, reference.weight_kolors)
     return model, encoded.faces
 
 
@@ -216,6 +216,18 @@ class IPAdapterFaceID(IPAdapterAdvanced):
 
 class IPAAdapterFaceIDBatch(IPAdapterFaceID):
     UNFOLD = True
+
+
+class IPAdapterFaceIDKolors(IPAdapterFaceID):
+    """``weight_kolors`` scales what the model's own text projection makes of the image tokens."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        strengths = {name: number(1.0, -1.0, 5.0) for name in ("weight_faceidv2", "weight_kolors")}
+        return {
+            "required": SOURCE | weight(3.0) | strengths | weight_type() | combine() | window() | scaling(),
+            "optional": EXTRAS | {"insightface": INSIGHTFACE} | compatibility(),
+        }
 
 
 class IPAdapterClipVisionEnhancer(IPAdapterAdvanced):

@@ -6,12 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ...ipadapter_core import combine_features, encode_features, prompt_from_features, rules_for, unconditional_features
+from ...ipadapter_core import (
+    InvalidInputError,
+    combine_features,
+    encode_features,
+    prompt_from_features,
+    rules_for,
+    unconditional_features,
+)
 from ...ipadapter_core.embeds import EXTENSION, combine_embeds, load_embeds, save_embeds
 from ...ipadapter_core.image_encoder import check_encoder
 from ...ipadapter_core.legacy import LegacySettings
 from .. import host
 from .encode import vision
+from .first_encoder import encode_first
 from .pipeline import Pipeline, understand
 from .sockets import (
     ADAPTER,
@@ -31,8 +39,16 @@ from .sockets import (
     window,
 )
 
+FIRST = "Only for graphs from before March 2024, with image_1 and its like."
+
 
 class IPAdapterEncoder(LegacyNode):
+    """One class type with two sets of inputs: today's, and those of before 2024-03-23 (``image_1`` and its like).
+
+    A saved graph gives widgets by position, so the old ones stand behind ``weight``, whose place the old node's
+    ``ipadapter_plus`` had. Nothing can be required of both; encode() asks for what is missing.
+    """
+
     REPLACEMENT = "Encode Image Prompt"
     RETURN_TYPES = ("EMBEDS", "EMBEDS")
     RETURN_NAMES = ("pos_embed", "neg_embed")
@@ -40,15 +56,26 @@ class IPAdapterEncoder(LegacyNode):
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
+        first = {"noise": number(0.0, 0.0, 1.0, 0.01, tooltip=FIRST)}
+        first |= {f"weight_{i}": number(1.0, 0.0, 1.0, 0.01, tooltip=FIRST) for i in range(1, 5)}
+        sockets = {"ipadapter": ADAPTER, "image": IMAGE, "mask": MASK, "clip_vision": CLIP_VISION}
+        pictures = {f"image_{i}": IMAGE for i in range(1, 5)}
         return {
-            "required": {"ipadapter": ADAPTER, "image": IMAGE, "weight": number(1.0, -1.0, 3.0, 0.01)},
-            "optional": {"mask": MASK, "clip_vision": CLIP_VISION} | compatibility(),
+            "required": {},
+            "optional": sockets | {"weight": number(1.0, -1.0, 3.0, 0.01)} | first | pictures | compatibility(),
         }
 
     def encode(
-        self, ipadapter: Any, image: Tensor, weight: float = 1.0, mask: Tensor | None = None, clip_vision: Any = None,
-        compatibility: str = "IPAdapter_plus",
+        self, ipadapter: Any = None, image: Tensor | None = None, weight: float = 1.0, mask: Tensor | None = None,
+        clip_vision: Any = None, compatibility: str = "IPAdapter_plus", **first: Any,
     ) -> tuple[Any, ...]:  # fmt: skip
+        if first.get("image_1") is not None:
+            return encode_first(clip_vision, plus=bool(weight), compatibility=compatibility, **first)
+        if ipadapter is None or image is None:
+            raise InvalidInputError(
+                f"IPAdapter Encoder has no {'ipadapter' if ipadapter is None else 'image'}: connect it (or, in a graph from "
+                "before March 2024, image_1 and clip_vision)"
+            )
         rules = rules_for(compatibility)
         found = understand(ipadapter)
         encoder = vision(Pipeline(found.adapter, found.clip_vision if clip_vision is None else clip_vision))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...ipadapter_core import (
-    AdapterWeights,
     ImagePrompt,
     InvalidInputError,
     Rules,
@@ -16,11 +14,10 @@ from ...ipadapter_core import (
     prompt_from_features,
     unconditional_features,
 )
-from ...ipadapter_core.faces import CROP_SIZES, FaceAnalyzer, InsightFaceAnalyzer, find_faces
+from ...ipadapter_core.face_prompt import encode_face_prompt, reads_faces
+from ...ipadapter_core.faces import FaceAnalyzer, InsightFaceAnalyzer
 from ...ipadapter_core.image_encoder import check_encoder
-from ...ipadapter_core.known_files import base_of
 from ...ipadapter_core.legacy import LegacySettings
-from ...ipadapter_core.projectors import pack_face
 from .. import host
 from .pipeline import Pipeline
 
@@ -50,7 +47,7 @@ class Encoded:
 
 def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacySettings, rules: Rules) -> Encoded:
     """Encode and project the pictures of one node."""
-    if pipeline.adapter.weights.spec.feature in ("face", "face_tokens"):
+    if reads_faces(pipeline.adapter.weights):
         return _encode_faces(pipeline, reference, settings, rules)
     encoder = vision(pipeline)
     adapter = pipeline.adapter.to_device()
@@ -80,45 +77,16 @@ def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacyS
 def _encode_faces(pipeline: Pipeline, reference: Reference, settings: LegacySettings, rules: Rules) -> Encoded:
     """The face of every picture, and what an image encoder sees in its crop where the adapter reads that too."""
     adapter = pipeline.adapter.to_device()
-    spec = adapter.spec
-    analyzer = face_analyzer(pipeline)
-    found = find_faces(analyzer, reference.image, reference.crop or CROP_SIZES[base_of(spec.token_dim)])
-    faces = found.embeddings if spec.family in ("faceid-unnorm", "instantid") else found.normed
-    chunk = reference.batch_size or 8
+    encoder = vision(pipeline) if adapter.spec.feature == "face_tokens" else None
     # as the old pack: where the node has no weight of its own for it, twice the weight
     weight = settings.weight if isinstance(settings.weight, (int, float)) else settings.weight[0]
     scale = 2 * weight if reference.weight_faceidv2 is None else reference.weight_faceidv2
-    if spec.feature == "face":
-        prompt = prompt_from_features(
-            adapter, faces, unconditional_features(adapter, None, faces), combine=settings.combine_embeds,
-            per_latent=settings.unfold_batch, chunk=chunk, encoder=analyzer.name, rules=rules,
-        )  # fmt: skip
-        return Encoded(prompt, faces=found.crops)
-    features, uncond, name = _face_tokens(pipeline, adapter, faces, found.crops, reference, rules, chunk)
-    prompt = prompt_from_features(
-        adapter, features, uncond, combine=settings.combine_embeds, per_latent=settings.unfold_batch,
-        chunk=chunk, encoder=name, rules=rules, face_scale=scale,
+    prompt, found = encode_face_prompt(
+        adapter, face_analyzer(pipeline), encoder, reference.image, combine=settings.combine_embeds,
+        per_latent=settings.unfold_batch, picture_scale=scale, negative=reference.negative, crop=reference.crop,
+        chunk=reference.batch_size or 8, progress=host.progress_bar(), rules=rules,
     )  # fmt: skip
     return Encoded(prompt, faces=found.crops)
-
-
-def _face_tokens(
-    pipeline: Pipeline,
-    adapter: AdapterWeights,
-    faces: Tensor,
-    crops: Tensor,
-    reference: Reference,
-    rules: Rules,
-    chunk: int,
-) -> tuple[Tensor, Tensor, str]:
-    encoder = vision(pipeline)
-    check_encoder(adapter.spec, encoder)
-    options = {"rules": rules, "chunk": chunk, "progress": host.progress_bar()}
-    features = pack_face(faces, encode_features("penultimate", encoder, crops, **options))
-    if reference.negative is None:
-        return features, unconditional_features(adapter, encoder, features, rules), encoder.name
-    negative = encode_features("penultimate", encoder, reference.negative, **options)
-    return features, pack_face(torch.zeros(len(negative), faces.shape[1]), negative), encoder.name
 
 
 def face_analyzer(pipeline: Pipeline) -> FaceAnalyzer:

@@ -20,8 +20,8 @@ CLIP_VISION, INSIGHTFACE, EMBEDS, PARAMS = ("CLIP_VISION",), ("INSIGHTFACE",), (
 CONDITIONING, STRATEGY = ("CONDITIONING",), ("WEIGHTS_STRATEGY",)
 
 
-def number(default: float, low: float, high: float, step: float = 0.05) -> tuple[str, Inputs]:
-    return "FLOAT", {"default": default, "min": low, "max": high, "step": step}
+def number(default: float, low: float, high: float, step: float = 0.05, **more: Any) -> tuple[str, Inputs]:
+    return "FLOAT", {"default": default, "min": low, "max": high, "step": step} | more
 
 
 def integer(default: int, low: int, high: int) -> tuple[str, Inputs]:

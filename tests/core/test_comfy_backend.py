@@ -7,6 +7,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 
 import ipadapter_core.attention as attention
 import ipadapter_core.backends.comfy as backend
+from ipadapter_core.batch import Frames
 from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.patch import AdapterPatch, bake
 from ipadapter_core.prompt import ImagePrompt
@@ -266,6 +268,33 @@ def test_the_same_list_on_both_sides_of_guidance(model: FakePatcher) -> None:
     entries = [conditioning(TEXTS["positive"])]
     got = sample(model, patch_for(model), given={"positive": entries, "negative": entries})
     assert all(torch.isfinite(out).all() for out in got.values())
+
+
+def test_windows_that_rebuild_the_conditionings_keep_their_names(model: FakePatcher) -> None:
+    """ComfyUI's context windows hand on new lists of copied entries; a dual-CFG guider's second one is no negative."""
+    order = ("negative", "middle", "positive")
+    patched, given = applied(model, patch_for(model)), conds(*order)
+    expected = Guider(patched, given, order)(X)
+
+    class Windowed(Guider):
+        def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any) -> list[Tensor]:
+            whole = self.conds
+            self.conds = {name: [dict(e) for e in entries or ()] for name, entries in whole.items()}
+            try:
+                return super().predict_noise(x, timestep, model_options, seed)
+            finally:
+                self.conds = whole
+
+    same(Windowed(patched, given, order)(X), expected)
+
+
+def test_the_hosts_own_context_window_names_the_frames() -> None:
+    options = {"n_heads": 2, "cond_or_uncond": [0], "original_shape": [2, 4, 8, 8]}
+    window = SimpleNamespace(index_list=[3, 1], total_frames=5, dim=0)
+    q = torch.zeros(2, 64, 4)
+    assert backend.site_call(q, 2, {**options, "context_window": window}).frames == Frames((3, 1), 5)
+    window.dim = 2  # video models cut another axis, on which no latent of the batch lies
+    assert backend.site_call(q, 2, {**options, "context_window": window}).frames is None
 
 
 def test_several_conditionings_of_one_name(model: FakePatcher) -> None:

@@ -12,15 +12,19 @@ from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import FORMATS, describe_adapter, kohya_lora, load_adapter, save_adapter
 from ipadapter_core.checkpoints.containers import normalise
-from ipadapter_core.errors import CorruptFileError, IncompatibleEncoderError
+from ipadapter_core.errors import CorruptFileError, IncompatibleAdapterError, IncompatibleEncoderError
+from ipadapter_core.model_projection import project_by_model
+from ipadapter_core.patch import bake
 from ipadapter_core.projectors import pack_face
 from ipadapter_core.prompt import encode_image_prompt, prompt_from_features
+from ipadapter_core.sites import CrossAttentionSite, ModelLayout
 from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, fill, tiny_state
 
 SD15 = {"token_dim": 768, "channels": SD15_CHANNELS, "face_dim": 512}
 SDXL = {"token_dim": 2048, "channels": SDXL_CHANNELS, "face_dim": 512}
 PLUS = {"feature_dim": 1280, "depth": 4}
 RAW = {"hidden_dim": 1280, "inner_dim": 1280, "depth": 4, "num_tokens": 16, "feature_dim": 512}
+KOLORS = {"text_dim": 4096, "feature_dim": 1024, "depth": 4}
 
 # released name: shape of file, its sizes, parameters (catalogue A.6), family, base model, tokens, version
 RELEASED: dict[str, tuple[str, dict[str, object], int, str, str, int, int | None]] = {
@@ -32,6 +36,7 @@ RELEASED: dict[str, tuple[str, dict[str, object], int, str, str, int, int | None
     "ip-adapter-faceid-portrait_sd15.bin": ("faceid", {**SD15, "num_tokens": 16}, 32_291_328, "faceid", "SD1.5", 16, None),
     "ip-adapter-faceid-portrait_sdxl.bin": ("faceid", {**SDXL, "num_tokens": 16}, 374_903_808, "faceid", "SDXL", 16, None),
     "ip-adapter-faceid-portrait_sdxl_unnorm.bin": ("plus", {**SDXL, **RAW}, 0, "faceid-unnorm", "SDXL", 16, None),
+    "ipa-faceid-plus.bin": ("faceid-plus", {**SDXL, **KOLORS, "num_tokens": 6}, 1_192_903_680, "faceid-plus", "Kolors", 6, 2),
     "ip-adapter.bin": ("plus", {**SDXL, **RAW}, 0, "instantid", "SDXL", 16, None),
 }  # fmt: skip
 
@@ -50,7 +55,9 @@ def test_released_files_by_their_shapes(name: str) -> None:
         version,
     )
     assert spec.feature == ("face_tokens" if family == "faceid-plus" else "face")
-    assert spec.encoder == ("ViT-H/14" if family == "faceid-plus" else "InsightFace")
+    plus = "ViT-L/14-336" if base == "Kolors" else "ViT-H/14"
+    assert spec.encoder == (plus if family == "faceid-plus" else "InsightFace")
+    assert spec.projected_by_model == (base == "Kolors")
     adapter = load_adapter(state, name=name)
     total = sum(p.numel() for p in adapter.module.parameters()) + sum(t.numel() for t in adapter.lora.values())
     assert total == (parameters or sum(t.numel() for t in state.values()))
@@ -126,6 +133,56 @@ def test_faceid_plus_tokens_equal_the_formula(name: str, version: int) -> None:
     read = perceive(weights, own, picture.double(), heads=2)
     expected = own + 0.7 * read if version == 2 else read
     assert_close(adapter.tokens(pack_face(face, picture), 0.7).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- Kolors: tokens through the model's own text projection --------------------------------------------------------------
+
+
+def kolors_state(channels: tuple[int, ...] = (8, 16)) -> dict[str, Tensor]:
+    sizes = {"token_dim": 2048, "text_dim": 4096, "num_tokens": 2, "feature_dim": 24, "depth": 1, "inner_dim": 64}
+    return fill(adapter_shapes("faceid-plus", channels=channels, ff_dim=8, **sizes), seed=5)
+
+
+def test_kolors_tokens_pass_the_models_projection() -> None:
+    state = kolors_state()
+    adapter = load_adapter(state, name="renamed.bin")
+    assert adapter.spec.options["version"] == 2
+    features = pack_face(torch.randn(1, 12), torch.randn(1, 5, 24))
+    prompt = prompt_from_features(adapter, features, torch.zeros_like(features), face_scale=0.4)
+    assert prompt.cond.shape == (1, 2, 4096)
+    unet = torch.nn.Module()
+    unet.encoder_hid_proj = torch.nn.Linear(4096, 2048).half()
+    projected = project_by_model(prompt, unet, 0.7)
+    weights = exact(state)
+    own = face_tokens(weights, features[:, 0, :12].double(), 4096)
+    wide = own + 0.4 * perceive(weights, own, features[:, 1:].double(), heads=1)
+    layer = unet.encoder_hid_proj
+    expected = (wide @ layer.weight.double().T + layer.bias.double()) * 0.7
+    assert_close(projected.cond.double(), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(projected.uncond, projected.cond)
+    key, _ = adapter.key_value(1, projected.cond)
+    assert_close(key.double(), expected @ state["ip_adapter.3.to_k_ip.weight"].double().T, rtol=1e-4, atol=1e-4)
+
+
+def test_kolors_on_a_model_without_the_projection_is_refused() -> None:
+    adapter = load_adapter(kolors_state(), name="kolors.bin")
+    features = torch.zeros(1, 6, 24)
+    prompt = prompt_from_features(adapter, features, features)
+    unet = torch.nn.Module()
+    with pytest.raises(
+        IncompatibleAdapterError, match=r"'kolors\.bin' makes tokens 4096 wide.*the model has none: load a"
+    ):
+        project_by_model(prompt, unet)
+    unet.encoder_hid_proj = torch.nn.Linear(32, 16)
+    with pytest.raises(IncompatibleAdapterError, match=r"has a Linear of shape \[16, 32\]"):
+        project_by_model(prompt, unet)
+    wide = ModelLayout("x", 2048, tuple(tiny_site(i, c) for i, c in enumerate((8, 16))))
+    with pytest.raises(IncompatibleAdapterError, match="call project_by_model"):
+        bake(adapter, prompt, wide)
+
+
+def tiny_site(index: int, channels: int) -> CrossAttentionSite:
+    return CrossAttentionSite("input", index + 1, 0, index, index, channels, 2, 0, True, f"site{index}")
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

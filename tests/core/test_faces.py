@@ -16,6 +16,7 @@ from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.faces import (
     Face,
     InsightFaceAnalyzer,
+    Nth,
     OnnxFaceAnalyzer,
     align,
     find_faces,
@@ -118,13 +119,39 @@ def test_the_best_the_largest_the_nth_or_the_one_in_the_mask() -> None:
     analyzer = Known("three", 4, 36, 16)
     assert find_faces(analyzer, picture, 224).embeddings[0, 0] == 1
     assert find_faces(analyzer, picture, 224, which="largest").embeddings[0, 0] == 2
-    assert find_faces(analyzer, picture, 224, which=1).embeddings[0, 0] == 3
+    assert find_faces(analyzer, picture, 224, which=Nth(2)).embeddings[0, 0] == 3
     mask = torch.zeros(25, 25)
     mask[:, 10:] = 1
     assert find_faces(analyzer, picture, 224, mask=mask).embeddings[0, 0] == 3
     found = find_faces(analyzer, picture, 256)
     assert found.crops.shape == (1, 256, 256, 3)
     assert float(found.normed.norm()) == pytest.approx(1)
+
+
+def test_all_faces_and_those_from_the_left() -> None:
+    picture = torch.zeros(1, 50, 50, 3)
+    analyzer = Known("three", 4, 36, 16)
+    assert find_faces(analyzer, picture, 224, which="all").embeddings[:, 0].tolist() == [2, 3, 1]
+    assert find_faces(analyzer, picture.repeat(2, 1, 1, 1), 224, which="all").crops.shape[0] == 6
+    assert [find_faces(analyzer, picture, 224, which=Nth(n, "left")).embeddings[0, 0] for n in (1, 2, 3)] == [1, 2, 3]
+    with pytest.raises(InvalidInputError, match="counted from 1"):
+        Nth(0)
+
+
+def test_every_mask_chooses_its_own_person() -> None:
+    picture = torch.zeros(1, 50, 50, 3)
+    analyzer = Known("three", 4, 36, 16)
+    masks = torch.zeros(2, 50, 50)
+    masks[0, :, 18:] = 1  # the third face, at 20
+    masks[1, :, :8] = 1  # the first, at 0
+    assert find_faces(analyzer, picture, 224, mask=masks).embeddings[:, 0].tolist() == [3, 1]
+    pictures = picture.repeat(2, 1, 1, 1)
+    assert find_faces(analyzer, pictures, 224, mask=masks).embeddings[:, 0].tolist() == [3, 1]
+    assert find_faces(analyzer, pictures, 224, mask=masks[:1]).embeddings[:, 0].tolist() == [3, 3]
+    with pytest.raises(InvalidInputError, match="2 masks for 3 images"):
+        find_faces(analyzer, picture.repeat(3, 1, 1, 1), 224, mask=masks)
+    with pytest.raises(InvalidInputError, match="found 0 faces inside the mask in the image"):
+        find_faces(analyzer, picture, 224, mask=torch.zeros(50, 50))
 
 
 def test_smaller_pictures_are_searched_and_findings_kept() -> None:
@@ -143,7 +170,7 @@ def test_no_face_names_the_picture() -> None:
     ):
         find_faces(Known("nothing", largest=0), pictures, 224)
     with pytest.raises(InvalidInputError, match=r"found 2 faces in the image.*face number 3"):
-        find_faces(Known("two", 4, 4), pictures[:1], 224, which=2)
+        find_faces(Known("two", 4, 4), pictures[:1], 224, which=Nth(3))
 
 
 def test_a_shared_detector_is_left_as_it_was() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from ipadapter_core.batch import WINDOWS_KEPT, Frames
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.masks import RegionMask, token_grid
 
@@ -153,6 +154,19 @@ def test_grids_are_computed_once_per_resolution() -> None:
     assert mask.grid((16, 16), None, (8, 8), LIKE, 1) is first
     assert mask.grid((16, 16), None, (4, 4), LIKE, 1) is not first
     assert mask.grid((16, 16), None, (8, 8), LIKE.half(), 1).dtype == torch.float16
+
+
+def test_grids_of_an_animations_windows_are_forgotten() -> None:
+    """A long animation has a window for every few frames; the last ones are kept."""
+    mask = RegionMask.from_tensor(torch.rand(1000, 8, 8))
+    grids = [mask.grid((8, 8), None, (8, 8), LIKE, 2, Frames((i, i + 1), 1000)) for i in range(300)]
+    kept = mask._grids  # pyright: ignore[reportPrivateUsage]
+    assert len(kept) == WINDOWS_KEPT
+    assert mask.grid((8, 8), None, (8, 8), LIKE, 2, Frames((299, 300), 1000)) is grids[-1]
+    again = mask.grid((8, 8), None, (8, 8), LIKE, 2, Frames((0, 1), 1000))
+    assert again is not grids[0]
+    assert torch.equal(again, grids[0])
+    assert len(kept) == WINDOWS_KEPT
 
 
 def test_a_grid_of_no_level_is_resized() -> None:

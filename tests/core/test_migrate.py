@@ -11,7 +11,7 @@ import pytest
 
 from ipadapter_core.cli import main
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.migrate import migrate
+from ipadapter_core.migrate import complete, migrate
 
 OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 
@@ -82,6 +82,69 @@ def test_simple_nodes_and_sdxl_files() -> None:
     nodes = {n["type"]: n for n in made["nodes"]}
     assert nodes["ImagePromptApply"]["widgets_values"][:3] == [0.7, "ease out", "V only"]
     assert nodes["ImagePromptLoadAdapter"]["widgets_values"] == ["ip-adapter-plus_sdxl_vit-h.safetensors"]
+
+
+def test_faces_become_encode_face_and_apply() -> None:
+    old = workflow("IPAdapterFaceID", [0.8, 0.7, "linear", "average", 0.0, 0.9, "K+V"])
+    old["nodes"][1] |= {"type": "IPAdapterUnifiedLoaderFaceID", "widgets_values": ["FACEID PLUS V2", 0.6, "CUDA"]}
+    old["nodes"][3]["outputs"].append({"name": "face_image", "type": "IMAGE", "links": []})
+    old["nodes"].append(node(6, "PreviewImage", {"images": ("IMAGE", 7)}, [], []))
+    old["links"].append([7, 4, 1, 6, 0, "IMAGE"])
+    made, report = migrate(old)
+    assert fed_by(made) == {
+        ("ImagePromptApplyFaceLoRA", "model"): ("CheckpointLoaderSimple", 0),
+        ("ImagePromptApplyFaceLoRA", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptApply", "model"): ("ImagePromptApplyFaceLoRA", 0),
+        ("ImagePromptApply", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptApply", "image_prompt"): ("ImagePromptEncodeFace", 0),
+        ("ImagePromptApply", "mask"): ("LoadImage", 1),
+        ("ImagePromptEncodeFace", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptEncodeFace", "face_model"): ("ImagePromptLoadFaceModel", 0),
+        ("ImagePromptEncodeFace", "clip_vision"): ("CLIPVisionLoader", 0),
+        ("ImagePromptEncodeFace", "image"): ("LoadImage", 0),
+        ("PreviewImage", "images"): ("ImagePromptEncodeFace", 1),
+        ("KSampler", "model"): ("ImagePromptApply", 0),
+    }
+    nodes = {n["type"]: n["widgets_values"] for n in made["nodes"]}
+    assert nodes["ImagePromptEncodeFace"] == ["best", 1, "average", 0.7, False, "IPAdapter_plus"]
+    assert nodes["ImagePromptApply"] == [0.8, "linear", "K+V", 0.0, 0.9, "IPAdapter_plus"]
+    assert (nodes["ImagePromptApplyFaceLoRA"], nodes["ImagePromptLoadFaceModel"]) == ([0.6], ["buffalo_l", "CUDA"])
+    assert nodes["ImagePromptLoadAdapter"] == ["ip-adapter-faceid-plusv2_sd15.bin"]
+    assert any("Apply Face LoRA" in line for line in report)
+
+
+def test_a_face_model_goes_with_the_node_it_feeds() -> None:
+    def faces(kind: str) -> tuple[dict[str, Any], list[str]]:
+        values = [0.8, 0.7, "linear", "concat", 0.0, 0.9, "K+V"]
+        old = workflow(kind, values, insightface=("INSIGHTFACE", 8))
+        old["nodes"][1] |= {"type": "IPAdapterModelLoader", "widgets_values": ["f.bin"]}
+        old["nodes"][1]["outputs"] = [{"name": "IPADAPTER", "type": "IPADAPTER", "links": []}]
+        old["links"][1:3] = [[2, 1, 0, 4, 0, "MODEL"], [3, 2, 0, 4, 1, "IPADAPTER"]]
+        old["links"] = [link for link in old["links"] if link[0] != 1]
+        old["nodes"][1]["inputs"] = []
+        old["nodes"].append(node(6, "IPAdapterInsightFaceLoader", {}, ["INSIGHTFACE"], ["CPU", "antelopev2"]))
+        old["links"].append([8, 6, 0, 4, 4, "INSIGHTFACE"])
+        return migrate(old)
+
+    made, report = faces("IPAdapterFaceID")
+    assert fed_by(made)["ImagePromptEncodeFace", "face_model"] == ("ImagePromptLoadFaceModel", 0)
+    assert {n["type"]: n["widgets_values"] for n in made["nodes"]}["ImagePromptLoadFaceModel"] == ["antelopev2", "CPU"]
+    made, report = faces("IPAdapterFaceIDKolors")
+    assert fed_by(made)["IPAdapterFaceIDKolors", "insightface"] == ("IPAdapterInsightFaceLoader", 0)
+    assert len([line for line in report if "stays" in line]) == 3
+
+
+def test_replacements_complete_what_the_host_would_miss() -> None:
+    prompt = {
+        "1": {"class_type": "IPAdapterAdvanced", "inputs": {"model": ["2", 0]}},
+        "2": {"class_type": "Other", "inputs": {}},
+    }
+    complete(prompt, {"IPAdapterAdvanced"})
+    assert prompt["1"]["inputs"] == {"model": ["2", 0]}  # the old node is there: nothing to replace
+    complete(prompt, set())
+    missing = {"clip_vision": None, "image_negative": None, "attn_mask": None}
+    assert prompt["1"]["inputs"] == {"model": ["2", 0], **missing}
+    assert prompt["2"]["inputs"] == {}
 
 
 def test_what_has_no_counterpart_stays_with_its_loader() -> None:

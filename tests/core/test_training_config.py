@@ -53,7 +53,10 @@ def test_defaults_are_the_originals() -> None:
         ({"steps": 3}, r"'steps' belongs below \[train\]"),
         ({"train": {"steps": "many"}}, "train.steps is 'many'; a value of type int"),
         ({"train": {"steps": True}}, "type int"),
-        ({"train": {"optimizer": "adam"}}, "choose one of adamw, adamw8bit, prodigy, adafactor; did you mean 'adamw'"),
+        (
+            {"train": {"optimizer": "adam"}},
+            "choose one of adamw, adamw8bit, prodigy, adafactor, muon; did you mean 'adamw'",
+        ),
         ({"train": {"steps": 0}}, "must be at least 1"),
         ({"loss": {"drop_image": 0.6, "drop_text": 0.6}}, "must not pass 1"),
         ({"loss": {"drop_image": float("nan")}}, "must lie in 0..1"),

@@ -399,7 +399,7 @@ def test_muon_resumes_with_the_same_bits(model: Path, pictures: Path, tmp_path: 
     config = tiny_config(model, pictures, tmp_path / "whole", **more)
     train(config)
     halves = tiny_config(model, pictures, tmp_path / "halves", **more)
-    status = dies(lambda: (kill_at("forward", 4)(), train(halves)))
+    status = dies(lambda: (kill_at(AdapterStep, "forward", 4)(), train(halves)))
     assert os.WTERMSIG(status) == signal.SIGKILL
     train(halves)
     assert_same(state(tmp_path / "halves"), state(tmp_path / "whole"))

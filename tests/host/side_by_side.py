@@ -1,6 +1,6 @@
 """ComfyUI_IPAdapter_plus and this pack in one ComfyUI process: the same nodes, models, adapters and pictures.
 
-    COMFY/.venv/bin/python side_by_side.py COMFY CHECKPOINT_FOLDER sd15|sdxl [OLD_PACK] [-kPART_OF_NAME | -gGOLDEN.json]
+    COMFY/.venv/bin/python side_by_side.py COMFY CHECKPOINT_FOLDER sd15|sdxl [OLD_PACK FIRST_VERSION] [-kPART_OF_NAME | -gGOLDEN.json]
 
 Prints one JSON object per line: {"case", "numbers"} and, where the old pack is given, its {"difference", "effect"}:
 the largest difference between the two relative to the largest value, and how far the image moved it. `numbers` is a
@@ -13,7 +13,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -110,7 +110,11 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     guider: str = "cfg"
     before: tuple[Case, ...] = ()
+    first: bool = False
+    """Of the pack before its rewrite of 2024-03-23."""
     acts: bool = True
+    recorded: bool = True
+    """Whether its numbers are kept for runs without the old pack: a sample of the rows, as CI has a minute for it."""
 
     @property
     def for_sdxl(self) -> bool:
@@ -130,11 +134,29 @@ class Case:
         )
 
 
+def tiny_vision(size: int, width: int = WIDTH) -> Any:
+    """A CLIP vision model of random weights that sees 8 x 8 patches of a picture of ``size`` pixels."""
+    import comfy.clip_vision
+
+    config = VISION | {"image_size": size, "patch_size": size // 8, "hidden_size": width}
+    if Path(host_folder, "comfy/clip_vision.py").read_text().count("isinstance(json_config, dict)"):
+        vision = comfy.clip_vision.ClipVisionModel(config)
+    else:  # 0.3.64 takes a file
+        file = Path(checkpoints) / f"side_by_side_vision_{size}_{width}.json"
+        file.write_text(json.dumps(config))
+        vision = comfy.clip_vision.ClipVisionModel(str(file))
+    state = {
+        key: (random(*t.shape, seed=i) / max(t[0].numel(), 1) ** 0.5 if t.ndim > 1 else torch.ones_like(t) * key.endswith("weight"))
+        for i, (key, t) in enumerate(sorted(vision.get_sd().items())) if t.is_floating_point()
+    }  # fmt: skip
+    vision.load_sd(state)
+    return vision
+
+
 class World:
     """The shrunk model, the tiny encoder and adapters, and both packs' nodes."""
 
     def __init__(self) -> None:
-        import comfy.clip_vision
         import comfy.sd
 
         shrunk = load_module("shrunk", HERE / "shrunk.py")
@@ -160,23 +182,26 @@ class World:
         else:
             self.states["faceid-plus"] = tiny.tiny_state("faceid-plus", feature_dim=WIDTH, depth=4, seed=5, **face)
             self.states["faceid-plusv2"] = self.states["faceid-plus"]
+            # the first version has the encoder's width in its code
+            self.states["faceid-plus-1280"] = tiny.tiny_state("faceid-plus", feature_dim=1280, depth=4, seed=9, **face)
             portrait = {"face_dim": 512, "num_tokens": 16, **sizes}
             self.states["faceid-portrait"] = tiny.tiny_state("faceid", seed=6, **portrait)
+        if self.xl and any("kolors" in case.adapter and wanted(case.name) for case in cases(True)):
+            shapes = {"num_tokens": 16, "feature_dim": WIDTH, "hidden_dim": 2048, "inner_dim": 768, "depth": 4}
+            self.states["kolors"] = tiny.tiny_state("plus", seed=7, **shapes, **sizes)
+            wide = {"text_dim": 4096, "num_tokens": 6, "feature_dim": WIDTH, "depth": 4, "face_dim": 512}
+            self.states["faceid-kolors"] = tiny.tiny_state("faceid-plus", seed=8, **wide, **sizes)
+            projection = torch.nn.Linear(4096, 2048)
+            projection.load_state_dict({"weight": random(2048, 4096, seed=9) / 64, "bias": random(2048, seed=10) / 10})
+            self.model.model.diffusion_model.encoder_hid_proj = projection
         if not self.xl:
             full_face = tiny.tiny_state("full-face", feature_dim=WIDTH, hidden_dim=WIDTH, seed=3, **sizes)
             self.states["full-face"] = full_face
-        if Path(host_folder, "comfy/clip_vision.py").read_text().count("isinstance(json_config, dict)"):
-            vision = comfy.clip_vision.ClipVisionModel(VISION)
-        else:  # 0.3.64 takes a file
-            config = Path(checkpoints) / "side_by_side_vision.json"
-            config.write_text(json.dumps(VISION))
-            vision = comfy.clip_vision.ClipVisionModel(str(config))
-        state = {
-            key: (random(*t.shape, seed=i) / max(t[0].numel(), 1) ** 0.5 if t.ndim > 1 else torch.ones_like(t) * key.endswith("weight"))
-            for i, (key, t) in enumerate(sorted(vision.get_sd().items())) if t.is_floating_point()
-        }  # fmt: skip
-        vision.load_sd(state)
-        self.vision = vision
+        self.vision = {"": tiny_vision(224)}
+        if "kolors" in self.states:
+            self.vision["kolors"] = tiny_vision(336)
+        if "faceid-plus-1280" in self.states:
+            self.vision["wide"] = tiny_vision(224, 1280)
         ours = load_module("ours", HERE.parents[1] / "__init__.py", package=True)
         self.ours = {name: node for name, (node, _) in ours.nodes.legacy.LEGACY_NODES.items()}
         self.our_adapters = {
@@ -189,31 +214,42 @@ class World:
             if name in self.old_adapters:  # which the old loader reads off the file's path
                 self.old_adapters[name][flag] = True
         self.faces = fake_insightface(ours.ipadapter_core.faces)
+        self.first: dict[str, Any] = {}
         if old_folder:
             self.old = load_module("old", Path(old_folder[0]) / "__init__.py", package=True).NODE_CLASS_MAPPINGS
+        if len(old_folder) > 1:
+            self.first = load_module("first", Path(old_folder[1]) / "__init__.py", package=True).NODE_CLASS_MAPPINGS
+            # what its loader of the face model would set
+            sys.modules["first.IPAdapterPlus"].insightface_face_align = sys.modules["insightface.utils"].face_align  # pyright: ignore
 
     def patched(self, case: Case, old: bool) -> Any:
         """The model with a case's node applied, through the pack's own class."""
         model = self.model
         for earlier in (*case.before, case):
-            node = (self.old if old else self.ours)[earlier.class_type]()
+            theirs = self.first if case.first else self.old
+            node = (theirs if old else self.ours)[earlier.class_type]()
+            vision = self.vision[
+                "kolors" if "kolors" in earlier.adapter else "wide" if "1280" in earlier.adapter else ""
+            ]
             adapters = self.old_adapters if old else self.our_adapters
             inputs = {"model": model, **earlier.inputs}
             if earlier.adapter.startswith("faceid"):
                 inputs["insightface"] = self.faces
             if "ipadapter_params" in inputs or "Embeds" not in earlier.class_type:
-                inputs.setdefault("clip_vision", self.vision)
+                inputs.setdefault("clip_vision", vision)
+            if "Encoded" in earlier.class_type:
+                inputs.pop("clip_vision")
             if earlier.class_type == "IPAdapter":
                 inputs.pop("clip_vision", None)
                 inputs["ipadapter"] = {
                     "ipadapter": {"model": adapters[earlier.adapter]},
-                    "clipvision": {"model": self.vision},
+                    "clipvision": {"model": vision},
                 }
             else:
                 inputs["ipadapter"] = adapters[earlier.adapter]
             for name, value in list(inputs.items()):
                 if callable(value) and not hasattr(value, "clone") and name not in ("clip_vision", "ipadapter"):
-                    inputs[name] = value(self.old if old else self.ours, inputs["ipadapter"], self.vision)
+                    inputs[name] = value(theirs if old else self.ours, inputs["ipadapter"], vision)
             model = getattr(node, node.FUNCTION)(**inputs)[0]
         return model
 
@@ -244,6 +280,7 @@ class World:
 
 
 def wanted(name: str) -> bool:
+    """Whether the command line asks for a case, by part of its name or by a file of recorded ones."""
     return part in name and (chosen is None or f"{kind}: {name}" in chosen)
 
 
@@ -425,12 +462,162 @@ def cases(xl: bool) -> Iterator[Case]:
         yield Case(f"IPAAdapterFaceIDBatch: {adapter}", "IPAAdapterFaceIDBatch", inputs, adapter, latents=3)
         inputs = {"image": one, "weight": 0.8, "weight_faceidv2": 1.3, "layer_weights": "4:1,5:0.5,7:0.3"}
         yield Case(f"IPAdapterMS: {adapter}", "IPAdapterMS", inputs, adapter)
-    if not xl:
+    if xl:
+        yield Case("IPAdapterAdvanced: kolors", "IPAdapterAdvanced", {**every, "image": wide}, "kolors", recorded=False)
+        inputs = {"image": two, "weight": 0.8, "weight_faceidv2": 0.6, "weight_kolors": 1.3, "image_negative": one}
+        yield Case("IPAdapterFaceIDKolors: a pair", "IPAdapterFaceIDKolors", inputs, "faceid-kolors", recorded=False)
+    else:
         yield Case(
             "IPAdapterAdvanced: faceid-plusv2, no weight of its own", "IPAdapterAdvanced", every, "faceid-plusv2"
         )
 
     yield Case("IPAdapterWeights into IPAdapterBatch", "IPAdapterBatch", {"image": two, "weight": frames}, latents=6)
+
+
+def grid(xl: bool) -> Iterator[Case]:
+    """Every class type with every value of each setting that it has.
+
+    Row i of class type n takes the i-th weight type, while its other settings step at other speeds and from other
+    places, so that the pairs of values differ from class type to class type.
+    """
+    one, two, three, wide = picture(21), picture(22, count=2), picture(23, count=3), picture(24, 190, 260)
+    masks = (None, mask(1, 64, 64), mask(3, 40, 56))
+    windows = ((0.0, 1.0), (0.3, 1.0), (0.0, 0.6))
+    layers = ("3:0.5, 6:1.2", "0:1,4:-0.4,9:0.7,5:0.9")
+
+    def row(n: int, i: int) -> dict[str, Any]:
+        start, end = windows[(i // 2 + n) % 3]
+        kind, region = WEIGHT_TYPES[i], masks[(i + i // 5 + n) % 3]
+        return {
+            "weight": 0.9, "weight_type": kind, "combine_embeds": COMBINE[(i + i // 5 + n) % 5], "start_at": start,
+            "end_at": end, "embeds_scaling": SCALINGS[(i + n) % 4], **({} if region is None else {"attn_mask": region}),
+        }  # fmt: skip
+
+    def embeds(nodes: Any, ipadapter: Any, vision: Any) -> torch.Tensor:
+        return nodes["IPAdapterEncoder"]().encode(ipadapter, three, 0.9, clip_vision=vision)[0]
+
+    def no_embeds(nodes: Any, ipadapter: Any, vision: Any) -> torch.Tensor:
+        return nodes["IPAdapterEncoder"]().encode(ipadapter, three, 1.0, clip_vision=vision)[1]
+
+    def params(settings: dict[str, Any]) -> Callable[..., Any]:
+        def make(nodes: Any, ipadapter: Any, vision: Any) -> Any:
+            region = nodes["IPAdapterRegionalConditioning"]().conditioning
+            window, other = (settings["start_at"], settings["end_at"]), WEIGHT_TYPES[:9]
+            first = region(one, 0.8, 1.0, settings["weight_type"], *window, mask=mask(1, 64, 64))[0]
+            second = region(wide, 0.5, 1.0, other[len(settings["weight_type"]) % 9], *window)[0]
+            return nodes["IPAdapterCombineParams"]().combine(first, second)[0]
+
+        return make
+
+    faces = ("faceid", "faceid-unnorm") if xl else ("faceid", "faceid-plus", "faceid-plusv2", "faceid-portrait")
+    tiles = {"enhance_tiles": 2, "enhance_ratio": 0.6}
+    pairs = {"image_style": two, "image_composition": three[:2], "weight_style": 0.9, "weight_composition": 0.7}
+    coded: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+        # class type: adapters, its own inputs; those of row() that it has not are taken out below
+        "IPAdapterAdvanced": (("base", "plus"), {"image": three, "image_negative": wide}),
+        "IPAdapterBatch": (("plus", "base"), {"image": two, "weight": [0.9, 0.4], "encode_batch_size": 1}),
+        "IPAdapterFaceID": (faces, {"image": two, "weight_faceidv2": 0.7}),
+        "IPAAdapterFaceIDBatch": (faces, {"image": two, "weight": [0.9, 0.4], "weight_faceidv2": 1.2}),
+        "IPAdapterTiled": (("base", "plus"), {"image": picture(25, 120, 200), "sharpening": 0.2}),
+        "IPAdapterTiledBatch": (
+            ("plus", "base"),
+            {"image": picture(26, 200, 120), "sharpening": 0.0, "encode_batch_size": 2},
+        ),
+        "IPAdapterEmbeds": (("base", "plus"), {"pos_embed": embeds, "neg_embed": no_embeds}),
+        "IPAdapterEmbedsBatch": (("plus", "base"), {"pos_embed": embeds, "neg_embed": no_embeds}),
+        "IPAdapterMS": (("plus", "base"), {"image": two, "weight_faceidv2": 1.0}),
+        "IPAdapterClipVisionEnhancer": (("plus", "base"), {"image": wide, **tiles}),
+        "IPAdapterClipVisionEnhancerBatch": (("base", "plus"), {"image": two, **tiles}),
+        "IPAdapterFromParams": (("base", "plus"), {}),
+        "IPAdapterPreciseStyleTransfer": (("base", "plus"), {"image": three, "style_boost": 0.8}),
+        "IPAdapterPreciseStyleTransferBatch": (("plus",), {"image": two, "style_boost": -0.6}),
+        "IPAdapterPreciseComposition": (("plus", "base"), {"image": three, "composition_boost": 0.8}),
+        "IPAdapterPreciseCompositionBatch": (("base",), {"image": two, "composition_boost": -0.6}),
+    }
+    if xl:
+        coded["IPAdapterStyleComposition"] = (("plus", "base"), pairs)
+        coded["IPAdapterStyleCompositionBatch"] = (("base", "plus"), pairs | {"expand_style": True})
+    for n, (class_type, (adapters, own)) in enumerate(coded.items()):
+        one_type = "Precise" in class_type or "StyleComposition" in class_type
+        dropped = {"weight_type"} if one_type else set[str]()
+        dropped |= {"combine_embeds"} if "Batch" in class_type or "Embeds" in class_type else set()
+        dropped |= {"weight"} if "StyleComposition" in class_type else set()
+        for i in range(5 if one_type else len(WEIGHT_TYPES)):
+            settings = row(n, i)
+            inputs = {key: value for key, value in settings.items() if key not in dropped} | own
+            if class_type == "IPAdapterMS" and i % 2:
+                inputs["layer_weights"] = layers[i // 2 % 2]
+            if class_type == "IPAdapterFromParams":
+                kept = ("combine_embeds", "embeds_scaling")
+                inputs = {key: settings[key] for key in kept} | {"ipadapter_params": params(settings)}
+            name = f"grid, {class_type}: {i}"
+            recorded = i == n % (5 if one_type else 15)
+            yield Case(name, class_type, inputs, adapters[i % len(adapters)], latents=3, recorded=recorded)
+
+
+def first_version() -> Iterator[Case]:
+    """The class types of before 2024-03-23."""
+    one, two, wide, types = (
+        picture(31),
+        picture(32, count=2),
+        picture(33, 150, 230),
+        ("original", "linear", "channel penalty"),
+    )
+    region = {"attn_mask": mask(1, 64, 48)}
+    late = {"start_at": 0.3, "end_at": 0.9}
+
+    def case(class_type: str, name: str, adapter: str, latents: int = 2, **inputs: Any) -> Case:
+        given = {"weight": 0.8, "weight_type": "original", **inputs}
+        if class_type not in ("IPAdapterApplyEncoded", "Values"):
+            given = {"noise": 0.0, **given}
+        return Case(f"first version, {class_type}: {name}", class_type, given, adapter, latents=latents, first=True)
+
+    for kind in types:
+        for adapter in ("base", "plus", "full-face"):
+            more = region if adapter == "plus" else late if adapter == "base" else {}
+            yield case("IPAdapterApply", f"{kind}, {adapter}", adapter, image=wide, weight_type=kind, **more)
+        yield case("IPAdapterApply", f"{kind}, two images", "plus", image=two, weight_type=kind, weight=-0.5)
+        yield case("IPAdapterApply", f"{kind}, unfold", "base", 3, image=two, weight_type=kind, unfold_batch=True)
+    for noise in (0.2, 1.0):
+        for adapter in ("base", "plus"):
+            yield case("IPAdapterApply", f"noise {noise}, {adapter}", adapter, image=wide, noise=noise)
+    for adapter in ("faceid", "faceid-portrait", "faceid-plus-1280"):
+        for kind, v2 in (("original", False), ("linear", True), ("channel penalty", False)):
+            face = {"faceid_v2": v2, "weight_v2": 0.6, "weight_type": kind, "noise": 0.3 if v2 else 0.0}
+            yield case("IPAdapterApplyFaceID", f"{kind}, {adapter}", adapter, image=two, **face)
+    for tiles in (0, 1, 2):
+        for shape in ("square", "wide"):
+            image = picture(34, 250, 240 if shape == "square" else 520)
+            inputs = {
+                "image": image,
+                "short_side_tiles": tiles,
+                "tile_weight": 0.6,
+                "weight_type": types[tiles],
+                **late,
+            }
+            yield case("IPAdapterTilesMasked", f"{tiles} tiles, {shape}", "base" if tiles else "plus", **inputs)
+
+    def encoded(plus: bool, noise: float = 0.0) -> Callable[..., Any]:
+        def make(nodes: Any, ipadapter: Any, vision: Any) -> torch.Tensor:
+            node = nodes["IPAdapterEncoder"]()
+            images = {"image_1": one, "image_2": wide, "image_3": two}
+            weights = {"weight_1": 0.7, "weight_2": 1.0, "weight_3": 0.5}
+            if hasattr(node, "preprocess"):
+                return node.preprocess(vision, ipadapter_plus=plus, noise=noise, **images, **weights)[0]
+            return node.encode(clip_vision=vision, weight=plus, noise=noise, **images, **weights)[0]
+
+        return make
+
+    def batched(nodes: Any, ipadapter: Any, vision: Any) -> torch.Tensor:
+        pair = encoded(True)(nodes, ipadapter, vision), encoded(True, 0.4)(nodes, ipadapter, vision)
+        return nodes["IPAdapterBatchEmbeds"]().batch(*pair)[0]
+
+    for plus, adapter in ((False, "base"), (True, "plus")):
+        for noise in (0.0, 0.5):
+            name = f"{adapter}, noise {noise}"
+            yield case("IPAdapterApplyEncoded", name, adapter, embeds=encoded(plus, noise), **region)
+    yield case("IPAdapterApplyEncoded", "two batches", "plus", 3, embeds=batched, weight_type="linear")
+    yield case("IPAdapterApplyEncoded", "unfold", "plus", 5, embeds=encoded(True), unfold_batch=True)
 
 
 def values(nodes: Any) -> Iterator[tuple[str, Any]]:
@@ -475,6 +662,14 @@ def values(nodes: Any) -> Iterator[tuple[str, Any]]:
     yield "IPAdapterCombineWeights", torch.tensor(nodes["IPAdapterCombineWeights"]().combine([0.1, 0.2], 0.3)[0])
 
 
+def first_values(nodes: Any) -> Iterator[tuple[str, Any]]:
+    for position in ("center", "top", "left"):
+        for around in (True, False):
+            image = picture(15, 200, 300) if position == "left" else picture(15, 300, 200)
+            made = nodes["PrepImageForInsightFace"]().prep_image(image, position, 0.4 if around else 0.0, around)[0]
+            yield f"first version, PrepImageForInsightFace: {position}, {around}", made
+
+
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
@@ -489,30 +684,46 @@ def main() -> None:
     import nodes as host_nodes  # noqa: F401  (the packs import it)
 
     torch.set_num_threads(1)
+    for layer in (
+        torch.nn.Linear,
+        torch.nn.LayerNorm,
+    ):  # the old pack fills a network with random numbers at every apply
+        layer.reset_parameters = lambda self: None
     out, sys.stdout = sys.stdout, sys.stderr  # other custom code talks on stdout
     world = World()
     plain: dict[Any, torch.Tensor] = {}
 
-    def report(name: str, ours: torch.Tensor, old: torch.Tensor | None, effect: float | None) -> None:
+    def report(
+        name: str, ours: torch.Tensor, old: torch.Tensor | None, effect: float | None, recorded: bool = True
+    ) -> None:
         line: dict[str, Any] = {"case": f"{kind}: {name}", "numbers": fingerprint(ours), "effect": effect}
+        line["recorded"] = recorded
         if old is not None:
             line["difference"] = difference(ours, old)
         print(json.dumps(line), file=out, flush=True)
 
     if not world.xl:
         theirs = dict(values(world.old)) if world.old else {}
-        for name, value in values(world.ours):
+        theirs |= dict(first_values(world.first)) if world.first else {}
+        for name, value in (*values(world.ours), *first_values(world.ours)):
             if wanted(name):
                 report(name, value, theirs.get(name), None)
-    for case in cases(world.xl):
-        if not wanted(case.name) or (world.xl and not case.for_sdxl):
+    singly = [case for case in cases(world.xl) if case.for_sdxl or not world.xl]
+    if world.xl:  # of these the grid has all that SDXL's golden numbers need
+        singly = [replace(case, recorded=False) for case in singly]
+    else:
+        singly = [replace(case, recorded=case.recorded and i % 3 == 0) for i, case in enumerate(singly)]
+    # the first version's code for SDXL is the same but for the layers' numbers
+    firsts = [] if world.xl else [replace(case, recorded=i % 3 == 0) for i, case in enumerate(first_version())]
+    for case in (*singly, *grid(world.xl), *firsts):
+        if not wanted(case.name):
             continue
         key = (case.percent, case.latents, case.size, case.guider)
         if key not in plain:
             plain[key] = world.sample(world.model, case)
         ours = world.sample(world.patched(case, False), case)
-        old = world.sample(world.patched(case, True), case) if world.old else None
-        report(case.name, ours, old, difference(ours, plain[key]) if case.acts else None)
+        old = world.sample(world.patched(case, True), case) if (world.first if case.first else world.old) else None
+        report(case.name, ours, old, difference(ours, plain[key]) if case.acts else None, case.recorded)
 
 
 if __name__ == "__main__":

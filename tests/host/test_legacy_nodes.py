@@ -11,7 +11,7 @@ import pytest
 
 from host.comfy_server import ComfyServer, ExecutionFailed, Graph, Link
 from host.tiny_adapters import build_adapter
-from workflows.graph import _widget_names  # pyright: ignore[reportPrivateUsage]
+from workflows.graph import widget_names
 
 OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 CONTROL = ["weight", "weight_type", "combine_embeds", "start_at", "end_at", "embeds_scaling"]
@@ -27,6 +27,7 @@ WIDGETS: dict[str, list[str]] = {
     "IPAdapterBatch": [*BATCH, "encode_batch_size"],
     "IPAdapterFaceID": FACE,
     "IPAAdapterFaceIDBatch": FACE,
+    "IPAdapterFaceIDKolors": [*FACE[:2], "weight_kolors", *FACE[2:]],
     "IPAdapterTiled": ["weight", "weight_type", "combine_embeds", "start_at", "end_at", "sharpening", "embeds_scaling"],
     "IPAdapterTiledBatch": ["weight", "weight_type", "start_at", "end_at", "sharpening", "embeds_scaling", "encode_batch_size"],
     "IPAdapterEmbeds": BATCH,
@@ -46,7 +47,7 @@ WIDGETS: dict[str, list[str]] = {
     "IPAdapterUnifiedLoaderCommunity": ["preset"],
     "IPAdapterModelLoader": ["ipadapter_file"],
     "IPAdapterInsightFaceLoader": ["provider", "model_name"],
-    "IPAdapterEncoder": ["weight"],
+    "IPAdapterEncoder": ["weight", "noise", "weight_1", "weight_2", "weight_3", "weight_4"],
     "IPAdapterCombineEmbeds": ["method"],
     "IPAdapterNoise": ["type", "strength", "blur"],
     "PrepImageForClipVision": ["interpolation", "crop_position", "sharpening"],
@@ -74,14 +75,13 @@ def test_every_class_type_has_the_old_widgets_in_the_old_order(server: ComfyServ
     assert missing == [], server.log[-3000:]
     assert server.import_problems() == []
     for name, widgets in WIDGETS.items():
-        names = [widget for widget in _widget_names(found[name]) if widget != "compatibility"]
+        names = [widget for widget in widget_names(found[name]) if widget != "compatibility"]
         assert names == widgets, name
         assert found[name]["deprecated"] is True
         assert found[name]["python_module"] == "custom_nodes.comfyui-image-prompt"
 
 
 EXAMPLES = sorted(Path(OLD).glob("examples/*.json")) if OLD else []
-UNSUPPORTED = {"IPAdapterFaceIDKolors"}
 
 
 @pytest.mark.skipif(not EXAMPLES, reason="no old pack at $IPADAPTER_PLUS_PATH")
@@ -95,7 +95,7 @@ def test_the_old_packs_examples_fit_our_nodes(server: ComfyServer) -> None:
         for node in workflow["nodes"]:
             kind = node["type"]
             if kind not in WIDGETS:
-                assert not kind.startswith("IPA") or kind in UNSUPPORTED, kind
+                assert not kind.startswith("IPA"), kind
                 continue
             seen.add(kind)
             check_values(info[kind], node, file.name)
@@ -109,7 +109,7 @@ def test_the_old_packs_examples_fit_our_nodes(server: ComfyServer) -> None:
 
 def check_values(info: dict[str, Any], node: dict[str, Any], where: str) -> None:
     values = node.get("widgets_values") or []
-    names = list(_widget_names(info))
+    names = list(widget_names(info))
     assert len(values) <= len(names), (where, node["type"], values, names)
     for name, value in zip(names, values, strict=False):
         kind, *options = {**info["input"]["required"], **info["input"].get("optional", {})}[name]
@@ -162,3 +162,56 @@ def test_a_missing_file_is_named_with_its_place(server: ComfyServer, sd15: str) 
         ExecutionFailed, match=r"no file for the preset 'PLUS FACE.*models/ipadapter.*ip-adapter-plus-face_sd15"
     ):
         server.run(graph)
+
+
+def test_a_face_graph_of_old_nodes_gives_what_ours_give(server: ComfyServer, sd15: str, adapters: Path) -> None:
+    """As in the old pack's example ipadapter_faceid.json, from one pipeline; `best` is the face that it takes."""
+    file = server.add_model("ipadapter", build_adapter("faceid", "sd15", adapters))
+    graph = Graph()
+    model = graph.add("CheckpointLoaderSimple", ckpt_name=sd15)
+    image = graph.add("EmptyImage", width=96, height=64, batch_size=1, color=70000)
+    faces, vision = graph.add("TestFaceModel"), graph.add("TestClipVision", seed=0)
+    loaded = graph.add("IPAdapterModelLoader", ipadapter_file=file)
+    pipeline = graph.add("TestUnifiedLoader", model=model, adapter=loaded, clip_vision=vision, insightface=faces[1])
+    old = graph.add(
+        "IPAdapterFaceID", model=pipeline[0], ipadapter=pipeline[1], image=image, weight=0.9, weight_faceidv2=1.0,
+        weight_type="linear", combine_embeds="concat", start_at=0.0, end_at=1.0, embeds_scaling="V only",
+    )  # fmt: skip
+    adapter = graph.add("ImagePromptLoadAdapter", file=file)
+    prompt = graph.add(
+        "ImagePromptEncodeFace", adapter=adapter, face_model=faces, image=image, face="best", number=1,
+        combine="concat", picture_strength=1.0, per_latent=False, compatibility="IPAdapter_plus",
+    )  # fmt: skip
+    ours = graph.add(
+        "ImagePromptApply", model=model, adapter=adapter, image_prompt=prompt, strength=0.9, preset="linear",
+        scaling="V only", start=0.0, end=1.0, compatibility="IPAdapter_plus",
+    )  # fmt: skip
+    saved = [sampled(graph, applied[0]) for applied in (old, ours)]
+    pictures = [graph.add("TestSaveTensor", value=shown).id for shown in (old[1], prompt[1])]
+    result = server.run(graph)
+    assert result.sha256(saved[0]) == result.sha256(saved[1])
+    assert result.sha256(pictures[0]) == result.sha256(pictures[1])
+
+
+def test_the_first_versions_encoder_runs_under_the_name_it_shares(
+    server: ComfyServer, sd15: str, adapters: Path
+) -> None:
+    """Its ipadapter_plus stands where today's weight does; its embeds carry both halves."""
+    file = server.add_model("ipadapter", build_adapter("plus", "sd15", adapters))
+    graph = Graph()
+    model = graph.add("CheckpointLoaderSimple", ckpt_name=sd15)
+    image = graph.add("EmptyImage", width=96, height=64, batch_size=1, color=70000)
+    vision, adapter = graph.add("TestClipVision", seed=0), graph.add("IPAdapterModelLoader", ipadapter_file=file)
+    embeds = graph.add(
+        "IPAdapterEncoder", clip_vision=vision, image_1=image, weight=True, noise=0.0, weight_1=1.0, weight_2=1.0
+    )
+    shared = {"model": model, "ipadapter": adapter, "weight": 0.8, "weight_type": "channel penalty"}
+    encoded = graph.add("IPAdapterApplyEncoded", embeds=embeds, start_at=0.0, end_at=1.0, **shared)
+    at_once = graph.add("IPAdapterApply", clip_vision=vision, image=image, noise=0.0, **shared)
+    saved = [sampled(graph, applied[0]) for applied in (encoded, at_once)]
+    result = server.run(graph)
+    assert result.sha256(saved[0]) == result.sha256(saved[1])
+    empty = Graph()
+    empty.add("TestSaveTensor", value=empty.add("IPAdapterEncoder", weight=1.0)[0])
+    with pytest.raises(ExecutionFailed, match="IPAdapter Encoder has no ipadapter: connect it"):
+        server.run(empty)

@@ -17,15 +17,19 @@ from host.comfy_server import ComfyServer, ExecutionFailed, GraphRejected, Node
 from host.steering import Steering
 from host.tiny_adapters import adapter_tensors, build_adapter
 
-SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE"}
+SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE", "IMAGE_PROMPT_FACE_MODEL"}
 HOST_TYPES = {"MODEL", "CLIP", "CLIP_VISION", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
 OUTPUTS = {
     "ImagePromptLoadAdapter": (["IMAGE_PROMPT_ADAPTER"], ["adapter"]),
     "ImagePromptEncode": (["IMAGE_PROMPT"], ["image_prompt"]),
     "ImagePromptCombine": (["IMAGE_PROMPT"], ["image_prompt"]),
     "ImagePromptApply": (["MODEL"], ["model"]),
+    "ImagePromptApplyImage": (["MODEL"], ["model"]),
     "ImagePromptSchedule": (["IMAGE_PROMPT_SCHEDULE"], ["schedule"]),
     "ImagePromptInspect": (["STRING"], ["text"]),
+    "ImagePromptLoadFaceModel": (["IMAGE_PROMPT_FACE_MODEL"], ["face_model"]),
+    "ImagePromptEncodeFace": (["IMAGE_PROMPT", "IMAGE"], ["image_prompt", "faces"]),
+    "ImagePromptApplyFaceLoRA": (["MODEL"], ["model"]),
     "ImagePromptLoRAStrength": (["MODEL", "CLIP", "STRING"], ["model", "clip", "report"]),
     "ImagePromptLoRAStack": (["MODEL", "CLIP", "STRING"], ["model", "clip", "report"]),
     "ImagePromptLoRAInspect": (["STRING", "IMAGE"], ["text", "heat_map"]),
@@ -114,6 +118,20 @@ def test_strength_zero_is_the_plain_model_and_one_is_not(make: Callable[..., Ste
     assert result.sha256(one) != result.sha256(away)
 
 
+def test_one_node_does_what_two_do(make: Callable[..., Steering]) -> None:
+    s = make()
+    adapter, photo, mask = s.adapter(), s.photo(), s.mask(0.2, 1.0)
+    settings = {"strength": 0.7, "preset": "ease in", "scaling": "K+V", "start": 0.0, "end": 0.9}
+    two = s.apply(s.model, adapter, s.encode(adapter, photo, combine="average"), mask=mask, **settings)
+    one = s.graph.add(
+        "ImagePromptApplyImage", model=s.model, adapter=adapter, clip_vision=s.vision, image=photo, mask=mask,
+        combine="average", per_latent=False, **settings,
+    )  # fmt: skip
+    saved = [s.sample(model) for model in (two, one)]
+    result = s.run()
+    assert result.sha256(saved[0]) == result.sha256(saved[1])
+
+
 def test_another_strength_encodes_nothing_again_and_going_back_gives_the_same_bits(
     server: ComfyServer, make: Callable[..., Steering]
 ) -> None:
@@ -190,6 +208,53 @@ def test_combining_prompts_equals_encoding_them_together(make: Callable[..., Ste
     saved = [s.sample(s.apply(s.model, adapter, prompt)) for prompt in (together, combined)]
     result = s.run()
     np.testing.assert_allclose(*(result.tensor(node) for node in saved), rtol=0, atol=1e-3)
+
+
+# --- faces ------------------------------------------------------------------------------------------------------------
+
+
+def encode_faces(s: Steering, adapter: Node, **settings: Any) -> Node:
+    inputs = {"face": "largest", "number": 1, "combine": "concat", "picture_strength": 1.0, "per_latent": False}
+    inputs |= {"adapter": adapter, "face_model": s.graph.add("TestFaceModel"), "image": s.photo(2)} | settings
+    return s.graph.add("ImagePromptEncodeFace", **inputs)
+
+
+def test_which_face_is_chosen(make: Callable[..., Steering]) -> None:
+    """Of three faces: the second is the largest, the first the best detection, the third lies in the mask."""
+    s = make()
+    adapter = s.adapter("faceid")
+    right = s.mask(0.0, 1.0)
+    choices = {
+        "largest": {},
+        "best": {"face": "best"},
+        "all": {"face": "all"},
+        "second largest": {"face": "nth largest", "number": 2},
+        "second from left": {"face": "nth from left", "number": 2},
+        "third from left": {"face": "nth from left", "number": 3},
+        "in the mask": {"mask": right},
+        "a picture without transparency": {"mask": s.photo(2)[1]},
+    }
+    saved = {name: s.save(encode_faces(s, adapter, **settings)[1]) for name, settings in choices.items()}
+    result = s.run()
+    crops = {name: result.tensor(node) for name, node in saved.items()}
+    assert [len(crop) for crop in crops.values()] == [1, 1, 3, 1, 1, 1, 1, 1]
+    assert crops["largest"].shape == (1, 224, 224, 3)
+    for same, other in (
+        ("largest", "second from left"), ("best", "second largest"), ("in the mask", "third from left"),
+        ("largest", "a picture without transparency"),
+    ):  # fmt: skip
+        assert np.array_equal(crops[same], crops[other]), (same, other)
+    assert np.array_equal(crops["all"][:1], crops["largest"])
+    assert not np.array_equal(crops["largest"], crops["best"])
+
+
+def test_faces_steer(make: Callable[..., Steering]) -> None:
+    s = make()
+    face = s.adapter("faceid")
+    plain = s.sample(s.model)
+    steered = s.sample(s.apply(s.model, face, encode_faces(s, face)[0]))
+    result = s.run()
+    assert result.sha256(steered) != result.sha256(plain)
 
 
 def test_inspect_lists_every_site_with_its_weight(server: ComfyServer, sd15: str, adapters: Path) -> None:
@@ -384,6 +449,25 @@ def two_strengths_for_one_image(s: Steering) -> None:
     s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo(), strengths="1, 2")))
 
 
+def face_adapter_on_pictures(s: Steering) -> None:
+    adapter = s.adapter("faceid")
+    s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo())))
+
+
+def picture_adapter_on_faces(s: Steering) -> None:
+    adapter = s.adapter("base")
+    s.sample(s.apply(s.model, adapter, encode_faces(s, adapter)[0]))
+
+
+def no_lora_inside(s: Steering) -> None:
+    s.sample(s.graph.add("ImagePromptApplyFaceLoRA", model=s.model, adapter=s.adapter("base"), strength=1.0))
+
+
+def fourth_of_three_faces(s: Steering) -> None:
+    adapter = s.adapter("faceid")
+    s.sample(s.apply(s.model, adapter, encode_faces(s, adapter, face="nth largest", number=4)[0]))
+
+
 def two_encoders(s: Steering) -> None:
     adapter = s.adapter("base")
     first = s.encode(adapter, s.photo())
@@ -391,6 +475,21 @@ def two_encoders(s: Steering) -> None:
     strengths = {f"strength_{i}": 1.0 for i in range(1, 6)}
     inputs = {"combine": "average", "prompt_1": first, "prompt_2": s.encode(adapter, s.photo(1))}
     s.sample(s.apply(s.model, adapter, s.graph.add("ImagePromptCombine", adapter=adapter, **inputs, **strengths)))
+
+
+def test_the_mask_of_a_picture_without_transparency_is_no_mask(
+    server: ComfyServer, make: Callable[..., Steering]
+) -> None:
+    """Load Image gives 64 x 64 zeros for it, whatever the picture's size."""
+    s = make()
+    adapter = s.adapter()
+    picture = np.random.default_rng(3).integers(0, 255, (80, 96, 3), np.uint8)
+    loaded = s.graph.add("LoadImage", image=server.upload_image(picture, "no_transparency.png"))
+    plain, masked = (
+        s.sample(s.apply(s.model, adapter, s.encode(adapter, loaded, **more))) for more in ({}, {"mask": loaded[1]})
+    )
+    result = s.run()
+    assert result.sha256(plain) == result.sha256(masked)
 
 
 MISTAKES: dict[str, tuple[Callable[[Steering], None], str]] = {
@@ -407,6 +506,10 @@ MISTAKES: dict[str, tuple[Callable[[Steering], None], str]] = {
     "unreadable site table": (unreadable(sites="somewhere"), "cannot read"),
     "site that is not there": (unreadable(sites="input 99: 1"), "matches no site"),
     "strength for no image": (two_strengths_for_one_image, "strengths"),
+    "face adapter on whole pictures": (face_adapter_on_pictures, "reads faces and not whole pictures"),
+    "adapter for pictures on faces": (picture_adapter_on_faces, "reads whole pictures and not faces"),
+    "no LoRA inside": (no_lora_inside, "carries no LoRA"),
+    "face that is not there": (fourth_of_three_faces, "face number 4"),
     "prompts of two encoders": (two_encoders, "encoder"),
 }
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from host.shrunk import UNETS, cross_attention_widths
 
 VISION_HIDDEN, VISION_PROJECTION = 32, 24  # TestClipVision
-BASE_TOKENS = 4
+BASE_TOKENS, FACE = 4, 512
 PLUS_QUERIES, PLUS_WIDTH, PLUS_HEADS, PLUS_DEPTH, HEAD_DIM = 16, 64, 2, 2, 64
 
 Linear = Callable[[int, int], Tensor]  # (rows, columns) -> a random weight
 
 
 def build_adapter(family: str, unet: str, folder: Path, *, seed: int = 0, suffix: str = ".safetensors") -> Path:
-    """A `family` ("base", "plus") adapter for UNETS[unet] in `folder`; .safetensors is flat, .bin the nested pickle."""
+    """A `family` ("base", "plus", "faceid") adapter for UNETS[unet] in `folder`; .safetensors is flat, .bin the nested pickle."""
     path = folder / f"tiny_{family}_{unet}_s{seed}{suffix}"
     if path.exists():
         return path
@@ -45,11 +45,13 @@ def adapter_tensors(family: str, unet: str, *, seed: int = 0) -> dict[str, Tenso
     def linear(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator) / columns**0.5
 
-    build = {"base": _image_proj, "plus": _resampler}[family]
+    build = {"base": _image_proj, "plus": _resampler, "faceid": _face_mlp}[family]
     state = {f"image_proj.{key}": value for key, value in build(shape.text_width, linear).items()}
     for i, width in enumerate(cross_attention_widths(shape)):
         state[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"] = linear(width, shape.text_width)
         state[f"ip_adapter.{2 * i + 1}.to_v_ip.weight"] = linear(width, shape.text_width)
+        if family == "faceid":
+            state |= _lora_inside(i, width, shape.text_width, linear)
     return {key: value.half().contiguous() for key, value in state.items()}
 
 
@@ -58,6 +60,23 @@ def _image_proj(text_width: int, linear: Linear) -> dict[str, Tensor]:
     return {"proj.weight": linear(rows, VISION_PROJECTION), "proj.bias": 0.1 * linear(rows, 1)[:, 0]} | _norm(
         "norm", text_width
     )
+
+
+def _face_mlp(text_width: int, linear: Linear) -> dict[str, Tensor]:
+    rows = BASE_TOKENS * text_width
+    state = {"proj.0.weight": linear(2 * FACE, FACE), "proj.0.bias": torch.zeros(2 * FACE)}
+    state |= {"proj.2.weight": linear(rows, 2 * FACE), "proj.2.bias": torch.zeros(rows)}
+    return state | _norm("norm", text_width)
+
+
+def _lora_inside(index: int, width: int, text_width: int, linear: Linear) -> dict[str, Tensor]:
+    """The LoRA of self- and cross-attention that FaceID files carry, of rank 2."""
+    state: dict[str, Tensor] = {}
+    for number, context in ((2 * index, width), (2 * index + 1, text_width)):
+        for part, columns in (("q", width), ("k", context), ("v", context), ("out", width)):
+            state[f"ip_adapter.{number}.to_{part}_lora.down.weight"] = linear(2, columns)
+            state[f"ip_adapter.{number}.to_{part}_lora.up.weight"] = linear(width, 2)
+    return state
 
 
 def _resampler(text_width: int, linear: Linear) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def _passed_on(node: Mapping[str, Any], slot: int) -> int | None:
 
 def _widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     values = node.get("widgets_values") or []
-    names = list(_widget_names(info))
+    names = list(widget_names(info))
     if isinstance(values, Mapping):
         yield from ((name, values[name]) for name in names if name is not None and name in values)
         return
@@ -103,7 +103,7 @@ def _widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> Iterator
     yield from ((name, value) for name, value in zip(names, values, strict=True) if name is not None)
 
 
-def _widget_names(info: Mapping[str, Any]) -> Iterator[str | None]:
+def widget_names(info: Mapping[str, Any]) -> Iterator[str | None]:
     """Widgets of a node in the frontend's order; None for those it adds itself (seed control, upload button)."""
     uploads = False
     for section in ("required", "optional"):

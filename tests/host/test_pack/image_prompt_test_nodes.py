@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import types
 
 import comfy.clip_vision
 import comfy.samplers
@@ -92,6 +93,88 @@ class TestClipVision:
             state[key] = random.to(value.dtype)
         vision.load_sd(state)
         return (vision,)
+
+
+class ThreeFaces:
+    """A face model that finds three faces in every picture, the second one the largest; who they are depends on the picture."""
+
+    name = "three faces"
+
+    def find(self, picture, size):
+        height, width = picture.shape[:2]
+        seed = int(picture.double().sum() * 1000) % 2**31
+        faces = []
+        for i, (left, side) in enumerate(((0.05, 0.2), (0.25, 0.4), (0.75, 0.2))):
+            corner = torch.tensor([left * width, 0.3 * height])
+            points = torch.tensor([[0.34, 0.46], [0.66, 0.46], [0.5, 0.64], [0.37, 0.82], [0.63, 0.82]])
+            faces.append(
+                types.SimpleNamespace(
+                    box=torch.cat([corner, corner + side * width]),
+                    points=corner + points * side * width,
+                    score=0.9 - i / 10,
+                    area=(side * width) ** 2,
+                    embedding=torch.randn(512, generator=torch.Generator().manual_seed(seed + i)) * 20,
+                )
+            )
+        return faces
+
+
+class TestFaceModel:
+    """Stands in for Load Face Model and the old pack's loaders, without a face model's files."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("IMAGE_PROMPT_FACE_MODEL", "INSIGHTFACE")
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        return ThreeFaces(), ThreeFaces()
+
+
+class TestUnifiedLoader:
+    """What a unified loader of the old pack hands on, from parts that a test chooses."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL", "IPADAPTER")
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"model": ("MODEL",), "adapter": ("IPADAPTER",), "clip_vision": ("CLIP_VISION",)},
+            "optional": {"insightface": ("INSIGHTFACE",)},
+        }
+
+    def make(self, model, adapter, clip_vision, insightface=None):
+        pipeline = {
+            "clipvision": {"file": None, "model": clip_vision},
+            "ipadapter": {"file": None, "model": adapter},
+            "insightface": {"provider": "CPU", "model": insightface},
+        }
+        return model, pipeline
+
+
+class TestKolors:
+    """An SDXL model that carries Kolors' projection of its text, as Kolors loaders leave it on the UNet."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        unet = model.get_model_object("diffusion_model")
+        if not hasattr(unet, "encoder_hid_proj"):
+            with torch.inference_mode(False), torch.random.fork_rng():
+                torch.manual_seed(0)
+                unet.encoder_hid_proj = torch.nn.Linear(4096, 2048)
+        return (model,)
 
 
 class TestSaveTensor:
@@ -276,6 +359,9 @@ class TestSameObject:
 NODES = (
     TestConditioning,
     TestClipVision,
+    TestFaceModel,
+    TestUnifiedLoader,
+    TestKolors,
     TestSaveTensor,
     TestImage,
     TestMaskBatch,

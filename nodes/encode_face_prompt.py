@@ -1,0 +1,87 @@
+"""Encode Face Prompt."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..ipadapter_core import rules_for
+from ..ipadapter_core.faces import FaceAnalyzer, Nth, Which
+from . import host
+from .sockets import CATEGORY, FaceModel, Prompt, adapter_input, combine_input, compatibility_input
+
+CHOICES = ("largest", "best", "all", "nth largest", "nth from left")
+
+
+class EncodeFacePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ImagePromptEncodeFace",
+            display_name="Encode Face Prompt",
+            category=CATEGORY,
+            description="Turns faces in reference images into an image prompt for a FaceID adapter.",
+            inputs=[
+                adapter_input(),
+                FaceModel.Input("face_model", tooltip="From Load Face Model."),
+                io.Image.Input("image", tooltip="One or more pictures with a clear face and some room around it."),
+                io.Combo.Input(
+                    "face",
+                    options=list(CHOICES),
+                    tooltip="Which face of every picture: the largest, the best detection, all of them (as several references), or "
+                    "the one with the number below.",
+                ),
+                io.Int.Input(
+                    "number", default=1, min=1, max=64, tooltip="For 'nth largest' and 'nth from left': 1 is the first."
+                ),
+                combine_input(),
+                io.Float.Input(
+                    "picture_strength",
+                    default=1.0,
+                    min=-1.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="FaceID Plus v2: how much it reads in the picture of the face beside who it is; less frees pose and "
+                    "style. Others ignore it.",
+                ),
+                io.Boolean.Input(
+                    "per_latent",
+                    default=False,
+                    tooltip="On: face i steers image i of the latent batch. Off: all faces steer every image.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="The image encoder; only FaceID Plus needs it. Inspect Adapter names it.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Only faces whose centre lies inside (white) count. Several masks on one picture choose one face each.",
+                ),
+                compatibility_input(),
+            ],
+            outputs=[Prompt.Output(display_name="image_prompt"), io.Image.Output(display_name="faces")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        adapter: host.ManagedAdapter,
+        face_model: FaceAnalyzer,
+        image: Tensor,
+        face: str,
+        number: int,
+        combine: str,
+        picture_strength: float,
+        per_latent: bool,
+        clip_vision: object | None = None,
+        mask: Tensor | None = None,
+        compatibility: str = "correct",
+    ) -> io.NodeOutput:
+        which: Which = Nth(number, "left" if face == "nth from left" else "size") if face.startswith("nth") else face
+        prompt, found = host.encode_face(
+            adapter, face_model, clip_vision, image, which=which, mask=mask, combine=combine, per_latent=per_latent,
+            picture_scale=picture_strength, rules=rules_for(compatibility),
+        )  # fmt: skip
+        return io.NodeOutput(prompt, found.crops)

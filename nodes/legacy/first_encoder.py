@@ -1,0 +1,54 @@
+"""IPAdapterEncoder as it was before 2024-03-23: pictures and weights without an adapter, embeds as one pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ipadapter_core import InvalidInputError, encode_features, rules_for
+from ...ipadapter_core.legacy import first_feature_weight
+from ...ipadapter_core.picture_prep import negative_picture
+from ...ipadapter_core.prompt import no_image_features
+from .. import host
+
+
+def encode_first(
+    clip_vision: Any,
+    *,
+    plus: bool,
+    compatibility: str,
+    image_1: Tensor,
+    image_2: Tensor | None = None,
+    image_3: Tensor | None = None,
+    image_4: Tensor | None = None,
+    noise: float = 0.0,
+    weight_1: float = 1.0,
+    weight_2: float = 1.0,
+    weight_3: float = 1.0,
+    weight_4: float = 1.0,
+) -> tuple[Any, ...]:
+    """Embeds ``2 i ...`` (positive, negative) of up to four inputs, those of other sizes brought to the first's."""
+    if clip_vision is None:
+        raise InvalidInputError("IPAdapter Encoder has pictures and no clip_vision: connect Load CLIP Vision")
+    rules = rules_for(compatibility, v1=True)
+    encoder = host.ClipVisionEncoder(clip_vision)
+    given = [(image_1, weight_1), (image_2, weight_2), (image_3, weight_3), (image_4, weight_4)]
+    pictures = [(host.resized_like(image, image_1), weight) for image, weight in given if image is not None]
+    images = torch.cat([image for image, _ in pictures])
+    feature = "penultimate" if plus else "image_embeds"
+    features = encode_features(feature, encoder, images, rules=rules, progress=host.progress_bar())
+    if noise > 0:
+        negative = encode_features(feature, encoder, negative_picture(images, noise), rules=rules)
+    else:
+        negative = no_image_features(feature, encoder, features, rules).expand_as(features)
+    weights = torch.tensor([first_feature_weight(weight) for image, weight in pictures for _ in image])
+    weights = weights.view(-1, *[1] * (features.ndim - 1)).to(features)
+    if rules.features_scaled:
+        weighted = features * weights
+    else:
+        neutral = no_image_features(feature, encoder, features, rules)
+        weighted = neutral + (features - neutral) * weights
+    pair = torch.stack([weighted, negative])
+    return pair, pair[1]

@@ -1,0 +1,55 @@
+"""Every example workflow that the old pack ships, of both its versions, runs with our nodes. Needs $IPADAPTER_PLUS_PATH.
+
+``nodes/legacy/README.md`` lists what ran, and what stood in for models and other packs' nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from host.comfy_server import ComfyServer
+from host.old_examples import Example
+
+OLD = os.environ.get("IPADAPTER_PLUS_PATH")
+FIRST_VERSION = "6a411dc"  # the last commit before the old pack's rewrite of 2024-03-23
+
+
+def history(*command: str) -> str:
+    """A git command's output in the old pack's checkout; nothing where that has no such history."""
+    done = subprocess.run(["git", "-C", str(OLD), *command], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+def examples() -> dict[str, str]:
+    """Name and text of every workflow."""
+    if not OLD:
+        return {}
+    found = {file.name: file.read_text() for file in sorted(Path(OLD).glob("examples/*.json"))}
+    for path in history("ls-tree", "--name-only", FIRST_VERSION, "examples/").splitlines():
+        if path.endswith(".json"):
+            found[f"first version, {Path(path).name}"] = history("show", f"{FIRST_VERSION}:{path}")
+    return found
+
+
+EXAMPLES = examples()
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="no old pack at $IPADAPTER_PLUS_PATH")
+@pytest.mark.parametrize("name", sorted(EXAMPLES, key=lambda name: ("xl" in EXAMPLES[name].lower(), name)))
+def test_an_example_of_the_old_pack_runs(
+    server: ComfyServer, model_cache: Path, adapters: Path, name: str, record_property: pytest.RecordProperty
+) -> None:
+    example = Example(json.loads(EXAMPLES[name]), server, model_cache, adapters)
+    graph = example.prompt()
+    result = server.run(graph)
+    saved = [result.tensor(i) for i, node in graph.items() if node["class_type"] == "TestSaveTensor"]
+    assert saved or any(node["class_type"] == "PreviewImage" for node in graph.values())
+    assert all(np.isfinite(picture).all() for picture in saved)
+    record_property("stand_ins", ", ".join(sorted(example.stand_ins)))
+    print(f"{name}: {', '.join(sorted(example.stand_ins))}")
