@@ -11,11 +11,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..backends import diffusers_lora
 from ..cli import progress_bar
 from ..generate import save_picture, to_pillow
+from ..lora import load_lora
 from ..schedule import WeightSchedule
 from .measure import contradicting_backgrounds, measure
-from .world import References, World, load_world
+from .world import FOLDER, References, World, load_world
 
 ROWS = 6
 ZOOM = 2
@@ -23,6 +25,9 @@ GAP = 8
 HEADER = 74
 LABELS = 128
 TEXT_STRENGTH = 0.6
+STYLE = FOLDER / "loras" / "style-lora.safetensors"
+"""The shipped LoRA, a poster in blue ink, made by ``train_lora``."""
+STYLE_STRENGTHS = (0.0, 0.5, 1.0)
 
 
 def run(out: Path, *, family: str, steps: int, figures: bool, as_json: bool) -> None:
@@ -32,6 +37,8 @@ def run(out: Path, *, family: str, steps: int, figures: bool, as_json: bool) -> 
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar("sheet", 7) as progress:
         sheet = draw_sheet(world, family, steps, progress)
+    if STYLE.is_file():
+        save_picture(draw_style(world, family, steps), out / "style.png", {"lora": STYLE.name, "steps": steps})
     facts: dict[str, object] = {"adapter": family, "steps": steps}
     if figures:
         with progress_bar("figures", 6) as progress:
@@ -83,6 +90,27 @@ def draw_sheet(world: World, family: str, steps: int, progress: object = None) -
     return compose(drawn, [name.rsplit(".", 1)[0] for name in references.names], wanted)
 
 
+def draw_style(world: World, family: str, steps: int, file: Path = STYLE) -> Image.Image:
+    """One row per reference: a live LoRA at several strengths, alone and together with the image prompt, from the same noise.
+
+    Only the number changes from column to column; no weight is written.
+    """
+    references = spread(world.references, ROWS)
+    prompts, seeds = ["emoji"] * ROWS, list(range(100, 100 + ROWS))
+    drawn: list[tuple[str, Tensor]] = [("reference\n(never trained)", references.images)]
+    patch = diffusers_lora.place(world.pipeline, load_lora(file))
+    for images, label, schedule in (
+        (None, "text only", WeightSchedule()),
+        (references.images, "with the image", WeightSchedule(strength=1.0)),
+    ):
+        with diffusers_lora.apply(world.pipeline, patch, branches=("uncond", "cond")) as lora:
+            for strength in STYLE_STRENGTHS:
+                lora.set_strength(strength)
+                pictures = world.draw(family, images, schedule, prompts, seeds=seeds, steps=steps)
+                drawn.append((f"{label},\nstyle LoRA {strength:g}", pictures))
+    return compose(drawn, [name.rsplit(".", 1)[0] for name in references.names], [""] * ROWS)
+
+
 def compose(columns: list[tuple[str, Tensor]], names: list[str], wanted: list[str]) -> Image.Image:
     """Pictures in labelled columns and rows."""
     side = columns[0][1].shape[-1] * ZOOM
@@ -97,7 +125,7 @@ def compose(columns: list[tuple[str, Tensor]], names: list[str], wanted: list[st
             picture = to_pillow(pictures[r].permute(1, 2, 0)).resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(picture, (left, HEADER + r * (side + GAP)))
     for r, name in enumerate(names):
-        words = f"{name.replace('-', ' ')}\ntext asks for\n{wanted[r]}"
+        words = name.replace("-", " ") + (f"\ntext asks for\n{wanted[r]}" if wanted[r] else "")
         top = HEADER + r * (side + GAP) + side / 2
         pen.multiline_text((LABELS - 10, top), words, fill="black", font=font, anchor="rm", align="right")
     return sheet

@@ -69,7 +69,7 @@ class Decomposed(Update):
 
     def rows(self, start: int, length: int) -> Update:
         if self.axis == "in":
-            return super().rows(start, length)  # its norm needs all rows; refused when it meets the layer
+            return Update.rows(self, start, length)  # its norm needs all rows; refused when it meets the layer
         part = slice(start, start + length)
         return replace(self, inner=self.inner.rows(start, length), magnitude=self.magnitude[part])
 

@@ -121,9 +121,10 @@ class LiveLayer:
             y = self._add_low_rank(module, x, y, low, call, patches)
         for part, strengths in others:
             change = self._change(module, part, y)
-            added = self._changed(change, x, base, strengths)
+            rows, layer = part.placement.rows, Layer(module)
+            added = self._changed(change, x, base if rows is None else _rows_of(base, rows, layer), strengths)
             weight = self._mask(part, y, call, patches)
-            y = _placed_sum(y, added if weight is None else added * weight, part.placement.rows, Layer(module))
+            y = _placed_sum(y, added if weight is None else added * weight, rows, layer)
         return y
 
     def masked_change(
@@ -227,14 +228,8 @@ class LiveLayer:
         key = (id(module), id(part), like.device, like.dtype)
         found = self._changes.get(key)
         if found is None:
-            layer = Layer(module)
             update, rows = part.placement.update, part.placement.rows
-            if rows is not None and update.reads_weight:
-                raise InvalidInputError(
-                    f"{update.title} on some rows of the fused layer {self.path} cannot run live; choose the merged mode"
-                )
-            if rows is not None:
-                layer = _RowsOf(module, rows[1])
+            layer = Layer(module) if rows is None else _RowsOf(module, *rows)
             make = update.live if part.placement.parameter == "weight" else update.live_bias
             found = self._changes[key] = make(layer, like)
         return found
@@ -250,20 +245,36 @@ class LiveLayer:
 class _RowsOf(Layer):
     """Some output rows of a fused layer, as a layer."""
 
-    def __init__(self, module: nn.Module, rows: int) -> None:
+    def __init__(self, module: nn.Module, start: int, length: int) -> None:
         super().__init__(module)
-        self._rows = rows
+        self._start, self._length = start, length
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self._rows, *super().shape[1:]
+        return self._length, *super().shape[1:]
+
+    def weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        # quantisers pack whole weights: expanded first, then cut
+        return Layer(self.module).weight(device, dtype)[self._start : self._start + self._length]
+
+    def bias_vector(self, like: Tensor) -> Tensor:
+        return Layer(self.module).bias_vector(like)[self._start : self._start + self._length]
+
+    def again(self, x: Tensor) -> Tensor:
+        whole: Tensor = self.module.forward(x)
+        return self.without_bias(_rows_of(whole, (self._start, self._length), self))
+
+
+def _rows_of(y: Tensor, rows: tuple[int, int], layer: Layer) -> Tensor:
+    """The output of some rows of a fused layer."""
+    return y.narrow(1 if layer.kind == "conv" else -1, *rows)
 
 
 def _placed_sum(y: Tensor, added: Tensor, rows: tuple[int, int] | None, layer: Layer) -> Tensor:
     if rows is None:
         return y + added
     y = y.clone()
-    y.narrow(1 if layer.kind == "conv" else -1, *rows).add_(added)
+    _rows_of(y, rows, layer).add_(added)
     return y
 
 

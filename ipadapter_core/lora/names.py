@@ -25,6 +25,8 @@ SUFFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?:\.lora_linear_layer|\.lora|_lora)\.down\.weight$", "down"),  # diffusers, old and oldest
         (r"(?:\.lora_linear_layer|\.lora|_lora)\.up\.weight$", "up"),
         (r"(?:\.lora_linear_layer|\.lora|_lora)\.alpha$", "alpha"),
+        (r"(?<=_lora[12])\.down\.weight$", "down"),  # XLabs: the number says picture or text, so it stays in the name
+        (r"(?<=_lora[12])\.up\.weight$", "up"),
         (r"\.alpha$", "alpha"),
         (r"\.hada_(w1_a|w1_b|w2_a|w2_b|t1|t2)$", r"hada_\1"),
         (r"\.lokr_(w1|w1_a|w1_b|w2|w2_a|w2_b|t1|t2)$", r"lokr_\1"),
@@ -101,6 +103,8 @@ def spelling_of(keys: list[str]) -> str:
     """A name for how a file spells its keys, for people."""
     for sign, spelling in (
         ("ip_adapter.", "inside an IP-Adapter file"),
+        ("_lora1.down", "XLabs"),
+        (".processor.qkv_lora.", "XLabs"),
         (".processor.", "diffusers attention processors (old)"),
         ("lycoris_", "SimpleTuner (LyCORIS)"),
         ("lora_transformer_", "OneTrainer"),

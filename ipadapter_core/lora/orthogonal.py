@@ -7,7 +7,7 @@ of ``constraint Â· o`` where that is above 0. Strength s: OFT ``W + s (rescale Â
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -74,6 +74,20 @@ class Orthogonal(Update):
             return ((turned if rescale is None else turned * rescale) - base) * s
 
         return change
+
+    def rows(self, start: int, length: int) -> Update:
+        """Whole blocks of it; a block that reaches into another layer mixes both, which no single layer can follow."""
+        n = int(self.blocks.shape[-1])
+        if start % n or length % n:
+            return Update.rows(self, start, length)
+        blocks = self.blocks
+        limit = self.constraint * self._rows
+        if limit > 0:  # the norm is of all blocks together
+            wide = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+            norm = torch.linalg.vector_norm(wide - wide.transpose(-1, -2))
+            blocks = wide * (limit / norm.clamp_min(limit))
+        rescale = None if self.rescale is None else self.rescale.flatten()[start : start + length]
+        return replace(self, blocks=blocks[start // n : (start + length) // n], constraint=0.0, rescale=rescale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,8 +6,9 @@ Flux and SD3 have layers that one side fuses and the other keeps apart, hence ro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -311,9 +312,46 @@ def _transformer(model: nn.Module) -> TargetTable:
             rows = Rows(second, first, length) if is_original else Rows(first, second, length)
             names[_name(other)] = (*names.get(_name(other), ()), Place(own, rows))
             labels.setdefault(own, own if is_original else link.diffusers)
+    if family == "Flux":
+        names.update(_xlabs_names(names, _flux_width(layers)))
     for path, module in layers.items():
         targets[path] = _target(path, module, "unet", labels.get(path, path), _transformer_block(path, family))
     return TargetTable("unet", family, targets, names)
+
+
+XLABS = (
+    ("qkv_lora1", "img_attn_qkv"),
+    ("proj_lora1", "img_attn_proj"),
+    ("qkv_lora2", "txt_attn_qkv"),
+    ("proj_lora2", "txt_attn_proj"),
+)
+"""XLabs' processors of double blocks and the layers that they stand beside (x-flux, layers.py)."""
+
+
+def _xlabs_names(names: Mapping[str, tuple[Place, ...]], width: int) -> dict[str, tuple[Place, ...]]:
+    """Names by processor. A single block's `qkv` acts on the part of `linear1` that is no MLP, its `proj` on all of `linear2`."""
+    found: dict[str, tuple[Place, ...]] = {}
+    for name, places in names.items():
+        block = re.fullmatch(r"((?:double|single)_blocks_\d+)_(.*)", name)
+        if block is None:
+            continue
+        stem, layer = f"{block[1]}_processor_", block[2]
+        found |= {stem + theirs: places for theirs, ours in XLABS if layer == ours}
+        if layer == "linear2":
+            found[stem + "proj"] = places
+        if layer == "linear1":
+            found[stem + "qkv"] = tuple(
+                replace(place, rows=place.rows or Rows(0, 0, 3 * width))
+                for place in places
+                if place.rows is None or place.rows.source < 3 * width
+            )
+    return found
+
+
+def _flux_width(layers: Mapping[str, nn.Module]) -> int:
+    """Rows of q."""
+    fused = layers.get("double_blocks.0.img_attn.qkv")
+    return Layer(layers["transformer_blocks.0.attn.to_q"]).shape[0] if fused is None else Layer(fused).shape[0] // 3
 
 
 def _links_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, Iterable[_Link], bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from host.shrunk import UNETS, unet_shapes
+from ipadapter_core.backends import diffusers_lora as backend
 from ipadapter_core.errors import CorruptFileError, IncompatibleAdapterError, UnknownFormatError
 from ipadapter_core.lora import (
     PlacedLoRA,
@@ -24,6 +26,7 @@ from ipadapter_core.lora import (
     place_lora,
     targets_of,
 )
+from tiny_loras import ALGORITHMS
 from tiny_models import SD15, SDXL, noise, tiny_unet
 
 Weights = dict[str, Tensor]
@@ -290,6 +293,106 @@ def test_a_file_for_diffusers_flux_on_fused_layers(prefix: str) -> None:
     assert_close(actual["single_blocks.0.linear1.weight"], torch.cat(single))
     scale, shift = product(state, spelled["norm_out.linear"]).split(H)
     assert_close(actual["final_layer.adaLN_modulation.1.weight"], torch.cat([shift, scale]))
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_xlabs_names(naming: str) -> None:
+    """Its numbers say picture (1) and text (2); in single blocks qkv leaves the MLP's rows of linear1 alone."""
+    model = Skeleton(FLUX_ORIGINAL if naming == "original" else FLUX_DIFFUSERS)
+    shapes = {"double_blocks.0.processor.qkv_lora1": (3 * H, H), "double_blocks.0.processor.qkv_lora2": (3 * H, H)}
+    shapes["double_blocks.0.processor.proj_lora1"] = (H, H)
+    shapes |= {"single_blocks.0.processor.qkv_lora": (3 * H, H), "single_blocks.0.processor.proj_lora": (H, H + MLP)}
+    state: Weights = {}
+    products: dict[str, Tensor] = {}
+    for i, (stem, (rows, columns)) in enumerate(shapes.items()):
+        down, up = noise(2, columns, seed=i), noise(rows, 2, seed=i + 20)
+        state |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
+        products[stem.split(".", 1)[0] + stem.rsplit(".", 1)[1]] = up @ down
+    found = placed(state, model)
+    assert found.weights.spelling == "XLabs"
+    assert not found.unmatched
+    assert not found.weights.ignored
+    actual = changes(found)
+    if naming == "original":
+        expected = {
+            "double_blocks.0.img_attn.qkv": products["double_blocksqkv_lora1"],
+            "double_blocks.0.txt_attn.qkv": products["double_blocksqkv_lora2"],
+            "double_blocks.0.img_attn.proj": products["double_blocksproj_lora1"],
+            "single_blocks.0.linear1": torch.cat([products["single_blocksqkv_lora"], torch.zeros(MLP, H)]),
+            "single_blocks.0.linear2": products["single_blocksproj_lora"],
+        }
+    else:
+        expected = {
+            "transformer_blocks.0.attn.to_out.0": products["double_blocksproj_lora1"],
+            "single_transformer_blocks.0.proj_out": products["single_blocksproj_lora"],
+        }
+        for form, source in (
+            ("transformer_blocks.0.attn.to_{}", "double_blocksqkv_lora1"),
+            ("transformer_blocks.0.attn.add_{}_proj", "double_blocksqkv_lora2"),
+            ("single_transformer_blocks.0.attn.to_{}", "single_blocksqkv_lora"),
+        ):
+            expected |= {form.format(n): p for n, p in zip("qkv", products[source].split(H), strict=True)}
+    assert actual.keys() == {f"{path}.weight" for path in expected}
+    for path, delta in expected.items():
+        assert_close(actual[f"{path}.weight"], delta)
+
+
+class Fused(nn.Module):
+    """The start of a Flux whose q, k and v are one layer, with numbers in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        block: Any = nn.Module()
+        block.img_attn = nn.Module()
+        block.img_attn.qkv = nn.Linear(H, 3 * H)
+        self.double_blocks = nn.ModuleList([block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        block: Any = self.double_blocks[0]
+        return block.img_attn.qkv(x)
+
+
+@pytest.mark.parametrize("kind", ["DoRA out", "DoRA in", "OFT"])
+def test_what_reads_the_weight_runs_live_on_a_part_of_a_fused_layer(kind: str) -> None:
+    model, x = Fused(), noise(2, 5, H)
+    state = {
+        f"transformer.transformer_blocks.0.attn.to_{n}.{key}": value
+        for i, n in enumerate("qv")
+        for key, value in ALGORITHMS[kind]((H, H), 2, 7 * i).items()
+    }
+    patch = replace(backend.place(model, load_lora(state)), strength=0.7)
+    plain = model(x)
+    with torch.no_grad(), backend.merge(model, patch):
+        merged = model(x)
+    with torch.no_grad(), backend.apply(model, patch):
+        live = model(x)
+    assert_close(live, merged, rtol=1e-5, atol=1e-5)
+    assert torch.equal(live[..., H : 2 * H], plain[..., H : 2 * H]), "k is left alone"
+    assert (live - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("constraint", [0.0, 0.002])
+def test_oft_of_a_fused_layer_on_separate_layers(constraint: float) -> None:
+    """Whole blocks go with their rows, shortened by the norm of all; a block across two layers is refused."""
+    model = Skeleton(FLUX_DIFFUSERS)
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    blocks = noise(3 * H // 4, 4, 4)
+    state = {f"{stem}.oft_blocks": blocks, f"{stem}.alpha": torch.tensor(constraint)}
+    fused = load_lora(state).modules[0].weight
+    assert fused is not None
+    weight = noise(3 * H, H)
+    whole = fused.delta(weight)
+    found = placed(state, model)
+    assert [p.target.path.rsplit(".", 1)[1] for p in found.placements] == ["to_q", "to_k", "to_v"]
+    for i, p in enumerate(found.placements):
+        rows = slice(i * H, (i + 1) * H)
+        assert_close(p.update.delta(weight[rows]), whole[rows], rtol=1e-5, atol=1e-6)
+    across = {f"{stem}.oft_blocks": noise(2, 12, 12), f"{stem}.alpha": torch.tensor(0.0)}
+    columns = lora_for(stem, (3 * H, H)) | {f"{stem}.dora_scale": torch.ones(1, H)}  # its norms need all rows
+    for state in (across, columns):
+        with pytest.raises(IncompatibleAdapterError, match="does not fit"):
+            placed(state, model)
 
 
 def test_sd3_names() -> None:
