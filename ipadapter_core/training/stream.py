@@ -98,11 +98,13 @@ class Stream:
             raise CorruptFileError(
                 f"{record.name} ({image.width}x{image.height}; data.min_side is {config.min_side}) is tiny"
             )
+        looks = self.encoders.looks
+        assert looks is not None, "streams feed adapters, and those have references"
         pixels, cut = cut_target(image, (config.resolution, config.resolution))
         seed = f"{digest(record.content)} {variant}"
         return Item(
             pixels,
-            see_reference(image, self.encoders.looks, config.augment, seed),
+            see_reference(image, looks, config.augment, seed),
             tuple(ids[0] for ids in self.tokenize([record.caption or ""])),
             torch.tensor(cut.time_ids(), dtype=torch.float32),
             place,
