@@ -551,7 +551,7 @@ def grid(xl: bool) -> Iterator[Case]:
                 kept = ("combine_embeds", "embeds_scaling")
                 inputs = {key: settings[key] for key in kept} | {"ipadapter_params": params(settings)}
             name = f"grid, {class_type}: {i}"
-            recorded = i == n % (5 if one_type else 15)
+            recorded = i == n % (5 if one_type else 15) and (n % 4 == 0 if xl else n % 3 == 1)
             yield Case(name, class_type, inputs, adapters[i % len(adapters)], latents=3, recorded=recorded)
 
 
@@ -712,9 +712,9 @@ def main() -> None:
     if world.xl:  # of these the grid has all that SDXL's golden numbers need
         singly = [replace(case, recorded=False) for case in singly]
     else:
-        singly = [replace(case, recorded=case.recorded and i % 3 == 0) for i, case in enumerate(singly)]
+        singly = [replace(case, recorded=case.recorded and i % 21 == 0) for i, case in enumerate(singly)]
     # the first version's code for SDXL is the same but for the layers' numbers
-    firsts = [] if world.xl else [replace(case, recorded=i % 3 == 0) for i, case in enumerate(first_version())]
+    firsts = [] if world.xl else [replace(case, recorded=i % 9 == 0) for i, case in enumerate(first_version())]
     for case in (*singly, *grid(world.xl), *firsts):
         if not wanted(case.name):
             continue
