@@ -36,7 +36,7 @@ def encode_face_prompt(
     combine: Combine = "concat",
     per_latent: bool = False,
     picture_scale: float = 1.0,
-    negative: Tensor | None = None,
+    negative: Tensor | Callable[[Tensor], Tensor] | None = None,
     crop: int | None = None,
     chunk: int = 8,
     progress: Callable[[int, int], None] | None = None,
@@ -49,7 +49,7 @@ def encode_face_prompt(
         which, mask: the choice among the faces of a picture, see find_faces().
         combine, per_latent: as in encode_image_prompt(), over the chosen faces.
         picture_scale: how much FaceID Plus v2 reads in the picture of the face beside its embedding; 1 as trained.
-        negative: a picture whose look FaceID Plus steers away from, ``1 h w c``.
+        negative: pictures whose look FaceID Plus steers away from, ``1|f h w c``, or what makes them of the aligned faces.
         crop: side in pixels of the aligned face; None: as the adapter was trained.
         chunk, progress, rules: see encode_image_prompt().
 
@@ -79,7 +79,8 @@ def encode_face_prompt(
         if negative is None:
             uncond = unconditional_features(adapter, encoder, features, rules)
         else:
-            away = encode_features("penultimate", encoder, negative, rules=rules, chunk=chunk)
+            pictures = negative if isinstance(negative, Tensor) else negative(found.crops)
+            away = encode_features("penultimate", encoder, pictures, rules=rules, chunk=chunk)
             uncond = pack_face(torch.zeros(len(away), faces.shape[1]), away)
     prompt = prompt_from_features(
         adapter, features, uncond, combine=combine, per_latent=per_latent, chunk=chunk, encoder=name, rules=rules,

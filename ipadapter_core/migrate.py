@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from .errors import InvalidInputError
 from .image_encoder import ENCODERS
@@ -327,7 +327,7 @@ def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
         if face_model is None and beside.faces is not None:
             face_model = (beside.faces, 0, FACE_MODEL)
         if face_model is not None:
-            made.edges[encode, "face_model"] = (*face_model[:2], FACE_MODEL)
+            made.edges[encode, "face_model"] = (face_model[0], face_model[1], FACE_MODEL)
     else:
         outputs = {"image_prompt": "IMAGE_PROMPT"}
         settings = ["center", combine, "", "auto", batch, SWITCH]
@@ -359,24 +359,20 @@ def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
 class Replacement:
     """A node of ours that does alone what an old one did, for hosts that replace nodes one for one.
 
-    ``widgets`` are the old node's in order, ``inputs`` its inputs by our names (``optional`` those that a graph may
-    lack), ``values`` what ours is set to besides.
+    ``widgets`` are the old node's in order, ``inputs`` its inputs by our names, ``values`` what ours is set to besides.
     """
 
     old: str
     new: str
     widgets: tuple[str, ...]
     inputs: Mapping[str, str]
-    optional: frozenset[str] = frozenset()
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def _replacement(
     old: str, new: str, widgets: tuple[str, ...], sockets: tuple[str, ...] = (), **values: Any
 ) -> Replacement:
-    names = (*sockets, *widgets)
-    optional = frozenset(sockets) - {"model", "ipadapter", "image"}
-    return Replacement(old, new, widgets, {NEW_NAMES.get(name, name): name for name in names}, optional, values)
+    return Replacement(old, new, widgets, {NEW_NAMES.get(name, name): name for name in (*sockets, *widgets)}, values)
 
 
 _APPLY_SOCKETS = ("model", "ipadapter", "image", "clip_vision", "image_negative", "attn_mask")
@@ -397,16 +393,20 @@ REPLACEMENTS: tuple[Replacement, ...] = (
 """Nodes that one node of ours replaces; all others take two of ours (migrate() makes those) or stay as they are."""
 
 
-def complete(prompt: Mapping[str, Any], known: Collection[str]) -> None:
-    """Give old nodes of a prompt (API format) that ``known`` does not list their unconnected optional inputs, as None.
+def replace_in_prompt(prompt: Mapping[str, Any], known: Collection[str]) -> None:
+    """Put our nodes in the place of old ones that ``known`` does not list, in a prompt (API format).
 
-    ComfyUI's replacement reads every input that is mapped and stops at one that is not there.
+    What is not connected in the old node stays unconnected. (ComfyUI's own replacement stops at such an input, and where
+    a replaced node feeds another one.)
     """
-    optional = {entry.old: entry.optional for entry in REPLACEMENTS if entry.old not in known}
-    for node in prompt.values():
-        if isinstance(node, dict) and isinstance(node.get("inputs"), dict):
-            for name in optional.get(node.get("class_type"), ()):
-                node["inputs"].setdefault(name, None)
+    missing = {entry.old: entry for entry in REPLACEMENTS if entry.old not in known and entry.new in known}
+    for value in prompt.values():
+        node = cast("Json", value) if isinstance(value, dict) else {}
+        entry = missing.get(node.get("class_type", ""))
+        if entry is not None:
+            given: Json = node.get("inputs") or {}
+            inputs = {new: given[old] for new, old in entry.inputs.items() if old in given}
+            node |= {"class_type": entry.new, "inputs": {**inputs, **entry.values}}
 
 
 def _place(node: Json) -> tuple[float, float]:

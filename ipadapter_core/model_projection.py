@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +34,8 @@ def project_by_model(prompt: ImagePrompt, unet: nn.Module, scale: float = 1.0) -
         )
 
     def projected(tokens: Tensor) -> Tensor:
-        matrix = cast(Tensor, weight).to(tokens.device, torch.float32)
-        shift = None if bias is None else cast(Any, bias).to(tokens.device, torch.float32)
+        matrix = weight.to(tokens.device, torch.float32)
+        shift = None if bias is None else bias.to(tokens.device, torch.float32)
         return (F.linear(tokens.float(), matrix, shift) * scale).to(tokens.dtype)
 
     return replace(prompt, cond=projected(prompt.cond), uncond=projected(prompt.uncond))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,20 @@ NAMES = ("cat", "dog", "frog", "owl", "bee", "fox")
 
 
 def save_model(
-    folder: Path, kind: str = "sd15", *, prediction: str = "epsilon", seed: int = 0, text_width: int = 16
+    folder: Path,
+    kind: str = "sd15",
+    *,
+    prediction: str = "epsilon",
+    seed: int = 0,
+    text_width: int = 16,
+    kl: bool = False,
 ) -> Path:
-    """A diffusers pipeline folder of random weights with an image encoder: kind "sd15" or "sdxl"."""
+    """A diffusers pipeline folder of random weights with an image encoder: kind "sd15" or "sdxl".
+
+    `kl`: with the autoencoder that single-file checkpoints hold, which is slower than the tiny one.
+    """
     from diffusers import (
+        AutoencoderKL,
         AutoencoderTiny,
         DDIMScheduler,
         StableDiffusionPipeline,
@@ -53,6 +64,11 @@ def save_model(
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
     )  # fmt: skip
+    if kl:
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        )  # fmt: skip
     sizes: dict[str, Any] = {
         "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 16),
         "norm_num_groups": 4, "attention_head_dim": 2,
@@ -65,12 +81,15 @@ def save_model(
     )  # fmt: skip
     encoder = CLIPVisionModelWithProjection(vision)
     if kind == "sdxl":
+        # as in the real ones, by whose widths diffusers tells the two apart in a single file
+        second = copy.deepcopy(text)
+        second.hidden_size = 2 * text_width if kl else text_width
         unet = UNet2DConditionModel(
-            cross_attention_dim=2 * text_width, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
+            cross_attention_dim=text_width + second.hidden_size, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=6 * 4 + 8, **sizes,
         )  # fmt: skip
         StableDiffusionXLPipeline(
-            vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), tokenizer=tokenizer,
+            vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(second), tokenizer=tokenizer,
             tokenizer_2=tokenizer, unet=unet, scheduler=scheduler, image_encoder=encoder, add_watermarker=False,
         ).save_pretrained(folder)  # fmt: skip
     else:

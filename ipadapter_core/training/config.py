@@ -32,6 +32,10 @@ class ModelConfig:
     """The frozen models. `image_encoder` "" is the folder of that name inside `base`."""
 
     base: str = ""
+    """A diffusers folder, or one .safetensors file of SD1.5, SD2 or SDXL."""
+    config: str = ""
+    """Of a single file: a diffusers folder of its architecture, for configs and tokenizers (its weights are not read).
+    Empty: the folder beside the file that is named as it is."""
     image_encoder: str = ""
     prediction: Prediction = "auto"
     """What the UNet predicts; auto: what the scheduler in the model folder says."""
@@ -105,6 +109,8 @@ class DataConfig:
     cache_dtype: Dtype = "float16"
     latents: Literal["mode", "sample"] = "mode"
     """Use the autoencoder's mean, or draw from its distribution at every step as the original does (twice the cache)."""
+    shuffle: int = 1000
+    """Remote shards without a cache: so many pictures are held in memory and drawn from at random."""
     encode_batch: int = 8
     workers: int = 0
 
@@ -140,6 +146,8 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.999
     checkpointing: bool = False
+    shard: bool = False
+    """Split the frozen models' weights over the processes (FSDP), where one device cannot hold them."""
     seed: int = 0
     bad_steps: int = 5
     """So many steps in a row with a loss or gradient that is no number end the run."""
@@ -218,7 +226,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = parse_config(values, str(path))
     config = dataclasses.replace(
         config,
-        model=_beside(path, config.model, "base", "image_encoder"),
+        model=_beside(path, config.model, "base", "config", "image_encoder"),
         adapter=_beside(path, config.adapter, "start_from"),
         lora=_beside(path, config.lora, "start_from"),
         data=_beside(path, config.data, "path", "cache"),
@@ -332,7 +340,7 @@ def _beside(path: Path, section: Any, *keys: str) -> Any:
 
 
 _AT_LEAST = {
-    "data.resolution": 8, "data.bucket_step": 8, "data.min_side": 1, "data.variants": 1, "data.encode_batch": 1,
+    "data.resolution": 8, "data.bucket_step": 8, "data.min_side": 1, "data.variants": 1, "data.shuffle": 1, "data.encode_batch": 1,
     "data.workers": 0, "train.steps": 1, "train.batch": 1, "train.accumulate": 1, "train.warmup": 0, "train.clip": 0,
     "train.bad_steps": 1, "lora.rank": 0, "lora.alpha": 0, "lora.factor": 1, "adapter.num_tokens": 0, "adapter.depth": 1, "adapter.hidden_dim": 0, "loss.min_snr": 0,
     "watch.log_every": 1, "watch.validate_every": 0, "watch.validation": 0, "watch.sample_every": 0,
@@ -399,6 +407,8 @@ def _check_lora(config: RunConfig) -> None:
         section, key = name.split(".")
         if values[section][key] != defaults[section][key]:
             raise InvalidInputError(f"{name} is about reference pictures, which a LoRA has none of; leave it out")
+    if config.train.shard:
+        raise InvalidInputError("train.shard splits frozen layers, and a LoRA lies inside them; leave it out")
     if lora.dropout == 1:
         raise InvalidInputError("lora.dropout is 1, which leaves nothing to learn from; 0 to 0.3 are usual")
     if lora.dropout and lora.algorithm == "dora":

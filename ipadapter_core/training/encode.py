@@ -14,7 +14,7 @@ from ..checkpoints import AdapterSpec
 from ..errors import IncompatibleEncoderError
 from ..image_encoder import TransformersImageEncoder, check_encoder
 from .config import DataConfig, ModelConfig
-from .frozen import EncoderLooks, FrozenBase, files_stamp, looks_of
+from .frozen import EncoderLooks, FrozenBase, files_stamp, looks_of, model_home
 
 
 class TargetEncoders:
@@ -90,7 +90,9 @@ class Encoders(TargetEncoders):
 
 def cache_settings(model: ModelConfig, data: DataConfig, base: FrozenBase, spec: AdapterSpec) -> dict[str, Any]:
     """Everything that the numbers in an adapter's cache depend on, besides the pictures."""
-    encoder = (model.image_encoder, ".") if model.image_encoder else (model.base, "image_encoder")
+    encoder = (
+        (model.image_encoder, ".") if model.image_encoder else (model_home(model.base, model.config), "image_encoder")
+    )
     values = asdict(data)
     return {
         **target_settings(model, data, base),
@@ -112,7 +114,7 @@ def target_settings(
         **{key: values[key] for key in keys},
         **text,
         "vae": files_stamp(model.base, "vae"),
-        "tokenizer": files_stamp(model.base, "tokenizer", "tokenizer_2"),
+        "tokenizer": files_stamp(model_home(model.base, model.config), "tokenizer", "tokenizer_2"),
         "text_lengths": [int(tokenizer.model_max_length) for tokenizer in base.tokenizers],
         "layout": 1,
     }

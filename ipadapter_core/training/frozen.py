@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import InvalidInputError
+from ..errors import CorruptFileError, InvalidInputError
 from ..generate import load_pipeline
 from ..image_encoder import ImageEncoder, TransformersImageEncoder
 from .adapter import EncoderSizes, freeze
@@ -27,6 +28,17 @@ class FrozenBase:
     scheduler: Any
     vae: Any
     folder: str
+    """Where they came from: a diffusers folder or a single file."""
+    config: str = ""
+    """Of a single file: the folder of its configs."""
+
+    def pipeline(self, **parts: Any) -> Any:
+        """diffusers' pipeline of these files around parts that are in memory; the rest comes from disk."""
+        if self.config:
+            return open_single_file(Path(self.folder), Path(self.config), **parts)
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **parts)
 
     @property
     def is_sdxl(self) -> bool:
@@ -92,17 +104,111 @@ class FrozenBase:
             self.vae.to(device)
 
 
+def model_home(base: str, config: str) -> str:
+    """The folder with a model's configs and tokenizers: `base` itself, or for a single file `config` or its neighbour.
+
+    Raises InvalidInputError saying what the file holds and which folder would do.
+    """
+    path = Path(base)
+    if not path.is_file():
+        return base
+    if path.suffix != ".safetensors":
+        raise InvalidInputError(
+            f"{path} is a {path.suffix or 'nameless'} file; single-file models are read as .safetensors, which run no code"
+        )
+    home = Path(config) if config else path.with_suffix("")
+    width, text = _single_file_widths(path)
+    kind = KINDS.get(text, f"unknown model with text tokens {text} wide")
+    if not (home / "model_index.json").is_file():
+        where = f"model.config {home}" if config else f"{home} (beside it, of its name)"
+        raise InvalidInputError(
+            f"{path.name} holds an {kind}, without configs and tokenizers, and {where} is no diffusers folder that has them; "
+            f"set model.config to one of its architecture ({EXAMPLES.get(text, 'the one it was trained from')}; only its .json "
+            "and .txt files are needed)"
+        )
+    try:
+        unet: dict[str, Any] = json.loads((home / "unet" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{home} has no readable unet/config.json ({error})") from error
+    told = (unet["block_out_channels"][0], unet["cross_attention_dim"])
+    if told != (width, text):
+        raise InvalidInputError(
+            f"{path.name} holds an {kind} whose UNet begins with {width} channels, but model.config {home} describes "
+            f"{told[0]} channels and text tokens {told[1]} wide; give a folder of the same architecture"
+        )
+    return str(home)
+
+
+KINDS = {
+    768: "SD1.5 model (text tokens 768 wide)",
+    1024: "SD2 model (text tokens 1024 wide)",
+    2048: "SDXL model (text tokens 2048 wide)",
+}
+EXAMPLES = {
+    768: "such as stable-diffusion-v1-5/stable-diffusion-v1-5",
+    1024: "such as stabilityai/stable-diffusion-2-1",
+    2048: "such as stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+def _single_file_widths(path: Path) -> tuple[int, int]:
+    """Channels of a checkpoint's first layer and width of its text tokens, from the file's header."""
+    prefix = "model.diffusion_model."
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            text = next((key for key in keys if key.startswith(prefix) and key.endswith("attn2.to_k.weight")), "")
+            first = f"{prefix}input_blocks.0.0.weight"
+            if text and first in keys:
+                return file.get_slice(first).get_shape()[0], file.get_slice(text).get_shape()[1]
+    except Exception as error:  # safetensors raises its own kind without a public name
+        raise CorruptFileError(f"{path} is not a readable safetensors file: {error}") from error
+    raise InvalidInputError(
+        f"{path} is no whole SD1.5, SD2 or SDXL checkpoint: it lacks {prefix}input_blocks… with cross-attention (it has "
+        f"{', '.join(sorted({key.split('.')[0] for key in keys})[:6])})"
+    )
+
+
+def open_single_file(path: Path, config: Path, **parts: Any) -> Any:
+    """diffusers' pipeline of one file in the original layout, described by the folder `config`; nothing is downloaded."""
+    import diffusers
+
+    try:
+        index: dict[str, Any] = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
+        made: Any = getattr(diffusers, index["_class_name"])
+        # no base model's file holds these, whatever the folder lists
+        left_out = {part: None for part in ("image_encoder", "feature_extractor", "safety_checker") if part in index}
+        pipeline: Any = made.from_single_file(str(path), config=str(config), local_files_only=True, **left_out, **parts)
+    except Exception as error:  # diffusers lets KeyErrors and its own kinds through
+        raise InvalidInputError(
+            f"{path} cannot be loaded as {config} describes it ({type(error).__name__}: {str(error)[:300]}); text encoder, "
+            "autoencoder and UNet must all be in the file, and model.config must be of its architecture"
+        ) from error
+    for part, module in pipeline.components.items():
+        empty = [name for name, p in module.named_parameters() if p.is_meta] if isinstance(module, nn.Module) else []
+        if empty:  # diffusers says nothing of weights that it did not find
+            raise InvalidInputError(
+                f"{path} lacks {len(empty)} weights of {part} as {config} describes it, such as {empty[0]}"
+            )
+    return pipeline
+
+
 def latent_factor(vae_config: Any) -> int:
     widths = getattr(vae_config, "block_out_channels", None) or vae_config.encoder_block_out_channels
     # AutoencoderTiny halves between its blocks too, and its demo twin has three such steps minus one
     return 2 ** (len(widths) - 1)
 
 
-def load_base(folder: str) -> FrozenBase:
-    """The models in a diffusers folder, on the CPU in float32, frozen. Raises InvalidInputError or CorruptFileError."""
+def load_base(folder: str, config: str = "") -> FrozenBase:
+    """The models in a diffusers folder or a single file, on the CPU in float32, frozen.
+
+    `config` as in ModelConfig. Raises InvalidInputError or CorruptFileError.
+    """
     if not folder:
         raise InvalidInputError("model.base is empty; give the diffusers folder of an SD1.5, SD2 or SDXL model")
-    pipeline = load_pipeline(folder)
+    home = model_home(folder, config)
+    single = home if home != folder else ""
+    pipeline = open_single_file(Path(folder), Path(home)) if single else load_pipeline(folder)
     pairs = [
         (getattr(pipeline, encoder, None), getattr(pipeline, tokenizer, None))
         for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
@@ -115,6 +221,7 @@ def load_base(folder: str) -> FrozenBase:
         scheduler=pipeline.scheduler,
         vae=pipeline.vae,
         folder=folder,
+        config=single,
     )
     for module in (base.unet, base.vae, *base.text_encoders):
         freeze(cast(nn.Module, module))
@@ -185,7 +292,8 @@ def files_stamp(folder: str, *parts: str) -> str:
     """
     digest = hashlib.sha256()
     for part in parts:
-        for path in sorted((Path(folder) / part).glob("*")):
+        whole = Path(folder)
+        for path in [whole] if whole.is_file() else sorted((whole / part).glob("*")):
             if path.suffix not in (".safetensors", ".bin", ".json"):
                 continue
             size = path.stat().st_size

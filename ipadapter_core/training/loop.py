@@ -171,7 +171,9 @@ def fit(
             folder.prepare_again()
             return False
 
-    if tally.step == 0 and seen.validate_every:
+    # where the frozen models are split, no process can look at anything without the others
+    looks: bool = accelerator.is_main_process or train.shard
+    if looks and tally.step == 0 and seen.validate_every:
         _look(accelerator, log, 0, lambda: watch.validate(module))
     orphaned = _orphan_watch()
     end = train.steps * train.accumulate
@@ -214,9 +216,9 @@ def fit(
                 log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
                 losses.clear()
                 unsaved = [save for save in unsaved if not try_to(save)]
-            if _due(tally.step, seen.validate_every) or last:
+            if looks and (_due(tally.step, seen.validate_every) or last):
                 _look(accelerator, log, tally.step, lambda: watch.validate(module))
-            if accelerator.is_main_process and (_due(tally.step, seen.sample_every) or (last and seen.sample_every)):
+            if looks and (_due(tally.step, seen.sample_every) or (last and seen.sample_every)):
                 _draw(log, folder, tally.step, lambda: watch.sheet(module, best()))
             if _due(tally.step, out.save_every) or last or stopped:
                 unsaved += [] if try_to(save_checkpoint) else [save_checkpoint]
@@ -287,8 +289,6 @@ def _mean(accelerator: Any, losses: list[float]) -> float:
 
 
 def _look(accelerator: Any, log: Log, step: int, validate: Any) -> None:
-    if not accelerator.is_main_process:
-        return
     with accelerator.autocast():
         values = validate()
     if values is not None:
@@ -300,7 +300,7 @@ def _draw(log: Log, folder: RunFolder, step: int, draw: Any) -> None:
     """A sheet that fails (no memory left, no disk) is reported and costs no training."""
     try:
         sheet = draw()
-        if sheet is None:
+        if sheet is None or not log.active:
             return
         path = save_sheet(sheet, folder.path, step)
     except (RuntimeError, OSError) as error:

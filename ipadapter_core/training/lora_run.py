@@ -36,7 +36,7 @@ def prepare_lora(config: RunConfig, log: Log, accelerator: Any, *, use_cache: bo
     # a caption is dropped or not; images have no part in it
     config = replace(config, loss=replace(config.loss, drop_image=0.0, drop_both=0.0))
     source = open_source(config.data)
-    base = load_base(config.model.base)
+    base = load_base(config.model.base, config.model.config)
     factor = base.latent_factor
     check_sides(config, base, factor)
     objective = objective_for(base.scheduler, config.model.prediction, config.loss)

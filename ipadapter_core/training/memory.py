@@ -65,14 +65,18 @@ class Memory:
         if config.train.optimizer == "adamw":
             advice.append('train.optimizer = "adamw8bit"')
         advice.append("a smaller data.resolution")
+        if not config.train.shard:
+            advice.append("train.shard = true on several GPUs")
         raise InvalidInputError(
             f"this run needs {_gb(self.total)} and {_gb(self.available)} are free; try {', or '.join(advice)} "
             "(train.ignore_memory = true starts it anyway)"
         )
 
 
-def predict(config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device: torch.device, factor: int) -> Memory:
-    """Predict the peak of a run. `factor`: pixels per latent."""
+def predict(
+    config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device: torch.device, factor: int, shards: int = 1
+) -> Memory:
+    """Predict the peak of a run. `factor`: pixels per latent; `shards`: processes that share the frozen weights."""
     activations = activation_bytes(
         base,
         adapter,
@@ -80,10 +84,12 @@ def predict(config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device
         element_size(config),
         checkpointing=config.train.checkpointing,
     )
-    return memory_of(config, base, sum(trainable(adapter).values()), activations, device)
+    return memory_of(config, base, sum(trainable(adapter).values()), activations, device, shards)
 
 
-def memory_of(config: RunConfig, base: FrozenBase, trained: int, activations: int, device: torch.device) -> Memory:
+def memory_of(
+    config: RunConfig, base: FrozenBase, trained: int, activations: int, device: torch.device, shards: int = 1
+) -> Memory:
     """The sum for `trained` parameters and the activations of one sample."""
     modules: list[nn.Module] = [base.unet, *base.text_encoders]
     frozen = sum(p.numel() for module in modules for name, p in module.named_parameters() if ".processor." not in name)
@@ -92,7 +98,7 @@ def memory_of(config: RunConfig, base: FrozenBase, trained: int, activations: in
     if not config.data.cache:
         encoders = sum(p.numel() for p in cast(nn.Module, base.vae).parameters()) * 4
     return Memory(
-        frozen * element_size(config) + encoders,
+        frozen * element_size(config) // shards + encoders,
         trained * per_parameter,
         activations * config.train.batch,
         available_memory(device),

@@ -21,16 +21,18 @@ from .cache import NEUTRAL, Cache, fill
 from .collection import Collection, Sample, Seen, collect, hold_out, look
 from .config import RunConfig
 from .encode import Encoders, TargetEncoders, cache_settings, check_widths
-from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder
+from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder, model_home
 from .log import Log
-from .loop import Outcome, fit
+from .loop import Feed, Outcome, fit
 from .memory import predict
 from .objectives import objective_for
 from .optimizers import build_optimizer
 from .order import Draws, Order, draw
+from .shard import from_launcher, shard
 from .sources import Source, open_source
 from .state import AdapterFiles, RunFolder
 from .step import AdapterStep
+from .stream import Stream, StreamFeed
 from .watch import Sheets, Validation, reference_tiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,7 +110,7 @@ class Prepared:
     accelerator: Any
     base: FrozenBase
     module: Any
-    feed: PictureFeed
+    feed: Feed
     looking: Any
     collection: Collection
     metadata: dict[str, str]
@@ -124,7 +126,8 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
     device: torch.device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     source = open_source(config.data)
-    base = load_base(config.model.base)
+    stream: Stream | None = None
+    base = load_base(config.model.base, config.model.config)
     factor = base.latent_factor
     check_sides(config, base, factor)
     objective = objective_for(base.scheduler, config.model.prediction, config.loss)
@@ -134,7 +137,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
     log.say(describe_trainable(adapter))
 
     def load_encoders() -> Encoders:
-        encoder = load_encoder(config.model.base, config.model.image_encoder)
+        encoder = load_encoder(home_of(config), config.model.image_encoder)
         return Encoders(base, encoder, spec, config.data, device)
 
     if config.data.cache and use_cache:
@@ -144,37 +147,55 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
         neutral = cache.read(NEUTRAL)
         check_widths(spec, neutral)
     else:
-        if not source.random_access:
-            raise InvalidInputError(f"{config.data.path} is a stream, read once from start to end: set data.cache")
-        collection, cache = survey(config, source), None
+        cache = None
         encoders = load_encoders()
         neutral = encoders.neutral()
-    log.say(collection.findings.describe())
-    training, chosen, unseen = hold_out(collection, config.watch.validation, config.data)
-    if chosen and not unseen:
-        log.say(f"validation on {len(chosen)} pictures that are trained on too: there are too few to hold any out")
+        if source.random_access:
+            collection = survey(config, source)
+        else:
+            stream = Stream(config, encoders, base.tokenize, rank, world)
+            collection = stream.held_out
+    if stream is None:
+        log.say(collection.findings.describe())
+        training, chosen, unseen = hold_out(collection, config.watch.validation, config.data)
+        if chosen and not unseen:
+            log.say(f"validation on {len(chosen)} pictures that are trained on too: there are too few to hold any out")
+    else:
+        training, chosen = collection, collection.samples
+        log.say(f"streaming {len(stream.shards)} shards, unseen; {len(chosen)} pictures are held out for validation")
     if not config.train.ignore_memory:
-        memory = predict(config, base, adapter, device, factor)
+        memory = predict(config, base, adapter, device, factor, world if config.train.shard else 1)
         log.say(memory.describe())
         memory.check(config)
-    items = items_of(training, cache, source, config, encoders, base)
+    items = stream or items_of(training, cache, source, config, encoders, base)
     dtype = DTYPES[config.train.precision]
-    base.to(device, dtype)
     adapter.to(device)
+    if config.train.shard:
+        adapter.install(base.unet)
+        shard(base, adapter, device, dtype)
+        if base.vae is not None:
+            base.vae.to(device)
+    else:
+        base.to(device, dtype)
+        adapter.install(base.unet)
     if config.train.checkpointing:
         base.unet.enable_gradient_checkpointing()
-    adapter.install(base.unet)
     empty = base.tokenize([""])
     module = AdapterStep(adapter, base, objective, neutral, empty).to(device)
-    order = Order(training, config.train.batch * world, config.train.seed, config.data)
-    feed = PictureFeed(config, order, items, encoders, objective, log, rank, world)
-    looking = _looking(config, base, items, chosen, encoders, source, neutral, objective, device, dtype)
-    metadata = _metadata(config, base, objective.prediction, len(training.samples))
+    if isinstance(items, Stream):
+        feed: Feed = StreamFeed(items, objective, log)
+    else:
+        order = Order(training, config.train.batch * world, config.train.seed, config.data)
+        feed = PictureFeed(config, order, items, encoders, objective, log, rank, world)
+    looking = _looking(config, base, items, chosen, encoders, stream or source, neutral, objective, device, dtype)
+    count = "a stream" if stream is not None else str(len(training.samples))
+    metadata = _metadata(config, base, objective.prediction, count)
     return Prepared(config, accelerator, base, module, feed, looking, collection, metadata)
 
 
 def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
     """Run a training to its end, or go on with it. Returns where the adapter lies."""
+    config = from_launcher(config)
     folder = RunFolder(config.output)
     accelerator = build_accelerator(config)
     main: bool = accelerator.is_main_process
@@ -203,7 +224,7 @@ def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
     accelerator = build_accelerator(config)
     root = RunFolder(config.output).path
     with Log(root, steps=0, active=accelerator.is_main_process, as_json=as_json, tensorboard=False) as log:
-        base = load_base(config.model.base)
+        base = load_base(config.model.base, config.model.config)
         check_sides(config, base, base.latent_factor)
         source = open_source(config.data)
         if config.lora.wanted:
@@ -214,7 +235,7 @@ def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
             spec = build_adapter(config, base).spec()
 
             def load_encoders() -> Encoders:
-                encoder = load_encoder(config.model.base, config.model.image_encoder)
+                encoder = load_encoder(home_of(config), config.model.image_encoder)
                 return Encoders(base, encoder, spec, config.data, accelerator.device)
 
             settings = cache_settings(config.model, config.data, base, spec)
@@ -262,12 +283,17 @@ def dry_run(config: RunConfig, *, steps: int = 3) -> str:
 
 def build_adapter(config: RunConfig, base: FrozenBase) -> TrainedAdapter:
     """The configured adapter, fresh or from a file."""
-    sizes = encoder_sizes(config.model.base, config.model.image_encoder)
+    sizes = encoder_sizes(home_of(config), config.model.image_encoder)
     if not config.adapter.start_from:
         return fresh_adapter(base.unet, sizes, config.adapter)
     weights = load_adapter(config.adapter.start_from, dtype=torch.float32)
     check_family(config.adapter, weights.spec)
     return continued_adapter(base.unet, weights, sizes)
+
+
+def home_of(config: RunConfig) -> str:
+    """The folder of the base model's configs, which may also hold an image encoder."""
+    return model_home(config.model.base, config.model.config)
 
 
 def survey(config: RunConfig, source: Source) -> Collection:
@@ -351,10 +377,10 @@ def items_of(
 def _looking(
     config: RunConfig,
     base: FrozenBase,
-    items: Items,
+    items: Items | Stream,
     chosen: Sequence[Sample],
     encoders: Encoders | None,
-    source: Source,
+    source: Source | Stream,
     neutral: Tensor,
     objective: Any,
     device: torch.device,
@@ -385,7 +411,7 @@ def check_sides(config: RunConfig, base: FrozenBase, factor: int) -> None:
         raise InvalidInputError(f"data.{name} is {side}; for this model it must be a multiple of {unit}")
 
 
-def _metadata(config: RunConfig, base: FrozenBase, prediction: str, pictures: int) -> dict[str, str]:
+def _metadata(config: RunConfig, base: FrozenBase, prediction: str, pictures: str) -> dict[str, str]:
     """What a finished file says of its making, besides what it is."""
     settings = config.as_dict()
     settings.pop("output")
@@ -394,9 +420,9 @@ def _metadata(config: RunConfig, base: FrozenBase, prediction: str, pictures: in
         "trained_by": "ipadapter train",
         "prediction": prediction,
         "base_files": str(base.folder),
-        "encoder_tokens": str(encoder_sizes(config.model.base, config.model.image_encoder).tokens),
-        "encoder_size": str(image_size(config.model.base, config.model.image_encoder)),
-        "pictures": str(pictures),
+        "encoder_tokens": str(encoder_sizes(home_of(config), config.model.image_encoder).tokens),
+        "encoder_size": str(image_size(home_of(config), config.model.image_encoder)),
+        "pictures": pictures,
         "settings": json.dumps(settings),
     }
 

@@ -164,7 +164,7 @@ class StreamSource:
 
     random_access = False
 
-    def __init__(self, urls: str, caption_key: str) -> None:
+    def __init__(self, urls: str | list[str], caption_key: str) -> None:
         self.urls, self.caption_key = urls, caption_key
         self.bad: list[str] = []
 
@@ -175,7 +175,10 @@ class StreamSource:
             self.bad.append(f"{type(error).__name__}: {error}")
             return True
 
-        pipeline: Any = wds.WebDataset(self.urls, shardshuffle=False, handler=note, empty_check=False)
+        # which process reads which shard is decided before; webdataset would refuse several processes
+        pipeline: Any = wds.WebDataset(
+            self.urls, shardshuffle=False, handler=note, empty_check=False, nodesplitter=_every_shard
+        )
         for sample in cast("Iterable[dict[str, Any]]", pipeline):
             content = next((sample[e[1:]] for e in PICTURES if e[1:] in sample), None)
             if content is None:
@@ -193,6 +196,10 @@ class StreamSource:
 
     def read(self, name: str) -> bytes:
         raise InvalidInputError("remote shards are read once, in order; set data.cache so that they are kept")
+
+
+def _every_shard(shards: Any, group: Any = None) -> Any:
+    return shards
 
 
 class HuggingFaceSource:

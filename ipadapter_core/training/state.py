@@ -19,8 +19,10 @@ STATE = re.compile(r"state-(\d{8})")
 FREE = ("watch", "output")
 """Sections that may change between a run and its resumption."""
 EXTENDABLE = {
-    ("train", "steps"), ("train", "device"), ("train", "ignore_memory"), ("data", "cache"), ("data", "workers"),
-    ("data", "encode_batch"), ("data", "path"), ("model", "base"), ("model", "image_encoder"), ("adapter", "start_from"),
+    ("train", "steps"), ("train", "device"), ("train", "ignore_memory"), ("train", "shard"),
+    ("data", "cache"), ("data", "workers"),
+    ("data", "encode_batch"), ("data", "path"), ("model", "base"), ("model", "config"),
+    ("model", "image_encoder"), ("adapter", "start_from"),
     ("lora", "start_from"),
 }  # fmt: skip
 """Keys that may change too: places, and how long the run is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -26,7 +26,6 @@ from .frozen import FrozenBase
 from .objectives import Objective
 from .order import Draws, seeded
 from .pictures import cut_target, decode
-from .sources import Source
 from .step import AdapterStep
 
 
@@ -178,11 +177,9 @@ class Sheets:
 
 def pipeline_around(base: FrozenBase, prediction: Prediction) -> Any:
     """The model folder's pipeline around the models in memory; what is not there comes from disk and goes again."""
-    from diffusers import DiffusionPipeline
-
     parts: dict[str, Any] = {"unet": base.unet}
     parts |= dict(zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=False))
-    pipeline: Any = DiffusionPipeline.from_pretrained(base.folder, local_files_only=True, **parts)
+    pipeline: Any = base.pipeline(**parts)
     if prediction in ("epsilon", "v_prediction"):
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=prediction)
     if hasattr(pipeline, "safety_checker"):
@@ -194,7 +191,13 @@ def pipeline_around(base: FrozenBase, prediction: Prediction) -> Any:
     return pipeline
 
 
-def reference_tiles(source: Source, samples: Sequence[Sample], side: int) -> list[Image.Image]:
+class Readable(Protocol):
+    """Bytes of pictures by name."""
+
+    def read(self, name: str) -> bytes: ...
+
+
+def reference_tiles(source: Readable, samples: Sequence[Sample], side: int) -> list[Image.Image]:
     """The references of some samples as squares; white where a stream cannot show them again."""
     tiles: list[Image.Image] = []
     for sample in samples:

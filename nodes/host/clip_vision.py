@@ -48,6 +48,8 @@ class ClipVisionEncoder:
     """ComfyUI's CLIP_VISION as the core's ImageEncoder."""
 
     def __init__(self, clip_vision: Any) -> None:
+        if clip_vision is None:
+            raise InvalidInputError("no image encoder is connected: connect Load CLIP Vision to clip_vision")
         self._clip_vision = clip_vision
         model = clip_vision.model
         embeddings = getattr(getattr(model, "vision_model", None), "embeddings", None)

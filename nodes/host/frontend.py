@@ -13,7 +13,7 @@ from comfy_api.latest import ComfyAPI, io
 from server import PromptServer
 from torch import Tensor
 
-from ...ipadapter_core.migrate import Replacement, complete
+from ...ipadapter_core.migrate import Replacement, replace_in_prompt
 
 
 def register_nodes(classes: Mapping[str, tuple[type, str]]) -> list[str]:
@@ -60,7 +60,10 @@ def wants_old_names() -> bool:
 
 
 async def register_replacements(replacements: Iterable[Replacement]) -> None:
-    """Tell ComfyUI which of our nodes takes an old one's place where that is missing; older versions have no such thing."""
+    """Tell ComfyUI which of our nodes takes an old one's place where that is missing; older versions have no such thing.
+
+    Its editor then offers the replacement; prompts that are sent without an editor are rewritten on arrival.
+    """
     if not hasattr(io, "NodeReplace"):
         return
     import nodes as host_nodes
@@ -78,11 +81,11 @@ async def register_replacements(replacements: Iterable[Replacement]) -> None:
             )
         )
 
-    def completed(request: dict[str, Any]) -> dict[str, Any]:
-        complete(request.get("prompt") or {}, host_nodes.NODE_CLASS_MAPPINGS)
+    def replaced(request: dict[str, Any]) -> dict[str, Any]:
+        replace_in_prompt(request.get("prompt") or {}, host_nodes.NODE_CLASS_MAPPINGS)
         return request
 
-    PromptServer.instance.add_on_prompt_handler(completed)
+    PromptServer.instance.add_on_prompt_handler(replaced)
 
 
 def resized_like(image: Tensor, other: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,7 +29,8 @@ class Reference:
 
     image: Tensor
     composition: Tensor | None = None
-    negative: Tensor | None = None
+    negative: Tensor | Callable[[Tensor], Tensor] | None = None
+    """Pictures to steer away from, or what makes them: of the image, or of the aligned faces where the adapter reads these."""
     weight_faceidv2: float | None = None
     weight_kolors: float = 1.0
     batch_size: int = 0
@@ -60,7 +62,9 @@ def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacyS
     if reference.negative is None:
         uncond = unconditional_features(adapter, encoder, features, rules)
     else:
-        uncond = encode_features(feature, encoder, reference.negative, **options)
+        negative = reference.negative
+        pictures = negative if isinstance(negative, Tensor) else negative(reference.image)
+        uncond = encode_features(feature, encoder, pictures, **options)
 
     def prompt(features: Tensor) -> ImagePrompt:
         return prompt_from_features(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class IPAdapterApplyFaceID(LegacyNode):
         adapter = understand(ipadapter).adapter
         pipeline = Pipeline(host.of_version(adapter, 2 if faceid_v2 else 1), clip_vision, insightface)
         settings = _settings(weight, weight_type, start_at, end_at, unfold_batch)
-        negative = negative_picture(image, noise) if noise > 0 else None
+        negative = partial(negative_picture, noise=noise) if noise > 0 else None
         reference = Reference(image, negative=negative, weight_faceidv2=weight_v2, crop=256)
         encoded = encode_reference(pipeline, reference, settings, rules)
         return (host.apply(model, pipeline.adapter, encoded.prompt, settings.schedule(), attn_mask, rules)[0],)

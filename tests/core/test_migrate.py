@@ -11,7 +11,7 @@ import pytest
 
 from ipadapter_core.cli import main
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.migrate import complete, migrate
+from ipadapter_core.migrate import REPLACEMENTS, migrate, replace_in_prompt
 
 OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 
@@ -134,17 +134,27 @@ def test_a_face_model_goes_with_the_node_it_feeds() -> None:
     assert len([line for line in report if "stays" in line]) == 3
 
 
-def test_replacements_complete_what_the_host_would_miss() -> None:
-    prompt = {
-        "1": {"class_type": "IPAdapterAdvanced", "inputs": {"model": ["2", 0]}},
-        "2": {"class_type": "Other", "inputs": {}},
-    }
-    complete(prompt, {"IPAdapterAdvanced"})
-    assert prompt["1"]["inputs"] == {"model": ["2", 0]}  # the old node is there: nothing to replace
-    complete(prompt, set())
-    missing = {"clip_vision": None, "image_negative": None, "attn_mask": None}
-    assert prompt["1"]["inputs"] == {"model": ["2", 0], **missing}
-    assert prompt["2"]["inputs"] == {}
+def test_a_prompt_without_the_old_nodes_gets_ours() -> None:
+    def prompt() -> dict[str, Any]:
+        inputs = {"model": ["2", 0], "ipadapter": ["3", 0], "image": ["2", 1], "weight": 0.7, "combine_embeds": "add"}
+        return {
+            "1": {"class_type": "IPAdapterAdvanced", "inputs": inputs},
+            "2": {"class_type": "Other", "inputs": {"weight": 1}},
+            "3": {"class_type": "IPAdapterModelLoader", "inputs": {"ipadapter_file": "a.bin"}},
+        }
+
+    ours = {entry.new for entry in REPLACEMENTS}
+    old, new = prompt(), prompt()
+    replace_in_prompt(old, ours | {entry.old for entry in REPLACEMENTS})
+    assert old == prompt()  # the old nodes are there: nothing to replace
+    replace_in_prompt(new, ours)
+    assert new["2"] == prompt()["2"]
+    assert new["3"] == {"class_type": "ImagePromptLoadAdapter", "inputs": {"file": "a.bin"}}
+    assert new["1"]["class_type"] == "ImagePromptApplyImage"
+    assert new["1"]["inputs"] == {
+        "model": ["2", 0], "adapter": ["3", 0], "image": ["2", 1], "strength": 0.7, "combine": "add",
+        "per_latent": False, "compatibility": "IPAdapter_plus",
+    }  # fmt: skip
 
 
 def test_what_has_no_counterpart_stays_with_its_loader() -> None:

@@ -1,0 +1,180 @@
+"""Several processes over gloo, as a launcher starts them: frozen models split, and streams."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ipadapter_core import load_adapter
+from ipadapter_core.errors import InvalidInputError
+from ipadapter_core.training import train, write_config
+from ipadapter_core.training.encode import Encoders
+from ipadapter_core.training.frozen import load_base, load_encoder
+from ipadapter_core.training.log import Log
+from ipadapter_core.training.objectives import objective_for
+from ipadapter_core.training.run import build_adapter
+from ipadapter_core.training.shard import from_launcher
+from ipadapter_core.training.stream import Stream, StreamFeed
+from tiny_training import picture, save_model, save_pictures, tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("pictures"), 9)
+
+
+def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Two processes by torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        endpoint,
+    ]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *torchrun, *command],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        start_new_session=True,  # torchrun ends a failed attempt by signalling its whole group
+        env={
+            **os.environ,
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "PYTHONPATH": paths,
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+    )
+
+
+def assert_close(a: Path, b: Path) -> None:
+    one, other = (load_adapter(path / "ip-adapter.safetensors").module.checkpoint_state() for path in (a, b))
+    for key, value in one.items():
+        # sums in another order: float32's last bits, grown by Adam's division in the first steps
+        torch.testing.assert_close(value, other[key], rtol=1e-3, atol=2e-6)
+
+
+def test_split_frozen_models_train_what_whole_ones_do(model: Path, pictures: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {
+        "data__cache": str(tmp_path / "cache"), "train__steps": 4, "watch__validate_every": 2, "watch__sample_every": 4,
+        "watch__sample_steps": 1,
+    }  # fmt: skip
+    whole = tiny_config(model, pictures, tmp_path / "whole", train__batch=4, **more)
+    split = tiny_config(model, pictures, tmp_path / "split", train__shard=True, train__checkpointing=True, **more)
+    train(whole)
+    write_config(split, tmp_path / "split.toml")
+    done = launch(["-m", "ipadapter_core.cli", "train", str(tmp_path / "split.toml")])
+    assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "split", tmp_path / "whole")
+    rows = [json.loads(line) for line in (tmp_path / "split/progress.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "validation"] == [0, 2, 4]
+    assert (tmp_path / "split/sheet.png").is_file()
+
+
+def test_what_cannot_be_split_is_said(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(model, pictures, tmp_path, train__shard=True)
+    with pytest.raises(InvalidInputError, match="over several processes and there is one"):
+        train(config)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert from_launcher(tiny_config(model, pictures, tmp_path)).train.shard
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InvalidInputError, match=r"train\.shard = true, which splits those"):
+        train(config)
+
+
+def test_each_process_streams_its_own_shards(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Uneven shards without a cache: equal steps, no picture in two processes, a bad one named, the same bits resumed."""
+    numbers = iter(range(20))
+    for shard, count in enumerate((7, 2, 5)):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in itertools.islice(numbers, count):
+                buffer = io.BytesIO()
+                picture(number).save(buffer, "PNG")
+                for name, content in ((f"{number:04}.png", buffer.getvalue()), (f"{number:04}.txt", b"cat")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content) if number != 5 or name.endswith("txt") else 20  # cut off: unreadable
+                    tar.addfile(member, io.BytesIO(content))
+    more: dict[str, Any] = {
+        "data__path": f"pipe:cat {tmp_path}/{{0..2}}.tar", "data__shuffle": 4, "train__steps": 7, "watch__validation": 1,
+        "watch__validate_every": 7, "output__state_every": 3,
+    }  # fmt: skip
+    seen: dict[int, list[str]] = {0: [], 1: []}
+    config = tiny_config(model, tmp_path, tmp_path / "one", **more)
+    base = load_base(str(model))
+    for rank in seen:
+        spec = build_adapter(config, base).spec()
+        encoders = Encoders(base, load_encoder(str(model), ""), spec, config.data, torch.device("cpu"))
+        stream = Stream(config, encoders, base.tokenize, rank, 2)
+        seen[rank] = [record.name for record in itertools.islice(stream.records(), 14)]
+        assert [sample.name for sample in stream.held_out.samples] == ["0.tar/0000"]
+        again = Stream(config, encoders, base.tokenize, rank, 2).records()
+        assert [record.name for record in itertools.islice(again, 14)] == seen[rank]
+        feed = StreamFeed(stream, objective_for(base.scheduler, "auto", config.loss), Log(tmp_path, steps=7))
+        whole = list(feed.batches(0, 6))
+        late = list(feed.batches(4, 6))
+        for (a, x), (b, y) in zip(whole[4:], late, strict=True):
+            assert torch.equal(a.latents, b.latents)
+            assert torch.equal(x.noise, y.noise)
+    assert not set(seen[0][:2]) & set(seen[1][:2])
+    assert all("0.tar/0000" not in names for names in seen.values())
+    train(config)
+    assert "streaming 3 shards" in (said := capsys.readouterr().err)
+    assert "0.tar/0005" in said
+    half = tiny_config(model, tmp_path, tmp_path / "half", **{**more, "train__steps": 3})
+    train(half)
+    train(tiny_config(model, tmp_path, tmp_path / "half", **more))
+    one, other = (
+        load_adapter(tmp_path / n / "ip-adapter.safetensors").module.checkpoint_state() for n in ("one", "half")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(InvalidInputError, match=r"data\.pairs needs to know all pictures"):
+        train(tiny_config(model, tmp_path, tmp_path / "pairs", **{**more, "data__pairs": 0.5}))
+
+
+def test_two_processes_stream_the_same_number_of_steps(model: Path, tmp_path: Path) -> None:
+    for shard, count in enumerate((9, 2)):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(count):
+                buffer = io.BytesIO()
+                picture(10 * shard + number).save(buffer, "PNG")
+                member = tarfile.TarInfo(f"{number:04}.png")
+                member.size = len(buffer.getvalue())
+                tar.addfile(member, io.BytesIO(buffer.getvalue()))
+    config = tiny_config(
+        model, tmp_path, tmp_path / "out", data__path=f"pipe:cat {tmp_path}/{{0..1}}.tar", train__steps=5
+    )
+    write_config(config, tmp_path / "run.toml")
+    done = launch(["-m", "ipadapter_core.cli", "train", str(tmp_path / "run.toml")])
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out/progress.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5]
