@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 from host.comfy_server import ComfyServer, ExecutionFailed, Link, Node
 from host.shrunk import WIDTH
@@ -134,6 +136,72 @@ def trained_files(folder: Path, algorithm: Any) -> dict[str, Path]:
         path = folder / f"{algorithm}_{spelling}.safetensors"
         files[spelling] = lora.save(path, lora.state_dict(), {}, out)
     return files
+
+
+def test_text_encoders_are_merged_as_the_hosts_loader_does(
+    server: ComfyServer, sd15_small: str, adapters: Path, model_cache: Path, tmp_path: Path
+) -> None:
+    """CLIP-L of the real size; what the trainer writes for it, at a strength of its own."""
+    clip_file = server.add_model("text_encoders", clip_l(model_cache))
+    s = Scene(server, sd15_small, adapters, steps=1)
+    clip = s.graph.add("CLIPLoader", clip_name=clip_file, type="stable_diffusion")
+    encoder: Any = nn.Module()
+    encoder.text_model = nn.Module()
+    encoder.text_model.encoder = nn.Module()
+    layer: Any = nn.Module()
+    layer.self_attn, layer.mlp = nn.Module(), nn.Module()
+    for name in "qkv":
+        layer.self_attn.add_module(f"{name}_proj", nn.Linear(768, 768))
+    layer.self_attn.out_proj, layer.mlp.fc1, layer.mlp.fc2 = (
+        nn.Linear(768, 768),
+        nn.Linear(768, 3072),
+        nn.Linear(3072, 768),
+    )
+    encoder.text_model.encoder.layers = nn.ModuleList([layer])
+    lora = fresh_lora({"te1": encoder}, LoRAConfig(rank=4, targets="te: 1", text_encoders=True))
+    with torch.no_grad():
+        for i, p in enumerate(lora.parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) / p[0].numel() ** 0.5)
+    out = parse_config({"output": {"dtype": "float32"}}, "here").output
+    file = server.add_model("loras", lora.save(tmp_path / "text.safetensors", lora.state_dict(), {}, out))
+    settings = s.lora_inputs() | {"file": file, "clip": clip, "text_strength": 0.7}
+    ours = s.graph.add("ImagePromptLoRAStrength", **settings)
+    host = s.graph.add("LoraLoader", model=s.model, clip=clip, lora_name=file, strength_model=1.0, strength_clip=0.7)
+
+    def encoded(source: Node | Link) -> Node:
+        return s.save(s.graph.add("CLIPTextEncode", clip=source, text="an owl on a red background"))
+
+    found = s.compare(plain=encoded(clip), ours=encoded(ours[1]), host=encoded(host[1]))
+    same(found["ours"], found["host"])
+    assert apart(found["ours"], found["plain"]) > 5 * CLOSE
+
+
+def clip_l(folder: Path) -> Path:
+    """A CLIP-L text encoder of random weights, fp16, 246 MB."""
+    path = folder / "random_clip_l_v1.safetensors"
+    if not path.exists():
+        generator = torch.Generator().manual_seed(0)
+        shapes: dict[str, tuple[int, ...]] = {
+            "embeddings.token_embedding.weight": (49408, 768), "embeddings.position_embedding.weight": (77, 768),
+        }  # fmt: skip
+        for i in range(12):
+            stem = f"encoder.layers.{i}"
+            shapes |= {f"{stem}.self_attn.{n}_proj.weight": (768, 768) for n in ("q", "k", "v", "out")}
+            shapes |= {f"{stem}.mlp.fc1.weight": (3072, 768), f"{stem}.mlp.fc2.weight": (768, 3072)}
+        state = {key: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for key, shape in shapes.items()}
+        state |= {
+            key.removesuffix("weight") + "bias": torch.zeros(value.shape[0])
+            for key, value in state.items()
+            if ".layers." in key
+        }
+        norms = [f"encoder.layers.{i}.layer_norm{n}" for i in range(12) for n in (1, 2)] + ["final_layer_norm"]
+        state |= {f"{norm}.weight": torch.ones(768) for norm in norms} | {
+            f"{norm}.bias": torch.zeros(768) for norm in norms
+        }
+        unfinished = path.with_suffix(".part")
+        save_file({f"text_model.{key}": value.half() for key, value in state.items()}, unfinished)
+        unfinished.replace(path)
+    return path
 
 
 def test_chains_stacks_and_others_loras(scene: Callable[..., Scene]) -> None:
