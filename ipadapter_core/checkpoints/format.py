@@ -42,7 +42,7 @@ class AdapterSpec:
     encoder: str
     layer_channels: tuple[int, ...]
     options: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
-    left_out: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int], hash=False, compare=False)
     """Groups of the file that are not part of an adapter and stay unused, with their numbers of tensors."""
 
     @property
