@@ -66,7 +66,7 @@ def measure(
     family: str,
     *,
     steps: int = 20,
-    seeds: Sequence[int] = (0, 1),
+    seeds: Sequence[int] = (0,),
     strengths: Sequence[float] = (0.0, 0.5, 1.0),
     text_strength: float = 0.6,
     progress: Callable[[int, int], None] | None = None,

@@ -74,7 +74,7 @@ def test_the_text_keeps_the_background(figures: Figures) -> None:
 
 
 def test_a_mask_confines_the_image(figures: Figures) -> None:
-    assert figures.inside_change > 2 * figures.outside_change
+    assert figures.inside_change > 1.5 * figures.outside_change
 
 
 def test_the_base_adapter_follows_the_image_too(world: World) -> None:
