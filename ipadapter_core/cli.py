@@ -123,6 +123,14 @@ def _add_demo(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
+def _usual_guidance(model: Path) -> float:
+    if model != WORLD:
+        return 7.5
+    from .demo.world import GUIDANCE
+
+    return GUIDANCE
+
+
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, "", [], False) else super()._get_help_string(action)
@@ -188,7 +196,7 @@ def run_generate(args: argparse.Namespace) -> None:
         adapter.module.to(args.device)
         encoder.model.to(args.device)
         patches = [prepare_patch(pipeline, adapter, encoder, images, settings, mask)]
-    guidance = args.guidance if args.guidance is not None else 2.0 if args.model == WORLD else 7.5
+    guidance = args.guidance if args.guidance is not None else _usual_guidance(args.model)
     seeds = [args.seed + i for i in range(args.batch)]
     args.out.mkdir(parents=True, exist_ok=True)
     with progress_bar("sampling", args.steps) as progress:

@@ -11,7 +11,7 @@ from ..ipadapter_core import RegionMask, WeightSchedule
 from ..ipadapter_core.lora.block_vectors import parse_where
 from ..ipadapter_core.lora.patch import MODES
 from . import host
-from .sockets import LORA_CATEGORY, MODE_TOOLTIP, SELECTOR_TOOLTIP, Schedule, strength_input
+from .sockets import LORA_CATEGORY, MODE_TOOLTIP, SELECTOR_TOOLTIP, Schedule, strength_input, window_inputs
 
 
 class LoRAStrength(io.ComfyNode):
@@ -32,22 +32,7 @@ class LoRAStrength(io.ComfyNode):
                 strength_input("text_strength", "On the text encoders, if clip is connected."),
                 io.String.Input("selector", default="", multiline=True, tooltip=SELECTOR_TOOLTIP),
                 io.Combo.Input("mode", options=list(MODES), tooltip=MODE_TOOLTIP),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Sampling progress at which it begins to act.",
-                ),
-                io.Float.Input(
-                    "end",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Sampling progress after which it no longer acts.",
-                ),
+                *window_inputs("the LoRA"),
                 io.Clip.Input(
                     "clip", optional=True, tooltip="The text encoders; they are merged, as a prompt is encoded once."
                 ),

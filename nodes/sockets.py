@@ -72,6 +72,28 @@ def region_input() -> io.Input:
     )
 
 
+def window_inputs(what: str) -> list[io.Input]:
+    """Start and end of the sampling progress in which ``what`` acts."""
+    return [
+        io.Float.Input(
+            "start",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip=f"Sampling progress at which {what} begins to act (0: first step).",
+        ),
+        io.Float.Input(
+            "end",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip=f"Sampling progress after which {what} no longer acts (1: last step).",
+        ),
+    ]
+
+
 def steering_inputs() -> list[io.Input]:
     """How much, where in the model, and when: the arguments of WeightSchedule.steering()."""
     return [
@@ -96,22 +118,7 @@ def steering_inputs() -> list[io.Input]:
             tooltip="What the strength multiplies: V only (the trained rule), keys too (softer below 1), with a penalty for "
             "narrow layers, or keys and the mean of V.",
         ),
-        io.Float.Input(
-            "start",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            tooltip="Sampling progress at which the image begins to act (0: first step).",
-        ),
-        io.Float.Input(
-            "end",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            tooltip="Sampling progress after which the image no longer acts (1: last step).",
-        ),
+        *window_inputs("the image"),
     ]
 
 

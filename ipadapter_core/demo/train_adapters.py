@@ -58,7 +58,7 @@ from .pictures import (
     recolour,
 )
 from .train_world import draw_timesteps, encode
-from .world import FOLDER, load_world
+from .world import FOLDER, GUIDANCE, load_world
 
 SEED = 5
 DROP = 0.05
@@ -248,7 +248,7 @@ def settings(
         },
         "watch": {
             "log_every": 10, "validate_every": 100, "validation": 16, "timesteps": [500, 800, 900, 960],
-            "sample_every": 250, "guidance": 2.0, "tensorboard": False,
+            "sample_every": 250, "guidance": GUIDANCE, "tensorboard": False,
             "sample_prompts": ["emoji", "emoji on green background"],
         },
         "output": {
