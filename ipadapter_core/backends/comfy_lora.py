@@ -95,10 +95,16 @@ def apply_live(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention | 
     return clone
 
 
+def live_stack(model: PatcherLike) -> LiveStack | None:
+    """What runs live on a MODEL, None if nothing does."""
+    wrappers = model.wrappers.get("apply_model", {}).get(LORA_KEY, [])
+    return next((w.stack for w in wrappers if isinstance(w, LiveWrapper)), None)
+
+
 def live_patches(model: PatcherLike) -> tuple[LoRAPatch, ...]:
     """The LoRAs that run live on a MODEL, in order."""
-    wrappers = model.wrappers.get("apply_model", {}).get(LORA_KEY, [])
-    return tuple(patch for w in wrappers if isinstance(w, LiveWrapper) for patch in w.stack.patches)
+    stack = live_stack(model)
+    return () if stack is None else stack.patches
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,7 +282,5 @@ def merge_parts(weight: Tensor, parts: Sequence[Part]) -> Tensor:
     pristine = wide(weight)
     total = torch.zeros_like(pristine)
     for placement, strength in parts:
-        start, length = placement.rows or (0, pristine.shape[0])
-        rows = pristine[start : start + length]
-        total[start : start + length] += placement.update.merged(rows, strength) - rows
+        placement.change(pristine, total, strength)
     return total

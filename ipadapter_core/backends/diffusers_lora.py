@@ -220,9 +220,7 @@ class MergedLoRAs:
         pristine = wide(original)
         total = pristine.clone()
         for placement, strength in found:
-            start, length = placement.rows or (0, pristine.shape[0])
-            part = pristine[start : start + length]
-            total[start : start + length] += placement.update.merged(part, strength) - part
+            placement.change(pristine, total, strength)
         parameter.data.copy_(total)
         self.writes += 1
 

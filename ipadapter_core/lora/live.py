@@ -92,6 +92,11 @@ class LiveLayer:
         self._changes: dict[tuple[object, ...], Change] = {}
         self._vectors: dict[tuple[object, ...], Tensor] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the factors that are kept for devices now."""
+        return sum(t.nbytes for fused in self._fused.values() for t in (fused.down, fused.up))
+
     def release(self) -> None:
         """Forget what was made for a device."""
         for kept in (self._fused, self._changes, self._vectors):
@@ -179,7 +184,7 @@ class LiveLayer:
             pieces: list[Tensor] = []
             channel = 1 if layer.kind == "conv" else -1
             for (begin, end), strength, mask in zip(fused.columns, strengths, masks, strict=True):
-                piece = inner.narrow(channel, begin, end - begin) * _per_row(strength, inner)
+                piece = inner.narrow(channel, begin, end - begin) * self._per_row(strength, inner)
                 pieces.append(piece if mask is None else piece * mask)
             inner = torch.cat(pieces, channel)
         if layer.kind == "conv":
@@ -212,15 +217,24 @@ class LiveLayer:
         return found
 
     def _vector(self, strengths: Sequence[tuple[float, ...]], fused: _Fused, like: Tensor) -> Tensor:
-        """Strength per rank column; kept, as making a tensor of numbers waits for the device."""
-        key = (tuple(strengths), like.device, like.dtype)
+        """Strength per rank column."""
+        numbers = [s[0] for s, (begin, end) in zip(strengths, fused.columns, strict=True) for _ in range(begin, end)]
+        return self._kept(tuple(numbers), like)
+
+    def _per_row(self, strengths: tuple[float, ...], like: Tensor) -> float | Tensor:
+        """One number, or one per chunk of the batch, shaped ``b 1 …``."""
+        if len(strengths) == 1:
+            return strengths[0]
+        rows = like.shape[0] // len(strengths)
+        return self._kept(strengths, like).repeat_interleave(rows).reshape(-1, *[1] * (like.ndim - 1))
+
+    def _kept(self, numbers: tuple[float, ...], like: Tensor) -> Tensor:
+        """Numbers as a tensor; kept, as making one waits for the device."""
+        key = (numbers, like.device, like.dtype)
         found = self._vectors.get(key)
         if found is None:
             if len(self._vectors) > 64:  # a curve has a value per step
                 self._vectors.clear()
-            numbers = [
-                s[0] for s, (begin, end) in zip(strengths, fused.columns, strict=True) for _ in range(begin, end)
-            ]
             found = self._vectors[key] = torch.tensor(numbers, dtype=like.dtype).to(like.device)
         return found
 
@@ -276,15 +290,6 @@ def _placed_sum(y: Tensor, added: Tensor, rows: tuple[int, int] | None, layer: L
     y = y.clone()
     _rows_of(y, rows, layer).add_(added)
     return y
-
-
-def _per_row(strengths: tuple[float, ...], like: Tensor) -> float | Tensor:
-    """One number, or one per chunk of the batch, shaped ``b 1 …``."""
-    if len(strengths) == 1:
-        return strengths[0]
-    rows = like.shape[0] // len(strengths)
-    values = torch.tensor(strengths, dtype=like.dtype).to(like.device).repeat_interleave(rows)
-    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def mask_like(y: Tensor, index: int, call: ModelCall, patches: Sequence[LoRAPatch]) -> Tensor:
@@ -354,6 +359,17 @@ class LiveStack:
             for i in sorted(indices)
             if self.patches[i].mask is not None and any(call.strengths(i, self.patches[i], self.component))
         ]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The files' tensors behind everything that acts; their bytes are about those of what is kept per device."""
+        parts = (p for layer in self.layers.values() for p in (*layer.low_rank, *layer.others))
+        found = (t for part in parts for t in part.placement.update.tensors().values())
+        return tuple({id(t): t for t in found}.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what is kept for devices now."""
+        return sum(layer.held_bytes for layer in self.layers.values())
 
     def release(self) -> None:
         """Forget everything made for a device."""

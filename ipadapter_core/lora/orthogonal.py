@@ -132,8 +132,8 @@ class Butterfly(Update):
     def delta(self, weight: Tensor) -> Tensor:
         return self.turned(weight, self._stages(weight), 1.0) - weight
 
-    def merged(self, weight: Tensor, strength: float) -> Tensor:
-        return weight if strength == 0 else self.turned(weight, self._stages(weight), strength)
+    def change(self, weight: Tensor, total: Tensor, strength: float) -> None:
+        total.add_(self.turned(weight, self._stages(weight), strength) - weight)
 
     def live(self, layer: Layer, like: Tensor) -> Change:
         stages = self._stages(like)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
+from torch import Tensor
+
 from ..errors import IncompatibleAdapterError
 from .targets import Place, Target, TargetTable
 from .update import Update, shape_text
@@ -28,6 +30,11 @@ class Placement:
     def key(self) -> str:
         """Name of the parameter in the model's state dict."""
         return f"{self.target.path}.{self.parameter}"
+
+    def change(self, weight: Tensor, total: Tensor, strength: float) -> None:
+        """Add the change of the pristine ``weight`` to ``total``: itself changed by others, or zeros."""
+        start, length = self.rows or (0, weight.shape[0])
+        self.update.change(weight[start : start + length], total[start : start + length], strength)
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,9 +154,17 @@ class Update:
         """Change of ``weight`` at strength 1, in its shape, dtype and on its device."""
         raise NotImplementedError
 
+    def change(self, weight: Tensor, total: Tensor, strength: float) -> None:
+        """Add the change of ``weight`` to ``total``, which may be a copy of it with other changes."""
+        total.add_(self.delta(weight), alpha=strength)
+
     def merged(self, weight: Tensor, strength: float) -> Tensor:
         """The changed weight; at strength 0 the same object."""
-        return weight if strength == 0 else torch.add(weight, self.delta(weight), alpha=strength)
+        if strength == 0:
+            return weight
+        total = weight.clone()
+        self.change(weight, total, strength)
+        return total
 
     def live(self, layer: Layer, like: Tensor) -> Change:
         """The side path for a layer whose output has the dtype and device of ``like``."""

@@ -8,18 +8,20 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
 import folder_paths
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ipadapter_core import InvalidInputError, check_adapter
 from ...ipadapter_core.backends import comfy_lora as backend
 from ...ipadapter_core.backends.comfy import comfy_layout
 from ...ipadapter_core.checkpoints import kohya_lora
 from ...ipadapter_core.lora import LoRAWeights, load_lora
+from ...ipadapter_core.lora.live import LiveStack
 from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
 from .adapters import ManagedAdapter, attention
 from .files import Version, file_version
@@ -99,8 +101,37 @@ class MergedUpdates(comfy.weight_adapter.WeightAdapterBase):
         original_weight: object = None,
     ) -> Tensor:
         change = backend.merge_parts(weight.to(intermediate_dtype), self.parts)
-        weight += function(strength * change).to(weight.dtype)
+        weight += function(change if strength == 1 else strength * change).to(weight.dtype)
         return weight
+
+
+class LiveFactors(nn.Module):
+    """Live LoRAs' share of the device, as a model that ComfyUI's memory manager counts, makes room for and unloads.
+
+    Its parameters are the file's tensors and never move: what is on the device are the stack's copies, made when first
+    used and forgotten when the manager moves this module.
+    """
+
+    def __init__(self, stack: LiveStack) -> None:
+        super().__init__()
+        self.stack = stack
+        for i, tensor in enumerate(stack.tensors()):
+            self.register_parameter(str(i), nn.Parameter(tensor, requires_grad=False))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LiveFactors:
+        self.stack.release()
+        return self
+
+    @classmethod
+    def managed(cls, stack: LiveStack, **settings: Any) -> comfy.model_patcher.ModelPatcher:
+        """The stack under the memory manager; ``settings`` are what the host passes when it wants another one."""
+        patcher = comfy.model_patcher.ModelPatcher(
+            cls(stack),
+            load_device=comfy.model_management.get_torch_device(),
+            offload_device=comfy.model_management.unet_offload_device(),
+        )
+        patcher.cached_patcher_init = (cls.managed, (stack,))  # one per device on hosts that spread over several
+        return patcher
 
 
 def apply_lora(
@@ -115,6 +146,9 @@ def apply_lora(
         lines.append(f"runs {choice.mode}: {choice.reason}")
         if choice.mode == "live":
             model = backend.apply_live(model, patch, attention)
+            stack = backend.live_stack(model)
+            if stack is not None:
+                model.set_additional_models(backend.LORA_KEY, [LiveFactors.managed(stack)])
         else:
             model = backend.apply_merged(model, patch, ("unet",), MergedUpdates.of)
         lines.append(patch.selector.table(p.target for p in placed.of("unet")))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.attention_cost import Cost, cost_of
+from benchmarks.attention_cost import Cost, Operations, cost_of
 from ipadapter_core.backends import diffusers_lora as backend
 from ipadapter_core.lora.patch import LoRAPatch, masked
 from tiny_loras import tiny_lora
@@ -66,6 +66,19 @@ def test_more_loras_cost_no_more_products(unet: Any) -> None:
     assert apart.products == one.products
     assert apart.synchronisations == 0
     assert apart.operations <= one.operations + 2 * sum(layers(found[0]))
+
+
+def test_a_strength_per_branch_makes_no_tensor_of_numbers_anew(unet: Any) -> None:
+    """Numbers that travel to the device make the host wait: ``lift_fresh`` is what ``torch.tensor`` leaves in a trace."""
+    patch = replace(patches(unet, 1)[0], uncond_strength=0.2)
+    with Operations() as plain:
+        call_unet(unet, X, TEXT)
+    with backend.apply(unet, patch, branches=("uncond", "cond")):
+        call_unet(unet, X, TEXT)
+        with Operations() as live:
+            call_unet(unet, X, TEXT)
+    assert live.seen["aten.lift_fresh"] == plain.seen["aten.lift_fresh"]
+    assert live.seen.total() > plain.seen.total()
 
 
 def test_strength_0_adds_no_operation(unet: Any) -> None:

@@ -80,6 +80,9 @@ class Steering:
 
     def sample(self, model: Input, **settings: Any) -> Node:
         """KSampler and a TestSaveTensor on its latent; returns the latter."""
+        return self.save(self.sampled(model, **settings))
+
+    def sampled(self, model: Input, **settings: Any) -> Node:
         inputs = {
             "model": model,
             "positive": self.positive,
@@ -92,7 +95,7 @@ class Steering:
             "scheduler": "normal",
             "denoise": 1.0,
         }
-        return self.save(self.graph.add("KSampler", **(inputs | settings)))
+        return self.graph.add("KSampler", **(inputs | settings))
 
     def guide(self, guider: Input) -> Node:
         """SamplerCustomAdvanced with a guider, with the noise and steps of sample()."""

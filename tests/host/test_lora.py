@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,61 @@ def test_with_little_memory_and_one_by_one(scene: Callable[..., Scene]) -> None:
     out = s.compare(**nodes)
     for how in ("little memory", "one by one", "negative first"):
         same(out[how], out["batched"])
+
+
+def test_with_the_weights_outside_of_the_device(scene: Callable[..., Scene]) -> None:
+    """The host patches weights only as they pass by; live LoRAs need none, and neither leaves a trace."""
+    s = scene()
+    loras = {
+        "live": s.lora(strength=0.8),
+        "merged": s.lora(strength=0.8, mode="merged"),
+        "host": s.host_lora(strength=0.8),
+        "plain": s.model,
+    }
+    outside = {f"{name} outside": s.graph.add("TestPartlyLoaded", model=model) for name, model in loras.items()}
+    out = s.compare(**{name: s.sample(model) for name, model in (loras | outside).items()})
+    for name in ("live", "merged", "host", "plain"):
+        same(out[f"{name} outside"], out[name])
+    same(out["merged"], out["host"])
+    assert apart(out["live outside"], out["plain"]) > EFFECT
+    again = scene()
+    assert np.array_equal(again.compare(plain=again.sample(again.model))["plain"], out["plain"])
+
+
+def test_on_weights_of_eight_bits(scene: Callable[..., Scene]) -> None:
+    """``auto`` leaves eight-bit weights alone; a merge rounds to eight bits at random, in the host's loader as in ours."""
+    s = scene()
+    file = s.server.add_model("diffusion_models", s.server.models("checkpoints") / s.checkpoint)
+    model = s.graph.add("UNETLoader", unet_name=file, weight_dtype="fp8_e4m3fn")
+    lora = s.lora(model, mode="auto", strength=0.5)
+    shown = s.graph.add("PreviewAny", source=lora[2])
+    nodes = {
+        "plain": s.sample(model),
+        "auto": s.sample(lora),
+        "live": s.sample(s.lora(model, strength=0.5)),
+        "merged": s.sample(s.lora(model, strength=0.5, mode="merged")),
+        "host": s.sample(s.host_lora(model, strength=0.5)),
+        "zero": s.sample(s.lora(model, strength=0.0)),
+    }
+    result = s.run()
+    out = {name: result.tensor(node) for name, node in nodes.items()}
+    assert "runs live: the base weights are quantised" in result.text(shown)[0]
+    assert np.array_equal(out["zero"], out["plain"])
+    assert np.array_equal(out["auto"], out["live"])
+    effect, rounding = apart(out["live"], out["plain"]), apart(out["merged"], out["host"])
+    assert effect > EFFECT
+    assert max(apart(out["live"], out[name]) for name in ("merged", "host")) < effect / 2
+    assert rounding < effect / 2
+
+
+def test_the_memory_manager_counts_live_loras_and_frees_them(scene: Callable[..., Scene]) -> None:
+    s = scene()
+    lora = s.lora()
+    report = s.graph.add("TestMemory", model=lora, after=s.sampled(lora))
+    found = json.loads(s.run().text(report)[0])
+    assert found["held"] > 1e5
+    assert found["after"] == 0
+    assert found["counted"] == pytest.approx(found["held"], rel=0.05)
 
 
 def test_inspect_save_and_load_what_was_saved(scene: Callable[..., Scene], server: ComfyServer) -> None:

@@ -9,6 +9,7 @@ import tempfile
 import types
 
 import comfy.clip_vision
+import comfy.model_management
 import comfy.samplers
 import folder_paths
 import numpy as np
@@ -319,6 +320,57 @@ class TestCondBatch:
         return (model,)
 
 
+class TestPartlyLoaded:
+    """A model of which the host keeps all that it can outside of the device, as it does when memory is short.
+
+    On a CPU it would never: there is nothing to move. Put it last, the switch does not survive a clone.
+    """
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        model = model.clone()
+        load = model.load
+
+        def load_little(device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+            load(device_to, 1, force_patch_weights, False)
+            outside = [m for m in model.model.modules() if getattr(m, "comfy_cast_weights", False)]
+            assert model.model.model_lowvram, "the host did not load partly"
+            assert len(outside) > 10, "nothing was left outside"
+
+        model.load = load_little
+        return (model,)
+
+
+class TestMemory:
+    """What the memory manager counts for live LoRAs, and what they hold before and after it unloads everything."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ()
+    FUNCTION = "report"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "after": ("LATENT",)}}
+
+    def report(self, model, after):
+        (managed,) = model.get_additional_models_with_key("image_prompt_lora")
+        loaded = [
+            m.model.model_size() for m in comfy.model_management.current_loaded_models if m.model.is_clone(managed)
+        ]
+        stack = managed.model.stack
+        numbers = {"counted": sum(loaded), "held": stack.held_bytes}
+        comfy.model_management.unload_all_models()
+        return {"ui": {"text": [json.dumps(numbers | {"after": stack.held_bytes})]}}
+
+
 class TestCompile:
     """TorchCompileModel with a backend that runs the traced graph as it is: all of the tracing, none of the compiling."""
 
@@ -367,6 +419,8 @@ NODES = (
     TestMaskBatch,
     TestHook,
     TestCondBatch,
+    TestPartlyLoaded,
+    TestMemory,
     TestCompile,
     TestSameObject,
 )
