@@ -217,7 +217,8 @@ class ComfyServer:
         environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}}
         environment["PYTHONUNBUFFERED"] = "1"
         if hasattr(os, "sched_getaffinity"):
-            environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+            # More threads than cores spin on each other, 20 times slower; tests/conftest.py gives each worker its share.
+            environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
         command = [str(self.host.python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-api-nodes", "--disable-auto-launch", *self.extra_args]
