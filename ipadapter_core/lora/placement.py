@@ -82,6 +82,7 @@ def place_lora(
     placements: list[Placement] = []
     unmatched: list[Unmatched] = []
     misfits: list[str] = []
+    widened: list[str] = []
     skipped = set(absent)
     for module in weights.modules:
         if module.component in skipped:
@@ -96,9 +97,17 @@ def place_lora(
                 if found.update.fits(_shape(found)):
                     placements.append(found)
                 else:
+                    if _widens(found):
+                        widened.append(found.key)
                     misfits.append(
                         f"{module.stem} is for {found.update.describe_shape()}, {found.key} is {shape_text(*_shape(found))}"
                     )
+    if widened and len(widened) == len(misfits):
+        raise IncompatibleAdapterError(
+            f"{weights.name} is a control LoRA (Flux Canny or Depth): it gives {widened[0]} twice its inputs, which takes a "
+            "wider layer and a control picture beside the latent. Load it with the host's own loader (ComfyUI: LoraLoader and "
+            "InstructPixToPixConditioning; diffusers: FluxControlPipeline.load_lora_weights)"
+        )
     _refuse(weights, tables, placements, unmatched, misfits)
     return PlacedLoRA(weights, tuple(placements), tuple(unmatched))
 
@@ -119,6 +128,13 @@ def _placed(module: LoRAModule, place: Place, target: Target) -> Iterable[Placem
             _source_rows(update, rows.source, rows.length),
             None if whole else (rows.target, rows.length),
         )
+
+
+def _widens(placement: Placement) -> bool:
+    """Whether the update is for Flux's first layer with twice the inputs."""
+    first = placement.target.path in ("img_in", "x_embedder") and placement.parameter == "weight"
+    rows, *rest = _shape(placement)
+    return first and len(rest) == 1 and placement.update.fits((rows, 2 * rest[0]))
 
 
 def _source_rows(update: Update, start: int, length: int) -> Update:

@@ -327,21 +327,28 @@ def timings() -> Iterator[tuple[str, float]]:
         yield "loading it (fp16, sparse on disk)", milliseconds(lambda: load_adapter(path), repeats=1)[0]
 
 
+def by_host(script: str, *arguments: str, shown_from: str) -> str:
+    """What a script beside this one prints when $COMFYUI_PATH's own python runs it; or why there is nothing."""
+    host = os.environ.get("COMFYUI_PATH")
+    if not host:
+        return f"{script}: not measured; set COMFYUI_PATH"
+    python = Path(host) / ".venv/bin/python"
+    command = [str(python if python.exists() else sys.executable), str(Path(__file__).with_name(script))]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=1200, check=False)
+    if done.returncode != 0:
+        return f"{script}: not measured: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"
+    return done.stdout[done.stdout.find(shown_from) :].strip()  # what comes before are the host's greetings
+
+
 def old_pack() -> str:
     """The same counts for ComfyUI_IPAdapter_plus, by the host's own python; or why there are none."""
     pack, host = os.environ.get("IPADAPTER_PLUS_PATH"), os.environ.get("COMFYUI_PATH")
     if not pack or not host:
         return "ComfyUI_IPAdapter_plus: not measured; set IPADAPTER_PLUS_PATH and COMFYUI_PATH"
-    python = Path(host) / ".venv/bin/python"
-    script = Path(__file__).with_name("old_pack.py")
-    output: list[str] = []
-    for flags in ([], ["--use-pytorch-cross-attention"]):
-        command = [str(python if python.exists() else sys.executable), str(script), pack, host, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        table = done.stdout[done.stdout.find("one site of") :].strip()  # what comes before are the host's greetings
-        output.append(table if done.returncode == 0 else f"ComfyUI_IPAdapter_plus: not measured: {reason}")
-    return "\n\n".join(output)
+    return "\n\n".join(
+        by_host("old_pack.py", pack, host, *flags, shown_from="one site of")
+        for flags in ([], ["--use-pytorch-cross-attention"])
+    )
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
-"""What LoRAs cost: time of a step, of a changed strength and of merging, ours beside PEFT; times only reported.
+"""What LoRAs cost: time of a step, of a changed strength and of merging, ours beside PEFT's and ComfyUI's; times only reported.
 
-    python tests/benchmarks/lora_cost.py     # PEFT's rows where peft is installed
+    python tests/benchmarks/lora_cost.py                    # PEFT's rows where peft is installed
+    COMFYUI_PATH=… python tests/benchmarks/lora_cost.py     # and the host's loader and hook LoRAs beside our node
 
 tests/core/test_lora_counts.py asserts what can be counted: products, operations, weight writes, passes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +21,7 @@ from torch import Tensor
 if __name__ == "__main__":  # pytest has tests/ on its path already
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.attention_cost import milliseconds
+from benchmarks.attention_cost import by_host, milliseconds
 from ipadapter_core.backends import diffusers_lora as backend
 from ipadapter_core.lora.patch import masked
 from ipadapter_core.lora.selector import parse_selector
@@ -97,6 +99,7 @@ def main() -> None:
             print(f"{name:<72} {value:>9.2f} ms", flush=True)
     except ModuleNotFoundError as error:
         print(f"PEFT: not measured, {error.name} is not installed")
+    print("\n" + by_host("host_loras.py", os.environ.get("COMFYUI_PATH", ""), shown_from="ComfyUI, "))
 
 
 if __name__ == "__main__":

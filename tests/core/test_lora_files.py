@@ -504,6 +504,18 @@ def test_a_lora_for_another_model_says_so_and_places_nothing() -> None:
         placed(lora_for("lora_unet_double_blocks_0_img_attn_qkv", (3 * H, H)), ldm("sd15"))
 
 
+def test_a_control_lora_is_told_from_a_wrong_one() -> None:
+    """BFL's Canny and Depth LoRAs: bare names, biases, norms replaced, and an input layer twice as wide."""
+    model = Skeleton({"img_in": (H, 4), **FLUX_ORIGINAL})
+    state: Weights = {"double_blocks.0.img_attn.norm.query_norm.scale": noise(4)}
+    for path, (rows, columns) in {"img_in": (H, 8), **FLUX_ORIGINAL}.items():
+        state[f"{path}.lora_A.weight"] = noise(2, columns)
+        state[f"{path}.lora_B.weight"] = noise(rows, 2)
+        state[f"{path}.lora_B.bias"] = noise(rows)
+    with pytest.raises(IncompatibleAdapterError, match=r"control LoRA \(Flux Canny or Depth\).*LoraLoader"):
+        placed(state, model)
+
+
 def test_one_wrong_shape_refuses_the_whole_file() -> None:
     unet = tiny_unet(SD15)
     state = whole(unet) | lora_for("lora_unet_time_embedding_linear_1", (7, 7))

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from host.comfy_server import ComfyServer, ExecutionFailed, Link, Node
+from host.comfy_server import ComfyServer, ExecutionFailed, Graph, Link, Node
 from host.shrunk import WIDTH
+from host.shrunk_transformers import POOLED, TEXT, build_transformer, build_transformer_loras
 from host.steering import Steering
 from host.tiny_lora_files import build_lora
 from ipadapter_core.training import parse_config
@@ -331,6 +332,41 @@ def test_the_memory_manager_counts_live_loras_and_frees_them(scene: Callable[...
     assert found["held"] > 1e5
     assert found["after"] == 0
     assert found["counted"] == pytest.approx(found["held"], rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_transformers_with_fused_layers(server: ComfyServer, adapters: Path, tmp_path: Path, kind: str) -> None:
+    """SD3 and Flux: live, merged and the host's loader agree, in kohya's spelling (q, k, v in one) and diffusers' (apart)."""
+    if kind == "flux" and server.host.version.startswith("0.3."):
+        pytest.skip("this ComfyUI takes every Flux to be 3072 wide")
+    graph = Graph()
+    file = server.add_model("diffusion_models", build_transformer(kind, tmp_path))
+    model = graph.add("UNETLoader", unet_name=file, weight_dtype="default")
+    text = [graph.add("TestConditioning", seed=i, width=TEXT, tokens=8, pooled=POOLED) for i in (1, 2)]
+    latent = graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+
+    def sample(model: Node) -> Node:
+        sampled = graph.add(
+            "KSampler", model=model, positive=text[0], negative=text[1], latent_image=latent, seed=5, steps=2, cfg=3.0,
+            sampler_name="euler", scheduler="simple", denoise=1.0,
+        )  # fmt: skip
+        return graph.add("TestSaveTensor", value=sampled)
+
+    nodes = {"plain": sample(model)}
+    settings = {"model": model, "strength": 0.8, "text_strength": 1.0, "selector": "", "start": 0.0, "end": 1.0}
+    for spelling, path in build_transformer_loras(kind, tmp_path).items():
+        name = server.add_model("loras", path)
+        for mode in ("live", "merged"):
+            lora = graph.add("ImagePromptLoRAStrength", file=name, mode=mode, **settings)
+            nodes[f"{mode} {spelling}"] = sample(lora)
+        host = graph.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=0.8)
+        nodes[f"host {spelling}"] = sample(host)
+    result = server.run(graph)
+    out = {name: result.tensor(node) for name, node in nodes.items()}
+    first = out.pop("live kohya")
+    assert apart(first, out.pop("plain")) > EFFECT
+    for found in out.values():
+        same(found, first)
 
 
 def test_inspect_save_and_load_what_was_saved(scene: Callable[..., Scene], server: ComfyServer) -> None:

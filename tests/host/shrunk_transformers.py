@@ -1,0 +1,113 @@
+"""Shrunk SD3 and Flux checkpoints for ComfyUI's UNETLoader, by their original names, and LoRAs for them in two spellings.
+
+The host reads every size off the shapes (Flux's from 0.13 on): two blocks of each kind, 128 channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+WIDTH, TEXT, POOLED = 128, 64, 32
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def sd3_shapes() -> Shapes:
+    yield "x_embedder.proj", (WIDTH, 16, 2, 2)
+    yield "context_embedder", (WIDTH, TEXT)
+    yield from _mlp("t_embedder.mlp", ("0", "2"), 256, WIDTH)
+    yield from _mlp("y_embedder.mlp", ("0", "2"), POOLED, WIDTH)
+    for i in range(2):
+        for side in ("x_block", "context_block"):
+            last = side == "context_block" and i == 1  # the text is not needed after the last block
+            stem = f"joint_blocks.{i}.{side}"
+            yield f"{stem}.attn.qkv", (3 * WIDTH, WIDTH)
+            yield f"{stem}.adaLN_modulation.1", ((2 if last else 6) * WIDTH, WIDTH)
+            if not last:
+                yield f"{stem}.attn.proj", (WIDTH, WIDTH)
+                yield from _mlp(f"{stem}.mlp", ("fc1", "fc2"), WIDTH, 4 * WIDTH, WIDTH)
+    yield "final_layer.linear", (64, WIDTH)
+    yield "final_layer.adaLN_modulation.1", (2 * WIDTH, WIDTH)
+
+
+def flux_shapes() -> Shapes:
+    yield "img_in", (WIDTH, 64)
+    yield "txt_in", (WIDTH, TEXT)
+    for name, columns in (("time_in", 256), ("vector_in", POOLED), ("guidance_in", 256)):
+        yield from _mlp(name, ("in_layer", "out_layer"), columns, WIDTH)
+    for i in range(2):
+        for side in ("img", "txt"):
+            stem = f"double_blocks.{i}.{side}"
+            yield f"{stem}_mod.lin", (6 * WIDTH, WIDTH)
+            yield f"{stem}_attn.qkv", (3 * WIDTH, WIDTH)
+            yield f"{stem}_attn.proj", (WIDTH, WIDTH)
+            yield from _mlp(f"{stem}_mlp", ("0", "2"), WIDTH, 4 * WIDTH, WIDTH)
+        yield f"single_blocks.{i}.linear1", (7 * WIDTH, WIDTH)
+        yield f"single_blocks.{i}.linear2", (WIDTH, 5 * WIDTH)
+        yield f"single_blocks.{i}.modulation.lin", (3 * WIDTH, WIDTH)
+    yield "final_layer.linear", (64, WIDTH)
+    yield "final_layer.adaLN_modulation.1", (2 * WIDTH, WIDTH)
+
+
+def _mlp(stem: str, names: tuple[str, str], columns: int, inner: int, rows: int | None = None) -> Shapes:
+    yield f"{stem}.{names[0]}", (inner, columns)
+    yield f"{stem}.{names[1]}", (rows or inner, inner)
+
+
+SHAPES = {"sd3": sd3_shapes, "flux": flux_shapes}
+
+
+def build_transformer(kind: str, folder: Path) -> Path:
+    """A checkpoint of random weights, fp16."""
+    path = folder / f"shrunk_{kind}.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, Tensor] = {}
+    for name, shape in SHAPES[kind]():
+        columns = torch.Size(shape[1:]).numel()
+        state[f"{name}.weight"] = torch.randn(shape, generator=generator) / columns**0.5
+        state[f"{name}.bias"] = torch.randn(shape[0], generator=generator) / 10
+        if kind == "flux" and (name.endswith("_attn.qkv") or name.endswith("linear1")):
+            norm = f"{name.removesuffix('.qkv').removesuffix('.linear1')}.norm"
+            state |= {f"{norm}.{part}_norm.scale": torch.ones(WIDTH) for part in ("query", "key")}
+    if kind == "sd3":
+        state["pos_embed"] = torch.randn(1, 16 * 16, WIDTH, generator=generator)
+    save_file({key: value.half() for key, value in state.items()}, path)
+    return path
+
+
+def build_transformer_loras(kind: str, folder: Path) -> dict[str, Path]:
+    """One LoRA on the attentions of the pictures' side, spelled by kohya's trainer (fused) and by diffusers (apart).
+
+    Their numbers are the same: diffusers' q, k and v share the down matrix.
+    """
+    generator = torch.Generator().manual_seed(1)
+    fused: dict[str, Tensor] = {}
+    apart: dict[str, Tensor] = {}
+    for i in range(2):
+        name = f"joint_blocks.{i}.x_block.attn" if kind == "sd3" else f"double_blocks.{i}.img_attn"
+        theirs = f"transformer.transformer_blocks.{i}.attn"
+        for layer, parts in (("qkv", ("to_q", "to_k", "to_v")), ("proj", ("to_out.0",))):
+            down = torch.randn(4, WIDTH, generator=generator) / WIDTH**0.5
+            up = torch.randn(len(parts) * WIDTH, 4, generator=generator) / 2
+            stem = "lora_unet_" + f"{name}.{layer}".replace(".", "_")
+            fused |= {
+                f"{stem}.lora_down.weight": down,
+                f"{stem}.lora_up.weight": up,
+                f"{stem}.alpha": torch.tensor(4.0),
+            }
+            for part, rows in zip(parts, up.split(WIDTH), strict=True):
+                apart |= {
+                    f"{theirs}.{part}.lora_A.weight": down.clone(),
+                    f"{theirs}.{part}.lora_B.weight": rows.clone(),
+                }
+    files = {
+        "kohya": folder / f"lora_{kind}_kohya.safetensors",
+        "diffusers": folder / f"lora_{kind}_diffusers.safetensors",
+    }
+    save_file(fused, files["kohya"])
+    save_file(apart, files["diffusers"])
+    return files
