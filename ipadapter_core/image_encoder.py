@@ -7,7 +7,9 @@ CLIP_VISION) takes part by offering the few members of ImageEncoder.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError
+from .state_dict import describe_state_dict, open_state_dict
 
 if TYPE_CHECKING:
     from .checkpoints.format import AdapterSpec
@@ -141,28 +144,24 @@ class TransformersImageEncoder:
     ) -> TransformersImageEncoder:
         """Load the vision tower in ``folder`` (or its ``subfolder``); the network is never asked.
 
+        ``folder`` can also be the tower's ``.safetensors`` alone, as ComfyUI keeps it: its sizes are read from its shapes.
         Mean and std come from ``preprocessor_config.json``, beside the weights or in the ``feature_extractor`` folder
         of a diffusers pipeline, else they are CLIP's. Raises InvalidInputError without a CLIP model in the folder and
         CorruptFileError for one that lacks weights.
         """
-        from transformers import CLIPVisionModelWithProjection
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         root = Path(folder)
         path = root / subfolder if subfolder else root
+        tower: Any = CLIPVisionModelWithProjection
+        if path.is_file():
+            config: Any = CLIPVisionConfig(**vision_config(path))
+            load = partial(tower.from_pretrained, None, config=config, state_dict=open_state_dict(path).tensors)
+        else:
+            _check_model_type(path)
+            load = partial(tower.from_pretrained, path, local_files_only=True)
         try:
-            model_type = json.loads((path / "config.json").read_text())["model_type"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidInputError(
-                f"{path} holds no readable config.json of an image encoder ({error}); "
-                "give the folder of a CLIPVisionModelWithProjection, e.g. models/image_encoder of h94/IP-Adapter"
-            ) from error
-        if model_type not in ("clip", "clip_vision_model"):
-            raise InvalidInputError(f"{path} holds a model of type {model_type!r}; a CLIP vision model was expected")
-        try:
-            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-                path, local_files_only=True, output_loading_info=True
-            )
-            model, info = loaded
+            model, info = load(output_loading_info=True)
         except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad file
             raise CorruptFileError(f"{path} could not be read as a CLIP vision model: {error}") from error
         missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
@@ -185,6 +184,49 @@ class TransformersImageEncoder:
         weight = next(self.model.parameters())
         out: Any = self.model(pixel_values.to(weight.device, weight.dtype), output_hidden_states=True)
         return ImageFeatures(out.image_embeds, out.hidden_states[-2])
+
+
+def _check_model_type(folder: Path) -> None:
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(
+            f"{folder} holds no readable config.json of an image encoder ({error}); "
+            "give the folder of a CLIPVisionModelWithProjection, e.g. models/image_encoder of h94/IP-Adapter"
+        ) from error
+    if model_type not in ("clip", "clip_vision_model"):
+        raise InvalidInputError(f"{folder} holds a model of type {model_type!r}; a CLIP vision model was expected")
+
+
+_HEADS = {768: 12, 1024: 16, 1280: 16, 1664: 16}
+"""Attention heads of the published towers by width; nothing in a file tells them."""
+
+
+def vision_config(file: Path) -> dict[str, Any]:
+    """What a ``config.json`` would say of a CLIP vision tower in one file with transformers' names.
+
+    Raises InvalidInputError for another model, CorruptFileError for no file of tensors.
+    """
+    shapes = {key: tuple(t.shape) for key, t in describe_state_dict(file).tensors.items()}
+    try:
+        hidden, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
+        positions = shapes["vision_model.embeddings.position_embedding.weight"][0]
+        inner = shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0]
+        projection = shapes["visual_projection.weight"][0]
+        heads = _HEADS[hidden]
+    except (KeyError, ValueError) as error:
+        seen = ", ".join(sorted({key.split(".")[0] for key in shapes})[:6])
+        raise InvalidInputError(
+            f"{file.name} is not one of CLIP's vision towers with transformers' names (not found: {error}; it has {seen}); "
+            f"use {ENCODERS['ViT-H/14'].files[0]}, or a transformers folder"
+        ) from error
+    layers = {key.split(".")[3] for key in shapes if key.startswith("vision_model.encoder.layers.")}
+    return {
+        "model_type": "clip_vision_model", "hidden_size": hidden, "patch_size": patch, "intermediate_size": inner,
+        "image_size": patch * math.isqrt(positions - 1), "projection_dim": projection, "num_attention_heads": heads,
+        "num_hidden_layers": len(layers),
+        "hidden_act": "quick_gelu" if hidden in (768, 1024) else "gelu",  # OpenAI's towers; LAION's have the exact one
+    }  # fmt: skip
 
 
 def _published_name(encoder: TransformersImageEncoder) -> str | None:

@@ -27,7 +27,7 @@ def name_inputs(default: str) -> list[io.Input]:
         io.Combo.Input(
             "base_model",
             options=list(host.base_models()),
-            tooltip="A diffusers folder of an SD1.5, SD2 or SDXL model in models/diffusers.",
+            tooltip="An SD1.5 or SDXL checkpoint, or a diffusers folder of an SD1.5, SD2 or SDXL model in models/diffusers.",
         ),
     ]
 
@@ -121,7 +121,8 @@ class TrainIPAdapter(io.ComfyNode):
                 io.Combo.Input(
                     "image_encoder",
                     options=[host.INSIDE, *host.image_encoders()],
-                    tooltip="A transformers folder of a CLIP vision model in models/clip_vision, such as ViT-H/14.",
+                    tooltip="The CLIP vision model that the adapter will read, such as CLIP-ViT-H-14-laion2B-s32B-b79K: a file or a "
+                    "transformers folder in models/clip_vision.",
                 ),
                 io.Combo.Input(
                     "family",
@@ -154,10 +155,10 @@ class TrainIPAdapter(io.ComfyNode):
         start_over: bool,
         **run: Any,
     ) -> io.NodeOutput:
+        encoder = host.image_encoder(image_encoder, base_model)
         folder = host.training_folder(name, "ipadapter", start_over=start_over)
         values = run_values(name, base_model, folder, **run)
-        if image_encoder != host.INSIDE:
-            values["model"]["image_encoder"] = str(host.image_encoders()[image_encoder])
+        values["model"]["image_encoder"] = encoder
         values["adapter"] = {"family": family}
         if start_from != FRESH:
             values["adapter"]["start_from"] = host.adapter_path(start_from)
@@ -195,7 +196,7 @@ def run_values(
     else:
         path = host.save_pictures(images, lines, folder / "pictures")
     return {
-        "model": {"base": str(host.base_models()[base_model])},
+        "model": host.base_model(base_model, folder),
         "data": {"path": path, "resolution": resolution, "cache": str(folder / "cache")},
         "train": {"steps": steps, "batch": batch, "lr": learning_rate, "precision": precision, "seed": seed},
         "watch": {"validate_every": sample_every, "sample_every": sample_every, "sample_prompts": [sample_prompt]},

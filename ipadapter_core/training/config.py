@@ -29,7 +29,7 @@ Algorithm = Literal["lora", "locon", "loha", "lokr", "dora"]
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The frozen models. `image_encoder` "" is the folder of that name inside `base`."""
+    """The frozen models. `image_encoder` is a folder or a tower's .safetensors; "" is the folder of that name inside `base`."""
 
     base: str = ""
     """A diffusers folder, or one .safetensors file of SD1.5, SD2 or SDXL."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CorruptFileError, InvalidInputError
 from ..generate import load_pipeline
-from ..image_encoder import ImageEncoder, TransformersImageEncoder
+from ..image_encoder import ImageEncoder, TransformersImageEncoder, vision_config
 from .adapter import EncoderSizes, freeze
 
 
@@ -253,6 +253,8 @@ def image_size(base: str, folder: str) -> int:
 
 def _vision_config(base: str, folder: str) -> dict[str, int]:
     path = Path(folder) if folder else Path(base) / "image_encoder"
+    if path.is_file():
+        return vision_config(path)
     try:
         values: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
         vision: dict[str, Any] = {**values, **(values.get("vision_config") or {})}

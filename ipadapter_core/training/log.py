@@ -125,7 +125,11 @@ class Log:
                 self._print({"event": "plot", "file": str(self.plot_file)})
 
     def _print(self, row: dict[str, Any]) -> None:
-        print(json.dumps(row), flush=True)
+        try:
+            print(json.dumps(row), flush=True)
+        except BrokenPipeError:  # whoever watched is gone; the loop still has to save what was learned
+            self.as_json = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def curves(file: Path) -> dict[str, tuple[list[int], list[float]]]:

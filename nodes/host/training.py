@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.sd1_clip
 import comfy.utils
 import folder_paths
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from ...ipadapter_core import InvalidInputError
 from ...ipadapter_core.training.config import parse_config, parse_overrides
 from ...ipadapter_core.training.job import run_job
+from ...ipadapter_core.training.model_configs import write_model_configs
 from .files import FOLDER
 from .frontend import show_in_node
 
@@ -39,12 +41,44 @@ def model_folders(marker: str, *kinds: str) -> dict[str, Path]:
     return found
 
 
+def model_files(kind: str) -> dict[str, Path]:
+    """The .safetensors of models/<kind> as loaders name them."""
+    names = (name for name in folder_paths.get_filename_list(kind) if name.endswith(".safetensors"))
+    return {name: Path(path) for name in names if (path := folder_paths.get_full_path(kind, name))}
+
+
 def base_models() -> dict[str, Path]:
-    return model_folders("model_index.json", "diffusers")
+    return model_files("checkpoints") | model_folders("model_index.json", "diffusers")
 
 
 def image_encoders() -> dict[str, Path]:
-    return model_folders("config.json", "clip_vision", "diffusers")
+    return model_files("clip_vision") | model_folders("config.json", "clip_vision", "diffusers")
+
+
+def base_model(name: str, folder: Path) -> dict[str, object]:
+    """Settings for a base model of base_models(); the configs of a checkpoint are written into a training's folder."""
+    path = base_models()[name]
+    if path.is_dir():
+        return {"base": str(path)}
+    configs = write_model_configs(
+        path, Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer", folder / "model configs"
+    )
+    return {"base": str(path), "config": str(configs)}
+
+
+def image_encoder(name: str, base: str) -> str:
+    """Setting for an image encoder of image_encoders(), or for the one inside the base model's folder.
+
+    Raises InvalidInputError for the latter if the base model is a checkpoint.
+    """
+    if name != INSIDE:
+        return str(image_encoders()[name])
+    if base_models()[base].is_file():
+        raise InvalidInputError(
+            f"the checkpoint {base} has no image encoder inside; choose one in image_encoder, such as "
+            "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors from models/clip_vision"
+        )
+    return ""
 
 
 def training_folder(name: str, kind: str, *, start_over: bool) -> Path:

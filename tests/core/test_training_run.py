@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,6 +311,29 @@ def test_a_disk_that_stays_full_is_named_and_loses_nothing(
     assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000002"]
     train(config)
     assert_same(state(tmp_path), state(whole))
+
+
+def test_a_watcher_that_is_gone_ends_no_run(tmp_path: Path) -> None:
+    """ComfyUI was closed: the next line of progress has no reader, and what was learned still has to be saved."""
+    script = (
+        "import sys; from pathlib import Path; from ipadapter_core.training.log import Log\n"
+        "log = Log(Path(sys.argv[1]), steps=3, as_json=True)\n"
+        "log.event('step', 1, loss=1.0); input()\n"
+        "log.event('step', 2, loss=1.0); log.say('a note'); log.event('step', 3, loss=1.0)\n"
+    )
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths}, **pipes
+    )
+    assert child.stdout is not None
+    assert child.stdin is not None
+    assert json.loads(child.stdout.readline())["step"] == 1
+    child.stdout.close()
+    child.stdin.write(b"\n")
+    child.stdin.close()
+    assert child.wait(60) == 0, child.stderr.read().decode() if child.stderr else ""
+    assert len((tmp_path / "progress.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

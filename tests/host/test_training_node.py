@@ -103,6 +103,19 @@ def test_the_real_error_is_shown(server: ComfyServer, model: str) -> None:
         server.run(training(server, model, "lines", captions="a\nb\nc")[0])
 
 
+def test_checkpoints_and_encoders_of_one_file_are_offered(server: ComfyServer, model: str, sd15_small: str) -> None:
+    """What a checkpoint lacks is said in a sentence; tests/core/test_training_single_file.py trains on whole ones."""
+    inputs = server.object_info("ImagePromptTrain")["input"]["required"]
+    assert {sd15_small, model} <= set(inputs["base_model"][1]["options"])
+    with pytest.raises(ExecutionFailed, match=r"has no image encoder inside; choose one in image_encoder"):
+        server.run(training(server, sd15_small, "alone")[0])
+    with pytest.raises(ExecutionFailed, match=r"text encoder, autoencoder and UNet must all be in the file"):
+        server.run(training(server, sd15_small, "part", "ImagePromptTrainLoRA")[0])
+    configs = server.base / "output/lora_training/part/model configs"
+    assert json.loads((configs / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    assert (configs / "tokenizer/vocab.json").is_file()
+
+
 def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> None:
     lora = {"kind": "ImagePromptTrainLoRA", "text_encoders": True, "targets": "all: 0, attn2: 1, te v: 1"}
     graph, node, plot = training(server, model, "my lora", **lora)
@@ -146,6 +159,8 @@ def test_the_workflow_trains(server: ComfyServer, model: str, file: str) -> None
                 "name": "from a workflow", "base_model": model, "steps": 2, "resolution": 64, "precision": "fp32",
                 "settings": SETTINGS + more, "batch": 1,
             }  # fmt: skip
+            if file == "train_ip_adapter":
+                node["inputs"]["image_encoder"] = KINDS["ImagePromptTrain"]["image_encoder"]
         elif node["class_type"] == "LoadImage":
             node["inputs"]["image"] = server.upload_image(np.asarray(picture(3, (64, 64))), "learn.png")
     result = server.run(graph)
