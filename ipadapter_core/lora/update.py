@@ -60,14 +60,13 @@ class Layer:
             raise IncompatibleAdapterError(
                 "this algorithm reads the base weight, which is not in memory (offloaded to meta); use the merged mode"
             )
+        if type(weight).dequantize is not Tensor.dequantize:  # torch's own is for its old quantised tensors alone
+            weight = weight.dequantize()
         if tuple(weight.shape) != self.shape or not weight.is_floating_point():
-            expand = getattr(weight, "dequantize", None)
-            if expand is None:
-                raise IncompatibleAdapterError(
-                    f"this algorithm reads the base weight, which is quantised ({type(weight).__name__}, {weight.dtype}); "
-                    "use the base model in 16 bits, or a plain LoRA"
-                )
-            weight = expand()
+            raise IncompatibleAdapterError(
+                f"this algorithm reads the base weight, which is quantised ({type(weight).__name__}, {weight.dtype}); "
+                "use the base model in 16 bits, or a plain LoRA"
+            )
         return weight.detach().to(device, dtype)
 
     def bias_vector(self, like: Tensor) -> Tensor:

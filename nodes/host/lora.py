@@ -26,6 +26,11 @@ from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
 from .adapters import ManagedAdapter, attention
 from .files import Version, file_version
 
+try:
+    from comfy.quant_ops import QuantizedTensor
+except ImportError:  # hosts before November 2025 have eight bits by dtype alone
+    QuantizedTensor = ()
+
 
 def load_lora_tensors(file: str) -> dict[str, Tensor]:
     return comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", file), safe_load=True)
@@ -162,7 +167,9 @@ def apply_lora(
 
 
 def _quantised(model: Any) -> bool:
-    return model.model_dtype().itemsize < 2
+    if model.model_dtype().itemsize < 2:
+        return True
+    return any(isinstance(p, QuantizedTensor) for p in model.get_model_object("diffusion_model").parameters())
 
 
 def _offloaded(model: Any) -> bool:

@@ -24,7 +24,7 @@ sys.path[:0] = [host, str(TESTS)]
 
 import torch  # noqa: E402
 
-RANK, STEPS, SIZE = 16, 3, 32
+RANK, STEPS, SIZE = 16, 2, 32
 
 
 def load_pack() -> Any:
@@ -38,15 +38,20 @@ def load_pack() -> Any:
     return module
 
 
-def seconds(calls: Mapping[str, Callable[[int], object]], repeats: int = 3) -> dict[str, float]:
-    """Shortest of a few runs of each call, taken in turns; a call gets the number of its run."""
+def seconds(calls: Mapping[str, Callable[[int], object]], *, warm: bool, repeats: int = 3) -> dict[str, float]:
+    """Shortest of a few runs of each call, taken in turns; a call gets the number of its run.
+
+    ``warm``: every timed run follows an untimed one of the same call, so that a change of model is not measured.
+    """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(repeats):
         for name, call in calls.items():
+            if warm:
+                call(run)
             start = time.perf_counter()
             call(run)
             taken[name].append(time.perf_counter() - start)
-    return {name: min(found[1:]) for name, found in taken.items()}  # the first one warms up
+    return {name: min(found) for name, found in taken.items()}
 
 
 def show(title: str, found: Mapping[str, float], base: str, share: int = 1) -> None:
@@ -135,44 +140,39 @@ def main() -> None:
                 "LoRA Strength, live": lambda run: load(bench.ours("live", strengths[run])),
                 "LoRA Strength, merged": lambda run: load(bench.ours("merged", strengths[run])),
                 "host's LoraLoader": lambda run: load(bench.hosts(strengths[run])),
-            }),
+            }, warm=False),
             "host's LoraLoader",
         )  # fmt: skip
 
-        plain, live, merged, hosts = bench.model, bench.ours("live"), bench.ours("merged"), bench.hosts()
+        plain = bench.model
         models = {
-            "plain": plain,
-            "LoRA Strength, live": live,
-            "LoRA Strength, merged": merged,
-            "host's LoraLoader": hosts,
+            "plain": plain, "LoRA Strength, live": bench.ours("live"), "LoRA Strength, merged": bench.ours("merged"),
+            "host's LoraLoader": bench.hosts(),
+        }  # fmt: skip
+        calls: dict[str, Callable[[int], object]] = {
+            name: lambda _, model=model: bench.sample(model) for name, model in models.items()
         }
-        hooks = bench.hooks()
-        conds = bench.hooked(bench.positive, hooks), bench.hooked(bench.negative, hooks)
-        steps: dict[str, float] = {}
-        for key, model in models.items():  # one after the other: a change of model would be measured too
-            steps |= seconds({key: lambda run, model=model: bench.sample(model)})
-        steps |= seconds({"host's hook LoRA on both prompts": lambda run: bench.sample(plain, *conds)})
-        show("a step, one constant strength", steps, "plain", STEPS)
+        whole = bench.hooks()
+        prompts = bench.hooked(bench.positive, whole), bench.hooked(bench.negative, whole)
+        calls["host's hook LoRA on both prompts"] = lambda _: bench.sample(plain, *prompts)
 
         curve = tuple((i / STEPS, 1 - i / STEPS) for i in range(STEPS))
         falling = bench.ours("live", schedule=schedule(curve=curve))
         frames = bench.hooks(curve=tuple(factor for _, factor in curve))
-        conds = bench.hooked(bench.positive, frames), bench.hooked(bench.negative, frames)
-        curved = seconds({"LoRA Strength with a curve": lambda run: bench.sample(falling)})
-        curved |= seconds({"host's hook LoRA with keyframes": lambda run: bench.sample(plain, *conds)})
-        show("a step, a strength that changes at every step", {"plain": steps["plain"]} | curved, "plain", STEPS)
+        curved = bench.hooked(bench.positive, frames), bench.hooked(bench.negative, frames)
+        calls["LoRA Strength with a curve"] = lambda _: bench.sample(falling)
+        calls["host's hook LoRA, a keyframe per step"] = lambda _: bench.sample(plain, *curved)
 
         left = torch.zeros(1, 256, 256)
         left[..., :128] = 1
-        both = bench.ours("live", mask=region(left))
-        place = bench.pack.nodes.host
-        both = place.apply_lora(both, None, bench.loaded[1], "live", strength=1.0, mask=region(1 - left))[0]
+        first = bench.ours("live", mask=region(left))
+        both = bench.pack.nodes.host.apply_lora(
+            first, None, bench.loaded[1], "live", strength=1.0, mask=region(1 - left)
+        )[0]
         parts = [bench.hooked(bench.positive, bench.hooks(i), m)[0] for i, m in enumerate((left, 1 - left))]
-        regional = seconds({"LoRA Strength with two masks (one model call)": lambda run: bench.sample(both)})
-        regional |= seconds({
-            "host's hook LoRAs on two masked prompts": lambda run: bench.sample(plain, parts, bench.negative)
-        })  # fmt: skip
-        show("a step, two LoRAs in two regions", {"plain": steps["plain"]} | regional, "plain", STEPS)
+        calls["LoRA Strength, two masks (one model call)"] = lambda _: bench.sample(both)
+        calls["host's hook LoRAs on two masked prompts"] = lambda _: bench.sample(plain, parts, bench.negative)
+        show("a step, the model loaded", seconds(calls, warm=True), "plain", STEPS)
 
 
 if __name__ == "__main__":

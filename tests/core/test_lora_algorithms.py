@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.lora import Layer, Update, load_lora
 
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 2.0)
@@ -470,3 +471,27 @@ def test_what_lycoris_and_peft_make_of_the_same_tensors(case: dict[str, object])
     theirs = torch.tensor(case["weights"], dtype=torch.float64)
     same = torch.allclose(ours, theirs, rtol=0, atol=2e-5)  # the oracles compute in float32
     assert same == case["right"], case["why"]
+
+
+class Packed(Tensor):
+    """A quantiser's tensor: bytes inside, numbers by a method of its own."""
+
+    def dequantize(self) -> Tensor:
+        return self.as_subclass(Tensor).float() / 16
+
+
+class Opaque(Tensor):
+    """One that only its own kernels can read."""
+
+
+def test_algorithms_that_read_the_weight_read_what_its_bytes_stand_for() -> None:
+    layer = nn.Linear(3, 2)
+    stored = torch.tensor([[16, 32, -16], [0, 8, 4]], dtype=torch.int8)
+    layer.weight = nn.Parameter(stored.as_subclass(Packed), requires_grad=False)
+    expected = torch.tensor([[1.0, 2.0, -1.0], [0.0, 0.5, 0.25]], dtype=torch.float64)
+    assert torch.equal(Layer(layer).weight(torch.device("cpu"), torch.float64), expected)
+    layer.weight = nn.Parameter(stored.as_subclass(Opaque), requires_grad=False)
+    with pytest.raises(
+        IncompatibleAdapterError, match=r"quantised \(Opaque, torch.int8\); use the base model in 16 bits"
+    ):
+        Layer(layer).weight(torch.device("cpu"), torch.float64)

@@ -61,9 +61,9 @@ def _mlp(stem: str, names: tuple[str, str], columns: int, inner: int, rows: int 
 SHAPES = {"sd3": sd3_shapes, "flux": flux_shapes}
 
 
-def build_transformer(kind: str, folder: Path) -> Path:
-    """A checkpoint of random weights, fp16."""
-    path = folder / f"shrunk_{kind}.safetensors"
+def build_transformer(kind: str, folder: Path, *, scaled: bool = False) -> Path:
+    """A checkpoint of random weights, fp16; ``scaled``: the blocks' matrices in fp8 with a scale each, as ComfyUI has them."""
+    path = folder / f"shrunk_{kind}{'_scaled' * scaled}.safetensors"
     generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = {}
     for name, shape in SHAPES[kind]():
@@ -75,14 +75,22 @@ def build_transformer(kind: str, folder: Path) -> Path:
             state |= {f"{norm}.{part}_norm.scale": torch.ones(WIDTH) for part in ("query", "key")}
     if kind == "sd3":
         state["pos_embed"] = torch.randn(1, 16 * 16, WIDTH, generator=generator)
-    save_file({key: value.half() for key, value in state.items()}, path)
+    state = {key: value.half() for key, value in state.items()}
+    if scaled:
+        for key in [k for k, t in state.items() if "_blocks." in k and t.ndim == 2]:
+            stem, weight = key.removesuffix(".weight"), state[key].float()
+            scale = weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            state[key] = (weight / scale).to(torch.float8_e4m3fn)
+            state[f"{stem}.weight_scale"] = scale
+            state[f"{stem}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    save_file(state, path)
     return path
 
 
 def build_transformer_loras(kind: str, folder: Path) -> dict[str, Path]:
     """One LoRA on the attentions of the pictures' side, spelled by kohya's trainer (fused) and by diffusers (apart).
 
-    Their numbers are the same: diffusers' q, k and v share the down matrix.
+    Their numbers are the same: diffusers' q, k and v share the down matrix. "dora" is kohya's with magnitudes.
     """
     generator = torch.Generator().manual_seed(1)
     fused: dict[str, Tensor] = {}
@@ -104,10 +112,13 @@ def build_transformer_loras(kind: str, folder: Path) -> dict[str, Path]:
                     f"{theirs}.{part}.lora_A.weight": down.clone(),
                     f"{theirs}.{part}.lora_B.weight": rows.clone(),
                 }
-    files = {
-        "kohya": folder / f"lora_{kind}_kohya.safetensors",
-        "diffusers": folder / f"lora_{kind}_diffusers.safetensors",
+    magnitudes = {
+        key.replace("lora_up.weight", "dora_scale"): torch.full((len(t), 1), 1.3)
+        for key, t in fused.items()
+        if "lora_up" in key
     }
-    save_file(fused, files["kohya"])
-    save_file(apart, files["diffusers"])
+    files: dict[str, Path] = {}
+    for spelling, tensors in {"kohya": fused, "diffusers": apart, "dora": fused | magnitudes}.items():
+        files[spelling] = folder / f"lora_{kind}_{spelling}.safetensors"
+        save_file(tensors, files[spelling])
     return files

@@ -334,39 +334,81 @@ def test_the_memory_manager_counts_live_loras_and_frees_them(scene: Callable[...
     assert found["counted"] == pytest.approx(found["held"], rel=0.05)
 
 
+class Transformer:
+    """A graph around a shrunk SD3 or Flux."""
+
+    def __init__(self, server: ComfyServer, kind: str, folder: Path) -> None:
+        self.server, self.kind, self.folder, self.graph = server, kind, folder, Graph()
+        self.text = [self.graph.add("TestConditioning", seed=i, width=TEXT, tokens=8, pooled=POOLED) for i in (1, 2)]
+        self.latent = self.graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+
+    def model(self, *, scaled: bool = False) -> Node:
+        file = self.server.add_model("diffusion_models", build_transformer(self.kind, self.folder, scaled=scaled))
+        return self.graph.add("UNETLoader", unet_name=file, weight_dtype="default")
+
+    def lora(self, model: Node, file: str, mode: str) -> Node:
+        settings = {"strength": 0.8, "text_strength": 1.0, "selector": "", "start": 0.0, "end": 1.0}
+        return self.graph.add("ImagePromptLoRAStrength", model=model, file=file, mode=mode, **settings)
+
+    def host_lora(self, model: Node, file: str) -> Node:
+        return self.graph.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=0.8)
+
+    def files(self) -> dict[str, str]:
+        files = build_transformer_loras(self.kind, self.folder)
+        return {spelling: self.server.add_model("loras", path) for spelling, path in files.items()}
+
+    def sample(self, model: Node) -> Node:
+        sampled = self.graph.add(
+            "KSampler", model=model, positive=self.text[0], negative=self.text[1], latent_image=self.latent, seed=5, steps=2,
+            cfg=3.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        )  # fmt: skip
+        return self.graph.add("TestSaveTensor", value=sampled)
+
+
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_transformers_with_fused_layers(server: ComfyServer, adapters: Path, tmp_path: Path, kind: str) -> None:
+def test_transformers_with_fused_layers(server: ComfyServer, tmp_path: Path, kind: str) -> None:
     """SD3 and Flux: live, merged and the host's loader agree, in kohya's spelling (q, k, v in one) and diffusers' (apart)."""
     if kind == "flux" and server.host.version.startswith("0.3."):
         pytest.skip("this ComfyUI takes every Flux to be 3072 wide")
-    graph = Graph()
-    file = server.add_model("diffusion_models", build_transformer(kind, tmp_path))
-    model = graph.add("UNETLoader", unet_name=file, weight_dtype="default")
-    text = [graph.add("TestConditioning", seed=i, width=TEXT, tokens=8, pooled=POOLED) for i in (1, 2)]
-    latent = graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1)
-
-    def sample(model: Node) -> Node:
-        sampled = graph.add(
-            "KSampler", model=model, positive=text[0], negative=text[1], latent_image=latent, seed=5, steps=2, cfg=3.0,
-            sampler_name="euler", scheduler="simple", denoise=1.0,
-        )  # fmt: skip
-        return graph.add("TestSaveTensor", value=sampled)
-
-    nodes = {"plain": sample(model)}
-    settings = {"model": model, "strength": 0.8, "text_strength": 1.0, "selector": "", "start": 0.0, "end": 1.0}
-    for spelling, path in build_transformer_loras(kind, tmp_path).items():
-        name = server.add_model("loras", path)
+    t = Transformer(server, kind, tmp_path)
+    model = t.model()
+    nodes = {"plain": t.sample(model)}
+    files = t.files()
+    for spelling in ("kohya", "diffusers"):
         for mode in ("live", "merged"):
-            lora = graph.add("ImagePromptLoRAStrength", file=name, mode=mode, **settings)
-            nodes[f"{mode} {spelling}"] = sample(lora)
-        host = graph.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=0.8)
-        nodes[f"host {spelling}"] = sample(host)
-    result = server.run(graph)
+            nodes[f"{mode} {spelling}"] = t.sample(t.lora(model, files[spelling], mode))
+        nodes[f"host {spelling}"] = t.sample(t.host_lora(model, files[spelling]))
+    result = server.run(t.graph)
     out = {name: result.tensor(node) for name, node in nodes.items()}
     first = out.pop("live kohya")
     assert apart(first, out.pop("plain")) > EFFECT
     for found in out.values():
         same(found, first)
+
+
+def test_matrices_of_eight_bits_with_a_scale(server: ComfyServer, tmp_path: Path) -> None:
+    """As most Flux files are: ``auto`` leaves them alone, and DoRA reads what they stand for."""
+    if server.host.version.startswith("0.3."):
+        pytest.skip("this ComfyUI has no such tensors")
+    t = Transformer(server, "flux", tmp_path)
+    model, exact, files = t.model(scaled=True), t.model(), t.files()
+    auto = t.lora(model, files["kohya"], "auto")
+    shown = t.graph.add("PreviewAny", source=auto[2])
+    nodes = {
+        "auto": t.sample(auto), "live": t.sample(t.lora(model, files["kohya"], "live")),
+        "merged": t.sample(t.lora(model, files["kohya"], "merged")), "host": t.sample(t.host_lora(model, files["kohya"])),
+        "dora": t.sample(t.lora(model, files["dora"], "live")), "exact": t.sample(t.lora(exact, files["kohya"], "live")),
+        "exact dora": t.sample(t.lora(exact, files["dora"], "live")), "plain": t.sample(model),
+    }  # fmt: skip
+    result = server.run(t.graph)
+    out = {name: result.tensor(node) for name, node in nodes.items()}
+    assert "runs live: the base weights are quantised" in result.text(shown)[0]
+    assert np.array_equal(out["auto"], out["live"])
+    same(out["merged"], out["host"])
+    for name in ("live", "dora"):
+        effect = apart(out[name], out["plain"])
+        assert effect > EFFECT
+        assert apart(out[name], out[f"exact{' dora' * (name == 'dora')}"]) < effect / 4, "eight bits are not sixteen"
 
 
 def test_inspect_save_and_load_what_was_saved(scene: Callable[..., Scene], server: ComfyServer) -> None:
