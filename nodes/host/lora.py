@@ -128,14 +128,10 @@ class LiveFactors(nn.Module):
         return self
 
     @classmethod
-    def managed(cls, stack: LiveStack, **settings: Any) -> comfy.model_patcher.ModelPatcher:
+    def managed(cls, stack: LiveStack, load: Any, offload: Any, **settings: Any) -> comfy.model_patcher.ModelPatcher:
         """The stack under the memory manager; ``settings`` are what the host passes when it wants another one."""
-        patcher = comfy.model_patcher.ModelPatcher(
-            cls(stack),
-            load_device=comfy.model_management.get_torch_device(),
-            offload_device=comfy.model_management.unet_offload_device(),
-        )
-        patcher.cached_patcher_init = (cls.managed, (stack,))  # one per device on hosts that spread over several
+        patcher = comfy.model_patcher.ModelPatcher(cls(stack), load_device=load, offload_device=offload)
+        patcher.cached_patcher_init = (cls.managed, (stack, load, offload))  # for hosts that spread over devices
         return patcher
 
 
@@ -153,7 +149,8 @@ def apply_lora(
             model = backend.apply_live(model, patch, attention)
             stack = backend.live_stack(model)
             if stack is not None:
-                model.set_additional_models(backend.LORA_KEY, [LiveFactors.managed(stack)])
+                managed = LiveFactors.managed(stack, model.load_device, model.offload_device)
+                model.set_additional_models(backend.LORA_KEY, [managed])
         else:
             model = backend.apply_merged(model, patch, ("unet",), MergedUpdates.of)
         lines.append(patch.selector.table(p.target for p in placed.of("unet")))
