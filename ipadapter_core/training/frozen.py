@@ -123,8 +123,12 @@ def model_home(base: str, config: str) -> str:
         where = f"model.config {home}" if config else f"{home} (beside it, of its name)"
         raise InvalidInputError(
             f"{path.name} holds an {kind}, without configs and tokenizers, and {where} is no diffusers folder that has them; "
-            f"set model.config to one of its architecture ({EXAMPLES.get(text, 'the one it was trained from')}; only its .json "
-            "and .txt files are needed)"
+            f"set model.config to one of its architecture, of which only the .json and .txt files are needed"
+            + (
+                f": hf download {REPOSITORIES[text]} --include '*.json' '*.txt' --local-dir {home}"
+                if text in REPOSITORIES
+                else ""
+            )
         )
     try:
         unet: dict[str, Any] = json.loads((home / "unet" / "config.json").read_text(encoding="utf-8"))
@@ -144,11 +148,12 @@ KINDS = {
     1024: "SD2 model (text tokens 1024 wide)",
     2048: "SDXL model (text tokens 2048 wide)",
 }
-EXAMPLES = {
-    768: "such as stable-diffusion-v1-5/stable-diffusion-v1-5",
-    1024: "such as stabilityai/stable-diffusion-2-1",
-    2048: "such as stabilityai/stable-diffusion-xl-base-1.0",
+REPOSITORIES = {
+    768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    1024: "stabilityai/stable-diffusion-2-1",
+    2048: "stabilityai/stable-diffusion-xl-base-1.0",
 }
+"""Where configs and tokenizers of each lie."""
 
 
 def _single_file_widths(path: Path) -> tuple[int, int]:
