@@ -22,6 +22,7 @@ from .layouts import layout_of
 from .masks import RegionMask
 from .patch import AdapterPatch, bake, check_adapter
 from .prompt import Combine, Unconditional, encode_image_prompt
+from .quiet import quietly
 from .schedule import WeightSchedule
 
 
@@ -41,14 +42,13 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32, dev
 
     Only local files are read. Raises InvalidInputError if the folder holds no such pipeline.
     """
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-
     if not (Path(folder) / "model_index.json").is_file():
         raise InvalidInputError(f"{folder} is not a diffusers model folder: it has no model_index.json")
-    logging.set_verbosity_error()
     try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        with quietly("diffusers", "transformers"):
+            from diffusers import DiffusionPipeline
+
+            pipeline: Any = DiffusionPipeline.from_pretrained(folder, **{_dtype_name(): dtype}, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CorruptFileError(f"{folder} cannot be loaded as a diffusers pipeline: {error}") from error
     for part in ("unet", "vae", "text_encoder"):
@@ -59,6 +59,13 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32, dev
     if hasattr(pipeline, "safety_checker"):
         pipeline.safety_checker = None
     return pipeline.to(device)
+
+
+def _dtype_name() -> str:
+    import diffusers
+    from packaging.version import Version
+
+    return "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"  # deprecated since
 
 
 def load_image_encoder(

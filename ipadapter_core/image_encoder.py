@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError
+from .quiet import quietly
 from .state_dict import describe_state_dict, open_state_dict
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ class TransformersImageEncoder:
             _check_model_type(path)
             load = partial(tower.from_pretrained, path, local_files_only=True)
         try:
-            model, info = load(output_loading_info=True)
+            with quietly("transformers"):
+                model, info = load(output_loading_info=True)
         except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad file
             raise CorruptFileError(f"{path} could not be read as a CLIP vision model: {error}") from error
         missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
