@@ -148,7 +148,9 @@ FORBIDDEN = {
     "checkpoints": sorted(
         all_rooms() - {"checkpoints", "projectors", "state_dict", "image_encoder", "errors", "__init__"}
     ),
-    "image_encoder": sorted(all_rooms() - {"image_encoder", "checkpoints", "state_dict", "errors", "__init__"}),
+    "image_encoder": sorted(
+        all_rooms() - {"image_encoder", "checkpoints", "state_dict", "quiet", "errors", "__init__"}
+    ),
     "lora": sorted(all_rooms() - {"lora", "state_dict", "schedule", "masks", "errors", "__init__"}),
     "prompt": sorted(
         all_rooms()
