@@ -57,6 +57,7 @@ def run_train(args: argparse.Namespace) -> None:
         print((Path(__file__).parent / "training" / "examples" / f"{args.example}.toml").read_text(), end="")
         return
     from .training import dry_run, load_config, train
+    from .training.rendezvous import part
 
     _check_packages()
     if args.config is None:
@@ -67,6 +68,7 @@ def run_train(args: argparse.Namespace) -> None:
         print(json.dumps({"dry_run": text.splitlines()}) if args.json else text)
         return
     outcome = train(config, as_json=args.json)
+    part()
     if outcome.stopped:
         print(f"stopped after step {outcome.step}; the same command goes on from there", file=sys.stderr)
         raise KeyboardInterrupt
@@ -86,9 +88,11 @@ def _check_packages() -> None:
 
 def run_cache(args: argparse.Namespace) -> None:
     from .training import build_cache, load_config
+    from .training.rendezvous import part
 
     _check_packages()
     build_cache(load_config(args.config, args.overrides), as_json=args.json)
+    part()
 
 
 def run_export(args: argparse.Namespace) -> None:

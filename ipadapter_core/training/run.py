@@ -28,6 +28,7 @@ from .memory import predict
 from .objectives import objective_for
 from .optimizers import build_optimizer
 from .order import Draws, Order, draw
+from .rendezvous import init_method
 from .shard import from_launcher, shard
 from .sources import Source, open_source
 from .state import AdapterFiles, RunFolder
@@ -42,17 +43,21 @@ def build_accelerator(config: RunConfig) -> Any:
     """accelerate's Accelerator for this run; also inside accelerate launch and torchrun."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     _quiet_libraries()
     state: Any = AcceleratorState
     if state._shared_state:  # a run before this one in the same process may have computed in another precision
         state._reset_state(reset_partial_state=False)
+    method = init_method()
     return Accelerator(
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         gradient_accumulation_steps=config.train.accumulate,
         cpu=config.train.device == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            *([] if method is None else [InitProcessGroupKwargs(init_method=method)]),
+        ],
     )
 
 
