@@ -135,9 +135,9 @@ def fit(
     newest = folder.newest()
     if newest is not None:
         _, place, run = newest
-        check_same_run(config, run, place)
+        changed = check_same_run(config, run, place, accelerator.num_processes)
         accelerator.load_state(str(place))
-        log.say(f"going on after step {tally.step} from {place}")
+        log.say(f"going on after step {tally.step} from {place}" + (changed and f"\n{changed}"))
     log.begin(tally.step)
 
     def raw() -> State:
@@ -155,7 +155,8 @@ def fit(
         accelerator.save_state(str(folder.unfinished(tally.step)))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            folder.finish(tally.step, {"config": config.as_dict(), "step": tally.step})
+            world = accelerator.num_processes
+            folder.finish(tally.step, {"config": config.as_dict(), "step": tally.step, "processes": world})
         accelerator.wait_for_everyone()
 
     def try_to(save: Any) -> bool:

@@ -172,26 +172,45 @@ class AdapterFiles:
         return {**self.metadata, "steps": str(step)}
 
 
-def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path) -> None:
-    """Raise InvalidInputError when a state belongs to a run whose settings shaped it differently."""
+def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path, processes: int = 1) -> str:
+    """What another number of processes changes, in words; empty for the same number.
+
+    Raises InvalidInputError when a state belongs to a run whose settings shaped it differently.
+    """
     now, defaults = (json.loads(json.dumps(one.as_dict())) for one in (config, RunConfig()))
 
     def was(section: str, key: str) -> Any:
         # a run of an older version, which lacked the key, ran as its default does
         return before["config"].get(section, {}).get(key, defaults[section][key])
 
+    # states of older versions do not say how many processes there were
+    other: int = before.get("processes", processes)
+    batch, together = config.train.batch, (other * was("train", "batch"), processes * config.train.batch)
+    same_samples = other != processes and together[0] == together[1]
     changed = [
         f"{section}.{key}: {was(section, key)!r} → {value!r}"
         for section, entries in now.items()
         if section not in FREE
         for key, value in entries.items()
-        if (section, key) not in EXTENDABLE and was(section, key) != value
+        if (section, key) not in EXTENDABLE
+        and was(section, key) != value
+        and not (same_samples and (section, key) == ("train", "batch"))
     ]
     if changed:
         raise InvalidInputError(
             f"{folder.parent} holds a run with other settings ({'; '.join(changed)[:400]}); "
             "choose another output.folder, or set them back to go on"
         )
+    if other == processes:
+        return ""
+    text = f"processes: {other} of batch {was('train', 'batch')} → {processes} of batch {batch}; "
+    if same_samples:
+        return text + f"{together[0]} samples at a time as before, whose gradients are summed in another order"
+    keeps = "" if together[0] % processes else f"; train.batch={together[0] // processes} would have kept both"
+    return text + (
+        f"{together[1]} samples at a time instead of {together[0]}, in another order from here on, so that in the current epoch "
+        f"some come twice and some not at all{keeps}"
+    )
 
 
 def _sync(path: Path) -> None:

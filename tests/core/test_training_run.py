@@ -574,6 +574,33 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(model: Path, pic
     assert_same(state(tmp_path / "two"), whole)
 
 
+def test_another_number_of_processes_goes_on_and_says_what_that_changes(
+    model: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more: dict[str, Any] = {"data__cache": str(tmp_path / "cache"), "data__pairs": 0.5}
+
+    def config(name: str, steps: int, batch: int) -> RunConfig:
+        return tiny_config(model, pictures, tmp_path / name, train__steps=steps, train__batch=batch, **more)
+
+    train(config("alone", 4, 4))
+    assert two_processes(lambda rank: train(config("two", 2, 2))) == [0, 0]
+    for name in ("fewer", "same", "again"):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
+    train(config("same", 4, 4))
+    said = capfd.readouterr().err
+    assert "processes: 2 of batch 2 → 1 of batch 4; 4 samples at a time as before" in said
+    for key, value in state(tmp_path / "same").items():
+        torch.testing.assert_close(value, state(tmp_path / "alone")[key], rtol=1e-3, atol=2e-6)
+    train(config("fewer", 4, 2))
+    said = capfd.readouterr().err
+    assert "processes: 2 of batch 2 → 1 of batch 2; 2 samples at a time instead of 4, in another order" in said
+    assert "train.batch=4 would have kept both" in said
+    assert two_processes(lambda rank: train(config("same", 6, 2))) == [0, 0], "and with more processes"
+    assert "processes: 1 of batch 4 → 2 of batch 2; 4 samples at a time as before" in capfd.readouterr().err
+    with pytest.raises(InvalidInputError, match=r"train\.batch: 2 → 3"):
+        train(config("again", 4, 3))
+
+
 # --- text, memory, export ------------------------------------------------------------------------------------------------------
 
 
