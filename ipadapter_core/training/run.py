@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ from .step import AdapterStep
 from .stream import Stream, StreamFeed
 from .watch import Sheets, Validation, reference_tiles
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one another: one may have much more to encode, or draw a sheet. torch's 10 minutes of NCCL are too few."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,14 +53,18 @@ def build_accelerator(config: RunConfig) -> Any:
     if state._shared_state:  # a run before this one in the same process may have computed in another precision
         state._reset_state(reset_partial_state=False)
     method = init_method()
+    parallel = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        # SDXL reads the last layer but one of its text encoders: a LoRA on the last one of the first gets no gradient
+        find_unused_parameters=config.lora.text_encoders,
+    )
+    meeting: dict[str, Any] = {"timeout": PATIENCE} | ({} if method is None else {"init_method": method})
     return Accelerator(
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         gradient_accumulation_steps=config.train.accumulate,
         cpu=config.train.device == "cpu",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            *([] if method is None else [InitProcessGroupKwargs(init_method=method)]),
-        ],
+        kwargs_handlers=[parallel, InitProcessGroupKwargs(**meeting)],
     )
 
 
@@ -226,6 +233,7 @@ def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
     """Only encode what a training would; also what several machines do before they train."""
     if not config.data.cache:
         raise InvalidInputError("data.cache is empty; give the folder that the cache should go to")
+    config = from_launcher(config)
     accelerator = build_accelerator(config)
     root = RunFolder(config.output).path
     with Log(root, steps=0, active=accelerator.is_main_process, as_json=as_json, tensorboard=False) as log:

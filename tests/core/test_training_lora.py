@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dying import dies, kill_at
+from dying import dies, kill_at, two_processes
 from ipadapter_core.backends import diffusers_lora as backend
 from ipadapter_core.cli import main
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
@@ -329,6 +329,21 @@ def test_dropout_acts_and_is_the_same_for_the_same_step(
 
 
 # --- files ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_what_one_with_twice_the_batch_does(sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+    """With text encoders too, of which SDXL leaves a layer unread."""
+    more: dict[str, Any] = {
+        "lora__text_encoders": True, "lora__targets": "all: 0, attn: 1, te1: 1, te2: 1", "train__steps": 3,
+        "train__accumulate": 2, "output__dtype": "float32",
+    }  # fmt: skip
+    train(lora_config(sdxl, pictures, tmp_path / "one", train__batch=4, **more))
+    assert two_processes(lambda rank: train(lora_config(sdxl, pictures, tmp_path / "two", **more))) == [0, 0]
+    one, two = (tensors(tmp_path / name / "style.safetensors") for name in ("one", "two"))
+    assert any(key.startswith("lora_te1") for key in one)
+    for key, value in one.items():
+        # sums in another order: float32's last bits, grown by Adam's division in the first steps
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def filled(model: Path, out: Path, config: LoRAConfig) -> tuple[Any, TrainedLoRA]:

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dying import dies, kill_at
+from dying import dies, kill_at, two_processes
 from ipadapter_core import load_adapter
 from ipadapter_core.cli import main
 from ipadapter_core.errors import InvalidInputError
@@ -506,36 +505,6 @@ def test_two_pictures_can_be_learned_by_heart(tmp_path: Path) -> None:
 
 
 # --- two processes -----------------------------------------------------------------------------------------------------------
-
-
-def two_processes(work: Callable[[int], object]) -> list[int]:
-    """`work(rank)` in two forked processes that find each other as under torchrun; their wait statuses."""
-    import socket
-
-    from accelerate.state import AcceleratorState
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children: list[int] = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-            try:
-                work(rank)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    return [os.waitpid(child, 0)[1] for child in children]
 
 
 def test_two_processes_train_what_one_with_twice_the_batch_does(model: Path, pictures: Path, tmp_path: Path) -> None:
