@@ -18,6 +18,8 @@ from .config import OutputConfig, RunConfig
 STATE = re.compile(r"state-(\d{8})")
 FREE = ("watch", "output")
 """Sections that may change between a run and its resumption."""
+SHAPING = {("watch", "validation")}
+"""Keys of those that may not: what is held out is not trained on."""
 EXTENDABLE = {
     ("train", "steps"), ("train", "device"), ("train", "ignore_memory"), ("train", "shard"),
     ("data", "cache"), ("data", "workers"),
@@ -83,8 +85,9 @@ class RunFolder:
             if file.is_file():
                 _sync(file)
         final = self.path / f"state-{step:08d}"
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # saved again at one step, where a save before had failed: the same bits
+            shutil.rmtree(folder)
+            return final
         os.replace(folder, final)
         _sync_folder(self.path)
         for _, old in self.states()[: -self.config.keep_states]:
@@ -190,9 +193,9 @@ def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path, p
     changed = [
         f"{section}.{key}: {was(section, key)!r} → {value!r}"
         for section, entries in now.items()
-        if section not in FREE
         for key, value in entries.items()
-        if (section, key) not in EXTENDABLE
+        if (section not in FREE or (section, key) in SHAPING)
+        and (section, key) not in EXTENDABLE
         and was(section, key) != value
         and not (same_samples and (section, key) == ("train", "batch"))
     ]

@@ -19,7 +19,7 @@ from ipadapter_core.image_encoder import CLIP_MEAN, CLIP_STD
 from ipadapter_core.training import build_cache, parse_config
 from ipadapter_core.training import cache as cache_module
 from ipadapter_core.training.cache import Cache
-from ipadapter_core.training.collection import collect, hold_out, look
+from ipadapter_core.training.collection import Sample, collect, hold_out, look
 from ipadapter_core.training.config import DataConfig
 from ipadapter_core.training.frozen import EncoderLooks
 from ipadapter_core.training.order import Order
@@ -328,6 +328,44 @@ def test_the_cache_is_filled_once_and_resumed(
     build_cache(changed)
     assert sum(encoded) == 7
     assert "was made with other settings, a new one begins (resolution: 32 → 48)" in capsys.readouterr().err
+
+
+def test_the_cache_keeps_no_facts_that_have_changed(model: Path, tmp_path: Path) -> None:
+    """Another subject, another reference, another picture in the reference's file, another smallest side."""
+    listed = save_list(tmp_path, 4)
+    for number in (7, 8):
+        picture(number).save(tmp_path / f"ref{number}.png")
+
+    def samples(min_side: int = 16, **changes: str) -> list[Sample]:
+        entries = json.loads(listed.read_text())
+        entries[0].update(changes)
+        listed.write_text(json.dumps(entries))
+        more: dict[str, Any] = {"data__cache": str(tmp_path / "cache"), "data__min_side": min_side}
+        return list(build_cache(tiny_config(model, listed, tmp_path / "out", **more)).samples)
+
+    first = samples(subject="a", reference_file="ref7.png")[0]
+    assert samples(subject="b")[0].subject == "b"
+    second = samples(reference_file="ref8.png")[0]
+    assert (second.reference, second.reference_key != first.reference_key) == ("ref8.png", True)
+    shutil.copyfile(tmp_path / "ref7.png", tmp_path / "ref8.png")
+    assert samples()[0].reference_key == first.reference_key
+    Image.new("RGB", (20, 20)).save(tmp_path / json.loads(listed.read_text())[1]["image_file"])
+    assert len(samples()) == 4
+    assert len(samples(min_side=24)) == 3
+
+
+def test_shards_of_one_name_are_not_mixed_up(tmp_path: Path) -> None:
+    for folder, numbers in (("a", range(2)), ("b", range(2, 4))):
+        (tmp_path / folder).mkdir()
+        with tarfile.open(tmp_path / folder / "0.tar", "w") as tar:
+            for place, number in enumerate(numbers):
+                for name, content in ((f"{place}.png", png(number)), (f"{place}.txt", NAMES[number].encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    found = read_all(data(tmp_path / "{a,b}/0.tar"))
+    assert [(caption, content) for _, caption, content in found] == [(NAMES[i], png(i)) for i in range(4)]
+    assert len({name for name, _, _ in found}) == 4
 
 
 def test_damaged_and_unwritable_caches_are_named(model: Path, tmp_path: Path) -> None:

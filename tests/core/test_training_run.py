@@ -7,9 +7,11 @@ import os
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +26,7 @@ from ipadapter_core.training import loop as loop_module
 from ipadapter_core.training.adapter import fingerprint
 from ipadapter_core.training.frozen import load_base, load_encoder
 from ipadapter_core.training.log import Log, curves
+from ipadapter_core.training.state import RunFolder
 from ipadapter_core.training.step import AdapterStep
 from tiny_training import picture, save_model, save_pictures, tiny_config
 
@@ -204,6 +207,23 @@ def test_killed_and_resumed_is_bit_identical(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
+def test_a_state_is_never_replaced_by_a_half_one(tmp_path: Path) -> None:
+    """Saved twice at one step (after a disk that was full), the first is kept and not taken away first."""
+    folder = RunFolder(tiny_config(tmp_path, tmp_path, tmp_path / "run").output)
+    for content in ("first", "second"):
+        folder.unfinished(4).mkdir(parents=True)
+        (folder.unfinished(4) / "weights").write_text(content)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", lambda a, b, move=os.replace: (check(), move(a, b)))
+
+            def check(content: str = content) -> None:
+                assert content == "first" or folder.newest() is not None, "between two renames there is a state"
+
+            folder.finish(4, {"step": 4})
+    assert (folder.path / "state-00000004/weights").read_text() == "first"
+    assert [path.name for path in folder.path.iterdir()] == ["state-00000004"]
+
+
 def test_a_stopped_run_saves_and_goes_on(
     model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,7 +269,10 @@ def test_other_settings_are_not_mixed_into_a_run(
 
     with pytest.raises(InvalidInputError, match=r"train\.lr: 0\.001 → 0\.5.*another output\.folder"):
         train(parse_config(changed, "here"))
-    changed["train"]["lr"], changed["train"]["steps"] = 1e-3, 7
+    changed["train"]["lr"], changed["watch"]["validation"] = 1e-3, 1
+    with pytest.raises(InvalidInputError, match=r"watch\.validation: 2 → 1"):  # it decides what is trained on
+        train(parse_config(changed, "here"))
+    changed["watch"]["validation"], changed["watch"]["log_every"], changed["train"]["steps"] = 2, 1, 7
     assert train(parse_config(changed, "here")).step == 7, "a run may be made longer"
     assert [row["step"] for row in events(run, "step")] == list(range(1, 8))
     assert differ(state(run), state(whole))
@@ -315,6 +338,23 @@ def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path, capsys: pyte
     with Log(tmp_path, steps=1) as log:
         log.event("step", 1, loss=1.0)
     assert "progress.jsonl could not be written" in capsys.readouterr().err
+
+
+def test_tensorboard_on_a_full_disk_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Log(tmp_path, steps=9) as log:
+        log.begin(0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            for step in range(9):
+                log.picture("sheet", step, np.random.default_rng(step).integers(0, 255, (64, 64, 3), np.uint8))
+                time.sleep(0.02)  # its own thread writes
+            log.event("step", 9, loss=1.0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "tensorboard" in capsys.readouterr().err
+    assert [row["step"] for row in events(tmp_path, "step")] == [9]
 
 
 def test_a_folder_that_cannot_be_written(model: Path, pictures: Path, tmp_path: Path) -> None:
