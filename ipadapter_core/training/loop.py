@@ -126,7 +126,7 @@ def fit(
     train, out, seen = config.train, config.output, config.watch
     learned = module.learned
     parameters = [p for p in learned.parameters() if p.requires_grad]
-    optimizer: Any = build_optimizer(train, parameters)
+    optimizer: Any = build_optimizer(train, module.groups(train.lr))
     schedule = build_schedule(train, optimizer)
     model, optimizer = accelerator.prepare(module, optimizer)
     average = build_average(train, learned)

@@ -43,7 +43,12 @@ def prepare_lora(config: RunConfig, log: Log, accelerator: Any, *, use_cache: bo
     torch.manual_seed(config.train.seed)
     parts = parts_of(config, base)
     lora = build_lora(parts, config.lora)
-    log.say(describe_lora(lora))
+    if config.lora.text_learning_rate and not lora.parameters_of(text=True):
+        raise InvalidInputError(
+            "lora.text_learning_rate is given, and lora.targets chooses no layer of a text encoder; add one, such as "
+            "'te attn: 1', or leave the rate out"
+        )
+    log.say(describe_lora(lora, config.train.lr, config.lora.text_learning_rate))
     keep_text = not config.lora.text_encoders
     if config.data.cache and use_cache:
         collection, cache = fill_cache(config, base, source, log, accelerator)
@@ -72,7 +77,9 @@ def prepare_lora(config: RunConfig, log: Log, accelerator: Any, *, use_cache: bo
     if config.train.checkpointing:
         base.unet.enable_gradient_checkpointing()
     attached = lora.attach(parts)
-    module = LoRAStep(lora, base, objective, to_device(empty, device), config.train.seed)
+    module = LoRAStep(
+        lora, base, objective, to_device(empty, device), config.train.seed, config.lora.text_learning_rate
+    )
     order = Order(training, config.train.batch * world, config.train.seed, config.data)
     feed = PictureFeed(config, order, items, encoders, objective, log, rank, world)
     prepared = [items.validation(sample) for sample in chosen]

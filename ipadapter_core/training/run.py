@@ -271,7 +271,7 @@ def dry_run(config: RunConfig, *, steps: int = 3) -> str:
     run = prepare(config, log, use_cache=False)
     adapter = run.module.adapter
     lines += [f"  {name} {count:,}" for name, count in trainable(adapter).items()]
-    optimizer = build_optimizer(config.train, adapter.parameters())
+    optimizer = build_optimizer(config.train, run.module.groups(config.train.lr))
     device: torch.device = run.accelerator.device
     times: list[float] = []
     last = time.perf_counter()

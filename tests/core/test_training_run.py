@@ -430,9 +430,10 @@ def test_optimizers_by_name(
         assert train(config).step == 2
 
 
-def test_muon_resumes_with_the_same_bits(model: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_other_optimizers_resume_with_the_same_bits(model: Path, pictures: Path, tmp_path: Path, name: str) -> None:
     more: dict[str, Any] = {
-        "adapter__family": "plus", "adapter__depth": 1, "adapter__hidden_dim": 32, "train__optimizer": "muon",
+        "adapter__family": "plus", "adapter__depth": 1, "adapter__hidden_dim": 32, "train__optimizer": name,
         "data__cache": str(tmp_path / "cache"), "train__lr": 1e-2, "train__steps": 4,
     }  # fmt: skip
     config = tiny_config(model, pictures, tmp_path / "whole", **more)
