@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def run_train(args: argparse.Namespace) -> None:
     part()
     if outcome.stopped:
         print(f"stopped after step {outcome.step}; the same command goes on from there", file=sys.stderr)
+        if outcome.by_file and "TORCHELASTIC_RUN_ID" in os.environ:
+            return  # torchrun would take any other end for a failure and start it again
         raise KeyboardInterrupt
     if not args.json:
         print(outcome.file)

@@ -65,11 +65,15 @@ class Results(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: the steps done, the file of the result, and whether someone asked it to stop before its end."""
+    """How a run ended: the steps done, the file of the result, and whether someone asked it to stop before its end.
+
+    `by_file`: by the stop file, so that no launcher has heard of it.
+    """
 
     step: int
     file: Path
     stopped: bool
+    by_file: bool = False
 
 
 class Tally:
@@ -182,7 +186,7 @@ def fit(
     losses: list[float] = []
     unsaved: list[Any] = []
     clock = Clock()
-    stopped = False
+    stopped = by_file = False
     with asked_to_stop() as asked:
         while tally.step < train.steps and not stopped:
             module.train()
@@ -211,6 +215,7 @@ def fit(
             log.tick(tally.step, value)
             last = tally.step == train.steps
             stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
+            by_file = stopped and folder.stop_file.exists()  # before the first process takes it away
             if last or stopped or tally.step % seen.log_every == 0:
                 mean = _mean(accelerator, losses)
                 rate = schedule.get_last_lr()[0]
@@ -245,7 +250,7 @@ def fit(
         log.plot()
         log.event("stopped" if stopped else "done", tally.step, file=str(file), bad_steps=tally.bad)
     accelerator.wait_for_everyone()
-    return Outcome(tally.step, file, stopped)
+    return Outcome(tally.step, file, stopped, by_file)
 
 
 def _onto(given: Sequence[Any], device: torch.device) -> list[Any]:

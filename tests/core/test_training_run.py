@@ -257,6 +257,27 @@ def test_a_stopped_run_saves_and_goes_on(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize(("launcher", "code"), [("", 130), ("TORCHELASTIC_RUN_ID", 0)])
+def test_a_stop_file_ends_a_run_for_good(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, code: int
+) -> None:
+    """torchrun starts again what ends with an error, so this is none there."""
+    if launcher:
+        monkeypatch.setenv(launcher, "1")
+    config = tiny_config(model, pictures, tmp_path / "run")
+    write_config(config, tmp_path / "run.toml")
+    original = AdapterStep.forward
+
+    def asking(self: AdapterStep, *args: Any) -> Tensor:
+        (tmp_path / "run/stop").touch()
+        return original(self, *args)
+
+    monkeypatch.setattr(AdapterStep, "forward", asking)
+    assert main(["train", str(tmp_path / "run.toml")]) == code
+    assert events(tmp_path / "run", "stopped")[0]["step"] == 1
+    assert not (tmp_path / "run/stop").exists()
+
+
 def test_other_settings_are_not_mixed_into_a_run(
     model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
 ) -> None:
