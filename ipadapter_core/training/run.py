@@ -6,6 +6,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -211,22 +212,23 @@ def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
     folder = RunFolder(config.output)
     accelerator = build_accelerator(config)
     main: bool = accelerator.is_main_process
-    if main:
-        folder.prepare()
-        folder.stop_file.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
     seen = config.watch
-    with Log(
-        folder.path,
-        steps=config.train.steps,
-        active=main,
-        as_json=as_json,
-        tensorboard=seen.tensorboard,
-        plots=seen.plot,
-    ) as log:
-        run = prepare(config, log, accelerator=accelerator)
-        files = AdapterFiles(folder, run.module.adapter, run.metadata, averaged=config.train.ema > 0)
-        return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, files)
+    with folder.alone() if main else nullcontext():
+        if main:
+            folder.prepare()
+            folder.stop_file.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        with Log(
+            folder.path,
+            steps=config.train.steps,
+            active=main,
+            as_json=as_json,
+            tensorboard=seen.tensorboard,
+            plots=seen.plot,
+        ) as log:
+            run = prepare(config, log, accelerator=accelerator)
+            files = AdapterFiles(folder, run.module.adapter, run.metadata, averaged=config.train.ema > 0)
+            return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, files)
 
 
 def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:

@@ -257,6 +257,23 @@ def test_a_stopped_run_saves_and_goes_on(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_two_runs_do_not_write_to_one_folder(model: Path, pictures: Path, tmp_path: Path) -> None:
+    config = tiny_config(model, pictures, tmp_path / "run", train__steps=1)
+    reading, writing = os.pipe()
+    other = os.fork()
+    if other == 0:
+        with RunFolder(config.output).alone():
+            os.write(writing, b"locked")
+            time.sleep(60)
+        os._exit(0)
+    os.read(reading, 6)
+    with pytest.raises(InvalidInputError, match=r"another training is writing to .*run; wait for it"):
+        train(config)
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    assert train(config).step == 1
+
+
 @pytest.mark.parametrize(("launcher", "code"), [("", 130), ("TORCHELASTIC_RUN_ID", 0)])
 def test_a_stop_file_ends_a_run_for_good(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, code: int
