@@ -15,7 +15,7 @@ from .cache import Cache, tokens_key
 from .collection import Collection, hold_out
 from .config import RunConfig
 from .encode import TargetEncoders, target_settings
-from .frozen import FrozenBase, load_base
+from .frozen import FrozenBase, checkpoint_blocks, load_base
 from .log import Log
 from .lora_adapter import Parts, build_lora, describe_lora
 from .lora_memory import predict_lora
@@ -75,7 +75,7 @@ def prepare_lora(config: RunConfig, log: Log, accelerator: Any, *, use_cache: bo
     base.to(device, dtype)
     lora.to(device)
     if config.train.checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        checkpoint_blocks(base.unet)
     attached = lora.attach(parts)
     module = LoRAStep(
         lora, base, objective, to_device(empty, device), config.train.seed, config.lora.text_learning_rate

@@ -23,7 +23,7 @@ from .cache import NEUTRAL, Cache, fill
 from .collection import Collection, Sample, Seen, collect, hold_out, look
 from .config import RunConfig
 from .encode import Encoders, TargetEncoders, cache_settings, check_widths
-from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder, model_home
+from .frozen import FrozenBase, checkpoint_blocks, encoder_sizes, image_size, load_base, load_encoder, model_home
 from .log import Log
 from .loop import Feed, Outcome, fit
 from .memory import predict
@@ -192,7 +192,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
         base.to(device, dtype)
         adapter.install(base.unet)
     if config.train.checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        checkpoint_blocks(base.unet)
     empty = base.tokenize([""])
     module = AdapterStep(adapter, base, objective, neutral, empty).to(device)
     if isinstance(items, Stream):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.training import RunConfig, TrainingFailed, dry_run, train, write_config
 from ipadapter_core.training import loop as loop_module
 from ipadapter_core.training.adapter import fingerprint
-from ipadapter_core.training.frozen import load_base, load_encoder
+from ipadapter_core.training.frozen import checkpoint_blocks, load_base, load_encoder
 from ipadapter_core.training.log import Log, curves
 from ipadapter_core.training.state import RunFolder
 from ipadapter_core.training.step import AdapterStep
@@ -142,9 +143,25 @@ def test_sdxl_plus_with_other_objectives_and_buckets(sdxl: Path, tmp_path: Path,
     assert all(0 < loss < 20 for loss in losses(tmp_path / "out"))
 
 
-def test_checkpointing_changes_no_number(model: Path, pictures: Path, tmp_path: Path) -> None:
-    for name, on in (("with", True), ("without", False)):
+def test_checkpointing_acts_and_changes_no_number(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, original = [0], torch.utils.checkpoint.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)
+    for name, on in (("without", False), ("with", True)):
         train(tiny_config(model, pictures, tmp_path / name, train__checkpointing=on, train__steps=2))
+        assert (calls[0] > 0) == on
+    unet = load_base(str(model)).unet
+    checkpoint_blocks(unet)
+    blocks = [part for part in unet.modules() if hasattr(part, "gradient_checkpointing")]
+    assert blocks
+    assert all(part.gradient_checkpointing and part.training for part in blocks), "diffusers before 0.32 asks for both"
+    assert not any(part.training for part in unet.modules() if isinstance(part, torch.nn.Dropout))
     assert_same(state(tmp_path / "with"), state(tmp_path / "without"))
 
 
