@@ -47,7 +47,7 @@ def build_accelerator(config: RunConfig) -> Any:
     """accelerate's Accelerator for this run; also inside accelerate launch and torchrun."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
     _quiet_libraries()
     state: Any = AcceleratorState
@@ -63,7 +63,8 @@ def build_accelerator(config: RunConfig) -> Any:
     meeting: dict[str, Any] = {"timeout": PATIENCE} | ({} if method is None else {"init_method": method})
     return Accelerator(
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-        gradient_accumulation_steps=config.train.accumulate,
+        # by the plugin: the plain argument gives way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS of the launcher
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulate),
         cpu=config.train.device == "cpu",
         kwargs_handlers=[parallel, InitProcessGroupKwargs(**meeting)],
     )

@@ -333,6 +333,15 @@ def test_other_settings_are_not_mixed_into_a_run(
     assert differ(state(run), state(whole))
 
 
+def test_the_launchers_settings_do_not_replace_the_configs(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # as accelerate's own config file can say
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(resumable(model, pictures, tmp_path, uninterrupted[1]))
+    assert_same(state(tmp_path), state(uninterrupted[0]))
+
+
 # --- disks, bad numbers, old files ------------------------------------------------------------------------------------------
 
 
