@@ -75,7 +75,7 @@ def run_train(args: argparse.Namespace) -> None:
         if outcome.by_file and "TORCHELASTIC_RUN_ID" in os.environ:
             return  # torchrun would take any other end for a failure and start it again
         raise KeyboardInterrupt
-    if not args.json:
+    if not args.json and os.environ.get("RANK", "0") == "0":
         print(outcome.file)
 
 

@@ -24,6 +24,7 @@ from .collection import Collection, Sample, Seen, collect, hold_out, look
 from .config import RunConfig
 from .encode import Encoders, TargetEncoders, cache_settings, check_widths
 from .frozen import FrozenBase, checkpoint_blocks, encoder_sizes, image_size, load_base, load_encoder, model_home
+from .locks import locked
 from .log import Log
 from .loop import Feed, Outcome, fit
 from .memory import predict
@@ -335,32 +336,37 @@ def cached(
         loads.append(load_encoders())
         return loads[0]
 
-    try:
-        if accelerator.is_main_process:
-            note = cache.prepare()
-            if note:
-                log.say(note)
+    started, shown = time.perf_counter(), time.perf_counter()
+
+    def progress(done: int, name: str) -> None:
+        nonlocal shown
+        if time.perf_counter() - shown > 10:
+            shown = time.perf_counter()
+            log.say(f"cache: {done} pictures, {done / (shown - started):.1f} per second")
+
+    def wait() -> None:
+        log.say(f"another run fills {cache.folder}; this one waits and then takes what it needs from there")
+
+    # two runs that fill one cache would write to the same shards
+    with locked(cache.folder, wait) if accelerator.is_main_process else nullcontext():
+        try:
+            if accelerator.is_main_process:
+                note = cache.prepare()
+                if note:
+                    log.say(note)
+            accelerator.wait_for_everyone()
+            cache.refresh()
+            rank, world = accelerator.process_index, accelerator.num_processes
+            mine = fill(cache, source, config.data, load_once, rank=rank, world=world, progress=progress)
+        except OSError as error:
+            raise InvalidInputError(
+                f"the cache in {config.data.cache} cannot be written ({error}); what was finished is kept, the next run goes on"
+            ) from error
+        if loads:
+            loads.clear()
+            base.vae = None
+            _let_go()
         accelerator.wait_for_everyone()
-        cache.refresh()
-        rank, world = accelerator.process_index, accelerator.num_processes
-        started, shown = time.perf_counter(), time.perf_counter()
-
-        def progress(done: int, name: str) -> None:
-            nonlocal shown
-            if time.perf_counter() - shown > 10:
-                shown = time.perf_counter()
-                log.say(f"cache: {done} pictures, {done / (shown - started):.1f} per second")
-
-        mine = fill(cache, source, config.data, load_once, rank=rank, world=world, progress=progress)
-    except OSError as error:
-        raise InvalidInputError(
-            f"the cache in {config.data.cache} cannot be written ({error}); what was finished is kept, the next run goes on"
-        ) from error
-    if loads:
-        loads.clear()
-        base.vae = None
-        _let_go()
-    accelerator.wait_for_everyone()
     cache.refresh()
     everything = _in_order(mine, accelerator)
     return collect(everything, config.data, config.data.path), cache

@@ -6,8 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CorruptFileError, InvalidInputError
 from .config import OutputConfig, RunConfig
+from .locks import locked
 
 STATE = re.compile(r"state-(\d{8})")
 FREE = ("watch", "output")
@@ -59,31 +60,15 @@ class RunFolder:
             ) from error
         self.prepare_again()
 
-    @contextmanager
-    def alone(self) -> Generator[None]:
-        """While inside, another run that is to write here is refused; it would take away what this one is writing.
+    def alone(self) -> AbstractContextManager[None]:
+        """While inside, another run that is to write here is refused; it would take away what this one is writing."""
 
-        The lock goes with its process, however that ends. Where the system has no such locks, nothing is refused.
-        """
-        try:
-            import fcntl
+        def refuse() -> None:
+            raise InvalidInputError(
+                f"another training is writing to {self.path}; wait for it or end it, or choose another output.folder"
+            )
 
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("ab")
-        except (ImportError, OSError):  # a folder that cannot be written is named by `prepare`
-            yield
-            return
-        with file:
-            try:
-                # not flock, which forked workers inherit: they may outlive a killed run by seconds
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                raise InvalidInputError(
-                    f"another training is writing to {self.path}; wait for it or end it, or choose another output.folder"
-                ) from error
-            except OSError:
-                pass
-            yield
+        return locked(self.path, refuse)
 
     def prepare_again(self) -> None:
         """Remove what was left half written."""

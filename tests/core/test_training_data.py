@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from ipadapter_core.training import cache as cache_module
 from ipadapter_core.training.cache import Cache
 from ipadapter_core.training.collection import Sample, collect, hold_out, look
 from ipadapter_core.training.config import DataConfig
+from ipadapter_core.training.encode import Encoders
 from ipadapter_core.training.frozen import EncoderLooks
 from ipadapter_core.training.order import Order
 from ipadapter_core.training.pictures import bucket_for, bucket_sizes, cut_target, decode, see_reference
@@ -294,7 +297,6 @@ def test_the_cache_is_filled_once_and_resumed(
     config = tiny_config(model, pictures, tmp_path / "out", data__cache=str(tmp_path / "cache"), data__encode_batch=2)
     monkeypatch.setattr(cache_module, "SHARD", 2)
     encoded: list[int] = []
-    from ipadapter_core.training.encode import Encoders
 
     original = Encoders.latents
 
@@ -352,6 +354,31 @@ def test_the_cache_keeps_no_facts_that_have_changed(model: Path, tmp_path: Path)
     Image.new("RGB", (20, 20)).save(tmp_path / json.loads(listed.read_text())[1]["image_file"])
     assert len(samples()) == 4
     assert len(samples(min_side=24)) == 3
+
+
+def test_two_runs_do_not_fill_one_cache(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second waits, and encodes nothing again."""
+    pictures = save_pictures(tmp_path / "pictures", 3)
+    config = tiny_config(model, pictures, tmp_path / "out", data__cache=str(tmp_path / "cache"))
+    original, reading, writing = Encoders.latents, *os.pipe()
+
+    def slow(self: Encoders, pixels: Any) -> Any:
+        os.write(writing, b"!")
+        time.sleep(2)
+        return original(self, pixels)
+
+    first = os.fork()
+    if first == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Encoders, "latents", slow)
+            build_cache(config)
+        os._exit(0)
+    os.read(reading, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoders, "latents", None)
+        build_cache(config)
+    assert os.waitpid(first, 0)[1] == 0
+    assert "another run fills" in capfd.readouterr().err
 
 
 def test_shards_of_one_name_are_not_mixed_up(tmp_path: Path) -> None:

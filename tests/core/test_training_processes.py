@@ -133,6 +133,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_ends_with_the_same_bits(
     assert done.returncode == 0, done.stderr
     assert "failed (exitcode: -9)" in done.stderr, "it was to be killed"
     assert "going on after step 2" in done.stderr
+    assert done.stdout.count("ip-adapter.safetensors") == 1, "one process tells"
     one, other = (
         load_adapter(tmp_path / n / "ip-adapter.safetensors").module.checkpoint_state() for n in ("whole", "killed")
     )
