@@ -77,17 +77,18 @@ class Outcome:
 
 
 class Tally:
-    """Counts that belong to the state of a run."""
+    """Counts that belong to the state of a run, and the losses since the last line of its log."""
 
     def __init__(self) -> None:
         self.step = 0
         self.bad = 0
         self.bad_in_a_row = 0
+        self.losses: list[float] = []
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
@@ -183,7 +184,6 @@ def fit(
     orphaned = _orphan_watch()
     end = train.steps * train.accumulate
     batches = feed.batches(tally.step * train.accumulate, end)
-    losses: list[float] = []
     unsaved: list[Any] = []
     clock = Clock()
     stopped = by_file = False
@@ -211,16 +211,16 @@ def fit(
             clock.stop()
             value = float(loss_sum) / train.accumulate
             _guard(tally, fine, value, config, log)
-            losses.append(value)
+            tally.losses.append(value)
             log.tick(tally.step, value)
             last = tally.step == train.steps
             stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
             by_file = stopped and folder.stop_file.exists()  # before the first process takes it away
             if last or stopped or tally.step % seen.log_every == 0:
-                mean = _mean(accelerator, losses)
+                mean = _mean(accelerator, tally.losses)
                 rate = schedule.get_last_lr()[0]
                 log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
-                losses.clear()
+                tally.losses.clear()
                 unsaved = [save for save in unsaved if not try_to(save)]
             if looks and (_due(tally.step, seen.validate_every) or last):
                 _look(accelerator, log, tally.step, lambda: watch.validate(module))

@@ -224,6 +224,19 @@ def test_killed_and_resumed_is_bit_identical(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
+def test_the_log_is_that_of_an_undisturbed_run(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
+) -> None:
+    """Also where a state lies between two lines, each a mean over three steps."""
+    more: dict[str, Any] = {"data__cache": str(uninterrupted[1]), "watch__log_every": 3}
+    train(tiny_config(model, pictures, tmp_path / "whole", **more))
+    killed = tiny_config(model, pictures, tmp_path / "killed", **more)
+    dies(lambda: (kill_at(AdapterStep, "forward", 3)(), train(killed)))
+    train(killed)
+    assert len(losses(tmp_path / "whole")) == 2
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
 def test_a_state_is_never_replaced_by_a_half_one(tmp_path: Path) -> None:
     """Saved twice at one step (after a disk that was full), the first is kept and not taken away first."""
     folder = RunFolder(tiny_config(tmp_path, tmp_path, tmp_path / "run").output)
