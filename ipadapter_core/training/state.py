@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -61,14 +62,18 @@ class RunFolder:
         self.prepare_again()
 
     def alone(self) -> AbstractContextManager[None]:
-        """While inside, another run that is to write here is refused; it would take away what this one is writing."""
+        """While inside, another run that is to write here is refused; it would take away what this one is writing.
 
-        def refuse() -> None:
-            raise InvalidInputError(
-                f"another training is writing to {self.path}; wait for it or end it, or choose another output.folder"
-            )
+        Under torchrun it waits: shared disks give the lock of a machine that died back after a minute or two.
+        """
 
-        return locked(self.path, refuse)
+        def busy() -> None:
+            text = f"another training is writing to {self.path}"
+            if "TORCHELASTIC_RUN_ID" not in os.environ:
+                raise InvalidInputError(f"{text}; wait for it or end it, or choose another output.folder")
+            print(f"{text}; waiting for its end", file=sys.stderr, flush=True)
+
+        return locked(self.path, busy)
 
     def prepare_again(self) -> None:
         """Remove what was left half written."""

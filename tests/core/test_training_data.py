@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import tarfile
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dying import dies
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
 from ipadapter_core.image_encoder import CLIP_MEAN, CLIP_STD
 from ipadapter_core.training import build_cache, parse_config
@@ -354,6 +356,41 @@ def test_the_cache_keeps_no_facts_that_have_changed(model: Path, tmp_path: Path)
     Image.new("RGB", (20, 20)).save(tmp_path / json.loads(listed.read_text())[1]["image_file"])
     assert len(samples()) == 4
     assert len(samples(min_side=24)) == 3
+
+
+@pytest.mark.parametrize("place", ["save_file", "write_whole"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_killed_caching_goes_on_to_the_same_cache(model: Path, tmp_path: Path, place: str, count: int) -> None:
+    """SIGKILL before a shard, and between a shard and the list that makes it count."""
+    pictures = save_pictures(tmp_path / "pictures", 6)
+
+    def fill(name: str) -> dict[str, torch.Tensor]:
+        build_cache(
+            tiny_config(model, pictures, tmp_path / "out", data__cache=str(tmp_path / name), data__encode_batch=1)
+        )
+        (settings,) = (tmp_path / name).glob("*/settings.json")
+        cache = Cache(tmp_path / name, json.loads(settings.read_text()))
+        cache.refresh()
+        return {key: cache.read(key) for key in cache._places}
+
+    def killed() -> None:
+        original, calls = getattr(cache_module, place), [0]
+
+        def last(*args: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        setattr(cache_module, place, last)
+        fill("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "SHARD", 2)
+        assert dies(killed) == signal.SIGKILL
+        whole, resumed = fill("whole"), fill("killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_two_runs_do_not_fill_one_cache(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,9 @@ def test_a_stopped_run_saves_and_goes_on(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_two_runs_do_not_write_to_one_folder(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_two_runs_do_not_write_to_one_folder(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(model, pictures, tmp_path / "run", train__steps=1)
     reading, writing = os.pipe()
     other = os.fork()
@@ -299,9 +302,11 @@ def test_two_runs_do_not_write_to_one_folder(model: Path, pictures: Path, tmp_pa
     os.read(reading, 6)
     with pytest.raises(InvalidInputError, match=r"another training is writing to .*run; wait for it"):
         train(config)
-    os.kill(other, signal.SIGKILL)
-    os.waitpid(other, 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    threading.Timer(0.5, os.kill, (other, signal.SIGKILL)).start()
     assert train(config).step == 1
+    assert os.waitpid(other, 0)[1] == signal.SIGKILL, "it waited for the other's end"
+    assert "waiting for its end" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("launcher", "code"), [("", 130), ("TORCHELASTIC_RUN_ID", 0)])
