@@ -11,13 +11,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, InvalidInputError
 from .config import RunConfig
 from .log import Log, save_sheet
 from .optimizers import build_average, build_optimizer, build_schedule
@@ -28,6 +28,10 @@ State = dict[str, Tensor]
 
 STOP_WITH_PARENT = "IPADAPTER_STOP_WITH_PARENT"
 """Set in the environment of a child process: it saves and ends when the process that started it is gone."""
+
+
+SHARED_DISK = 60.0
+"""Seconds until what one machine writes to a shared disk is seen by the others at the latest."""
 
 
 class TrainingFailed(AdapterError):
@@ -137,7 +141,7 @@ def fit(
     average = build_average(train, learned)
     tally = Tally()
     accelerator.register_for_checkpointing(schedule, tally, *([] if average is None else [average]))
-    newest = folder.newest()
+    newest = _newest(accelerator, folder)
     if newest is not None:
         _, place, run = newest
         changed = check_same_run(config, run, place, accelerator.num_processes)
@@ -251,6 +255,34 @@ def fit(
         log.event("stopped" if stopped else "done", tally.step, file=str(file), bad_steps=tally.bad)
     accelerator.wait_for_everyone()
     return Outcome(tally.step, file, stopped, by_file)
+
+
+def _newest(accelerator: Any, folder: RunFolder) -> tuple[int, Path, dict[str, Any]] | None:
+    """The state to go on from, the same for all processes.
+
+    Raises InvalidInputError where they do not see the first one's: each would train another part of the run.
+    """
+    found = folder.newest()
+    if accelerator.num_processes == 1:
+        return found
+    from accelerate.utils import broadcast
+
+    def step() -> int:
+        return -1 if found is None else found[0]
+
+    wanted = int(cast(Tensor, broadcast(torch.tensor(step(), device=accelerator.device))))
+    end = time.monotonic() + SHARED_DISK
+    while step() != wanted and time.monotonic() < end:
+        time.sleep(0.2)
+        found = folder.newest()
+    seen = accelerator.gather(torch.tensor([step()], device=accelerator.device)).tolist()
+    if len(set(seen)) > 1:
+        named = ", ".join("no state" if one < 0 else f"step {one}" for one in dict.fromkeys(seen))
+        raise InvalidInputError(
+            f"the processes see different states in {folder.path} ({named}); output.folder must be one folder, shared by all "
+            "machines"
+        )
+    return found
 
 
 def _onto(given: Sequence[Any], device: torch.device) -> list[Any]:

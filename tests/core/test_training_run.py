@@ -693,6 +693,22 @@ def test_another_number_of_processes_goes_on_and_says_what_that_changes(
         train(config("again", 4, 3))
 
 
+def test_a_folder_that_is_not_shared_is_named(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on two machines with disks of their own: the second has no state to go on from."""
+    monkeypatch.setattr(loop_module, "SHARED_DISK", 0.5)
+    cache = str(tmp_path / "cache")
+
+    def work(rank: int, steps: int) -> object:
+        return train(tiny_config(model, pictures, tmp_path / f"disk {rank}", data__cache=cache, train__steps=steps))
+
+    assert two_processes(lambda rank: work(rank, 2)) == [0, 0]
+    assert all(two_processes(lambda rank: work(rank, 4)))
+    assert "the processes see different states" in (said := capfd.readouterr().err)
+    assert "(step 2, no state); output.folder must be one folder" in said
+
+
 # --- text, memory, export ------------------------------------------------------------------------------------------------------
 
 
