@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def run_train(args: argparse.Namespace) -> None:
         print((Path(__file__).parent / "training" / "examples" / f"{args.example}.toml").read_text(), end="")
         return
     from .training import dry_run, load_config, train
+    from .training.rendezvous import part
 
     _check_packages()
     if args.config is None:
@@ -67,10 +69,13 @@ def run_train(args: argparse.Namespace) -> None:
         print(json.dumps({"dry_run": text.splitlines()}) if args.json else text)
         return
     outcome = train(config, as_json=args.json)
+    part()
     if outcome.stopped:
         print(f"stopped after step {outcome.step}; the same command goes on from there", file=sys.stderr)
+        if outcome.by_file and "TORCHELASTIC_RUN_ID" in os.environ:
+            return  # torchrun would take any other end for a failure and start it again
         raise KeyboardInterrupt
-    if not args.json:
+    if not args.json and os.environ.get("RANK", "0") == "0":
         print(outcome.file)
 
 
@@ -86,9 +91,11 @@ def _check_packages() -> None:
 
 def run_cache(args: argparse.Namespace) -> None:
     from .training import build_cache, load_config
+    from .training.rendezvous import part
 
     _check_packages()
     build_cache(load_config(args.config, args.overrides), as_json=args.json)
+    part()
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -1,10 +1,12 @@
-"""Trainings that die: in a child process, by SIGKILL, at a chosen place."""
+"""Trainings in child processes: that die, by SIGKILL, at a chosen place; and that are two."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,3 +53,29 @@ def kill_at(step: type, place: str, count: int) -> Callable[[], None]:
         return original(*args, **kwargs)
 
     return lambda: setattr(owner, name, last)
+
+
+def two_processes(work: Callable[[int], object]) -> list[int]:
+    """`work(rank)` in two forked processes that find each other as under torchrun; their wait statuses."""
+    from accelerate.state import AcceleratorState
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children: list[int] = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            os.environ |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+            try:
+                work(rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return [os.waitpid(child, 0)[1] for child in children]

@@ -55,7 +55,7 @@ class Cache:
 
     def prepare(self) -> str:
         """Make the folder; says in what it differs from the caches of other settings that lie beside it."""
-        note = "" if self.folder.is_dir() else self._differences()
+        note = "" if (self.folder / "settings.json").is_file() else self._differences()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
         for unfinished in self.folder.glob("*.tmp"):

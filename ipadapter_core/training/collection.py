@@ -86,12 +86,7 @@ def look(
         if not mine(number):
             continue
         before = (known or {}).get(record.name)
-        if (
-            before is not None
-            and record.stamp
-            and before.stamp == record.stamp
-            and before.caption == record_caption(record)
-        ):
+        if before is not None and _still(before, record, config):
             yield Seen(before)
             continue
         try:
@@ -100,6 +95,13 @@ def look(
             yield Seen(None, problem=str(error))
         except OSError as error:
             yield Seen(None, problem=f"{record.name} cannot be read ({error})")
+
+
+def _still(before: Sample, record: Record, config: DataConfig) -> bool:
+    """Whether all that is known of a picture holds; its own reference's file has a part in the stamp."""
+    now = (record.stamp, record_caption(record), record.subject, record.reference)
+    was = (before.stamp, before.caption, before.subject, before.reference)
+    return bool(record.stamp) and now == was and min(before.size) >= config.min_side
 
 
 def record_caption(record: Record) -> str:

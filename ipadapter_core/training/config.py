@@ -73,6 +73,8 @@ class LoRAConfig:
     """Which layers, in the selector's words, such as "all: 0, attn2: 1"; empty: attentions, for locon more."""
     text_encoders: bool = False
     """Whether the layers of the text encoders can be targets too; they then stay in memory."""
+    text_learning_rate: float = 0.0
+    """The learning rate of text encoders' layers, by train.schedule too; 0: train.lr."""
     dropout: float = 0.0
     """Share of a layer's inputs that the LoRA does not see in a step."""
     factor: int = 8
@@ -342,7 +344,7 @@ def _beside(path: Path, section: Any, *keys: str) -> Any:
 _AT_LEAST = {
     "data.resolution": 8, "data.bucket_step": 8, "data.min_side": 1, "data.variants": 1, "data.shuffle": 1, "data.encode_batch": 1,
     "data.workers": 0, "train.steps": 1, "train.batch": 1, "train.accumulate": 1, "train.warmup": 0, "train.clip": 0,
-    "train.bad_steps": 1, "lora.rank": 0, "lora.alpha": 0, "lora.factor": 1, "adapter.num_tokens": 0, "adapter.depth": 1, "adapter.hidden_dim": 0, "loss.min_snr": 0,
+    "train.bad_steps": 1, "lora.rank": 0, "lora.alpha": 0, "lora.text_learning_rate": 0, "lora.factor": 1, "adapter.num_tokens": 0, "adapter.depth": 1, "adapter.hidden_dim": 0, "loss.min_snr": 0,
     "watch.log_every": 1, "watch.validate_every": 0, "watch.validation": 0, "watch.sample_every": 0,
     "watch.sample_count": 1, "watch.sample_steps": 1, "output.save_every": 0, "output.keep": 1, "output.state_every": 0,
     "output.keep_states": 1,
@@ -381,6 +383,8 @@ def _check(config: RunConfig) -> None:
         )
     if not config.train.lr > 0:
         raise InvalidInputError(f"train.lr is {config.train.lr}; it must be above 0")
+    if config.train.beta2 == 1:
+        raise InvalidInputError("train.beta2 is 1, which never learns how large gradients are; 0.99 to 0.999 are usual")
     if config.data.variants > 1 and config.data.augment == 0:
         raise InvalidInputError(
             "data.variants above 1 needs data.augment above 0: all of them would be the same picture"
@@ -415,4 +419,8 @@ def _check_lora(config: RunConfig) -> None:
         raise InvalidInputError(
             "lora.dropout is not defined for dora, whose magnitudes need the whole input; set it to 0"
         )
+    if lora.text_learning_rate and not lora.text_encoders:
+        raise InvalidInputError("lora.text_learning_rate is for layers of text encoders; set lora.text_encoders = true")
+    if lora.text_learning_rate and config.train.optimizer == "prodigy":
+        raise InvalidInputError("prodigy finds one learning rate for all; leave lora.text_learning_rate out")
     parse_selector(lora.targets)

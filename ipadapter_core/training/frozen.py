@@ -310,3 +310,12 @@ def files_stamp(folder: str, *parts: str) -> str:
                 file.seek(max(0, size - (1 << 20)))
                 digest.update(file.read())
     return digest.hexdigest()
+
+
+def checkpoint_blocks(unet: Any) -> None:
+    """Let a UNet's blocks be computed again for the gradient instead of being kept."""
+    unet.enable_gradient_checkpointing()
+    for block in unet.modules():
+        if getattr(block, "gradient_checkpointing", False):
+            # diffusers before 0.32 asks for this, and frozen blocks are not in training; dropout layers stay as they are
+            block.training = True

@@ -52,8 +52,7 @@ class Log:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._board("close")
 
     def say(self, text: str) -> None:
         """A line for people, or a note in the JSON stream."""
@@ -73,8 +72,15 @@ class Log:
         from tqdm import tqdm
 
         if self.file.is_file():
-            lines = [line for line in self.file.read_text().splitlines() if step > 0 and _step_of(line) <= step]
-            self.file.write_text("".join(line + "\n" for line in lines))
+            lines = [
+                line
+                for line in self.file.read_text(encoding="utf-8").splitlines()
+                if step > 0 and _step_of(line) <= step
+            ]
+            # one rename: a kill here must not cost the log of the whole run
+            unfinished = self.file.with_name(f".{self.file.name}.tmp")
+            unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            os.replace(unfinished, self.file)
         if self._tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -97,15 +103,13 @@ class Log:
             self.say(f"{self.file} could not be written ({error})")
         if self.as_json:
             self._print({**row, "steps": self._steps})
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board("add_scalar", f"{kind}/{name}", value, step)
 
     def picture(self, name: str, step: int, pixels: Any) -> None:
         """A picture `y x 3` for tensorboard."""
-        if self._writer is not None:
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._board("add_image", name, pixels, step, dataformats="HWC")
 
     def tick(self, step: int, loss: float) -> None:
         """One step is done."""
@@ -123,6 +127,16 @@ class Log:
                 return
             if self.as_json:
                 self._print({"event": "plot", "file": str(self.plot_file)})
+
+    def _board(self, method: str, *args: Any, **options: Any) -> None:
+        """Tensorboard's writer hands on at the next call what its thread could not write: then it is left behind."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*args, **options)
+        except OSError as error:
+            self._writer = None
+            self.say(f"tensorboard's log could not be written ({error}); it ends here, the training goes on")
 
     def _print(self, row: dict[str, Any]) -> None:
         try:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, InvalidInputError
 from .config import RunConfig
 from .log import Log, save_sheet
 from .optimizers import build_average, build_optimizer, build_schedule
@@ -28,6 +28,10 @@ State = dict[str, Tensor]
 
 STOP_WITH_PARENT = "IPADAPTER_STOP_WITH_PARENT"
 """Set in the environment of a child process: it saves and ends when the process that started it is gone."""
+
+
+SHARED_DISK = 60.0
+"""Seconds until what one machine writes to a shared disk is seen by the others at the latest."""
 
 
 class TrainingFailed(AdapterError):
@@ -65,25 +69,30 @@ class Results(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: the steps done, the file of the result, and whether someone asked it to stop before its end."""
+    """How a run ended: the steps done, the file of the result, and whether someone asked it to stop before its end.
+
+    `by_file`: by the stop file, so that no launcher has heard of it.
+    """
 
     step: int
     file: Path
     stopped: bool
+    by_file: bool = False
 
 
 class Tally:
-    """Counts that belong to the state of a run."""
+    """Counts that belong to the state of a run, and the losses since the last line of its log."""
 
     def __init__(self) -> None:
         self.step = 0
         self.bad = 0
         self.bad_in_a_row = 0
+        self.losses: list[float] = []
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
@@ -126,18 +135,18 @@ def fit(
     train, out, seen = config.train, config.output, config.watch
     learned = module.learned
     parameters = [p for p in learned.parameters() if p.requires_grad]
-    optimizer: Any = build_optimizer(train, parameters)
+    optimizer: Any = build_optimizer(train, module.groups(train.lr))
     schedule = build_schedule(train, optimizer)
     model, optimizer = accelerator.prepare(module, optimizer)
     average = build_average(train, learned)
     tally = Tally()
     accelerator.register_for_checkpointing(schedule, tally, *([] if average is None else [average]))
-    newest = folder.newest()
+    newest = _newest(accelerator, folder)
     if newest is not None:
         _, place, run = newest
-        check_same_run(config, run, place)
+        changed = check_same_run(config, run, place, accelerator.num_processes)
         accelerator.load_state(str(place))
-        log.say(f"going on after step {tally.step} from {place}")
+        log.say(f"going on after step {tally.step} from {place}" + (changed and f"\n{changed}"))
     log.begin(tally.step)
 
     def raw() -> State:
@@ -155,7 +164,8 @@ def fit(
         accelerator.save_state(str(folder.unfinished(tally.step)))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            folder.finish(tally.step, {"config": config.as_dict(), "step": tally.step})
+            world = accelerator.num_processes
+            folder.finish(tally.step, {"config": config.as_dict(), "step": tally.step, "processes": world})
         accelerator.wait_for_everyone()
 
     def try_to(save: Any) -> bool:
@@ -178,10 +188,9 @@ def fit(
     orphaned = _orphan_watch()
     end = train.steps * train.accumulate
     batches = feed.batches(tally.step * train.accumulate, end)
-    losses: list[float] = []
     unsaved: list[Any] = []
     clock = Clock()
-    stopped = False
+    stopped = by_file = False
     with asked_to_stop() as asked:
         while tally.step < train.steps and not stopped:
             module.train()
@@ -206,15 +215,16 @@ def fit(
             clock.stop()
             value = float(loss_sum) / train.accumulate
             _guard(tally, fine, value, config, log)
-            losses.append(value)
+            tally.losses.append(value)
             log.tick(tally.step, value)
             last = tally.step == train.steps
             stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
+            by_file = stopped and folder.stop_file.exists()  # before the first process takes it away
             if last or stopped or tally.step % seen.log_every == 0:
-                mean = _mean(accelerator, losses)
+                mean = _mean(accelerator, tally.losses)
                 rate = schedule.get_last_lr()[0]
                 log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
-                losses.clear()
+                tally.losses.clear()
                 unsaved = [save for save in unsaved if not try_to(save)]
             if looks and (_due(tally.step, seen.validate_every) or last):
                 _look(accelerator, log, tally.step, lambda: watch.validate(module))
@@ -244,7 +254,35 @@ def fit(
         log.plot()
         log.event("stopped" if stopped else "done", tally.step, file=str(file), bad_steps=tally.bad)
     accelerator.wait_for_everyone()
-    return Outcome(tally.step, file, stopped)
+    return Outcome(tally.step, file, stopped, by_file)
+
+
+def _newest(accelerator: Any, folder: RunFolder) -> tuple[int, Path, dict[str, Any]] | None:
+    """The state to go on from, the same for all processes.
+
+    Raises InvalidInputError where they do not see the first one's: each would train another part of the run.
+    """
+    found = folder.newest()
+    if accelerator.num_processes == 1:
+        return found
+    from accelerate.utils import broadcast
+
+    def step() -> int:
+        return -1 if found is None else found[0]
+
+    wanted = int(cast(Tensor, broadcast(torch.tensor(step(), device=accelerator.device))))
+    end = time.monotonic() + SHARED_DISK
+    while step() != wanted and time.monotonic() < end:
+        time.sleep(0.2)
+        found = folder.newest()
+    seen = accelerator.gather(torch.tensor([step()], device=accelerator.device)).tolist()
+    if len(set(seen)) > 1:
+        named = ", ".join("no state" if one < 0 else f"step {one}" for one in dict.fromkeys(seen))
+        raise InvalidInputError(
+            f"the processes see different states in {folder.path} ({named}); output.folder must be one folder, shared by all "
+            "machines"
+        )
+    return found
 
 
 def _onto(given: Sequence[Any], device: torch.device) -> list[Any]:

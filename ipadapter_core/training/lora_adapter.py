@@ -74,6 +74,11 @@ class TrainedLoRA(nn.Module):
         learned = (LearnedUpdate(update) for update in updates.values())
         self.layers = nn.ModuleDict(dict(zip(names, learned, strict=True)))
 
+    def parameters_of(self, *, text: bool) -> list[nn.Parameter]:
+        """Those beside layers of text encoders, or those of the UNet."""
+        chosen = zip(self.targets, self.layers.values(), strict=True)
+        return [p for target, learned in chosen if (target.component != "unet") == text for p in learned.parameters()]
+
     def attach(self, parts: Parts, layer: Callable[[nn.Module], Layer] = Layer) -> Attached:
         """Add every update's output to its layer's, in the layer's dtype, until the result is removed."""
         attached = Attached()
@@ -271,8 +276,8 @@ def build_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
     return continued_lora(parts, config) if config.start_from else fresh_lora(parts, config)
 
 
-def describe_lora(lora: TrainedLoRA) -> str:
-    """How much is trained, in which parts, by which algorithms and ranks."""
+def describe_lora(lora: TrainedLoRA, lr: float, text_rate: float = 0.0) -> str:
+    """How much is trained, in which parts, by which algorithms and ranks, and how fast. `text_rate` 0: as `lr`."""
     total = sum(p.numel() for p in lora.parameters())
     lines = [f"trained: {total:,} parameters in {len(lora.targets)} layers"]
     for component in dict.fromkeys(target.component for target in lora.targets):
@@ -285,7 +290,8 @@ def describe_lora(lora: TrainedLoRA) -> str:
         count = sum(p.numel() for _, learned in own for p in learned.parameters())
         kinds = ", ".join(f"{title} × {n}" for title, n in _counts(u.title for u in updates).items())
         ranks = ", ".join(f"{rank} × {n}" for rank, n in _counts(u.rank or "whole" for u in updates).items())
-        lines.append(f"  {component} {count:,} in {len(own)} layers ({kinds}; ranks {ranks})")
+        rate = lr if component == "unet" else text_rate or lr
+        lines.append(f"  {component} {count:,} in {len(own)} layers ({kinds}; ranks {ranks}) at rate {rate:g}")
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ def describe_training(
     settings = config.as_dict()
     for section in ("output", "watch", "adapter"):
         settings.pop(section)
-    text_rate = train.lr if lora.text_encoders else 0
+    text_rate = (lora.text_learning_rate or train.lr) if lora.text_encoders else 0
     facts: dict[str, object] = {
         "trained_by": "ipadapter train",
         "settings": json.dumps(settings),

@@ -15,7 +15,7 @@ from .cache import Cache, tokens_key
 from .collection import Collection, hold_out
 from .config import RunConfig
 from .encode import TargetEncoders, target_settings
-from .frozen import FrozenBase, load_base
+from .frozen import FrozenBase, checkpoint_blocks, load_base
 from .log import Log
 from .lora_adapter import Parts, build_lora, describe_lora
 from .lora_memory import predict_lora
@@ -43,7 +43,12 @@ def prepare_lora(config: RunConfig, log: Log, accelerator: Any, *, use_cache: bo
     torch.manual_seed(config.train.seed)
     parts = parts_of(config, base)
     lora = build_lora(parts, config.lora)
-    log.say(describe_lora(lora))
+    if config.lora.text_learning_rate and not lora.parameters_of(text=True):
+        raise InvalidInputError(
+            "lora.text_learning_rate is given, and lora.targets chooses no layer of a text encoder; add one, such as "
+            "'te attn: 1', or leave the rate out"
+        )
+    log.say(describe_lora(lora, config.train.lr, config.lora.text_learning_rate))
     keep_text = not config.lora.text_encoders
     if config.data.cache and use_cache:
         collection, cache = fill_cache(config, base, source, log, accelerator)
@@ -70,9 +75,11 @@ def prepare_lora(config: RunConfig, log: Log, accelerator: Any, *, use_cache: bo
     base.to(device, dtype)
     lora.to(device)
     if config.train.checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        checkpoint_blocks(base.unet)
     attached = lora.attach(parts)
-    module = LoRAStep(lora, base, objective, to_device(empty, device), config.train.seed)
+    module = LoRAStep(
+        lora, base, objective, to_device(empty, device), config.train.seed, config.lora.text_learning_rate
+    )
     order = Order(training, config.train.batch * world, config.train.seed, config.data)
     feed = PictureFeed(config, order, items, encoders, objective, log, rank, world)
     prepared = [items.validation(sample) for sample in chosen]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,20 +19,34 @@ class LoRAStep(Step):
     """The loss of a LoRA on a batch. Only the LoRA is a submodule: it alone is learned, wrapped and saved.
 
     `empty` is an empty caption in the form that batches have: token ids `1 l` where the text encoders learn, else their
-    output, the context `1 l d` and SDXL's pooled embedding `1 d`.
+    output, the context `1 l d` and SDXL's pooled embedding `1 d`. `text_rate`: the text encoders' learning rate, 0 for the
+    run's.
     """
 
     def __init__(
-        self, adapter: TrainedLoRA, base: FrozenBase, objective: Objective, empty: tuple[Tensor, ...], seed: int
+        self,
+        adapter: TrainedLoRA,
+        base: FrozenBase,
+        objective: Objective,
+        empty: tuple[Tensor, ...],
+        seed: int,
+        text_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.adapter = adapter
-        self.seed = seed
+        self.seed, self.text_rate = seed, text_rate
         self._frozen = (base, objective, empty)  # inside a tuple, so that nn.Module does not register it
 
     @property
     def learned(self) -> TrainedLoRA:
         return self.adapter
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """UNet and text encoders apart, where the latter have a rate of their own."""
+        if not self.text_rate:
+            return super().groups(lr)
+        parts = ((self.adapter.parameters_of(text=False), lr), (self.adapter.parameters_of(text=True), self.text_rate))
+        return [{"params": parameters, "lr": rate} for parameters, rate in parts if parameters]
 
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
         """Mean loss of the batch."""

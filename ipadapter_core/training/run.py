@@ -6,7 +6,9 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,13 +23,15 @@ from .cache import NEUTRAL, Cache, fill
 from .collection import Collection, Sample, Seen, collect, hold_out, look
 from .config import RunConfig
 from .encode import Encoders, TargetEncoders, cache_settings, check_widths
-from .frozen import FrozenBase, encoder_sizes, image_size, load_base, load_encoder, model_home
+from .frozen import FrozenBase, checkpoint_blocks, encoder_sizes, image_size, load_base, load_encoder, model_home
+from .locks import locked
 from .log import Log
 from .loop import Feed, Outcome, fit
 from .memory import predict
 from .objectives import objective_for
 from .optimizers import build_optimizer
 from .order import Draws, Order, draw
+from .rendezvous import init_method
 from .shard import from_launcher, shard
 from .sources import Source, open_source
 from .state import AdapterFiles, RunFolder
@@ -35,6 +39,8 @@ from .step import AdapterStep
 from .stream import Stream, StreamFeed
 from .watch import Sheets, Validation, reference_tiles
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one another: one may have much more to encode, or draw a sheet. torch's 10 minutes of NCCL are too few."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,17 +48,26 @@ def build_accelerator(config: RunConfig) -> Any:
     """accelerate's Accelerator for this run; also inside accelerate launch and torchrun."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
     _quiet_libraries()
     state: Any = AcceleratorState
     if state._shared_state:  # a run before this one in the same process may have computed in another precision
         state._reset_state(reset_partial_state=False)
+    method = init_method()
+    parallel = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        # SDXL reads the last layer but one of its text encoders: a LoRA on the last one of the first gets no gradient
+        find_unused_parameters=config.lora.text_encoders,
+    )
+    meeting: dict[str, Any] = {"timeout": PATIENCE} | ({} if method is None else {"init_method": method})
     return Accelerator(
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-        gradient_accumulation_steps=config.train.accumulate,
+        # by the plugin: the plain argument gives way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS of the launcher
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulate),
         cpu=config.train.device == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[parallel, InitProcessGroupKwargs(**meeting)],
     )
 
 
@@ -179,7 +194,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
         base.to(device, dtype)
         adapter.install(base.unet)
     if config.train.checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        checkpoint_blocks(base.unet)
     empty = base.tokenize([""])
     module = AdapterStep(adapter, base, objective, neutral, empty).to(device)
     if isinstance(items, Stream):
@@ -199,28 +214,30 @@ def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
     folder = RunFolder(config.output)
     accelerator = build_accelerator(config)
     main: bool = accelerator.is_main_process
-    if main:
-        folder.prepare()
-        folder.stop_file.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
     seen = config.watch
-    with Log(
-        folder.path,
-        steps=config.train.steps,
-        active=main,
-        as_json=as_json,
-        tensorboard=seen.tensorboard,
-        plots=seen.plot,
-    ) as log:
-        run = prepare(config, log, accelerator=accelerator)
-        files = AdapterFiles(folder, run.module.adapter, run.metadata, averaged=config.train.ema > 0)
-        return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, files)
+    with folder.alone() if main else nullcontext():
+        if main:
+            folder.prepare()
+            folder.stop_file.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        with Log(
+            folder.path,
+            steps=config.train.steps,
+            active=main,
+            as_json=as_json,
+            tensorboard=seen.tensorboard,
+            plots=seen.plot,
+        ) as log:
+            run = prepare(config, log, accelerator=accelerator)
+            files = AdapterFiles(folder, run.module.adapter, run.metadata, averaged=config.train.ema > 0)
+            return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, files)
 
 
 def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
     """Only encode what a training would; also what several machines do before they train."""
     if not config.data.cache:
         raise InvalidInputError("data.cache is empty; give the folder that the cache should go to")
+    config = from_launcher(config)
     accelerator = build_accelerator(config)
     root = RunFolder(config.output).path
     with Log(root, steps=0, active=accelerator.is_main_process, as_json=as_json, tensorboard=False) as log:
@@ -258,7 +275,7 @@ def dry_run(config: RunConfig, *, steps: int = 3) -> str:
     run = prepare(config, log, use_cache=False)
     adapter = run.module.adapter
     lines += [f"  {name} {count:,}" for name, count in trainable(adapter).items()]
-    optimizer = build_optimizer(config.train, adapter.parameters())
+    optimizer = build_optimizer(config.train, run.module.groups(config.train.lr))
     device: torch.device = run.accelerator.device
     times: list[float] = []
     last = time.perf_counter()
@@ -319,32 +336,37 @@ def cached(
         loads.append(load_encoders())
         return loads[0]
 
-    try:
-        if accelerator.is_main_process:
-            note = cache.prepare()
-            if note:
-                log.say(note)
+    started, shown = time.perf_counter(), time.perf_counter()
+
+    def progress(done: int, name: str) -> None:
+        nonlocal shown
+        if time.perf_counter() - shown > 10:
+            shown = time.perf_counter()
+            log.say(f"cache: {done} pictures, {done / (shown - started):.1f} per second")
+
+    def wait() -> None:
+        log.say(f"another run fills {cache.folder}; this one waits and then takes what it needs from there")
+
+    # two runs that fill one cache would write to the same shards
+    with locked(cache.folder, wait) if accelerator.is_main_process else nullcontext():
+        try:
+            if accelerator.is_main_process:
+                note = cache.prepare()
+                if note:
+                    log.say(note)
+            accelerator.wait_for_everyone()
+            cache.refresh()
+            rank, world = accelerator.process_index, accelerator.num_processes
+            mine = fill(cache, source, config.data, load_once, rank=rank, world=world, progress=progress)
+        except OSError as error:
+            raise InvalidInputError(
+                f"the cache in {config.data.cache} cannot be written ({error}); what was finished is kept, the next run goes on"
+            ) from error
+        if loads:
+            loads.clear()
+            base.vae = None
+            _let_go()
         accelerator.wait_for_everyone()
-        cache.refresh()
-        rank, world = accelerator.process_index, accelerator.num_processes
-        started, shown = time.perf_counter(), time.perf_counter()
-
-        def progress(done: int, name: str) -> None:
-            nonlocal shown
-            if time.perf_counter() - shown > 10:
-                shown = time.perf_counter()
-                log.say(f"cache: {done} pictures, {done / (shown - started):.1f} per second")
-
-        mine = fill(cache, source, config.data, load_once, rank=rank, world=world, progress=progress)
-    except OSError as error:
-        raise InvalidInputError(
-            f"the cache in {config.data.cache} cannot be written ({error}); what was finished is kept, the next run goes on"
-        ) from error
-    if loads:
-        loads.clear()
-        base.vae = None
-        _let_go()
-    accelerator.wait_for_everyone()
     cache.refresh()
     everything = _in_order(mine, accelerator)
     return collect(everything, config.data, config.data.path), cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,15 +100,11 @@ class JsonSource:
             caption = values.get(caption_key)
             if caption is not None and not isinstance(caption, str):
                 raise InvalidInputError(f"{file}: entry {number} has {caption_key} = {caption!r}; text was expected")
-            self.records.append(
-                Record(
-                    values["image_file"],
-                    caption,
-                    str(values.get("subject", "")),
-                    str(values.get("reference_file", "")),
-                    _stamp(self.folder / values["image_file"]),
-                )
-            )
+            name, reference = str(values["image_file"]), str(values.get("reference_file", ""))
+            stamp = _stamp(self.folder / name)
+            if reference and stamp:
+                stamp += f" {_stamp(self.folder / reference)}"
+            self.records.append(Record(name, caption, str(values.get("subject", "")), reference, stamp))
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
@@ -124,6 +121,8 @@ class TarSource:
     def __init__(self, shards: list[Path], caption_key: str) -> None:
         self.records: list[Record] = []
         self._places: dict[str, tuple[Path, int, int]] = {}
+        names = Counter(shard.name for shard in shards)
+        self._alike = {name for name, count in names.items() if count > 1}
         for shard in shards:
             try:
                 with tarfile.open(shard) as tar:
@@ -144,7 +143,7 @@ class TarSource:
                 continue
             texts = {e: _text(tar, m) for e, m in members.items() if e in (*CAPTIONS, ".json")}
             caption, subject = _caption_of(texts, caption_key)
-            name = f"{shard.name}/{key}"
+            name = f"{shard if shard.name in self._alike else shard.name}/{key}"
             self._places[name] = (shard, picture.offset_data, picture.size)
             stamp = f"{_stamp(shard)} {picture.offset_data}"
             self.records.append(Record(name, caption, subject, stamp=stamp))

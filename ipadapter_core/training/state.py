@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +16,13 @@ from torch import Tensor
 
 from ..errors import CorruptFileError, InvalidInputError
 from .config import OutputConfig, RunConfig
+from .locks import locked
 
 STATE = re.compile(r"state-(\d{8})")
 FREE = ("watch", "output")
 """Sections that may change between a run and its resumption."""
+SHAPING = {("watch", "validation")}
+"""Keys of those that may not: what is held out is not trained on."""
 EXTENDABLE = {
     ("train", "steps"), ("train", "device"), ("train", "ignore_memory"), ("train", "shard"),
     ("data", "cache"), ("data", "workers"),
@@ -56,6 +61,20 @@ class RunFolder:
             ) from error
         self.prepare_again()
 
+    def alone(self) -> AbstractContextManager[None]:
+        """While inside, another run that is to write here is refused; it would take away what this one is writing.
+
+        Under torchrun it waits: shared disks give the lock of a machine that died back after a minute or two.
+        """
+
+        def busy() -> None:
+            text = f"another training is writing to {self.path}"
+            if "TORCHELASTIC_RUN_ID" not in os.environ:
+                raise InvalidInputError(f"{text}; wait for it or end it, or choose another output.folder")
+            print(f"{text}; waiting for its end", file=sys.stderr, flush=True)
+
+        return locked(self.path, busy)
+
     def prepare_again(self) -> None:
         """Remove what was left half written."""
         for left in self.path.glob("*.unfinished"):
@@ -83,8 +102,9 @@ class RunFolder:
             if file.is_file():
                 _sync(file)
         final = self.path / f"state-{step:08d}"
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # saved again at one step, where a save before had failed: the same bits
+            shutil.rmtree(folder)
+            return final
         os.replace(folder, final)
         _sync_folder(self.path)
         for _, old in self.states()[: -self.config.keep_states]:
@@ -172,26 +192,45 @@ class AdapterFiles:
         return {**self.metadata, "steps": str(step)}
 
 
-def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path) -> None:
-    """Raise InvalidInputError when a state belongs to a run whose settings shaped it differently."""
+def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path, processes: int = 1) -> str:
+    """What another number of processes changes, in words; empty for the same number.
+
+    Raises InvalidInputError when a state belongs to a run whose settings shaped it differently.
+    """
     now, defaults = (json.loads(json.dumps(one.as_dict())) for one in (config, RunConfig()))
 
     def was(section: str, key: str) -> Any:
         # a run of an older version, which lacked the key, ran as its default does
         return before["config"].get(section, {}).get(key, defaults[section][key])
 
+    # states of older versions do not say how many processes there were
+    other: int = before.get("processes", processes)
+    batch, together = config.train.batch, (other * was("train", "batch"), processes * config.train.batch)
+    same_samples = other != processes and together[0] == together[1]
     changed = [
         f"{section}.{key}: {was(section, key)!r} → {value!r}"
         for section, entries in now.items()
-        if section not in FREE
         for key, value in entries.items()
-        if (section, key) not in EXTENDABLE and was(section, key) != value
+        if (section not in FREE or (section, key) in SHAPING)
+        and (section, key) not in EXTENDABLE
+        and was(section, key) != value
+        and not (same_samples and (section, key) == ("train", "batch"))
     ]
     if changed:
         raise InvalidInputError(
             f"{folder.parent} holds a run with other settings ({'; '.join(changed)[:400]}); "
             "choose another output.folder, or set them back to go on"
         )
+    if other == processes:
+        return ""
+    text = f"processes: {other} of batch {was('train', 'batch')} → {processes} of batch {batch}; "
+    if same_samples:
+        return text + f"{together[0]} samples at a time as before, whose gradients are summed in another order"
+    keeps = "" if together[0] % processes else f"; train.batch={together[0] // processes} would have kept both"
+    return text + (
+        f"{together[1]} samples at a time instead of {together[0]}, in another order from here on, so that in the current epoch "
+        f"some come twice and some not at all{keeps}"
+    )
 
 
 def _sync(path: Path) -> None:

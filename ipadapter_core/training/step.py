@@ -22,6 +22,10 @@ class Step(nn.Module):
         """The part that is averaged and saved."""
         return self
 
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """The parameters that learn, in torch's groups with a rate each; `lr` is the run's."""
+        return [{"params": [p for p in self.learned.parameters() if p.requires_grad], "lr": lr}]
+
 
 class AdapterStep(Step):
     """The loss of the adapter on a batch. Only the adapter is a submodule: it alone is learned, wrapped and saved.

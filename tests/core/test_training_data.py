@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
+from dying import dies
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
 from ipadapter_core.image_encoder import CLIP_MEAN, CLIP_STD
 from ipadapter_core.training import build_cache, parse_config
 from ipadapter_core.training import cache as cache_module
 from ipadapter_core.training.cache import Cache
-from ipadapter_core.training.collection import collect, hold_out, look
+from ipadapter_core.training.collection import Sample, collect, hold_out, look
 from ipadapter_core.training.config import DataConfig
+from ipadapter_core.training.encode import Encoders
 from ipadapter_core.training.frozen import EncoderLooks
 from ipadapter_core.training.order import Order
 from ipadapter_core.training.pictures import bucket_for, bucket_sizes, cut_target, decode, see_reference
@@ -294,7 +299,6 @@ def test_the_cache_is_filled_once_and_resumed(
     config = tiny_config(model, pictures, tmp_path / "out", data__cache=str(tmp_path / "cache"), data__encode_batch=2)
     monkeypatch.setattr(cache_module, "SHARD", 2)
     encoded: list[int] = []
-    from ipadapter_core.training.encode import Encoders
 
     original = Encoders.latents
 
@@ -328,6 +332,104 @@ def test_the_cache_is_filled_once_and_resumed(
     build_cache(changed)
     assert sum(encoded) == 7
     assert "was made with other settings, a new one begins (resolution: 32 → 48)" in capsys.readouterr().err
+
+
+def test_the_cache_keeps_no_facts_that_have_changed(model: Path, tmp_path: Path) -> None:
+    """Another subject, another reference, another picture in the reference's file, another smallest side."""
+    listed = save_list(tmp_path, 4)
+    for number in (7, 8):
+        picture(number).save(tmp_path / f"ref{number}.png")
+
+    def samples(min_side: int = 16, **changes: str) -> list[Sample]:
+        entries = json.loads(listed.read_text())
+        entries[0].update(changes)
+        listed.write_text(json.dumps(entries))
+        more: dict[str, Any] = {"data__cache": str(tmp_path / "cache"), "data__min_side": min_side}
+        return list(build_cache(tiny_config(model, listed, tmp_path / "out", **more)).samples)
+
+    first = samples(subject="a", reference_file="ref7.png")[0]
+    assert samples(subject="b")[0].subject == "b"
+    second = samples(reference_file="ref8.png")[0]
+    assert (second.reference, second.reference_key != first.reference_key) == ("ref8.png", True)
+    shutil.copyfile(tmp_path / "ref7.png", tmp_path / "ref8.png")
+    assert samples()[0].reference_key == first.reference_key
+    Image.new("RGB", (20, 20)).save(tmp_path / json.loads(listed.read_text())[1]["image_file"])
+    assert len(samples()) == 4
+    assert len(samples(min_side=24)) == 3
+
+
+@pytest.mark.parametrize("place", ["save_file", "write_whole"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_killed_caching_goes_on_to_the_same_cache(model: Path, tmp_path: Path, place: str, count: int) -> None:
+    """SIGKILL before a shard, and between a shard and the list that makes it count."""
+    pictures = save_pictures(tmp_path / "pictures", 6)
+
+    def fill(name: str) -> dict[str, torch.Tensor]:
+        build_cache(
+            tiny_config(model, pictures, tmp_path / "out", data__cache=str(tmp_path / name), data__encode_batch=1)
+        )
+        (settings,) = (tmp_path / name).glob("*/settings.json")
+        cache = Cache(tmp_path / name, json.loads(settings.read_text()))
+        cache.refresh()
+        return {key: cache.read(key) for key in cache._places}
+
+    def killed() -> None:
+        original, calls = getattr(cache_module, place), [0]
+
+        def last(*args: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        setattr(cache_module, place, last)
+        fill("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "SHARD", 2)
+        assert dies(killed) == signal.SIGKILL
+        whole, resumed = fill("whole"), fill("killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_two_runs_do_not_fill_one_cache(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second waits, and encodes nothing again."""
+    pictures = save_pictures(tmp_path / "pictures", 3)
+    config = tiny_config(model, pictures, tmp_path / "out", data__cache=str(tmp_path / "cache"))
+    original, reading, writing = Encoders.latents, *os.pipe()
+
+    def slow(self: Encoders, pixels: Any) -> Any:
+        os.write(writing, b"!")
+        time.sleep(2)
+        return original(self, pixels)
+
+    first = os.fork()
+    if first == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Encoders, "latents", slow)
+            build_cache(config)
+        os._exit(0)
+    os.read(reading, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoders, "latents", None)
+        build_cache(config)
+    assert os.waitpid(first, 0)[1] == 0
+    assert "another run fills" in capfd.readouterr().err
+
+
+def test_shards_of_one_name_are_not_mixed_up(tmp_path: Path) -> None:
+    for folder, numbers in (("a", range(2)), ("b", range(2, 4))):
+        (tmp_path / folder).mkdir()
+        with tarfile.open(tmp_path / folder / "0.tar", "w") as tar:
+            for place, number in enumerate(numbers):
+                for name, content in ((f"{place}.png", png(number)), (f"{place}.txt", NAMES[number].encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    found = read_all(data(tmp_path / "{a,b}/0.tar"))
+    assert [(caption, content) for _, caption, content in found] == [(NAMES[i], png(i)) for i in range(4)]
+    assert len({name for name, _, _ in found}) == 4
 
 
 def test_damaged_and_unwritable_caches_are_named(model: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def loss_of(net: nn.Module, step: int) -> Tensor:
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_muon_updates_matrices_and_convolutions_and_adamw_the_rest(memory: torch.memory_format) -> None:
     net, twin = small_net(memory), small_net()
-    made = Muon(net.parameters(), lr=1e-2, weight_decay=0.01, beta2=0.99)
+    made = Muon([{"params": list(net.parameters()), "lr": 1e-2}], weight_decay=0.01, beta2=0.99)
     flat = nn.Parameter(twin[2].weight.data.flatten(1).clone())  # type: ignore[union-attr]
     linear = twin[4].weight
     muon = torch.optim.Muon([flat, linear], lr=2e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -70,7 +70,7 @@ def test_muon_updates_matrices_and_convolutions_and_adamw_the_rest(memory: torch
 def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(InvalidInputError, match=r"muon needs torch 2\.9 or newer, this is 2\."):
-        Muon(small_net().parameters(), lr=1e-3, weight_decay=0.0, beta2=0.99)
+        Muon([{"params": list(small_net().parameters()), "lr": 1e-3}], weight_decay=0.0, beta2=0.99)
 
 
 @pytest.mark.parametrize(("optimizer", "memory"), [("muon", torch.channels_last), ("adamw", torch.contiguous_format)])

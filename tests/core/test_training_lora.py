@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dying import dies, kill_at
+from dying import dies, kill_at, two_processes
 from ipadapter_core.backends import diffusers_lora as backend
 from ipadapter_core.cli import main
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
@@ -331,6 +331,54 @@ def test_dropout_acts_and_is_the_same_for_the_same_step(
 # --- files ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_two_processes_train_what_one_with_twice_the_batch_does(sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+    """With text encoders too, of which SDXL leaves a layer unread."""
+    more: dict[str, Any] = {
+        "lora__text_encoders": True, "lora__targets": "all: 0, attn: 1, te1: 1, te2: 1", "train__steps": 3,
+        "train__accumulate": 2, "output__dtype": "float32",
+    }  # fmt: skip
+    train(lora_config(sdxl, pictures, tmp_path / "one", train__batch=4, **more))
+    assert two_processes(lambda rank: train(lora_config(sdxl, pictures, tmp_path / "two", **more))) == [0, 0]
+    one, two = (tensors(tmp_path / name / "style.safetensors") for name in ("one", "two"))
+    assert any(key.startswith("lora_te1") for key in one)
+    for key, value in one.items():
+        # sums in another order: float32's last bits, grown by Adam's division in the first steps
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_text_encoders_learn_at_their_own_rate_and_resume(
+    model: Path, pictures: Path, tmp_path: Path, optimizer: str
+) -> None:
+    def config(name: str, **changes: Any) -> RunConfig:
+        more: dict[str, Any] = {
+            "lora__text_encoders": True, "lora__targets": "all: 0, attn: 1, te attn: 1", "train__schedule": "cosine",
+            "lora__text_learning_rate": 1e-4, "train__optimizer": optimizer, "output__dtype": "float32", "train__ema": 0.0,
+            "data__cache": str(tmp_path / "cache"), "train__weight_decay": 0.0, "train__warmup": 0,
+        }  # fmt: skip
+        return lora_config(model, pictures, tmp_path / name, **(more | changes))
+
+    def moved(name: str, **changes: Any) -> dict[str, float]:
+        """By how much the tensors that start at zero are away from it: the rate, in Adam's first step."""
+        found = tensors(train(config(name, train__steps=1, **changes)).file)
+        ups = {key: float(value.abs().max()) for key, value in found.items() if "lora_up" in key}
+        return {part: max(v for k, v in ups.items() if k.startswith(f"lora_{part}")) for part in ("unet", "te")}
+
+    assert moved("slow") == pytest.approx({"unet": 1e-3, "te": 1e-4}, rel=1e-2)
+    assert moved("same", lora__text_learning_rate=0.0) == pytest.approx({"unet": 1e-3, "te": 1e-3}, rel=1e-2)
+    assert "at rate 0.001\n  te1" in (told := dry_run(config("slow")))
+    assert "layers (LoRA × 8; ranks 2 × 8) at rate 0.0001" in told
+    assert metadata(tmp_path / "slow/style.safetensors")["ss_text_encoder_lr"] == "0.0001"
+    whole = train(config("whole"))
+    status = dies(lambda: (kill_at(LoRAStep, "forward", 4)(), train(config("halves"))))
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert_same(tensors(train(config("halves")).file), tensors(whole.file))
+    with pytest.raises(InvalidInputError, match=r"lora\.text_learning_rate: 0\.0001 → 0\.0002"):
+        train(config("halves", lora__text_learning_rate=2e-4))
+    with pytest.raises(InvalidInputError, match="chooses no layer of a text encoder"):
+        train(config("none", lora__targets="all: 0, unet attn: 1"))
+
+
 def filled(model: Path, out: Path, config: LoRAConfig) -> tuple[Any, TrainedLoRA]:
     """A pipeline and a LoRA on it that changes something."""
     pipeline = load_pipeline(model)
@@ -519,6 +567,12 @@ def test_memory_counts_what_autograd_keeps(model: Path, pictures: Path, tmp_path
         ({"lora__dropout": 1.0}, "leaves nothing to learn from"),
         ({"lora__dropout": 0.1, "lora__algorithm": "dora"}, "not defined for dora"),
         ({"lora__targets": "all: 0, atn: 1"}, "unknown word 'atn'"),
+        ({"lora__text_learning_rate": 1e-5}, "set lora.text_encoders = true"),
+        (
+            {"lora__text_learning_rate": 1e-5, "lora__text_encoders": True, "train__optimizer": "prodigy"},
+            "prodigy finds one learning rate",
+        ),
+        ({"train__beta2": 1.0}, "train.beta2 is 1"),
         ({"output__spelling": "koya"}, "did you mean 'kohya'"),
     ],
 )

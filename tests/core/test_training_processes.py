@@ -10,6 +10,9 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from ipadapter_core.training.encode import Encoders
 from ipadapter_core.training.frozen import load_base, load_encoder
 from ipadapter_core.training.log import Log
 from ipadapter_core.training.objectives import objective_for
+from ipadapter_core.training.rendezvous import agree_on_name, init_method
 from ipadapter_core.training.run import build_adapter
 from ipadapter_core.training.shard import from_launcher
 from ipadapter_core.training.stream import Stream, StreamFeed
@@ -41,8 +45,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pictures(tmp_path_factory.mktemp("pictures"), 9)
 
 
-def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Two processes by torchrun."""
+def launch(command: list[str], *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Two processes by torchrun, with more options for it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -55,6 +59,7 @@ def launch(command: list[str], **environment: str) -> subprocess.CompletedProces
         "c10d",
         "--rdzv-endpoint",
         endpoint,
+        *options,
     ]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
@@ -66,7 +71,6 @@ def launch(command: list[str], **environment: str) -> subprocess.CompletedProces
         start_new_session=True,  # torchrun ends a failed attempt by signalling its whole group
         env={
             **os.environ,
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "PYTHONPATH": paths,
             "OMP_NUM_THREADS": "1",
             **environment,
@@ -96,6 +100,74 @@ def test_split_frozen_models_train_what_whole_ones_do(model: Path, pictures: Pat
     rows = [json.loads(line) for line in (tmp_path / "split/progress.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "validation"] == [0, 2, 4]
     assert (tmp_path / "split/sheet.png").is_file()
+
+
+DIES_ONCE = """
+import os, signal, sys
+from ipadapter_core.cli import main
+from ipadapter_core.training.step import AdapterStep
+
+calls, original = [0], AdapterStep.forward
+
+def forward(self, *args):
+    calls[0] += 1
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "0" and calls[0] == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args)
+
+AdapterStep.forward = forward
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command, its main process killed amid its third step of two micro-steps; the first state is of the second."""
+
+
+def test_torchrun_starts_a_killed_run_again_and_it_ends_with_the_same_bits(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {"data__cache": str(tmp_path / "cache"), "train__steps": 4, "train__accumulate": 2}
+    for name in ("whole", "killed"):
+        write_config(tiny_config(model, pictures, tmp_path / name, **more), tmp_path / f"{name}.toml")
+    (tmp_path / "dies_once.py").write_text(DIES_ONCE)
+    assert launch(["-m", "ipadapter_core.cli", "train", str(tmp_path / "whole.toml")]).returncode == 0
+    done = launch([str(tmp_path / "dies_once.py"), "train", str(tmp_path / "killed.toml")], "--max-restarts", "1")
+    assert done.returncode == 0, done.stderr
+    assert "failed (exitcode: -9)" in done.stderr, "it was to be killed"
+    assert "going on after step 2" in done.stderr
+    assert done.stdout.count("ip-adapter.safetensors") == 1, "one process tells"
+    one, other = (
+        load_adapter(tmp_path / n / "ip-adapter.safetensors").module.checkpoint_state() for n in ("whole", "killed")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    rows = [json.loads(line) for line in (tmp_path / "killed/progress.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_new_attempt_does_not_meet_the_dead(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processes agree on a name in a store that others used before, whoever of them comes last."""
+    assert init_method() is None
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert init_method() == "ipadapter://"
+    store, names = torch.distributed.HashStore(), list[set[str]]()
+    for _ in range(3):
+        found: list[str] = []
+
+        def come(rank: int, found: list[str] = found) -> None:
+            found.append(agree_on_name(store, rank, 3, timedelta(seconds=20)))
+
+        processes = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
+        for process in (*processes[:late], *processes[late + 1 :]):
+            process.start()
+        time.sleep(0.1)
+        processes[late].start()
+        for process in processes:
+            process.join()
+        assert len(found) == 3
+        names.append(set(found))
+    assert [len(one) for one in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
+    with pytest.raises(TimeoutError, match=r"processes \[1, 2\] of 3 did not come"):
+        agree_on_name(store, 0, 3, timedelta(seconds=0.05))
 
 
 def test_what_cannot_be_split_is_said(

@@ -9,24 +9,28 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from PIL import Image
 from torch import Tensor
 
-from dying import dies, kill_at
+from dying import dies, kill_at, two_processes
 from ipadapter_core import load_adapter
 from ipadapter_core.cli import main
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.training import RunConfig, TrainingFailed, dry_run, train, write_config
 from ipadapter_core.training import loop as loop_module
 from ipadapter_core.training.adapter import fingerprint
-from ipadapter_core.training.frozen import load_base, load_encoder
+from ipadapter_core.training.frozen import checkpoint_blocks, load_base, load_encoder
 from ipadapter_core.training.log import Log, curves
+from ipadapter_core.training.state import RunFolder
 from ipadapter_core.training.step import AdapterStep
 from tiny_training import picture, save_model, save_pictures, tiny_config
 
@@ -142,9 +146,25 @@ def test_sdxl_plus_with_other_objectives_and_buckets(sdxl: Path, tmp_path: Path,
     assert all(0 < loss < 20 for loss in losses(tmp_path / "out"))
 
 
-def test_checkpointing_changes_no_number(model: Path, pictures: Path, tmp_path: Path) -> None:
-    for name, on in (("with", True), ("without", False)):
+def test_checkpointing_acts_and_changes_no_number(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, original = [0], torch.utils.checkpoint.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)
+    for name, on in (("without", False), ("with", True)):
         train(tiny_config(model, pictures, tmp_path / name, train__checkpointing=on, train__steps=2))
+        assert (calls[0] > 0) == on
+    unet = load_base(str(model)).unet
+    checkpoint_blocks(unet)
+    blocks = [part for part in unet.modules() if hasattr(part, "gradient_checkpointing")]
+    assert blocks
+    assert all(part.gradient_checkpointing and part.training for part in blocks), "diffusers before 0.32 asks for both"
+    assert not any(part.training for part in unet.modules() if isinstance(part, torch.nn.Dropout))
     assert_same(state(tmp_path / "with"), state(tmp_path / "without"))
 
 
@@ -207,6 +227,36 @@ def test_killed_and_resumed_is_bit_identical(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
+def test_the_log_is_that_of_an_undisturbed_run(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
+) -> None:
+    """Also where a state lies between two lines, each a mean over three steps."""
+    more: dict[str, Any] = {"data__cache": str(uninterrupted[1]), "watch__log_every": 3}
+    train(tiny_config(model, pictures, tmp_path / "whole", **more))
+    killed = tiny_config(model, pictures, tmp_path / "killed", **more)
+    dies(lambda: (kill_at(AdapterStep, "forward", 3)(), train(killed)))
+    train(killed)
+    assert len(losses(tmp_path / "whole")) == 2
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_state_is_never_replaced_by_a_half_one(tmp_path: Path) -> None:
+    """Saved twice at one step (after a disk that was full), the first is kept and not taken away first."""
+    folder = RunFolder(tiny_config(tmp_path, tmp_path, tmp_path / "run").output)
+    for content in ("first", "second"):
+        folder.unfinished(4).mkdir(parents=True)
+        (folder.unfinished(4) / "weights").write_text(content)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", lambda a, b, move=os.replace: (check(), move(a, b)))
+
+            def check(content: str = content) -> None:
+                assert content == "first" or folder.newest() is not None, "between two renames there is a state"
+
+            folder.finish(4, {"step": 4})
+    assert (folder.path / "state-00000004/weights").read_text() == "first"
+    assert [path.name for path in folder.path.iterdir()] == ["state-00000004"]
+
+
 def test_a_stopped_run_saves_and_goes_on(
     model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +290,48 @@ def test_a_stopped_run_saves_and_goes_on(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_two_runs_do_not_write_to_one_folder(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(model, pictures, tmp_path / "run", train__steps=1)
+    reading, writing = os.pipe()
+    other = os.fork()
+    if other == 0:
+        with RunFolder(config.output).alone():
+            os.write(writing, b"locked")
+            time.sleep(60)
+        os._exit(0)
+    os.read(reading, 6)
+    with pytest.raises(InvalidInputError, match=r"another training is writing to .*run; wait for it"):
+        train(config)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    threading.Timer(0.5, os.kill, (other, signal.SIGKILL)).start()
+    assert train(config).step == 1
+    assert os.waitpid(other, 0)[1] == signal.SIGKILL, "it waited for the other's end"
+    assert "waiting for its end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("launcher", "code"), [("", 130), ("TORCHELASTIC_RUN_ID", 0)])
+def test_a_stop_file_ends_a_run_for_good(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, code: int
+) -> None:
+    """torchrun starts again what ends with an error, so this is none there."""
+    if launcher:
+        monkeypatch.setenv(launcher, "1")
+    config = tiny_config(model, pictures, tmp_path / "run")
+    write_config(config, tmp_path / "run.toml")
+    original = AdapterStep.forward
+
+    def asking(self: AdapterStep, *args: Any) -> Tensor:
+        (tmp_path / "run/stop").touch()
+        return original(self, *args)
+
+    monkeypatch.setattr(AdapterStep, "forward", asking)
+    assert main(["train", str(tmp_path / "run.toml")]) == code
+    assert events(tmp_path / "run", "stopped")[0]["step"] == 1
+    assert not (tmp_path / "run/stop").exists()
+
+
 def test_other_settings_are_not_mixed_into_a_run(
     model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path]
 ) -> None:
@@ -252,10 +344,22 @@ def test_other_settings_are_not_mixed_into_a_run(
 
     with pytest.raises(InvalidInputError, match=r"train\.lr: 0\.001 → 0\.5.*another output\.folder"):
         train(parse_config(changed, "here"))
-    changed["train"]["lr"], changed["train"]["steps"] = 1e-3, 7
+    changed["train"]["lr"], changed["watch"]["validation"] = 1e-3, 1
+    with pytest.raises(InvalidInputError, match=r"watch\.validation: 2 → 1"):  # it decides what is trained on
+        train(parse_config(changed, "here"))
+    changed["watch"]["validation"], changed["watch"]["log_every"], changed["train"]["steps"] = 2, 1, 7
     assert train(parse_config(changed, "here")).step == 7, "a run may be made longer"
     assert [row["step"] for row in events(run, "step")] == list(range(1, 8))
     assert differ(state(run), state(whole))
+
+
+def test_the_launchers_settings_do_not_replace_the_configs(
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # as accelerate's own config file can say
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(resumable(model, pictures, tmp_path, uninterrupted[1]))
+    assert_same(state(tmp_path), state(uninterrupted[0]))
 
 
 # --- disks, bad numbers, old files ------------------------------------------------------------------------------------------
@@ -343,6 +447,23 @@ def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path, capsys: pyte
     assert "progress.jsonl could not be written" in capsys.readouterr().err
 
 
+def test_tensorboard_on_a_full_disk_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Log(tmp_path, steps=9) as log:
+        log.begin(0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            for step in range(9):
+                log.picture("sheet", step, np.random.default_rng(step).integers(0, 255, (64, 64, 3), np.uint8))
+                time.sleep(0.02)  # its own thread writes
+            log.event("step", 9, loss=1.0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "tensorboard" in capsys.readouterr().err
+    assert [row["step"] for row in events(tmp_path, "step")] == [9]
+
+
 def test_a_folder_that_cannot_be_written(model: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInputError, match=r"output\.folder .* cannot be written"):
@@ -416,9 +537,10 @@ def test_optimizers_by_name(
         assert train(config).step == 2
 
 
-def test_muon_resumes_with_the_same_bits(model: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_other_optimizers_resume_with_the_same_bits(model: Path, pictures: Path, tmp_path: Path, name: str) -> None:
     more: dict[str, Any] = {
-        "adapter__family": "plus", "adapter__depth": 1, "adapter__hidden_dim": 32, "train__optimizer": "muon",
+        "adapter__family": "plus", "adapter__depth": 1, "adapter__hidden_dim": 32, "train__optimizer": name,
         "data__cache": str(tmp_path / "cache"), "train__lr": 1e-2, "train__steps": 4,
     }  # fmt: skip
     config = tiny_config(model, pictures, tmp_path / "whole", **more)
@@ -533,36 +655,6 @@ def test_two_pictures_can_be_learned_by_heart(tmp_path: Path) -> None:
 # --- two processes -----------------------------------------------------------------------------------------------------------
 
 
-def two_processes(work: Callable[[int], object]) -> list[int]:
-    """`work(rank)` in two forked processes that find each other as under torchrun; their wait statuses."""
-    import socket
-
-    from accelerate.state import AcceleratorState
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children: list[int] = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-            try:
-                work(rank)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    return [os.waitpid(child, 0)[1] for child in children]
-
-
 def test_two_processes_train_what_one_with_twice_the_batch_does(model: Path, pictures: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"train__steps": 4, "train__accumulate": 2, "watch__validate_every": 2, "data__pairs": 0.5}
     one = tiny_config(
@@ -597,6 +689,49 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(model: Path, pic
     assert [path.name for path in (tmp_path / "two").glob("state-*")] == ["state-00000002"]
     assert two_processes(lambda rank: train(two)) == [0, 0]
     assert_same(state(tmp_path / "two"), whole)
+
+
+def test_another_number_of_processes_goes_on_and_says_what_that_changes(
+    model: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more: dict[str, Any] = {"data__cache": str(tmp_path / "cache"), "data__pairs": 0.5}
+
+    def config(name: str, steps: int, batch: int) -> RunConfig:
+        return tiny_config(model, pictures, tmp_path / name, train__steps=steps, train__batch=batch, **more)
+
+    train(config("alone", 4, 4))
+    assert two_processes(lambda rank: train(config("two", 2, 2))) == [0, 0]
+    for name in ("fewer", "same", "again"):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
+    train(config("same", 4, 4))
+    said = capfd.readouterr().err
+    assert "processes: 2 of batch 2 → 1 of batch 4; 4 samples at a time as before" in said
+    for key, value in state(tmp_path / "same").items():
+        torch.testing.assert_close(value, state(tmp_path / "alone")[key], rtol=1e-3, atol=2e-6)
+    train(config("fewer", 4, 2))
+    said = capfd.readouterr().err
+    assert "processes: 2 of batch 2 → 1 of batch 2; 2 samples at a time instead of 4, in another order" in said
+    assert "train.batch=4 would have kept both" in said
+    assert two_processes(lambda rank: train(config("same", 6, 2))) == [0, 0], "and with more processes"
+    assert "processes: 1 of batch 4 → 2 of batch 2; 4 samples at a time as before" in capfd.readouterr().err
+    with pytest.raises(InvalidInputError, match=r"train\.batch: 2 → 3"):
+        train(config("again", 4, 3))
+
+
+def test_a_folder_that_is_not_shared_is_named(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on two machines with disks of their own: the second has no state to go on from."""
+    monkeypatch.setattr(loop_module, "SHARED_DISK", 0.5)
+    cache = str(tmp_path / "cache")
+
+    def work(rank: int, steps: int) -> object:
+        return train(tiny_config(model, pictures, tmp_path / f"disk {rank}", data__cache=cache, train__steps=steps))
+
+    assert two_processes(lambda rank: work(rank, 2)) == [0, 0]
+    assert all(two_processes(lambda rank: work(rank, 4)))
+    assert "the processes see different states" in (said := capfd.readouterr().err)
+    assert "(step 2, no state); output.folder must be one folder" in said
 
 
 # --- text, memory, export ------------------------------------------------------------------------------------------------------
