@@ -447,6 +447,7 @@ def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path, capsys: pyte
     assert "progress.jsonl could not be written" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its writer's thread dies
 def test_tensorboard_on_a_full_disk_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
