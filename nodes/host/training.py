@@ -148,7 +148,8 @@ def _training_progress(node_id: str) -> Callable[[dict[str, Any]], None]:
         text = _in_words(event)
         if text:
             texts[event["event"]] = text
-            show_in_node("\n".join(texts.values()), node_id)
+            # the newest first: the node shows two lines without scrolling
+            show_in_node("\n".join(texts[kind] for kind in ("step", "validation", "note") if kind in texts), node_id)
         if "steps" in event:
             bar.update_absolute(event["step"], event["steps"], preview[0])
             preview[0] = None
