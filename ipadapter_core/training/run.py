@@ -174,7 +174,9 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
         log.say(collection.findings.describe())
         training, chosen, unseen = hold_out(collection, config.watch.validation, config.data)
         if chosen and not unseen:
-            log.say(f"validation on pictures that are trained on too ({len(chosen)}): there are too few to hold any out")
+            log.say(
+                f"validation on pictures that are trained on too ({len(chosen)}): there are too few to hold any out"
+            )
     else:
         training, chosen = collection, collection.samples
         log.say(f"streaming {len(stream.shards)} shards, unseen; {len(chosen)} pictures are held out for validation")
