@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import fit_batch
-from .checkpoints import AdapterWeights
+from .checkpoints import AdapterSpec, AdapterWeights
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleEncoderError, InvalidInputError
 from .image_encoder import FEATURE_RANKS, Crop, Feature, ImageEncoder, check_encoder, preprocess, preprocess_as_host
@@ -34,6 +34,7 @@ class ImagePrompt:
     project_by_model() first.
     ``features`` and ``uncond_features`` are what they were projected from, ``b k ...``; ``neutral_features`` stand for
     no image at all and differ from ``uncond_features`` only where a negative image was given.
+    ``spec`` is the adapter's that they were projected with, ``face_scale`` as in prompt_from_features().
     """
 
     cond: Tensor
@@ -44,6 +45,8 @@ class ImagePrompt:
     encoder: str
     token_dim: int
     neutral_features: Tensor | None = None
+    spec: AdapterSpec | None = None
+    face_scale: float = 1.0
 
 
 @torch.no_grad()
@@ -120,7 +123,7 @@ def encode_image_prompt(
         _at_strength(feature, torch.zeros_like(neutral) if rules.features_scaled else neutral, strength)
         for feature, strength in zip(encoded[:count].split(1), strengths, strict=True)
     ]
-    return _project(
+    return project_features(
         adapter,
         encoder.name,
         features=torch.cat(features) if per_latent else combine_features(features, combine, rules),
@@ -236,7 +239,7 @@ def prompt_from_features(
         both = features[None], uncond[None]
     else:
         both = combine_features([f[None] for f in features.split(1)], combine, rules), uncond[None, :1]
-    return _project(
+    return project_features(
         adapter, encoder, features=both[0], uncond=both[1], neutral=None, chunk=chunk, face_scale=face_scale
     )
 
@@ -310,6 +313,12 @@ def combine_prompts(
                 f"{prompt.adapter} and {prompt.encoder} holds features of shape {tuple(prompt.features.shape)}; "
                 "encode its images for this adapter"
             )
+    if any(prompt.face_scale != first.face_scale for prompt in prompts):
+        scales = ", ".join(f"{prompt.face_scale:g}" for prompt in prompts)
+        raise InvalidInputError(
+            f"the prompts read in the pictures of their faces with strengths {scales}; one prompt has one picture_strength, "
+            "encode them with the same"
+        )
     latents = {len(prompt.features) for prompt in prompts} - {1}
     if len(latents) > 1:
         raise InvalidInputError(
@@ -340,7 +349,9 @@ def combine_prompts(
     uncond = torch.cat(unconds, 1) if concat else unconds[0]
     has_negative = any(prompt.neutral_features is not None for prompt in prompts)
     neutral = (torch.cat(neutrals, 1) if concat else neutrals[0]) if has_negative else None
-    return _project(adapter, first.encoder, features=combined, uncond=uncond, neutral=neutral, chunk=8)
+    return project_features(
+        adapter, first.encoder, features=combined, uncond=uncond, neutral=neutral, face_scale=first.face_scale
+    )
 
 
 def combine_features(features: Sequence[Tensor], combine: Combine, rules: Rules = CORRECT) -> Tensor:
@@ -413,14 +424,14 @@ def _unconditional_pixels(rule: str, encoder: ImageEncoder, like: Tensor) -> Ten
     return preprocess(torch.zeros(1, size, size, 3, device=like.device), encoder)
 
 
-def _project(
+def project_features(
     adapter: AdapterWeights,
     encoder: str,
     *,
     features: Tensor,
     uncond: Tensor,
     neutral: Tensor | None,
-    chunk: int,
+    chunk: int = 8,
     face_scale: float = 1.0,
 ) -> ImagePrompt:
     """The prompt of ``features`` ``b k ...``; uncond and neutral may have b or k = 1 and are spread."""
@@ -436,6 +447,8 @@ def _project(
         encoder=encoder,
         token_dim=adapter.spec.token_dim,
         neutral_features=None if neutral is None else neutral.expand(b, k, *neutral.shape[2:]),
+        spec=adapter.spec,
+        face_scale=face_scale,
     )
 
 

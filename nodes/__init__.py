@@ -17,9 +17,11 @@ from .inspect_adapter import InspectAdapter
 from .inspect_lora import InspectLoRA
 from .legacy import LEGACY_NODES
 from .load_face_model import LoadFaceModel
+from .load_image_prompt import LoadImagePrompt
 from .load_ip_adapter import LoadIPAdapter
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
+from .save_image_prompt import SaveImagePrompt
 from .save_lora import SaveLoRA
 from .schedule_adapter import AdapterSchedule
 from .train_ip_adapter import TrainIPAdapter
@@ -29,6 +31,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadIPAdapter,
     EncodeImagePrompt,
     CombineImagePrompts,
+    SaveImagePrompt,
+    LoadImagePrompt,
     ApplyAdapterToModel,
     ApplyImageToModel,
     AdapterSchedule,
@@ -55,7 +59,7 @@ class ImagePromptExtension(ComfyExtension):
 
 
 def comfy_entrypoint() -> ImagePromptExtension:
-    host.register_model_folder()
+    host.register_model_folders()
     if host.wants_old_names():
         host.register_nodes(LEGACY_NODES)
     return ImagePromptExtension()

@@ -14,7 +14,7 @@ from ...ipadapter_core import (
     rules_for,
     unconditional_features,
 )
-from ...ipadapter_core.embeds import EXTENSION, combine_embeds, load_embeds, save_embeds
+from ...ipadapter_core.embeds import EXTENSION, SavedEmbeds, combine_embeds, load_embeds, save_embeds
 from ...ipadapter_core.image_encoder import check_encoder
 from ...ipadapter_core.legacy import LegacySettings
 from .. import host
@@ -169,7 +169,7 @@ class IPAdapterSaveEmbeds(LegacyNode):
         return {"required": {"embeds": EMBEDS, "filename_prefix": ("STRING", {"default": "IP_embeds"})}}
 
     def save(self, embeds: Tensor, filename_prefix: str) -> dict[str, Any]:
-        path = save_embeds(host.unique_save_path(filename_prefix, EXTENSION), embeds)
+        path = save_embeds(host.unique_save_path(filename_prefix, EXTENSION), SavedEmbeds(embeds))
         return {"ui": {"text": [path.name]}}
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import AdapterSpec
-from ipadapter_core.embeds import combine_embeds, load_embeds, save_embeds
+from ipadapter_core.embeds import SavedEmbeds, combine_embeds, load_embeds, save_embeds
 from ipadapter_core.errors import CorruptFileError, InvalidInputError, UnsafeFileError
 from ipadapter_core.frame_weights import WeightsStrategy
 from ipadapter_core.known_files import KNOWN_FILES, choose_encoder, choose_file, known_file
@@ -92,7 +92,7 @@ def test_the_encoder_is_found_by_name_or_by_its_widths() -> None:
 @pytest.mark.parametrize("shape", [(2, 24), (3, 17, 8)])
 def test_embeds_are_written_as_safetensors_that_say_what_they_are(tmp_path: Path, shape: tuple[int, ...]) -> None:
     embeds = torch.rand(shape)
-    path = save_embeds(tmp_path / "a.ipadpt.safetensors", embeds)
+    path = save_embeds(tmp_path / "a.ipadpt.safetensors", SavedEmbeds(embeds))
     assert_close(load_embeds(path).embeds, embeds, rtol=0, atol=0)
     with safe_open(str(path), "pt") as file:
         assert file.metadata()["kind"] == "image embeds"
