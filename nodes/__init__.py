@@ -21,6 +21,7 @@ from .load_image_prompt import LoadImagePrompt
 from .load_ip_adapter import LoadIPAdapter
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
+from .noise_image import NoiseImage
 from .save_image_prompt import SaveImagePrompt
 from .save_lora import SaveLoRA
 from .schedule_adapter import AdapterSchedule
@@ -33,6 +34,7 @@ NODES: list[type[io.ComfyNode]] = [
     CombineImagePrompts,
     SaveImagePrompt,
     LoadImagePrompt,
+    NoiseImage,
     ApplyAdapterToModel,
     ApplyImageToModel,
     AdapterSchedule,

@@ -32,9 +32,10 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.Image.Input("image", tooltip="One or more reference images, of any size."),
                 io.Combo.Input(
                     "crop",
-                    options=["center", "top", "bottom", "left", "right", "pad", "stretch"],
+                    options=["center", "top", "bottom", "left", "right", "pad", "stretch", "tiles"],
                     tooltip="How a reference that is not square becomes the encoder's square: keep one part, pad with the "
-                    "encoder's mean colour, or stretch.",
+                    "encoder's mean colour, or stretch. tiles: all of it, as several squares along the long side, each encoded "
+                    "alone; with concat every tile keeps its own tokens.",
                 ),
                 combine_input(),
                 io.String.Input(
