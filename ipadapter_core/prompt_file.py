@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import AdapterSpec, AdapterWeights
+from .compatibility import CORRECT, Rules
 from .embeds import SavedEmbeds, load_embeds, save_embeds
 from .errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError
 from .face_prompt import RAW
@@ -64,11 +65,12 @@ def load_prompt(
     encoder: ImageEncoder | None = None,
     *,
     per_latent: bool = False,
+    rules: Rules = CORRECT,
 ) -> ImagePrompt:
     """Read a prompt that save_prompt() wrote, or the embeds of another tool, and project it for ``adapter``.
 
     ``encoder`` is asked only where the file does not hold what stands for no image and the adapter needs an encoded
-    picture for that. ``per_latent`` gives every reference of the file to a latent of its own; else it is as it was saved.
+    picture for that; ``rules`` say which. ``per_latent`` gives every reference of the file to a latent of its own; else it is as it was saved.
 
     Raises IncompatibleEncoderError for features that the adapter does not read, CorruptFileError for a file that
     contradicts itself, and what load_embeds() raises.
@@ -90,7 +92,7 @@ def load_prompt(
                 f"{name} does not hold what stands for no image, which {adapter.name} needs: connect the image encoder "
                 f"({spec.encoder}) to clip_vision, or save the references with Save Image Prompt"
             )
-        negative = unconditional_features(adapter, encoder, embeds)
+        negative = unconditional_features(adapter, encoder, embeds, rules)
     beside = [
         _beside(name, what, t, embeds, latents) for what, t in (("negative", negative), ("neutral", saved.neutral))
     ]

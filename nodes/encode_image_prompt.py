@@ -41,7 +41,8 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.String.Input(
                     "strengths",
                     default="",
-                    tooltip="Strength of each reference, such as '1, 0.5'; empty: all 1. 0 is no image, below 0 steers away.",
+                    tooltip="Strength of each reference, such as '1, 0.5'; one number: of all; empty: all 1. 0 is no image, below 0 "
+                    "steers away.",
                 ),
                 io.Combo.Input(
                     "unconditional",
@@ -76,6 +77,7 @@ class EncodeImagePrompt(io.ComfyNode):
     ) -> io.NodeOutput:
         options = {"crop": crop, "combine": combine, "unconditional": unconditional, "per_latent": per_latent}
         options["compatibility"] = compatibility
-        values = parse_numbers(strengths) or None
+        values = parse_numbers(strengths)
+        values = values * len(image) if len(values) == 1 else values or None
         prompt = host.encode(adapter, clip_vision, image, masks=mask, negative=negative, strengths=values, **options)
         return io.NodeOutput(prompt)

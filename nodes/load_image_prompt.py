@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..ipadapter_core import rules_for
 from . import host
-from .sockets import CATEGORY, Prompt, adapter_input
+from .sockets import CATEGORY, Prompt, adapter_input, compatibility_input
 
 
 class LoadImagePrompt(io.ComfyNode):
@@ -36,6 +37,7 @@ class LoadImagePrompt(io.ComfyNode):
                     tooltip="The image encoder, only for files that do not hold what stands for no image, as .ipadpt files for plus "
                     "adapters; needed to combine these with other prompts.",
                 ),
+                compatibility_input(),
             ],
             outputs=[Prompt.Output(display_name="image_prompt")],
         )
@@ -46,6 +48,12 @@ class LoadImagePrompt(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, adapter: host.ManagedAdapter, file: str, per_latent: bool, clip_vision: object | None = None
+        cls,
+        adapter: host.ManagedAdapter,
+        file: str,
+        per_latent: bool,
+        clip_vision: object | None = None,
+        compatibility: str = "correct",
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.load_image_prompt(adapter, file, clip_vision, per_latent=per_latent))
+        rules = rules_for(compatibility)
+        return io.NodeOutput(host.load_image_prompt(adapter, file, clip_vision, per_latent=per_latent, rules=rules))

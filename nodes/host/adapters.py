@@ -106,10 +106,10 @@ def encode(adapter: ManagedAdapter, clip_vision: Any, images: Tensor, **options:
     return encode_image_prompt(adapter.to_device(), encoder, images, progress=progress_bar(), rules=rules, **options)
 
 
-def load_image_prompt(adapter: ManagedAdapter, file: str, clip_vision: Any | None, *, per_latent: bool) -> ImagePrompt:
+def load_image_prompt(adapter: ManagedAdapter, file: str, clip_vision: Any | None, **options: Any) -> ImagePrompt:
     """load_prompt with ComfyUI's encoder, memory manager and folders."""
     encoder = None if clip_vision is None else ClipVisionEncoder(clip_vision)
-    return load_prompt(prompt_path(file), adapter.to_device(), encoder, per_latent=per_latent)
+    return load_prompt(prompt_path(file), adapter.to_device(), encoder, **options)
 
 
 def encode_face(

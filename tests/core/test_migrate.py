@@ -157,6 +157,107 @@ def test_a_prompt_without_the_old_nodes_gets_ours() -> None:
     }  # fmt: skip
 
 
+def embeds_workflow(method: str = "average", second: str = "LoadImage", negative: int = 1) -> dict[str, Any]:
+    """Two encoders, combined, saved and applied, as in ipadapter_weighted_embeds.json."""
+    encoder = {"ipadapter": ("IPADAPTER", 3), "image": ("IMAGE", 4)}
+    embeds = {
+        "model": ("MODEL", 2),
+        "ipadapter": ("IPADAPTER", 6),
+        "pos_embed": ("EMBEDS", 9),
+        "neg_embed": ("EMBEDS", 10),
+    }
+    other = {"ipadapter": ("IPADAPTER", 5), "image": ("IMAGE", 7)}
+    nodes = [
+        node(1, "CheckpointLoaderSimple", {}, ["MODEL", "CLIP", "VAE"], ["sd15.safetensors"]),
+        node(2, "IPAdapterUnifiedLoader", {"model": ("MODEL", 1)}, ["MODEL", "IPADAPTER"], ["PLUS (high strength)"]),
+        node(3, "LoadImage", {}, ["IMAGE", "MASK"], ["a.png"]),
+        node(4, "IPAdapterEncoder", encoder, ["EMBEDS", "EMBEDS"], [1.5]),
+        node(5, second, {}, ["IMAGE", "MASK"], ["b.png"]),
+        node(6, "IPAdapterEncoder", other, ["EMBEDS", "EMBEDS"], [1.0]),
+        node(7, "IPAdapterCombineEmbeds", {"embed1": ("EMBEDS", 8), "embed2": ("EMBEDS", 12)}, ["EMBEDS"], [method]),
+        node(8, "IPAdapterEmbeds", embeds, ["MODEL"], [0.8, "linear", 0.1, 0.9, "K+V", "correct"]),
+        node(9, "IPAdapterSaveEmbeds", {"embeds": ("EMBEDS", 11)}, [], ["mine"]),
+    ]
+    links = [[1, 1, 0, 2, 0, "MODEL"], [2, 2, 0, 8, 0, "MODEL"], [3, 2, 1, 4, 0, "IPADAPTER"], [4, 3, 0, 4, 1, "IMAGE"]]
+    links += [[5, 2, 1, 6, 0, "IPADAPTER"], [6, 2, 1, 8, 1, "IPADAPTER"], [7, 5, 0, 6, 1, "IMAGE"]]
+    links += [[8, 4, 0, 7, 0, "EMBEDS"], [12, 6, 0, 7, 1, "EMBEDS"], [9, 7, 0, 8, 2, "EMBEDS"]]
+    links += [[10, 4, negative, 8, 3, "EMBEDS"], [11, 7, 0, 9, 0, "EMBEDS"]]
+    return {"nodes": nodes, "links": links, "version": 0.4}
+
+
+def test_encoded_references_become_image_prompts() -> None:
+    made, _ = migrate(embeds_workflow())
+    assert fed_by(made) == {
+        ("ImagePromptEncode", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptEncode", "clip_vision"): ("CLIPVisionLoader", 0),
+        ("ImagePromptEncode", "image"): ("LoadImage", 0),
+        ("ImagePromptCombine", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptCombine", "prompt_1"): ("ImagePromptEncode", 0),
+        ("ImagePromptCombine", "prompt_2"): ("ImagePromptEncode", 0),
+        ("ImagePromptApply", "model"): ("CheckpointLoaderSimple", 0),
+        ("ImagePromptApply", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptApply", "image_prompt"): ("ImagePromptCombine", 0),
+        ("ImagePromptSave", "image_prompt"): ("ImagePromptCombine", 0),
+    }
+    nodes = {n["id"]: n["widgets_values"] for n in made["nodes"]}
+    assert nodes[4] == ["center", "concat", "1.5", "auto", False, "IPAdapter_plus"]
+    assert nodes[6][2] == ""
+    assert nodes[7] == ["average", 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert nodes[8] == [0.8, "linear", "K+V", 0.1, 0.9, "correct"]
+    assert nodes[9] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": "norm average"}, "its norm average is not ours"),
+        ({"second": "ImageBatch"}, "it mixes the images inside its inputs too"),
+        ({"negative": 0}, "its negative embeds are not those of no image"),
+    ],
+)
+def test_embeds_stay_together_where_ours_would_give_another_picture(change: dict[str, Any], reason: str) -> None:
+    old = embeds_workflow(**change)
+    made, report = migrate(old)
+    assert [n["type"] for n in made["nodes"]] == [n["type"] for n in old["nodes"]]
+    assert len(fed_by(made)) == len({(n["type"], i["name"]) for n in old["nodes"] for i in n["inputs"]})
+    assert reason in " ".join(report)
+    assert len([line for line in report if "stays" in line]) == 6
+    assert reason not in " ".join(migrate(embeds_workflow("concat"))[1])
+
+
+def test_saved_embeds_are_loaded_one_per_latent() -> None:
+    old = embeds_workflow()
+    apply = old["nodes"][7] | {"type": "IPAdapterEmbedsBatch"}
+    apply["inputs"] = apply["inputs"][:3]
+    old["nodes"] = [*old["nodes"][:3], node(4, "IPAdapterLoadEmbeds", {}, ["EMBEDS"], ["x.ipadpt"]), apply]
+    old["links"] = [
+        [1, 1, 0, 2, 0, "MODEL"],
+        [2, 2, 0, 8, 0, "MODEL"],
+        [6, 2, 1, 8, 1, "IPADAPTER"],
+        [9, 4, 0, 8, 2, "EMBEDS"],
+    ]
+    made, _ = migrate(old)
+    edges = fed_by(made)
+    assert edges["ImagePromptLoad", "clip_vision"] == ("CLIPVisionLoader", 0)
+    assert edges["ImagePromptApply", "image_prompt"] == ("ImagePromptLoad", 0)
+    nodes = {n["type"]: n["widgets_values"] for n in made["nodes"]}
+    assert nodes["ImagePromptLoad"] == ["x.ipadpt [input]", True, "IPAdapter_plus"]
+
+
+def test_noise_and_negative_pictures_come_along() -> None:
+    values = [0.8, 0.7, "linear", "average", 0.0, 0.9, "K+V"]
+    old = workflow("IPAdapterFaceID", values, image_negative=("IMAGE", 7))
+    old["nodes"][1] |= {"type": "IPAdapterUnifiedLoaderFaceID", "widgets_values": ["FACEID PLUS V2", 0.6, "CUDA"]}
+    old["nodes"].append(node(6, "IPAdapterNoise", {"image_optional": ("IMAGE", 8)}, ["IMAGE"], ["fade", 0.3, 5]))
+    old["links"] += [[7, 6, 0, 4, 4, "IMAGE"], [8, 3, 0, 6, 0, "IMAGE"]]
+    made, report = migrate(old)
+    edges = fed_by(made)
+    assert edges["ImagePromptEncodeFace", "negative"] == ("ImagePromptNoise", 0)
+    assert edges["ImagePromptNoise", "image"] == ("LoadImage", 0)
+    assert {n["type"]: n["widgets_values"] for n in made["nodes"]}["ImagePromptNoise"] == ["fade", 0.3, 5]
+    assert not any("stays" in line for line in report)
+
+
 def test_what_has_no_counterpart_stays_with_its_loader() -> None:
     old = workflow("IPAdapterTiled")
     made, report = migrate(old)

@@ -689,6 +689,8 @@ def main() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    # as main.py does: 0.3.64's nodes.py puts a folder with another utils before it
+    importlib.import_module("utils.extra_config")
     import nodes as host_nodes  # noqa: F401  (the packs import it)
 
     torch.set_num_threads(1)
