@@ -221,9 +221,10 @@ def _kept(made: Migration, groups: list[set[int]]) -> Iterator[tuple[int, str]]:
             if kind not in LOADERS and kind not in FACE_MODELS:
                 continue
             slot, socket = 1 if kind in UNIFIED else 0, "insightface" if kind in FACE_MODELS else "ipadapter"
-            fed = [target for target, name in made.consumers(number, slot) if name == socket]
+            used = [target for target in made.consumers(number, slot) if not _is_chained(made, target)]
+            fed = [target for target, name in used if name == socket]
             if number not in reasons and (
-                len(fed) < len(made.consumers(number, slot))
+                len(fed) < len(used)
                 or any(t in reasons or made.nodes[t]["type"] not in {*WIDGETS, *EMBEDS} for t in fed)
             ):
                 reasons[number], changed = "something that stays is fed by it", True
@@ -232,6 +233,11 @@ def _kept(made: Migration, groups: list[set[int]]) -> Iterator[tuple[int, str]]:
                     if target not in reasons:
                         reasons[target], changed = "its loader feeds nodes that stay", True
     yield from reasons.items()
+
+
+def _is_chained(made: Migration, target: tuple[int, str]) -> bool:
+    """Whether an input is that of a unified loader that may reuse what another one loaded; it can load by itself."""
+    return target[1] == "ipadapter" and made.nodes[target[0]]["type"] in UNIFIED
 
 
 def _obstacle(made: Migration, number: int) -> str:
@@ -310,7 +316,10 @@ def _load(made: Migration, number: int) -> Loaded:
         else:
             made.edges.pop(target)
     for target in made.consumers(number, 1):
-        made.edges[target] = (number, 0, ADAPTER)
+        if _is_chained(made, target):
+            made.edges.pop(target)
+        else:
+            made.edges[target] = (number, 0, ADAPTER)
     for name in ("model", "ipadapter"):
         made.edges.pop((number, name), None)
     vision = faces = None

@@ -258,6 +258,29 @@ def test_noise_and_negative_pictures_come_along() -> None:
     assert not any("stays" in line for line in report)
 
 
+def test_chained_unified_loaders_load_on_their_own() -> None:
+    """As in ipadapter_ideal_faceid_config.json: the second takes over what the first one loaded."""
+    for second in ("IPAdapter", "IPAdapterTiled"):
+        old = workflow()
+        chained = {"model": ("MODEL", 6), "ipadapter": ("IPADAPTER", 7)}
+        inputs = {"model": ("MODEL", 8), "ipadapter": ("IPADAPTER", 9), "image": ("IMAGE", 10)}
+        old["nodes"][4] = node(
+            5, "IPAdapterUnifiedLoader", chained, ["MODEL", "IPADAPTER"], ["STANDARD (medium strength)"]
+        )
+        old["nodes"].append(node(6, second, inputs, ["MODEL"], [0.4, 0.0, 1.0, "standard"]))
+        old["links"] += [[7, 2, 1, 5, 1, "IPADAPTER"], [8, 5, 0, 6, 0, "MODEL"], [9, 5, 1, 6, 1, "IPADAPTER"]]
+        old["links"] += [[10, 3, 0, 6, 2, "IMAGE"]]
+        made, report = migrate(old)
+        fed_by(made)
+        kinds = [n["type"] for n in made["nodes"]]
+        assert (
+            kinds.count("ImagePromptLoadAdapter")
+            == kinds.count("ImagePromptApply")
+            == (2 if second == "IPAdapter" else 1)
+        )
+        assert len([line for line in report if "stays" in line]) == (0 if second == "IPAdapter" else 2)
+
+
 def test_what_has_no_counterpart_stays_with_its_loader() -> None:
     old = workflow("IPAdapterTiled")
     made, report = migrate(old)
