@@ -159,7 +159,7 @@ class IPAdapterEmbedsBatch(IPAdapterEmbeds):
 
 
 class IPAdapterSaveEmbeds(LegacyNode):
-    REPLACEMENT = "this node still; it writes safetensors now"
+    REPLACEMENT = "Save Image Prompt"
     RETURN_TYPES = ()
     FUNCTION = "save"
     OUTPUT_NODE = True
@@ -174,7 +174,7 @@ class IPAdapterSaveEmbeds(LegacyNode):
 
 
 class IPAdapterLoadEmbeds(LegacyNode):
-    REPLACEMENT = "this node still"
+    REPLACEMENT = "Load Image Prompt"
     RETURN_TYPES = ("EMBEDS",)
     FUNCTION = "load"
 

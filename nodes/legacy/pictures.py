@@ -31,7 +31,7 @@ from .sockets import (
 
 
 class IPAdapterNoise(LegacyNode):
-    REPLACEMENT = "this node still, into 'negative' of Encode Image Prompt"
+    REPLACEMENT = "Noise Image, into 'negative' of Encode Image Prompt"
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "make_noise"
 
