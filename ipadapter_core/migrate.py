@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from .compatibility import COMPATIBILITIES
@@ -33,7 +33,13 @@ FACE_WIDGETS: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("IPAdapterFaceID", "IPAAdapterFaceIDBatch"), ("weight", "weight_faceidv2", *APPLY_WIDGETS["IPAdapterAdvanced"][1:])
 )
 """Every one of these becomes a node that encodes faces and one that applies them."""
-WIDGETS = APPLY_WIDGETS | FACE_WIDGETS
+_TILED = ("weight", "weight_type", "combine_embeds", "start_at", "end_at", "sharpening", "embeds_scaling")
+TILED_WIDGETS: dict[str, tuple[str, ...]] = {
+    "IPAdapterTiled": _TILED,
+    "IPAdapterTiledBatch": (*_TILED[:2], *_TILED[3:], "encode_batch_size"),
+}
+"""Every one of these becomes one node."""
+WIDGETS = APPLY_WIDGETS | FACE_WIDGETS | TILED_WIDGETS
 NEW_NAMES = {
     "ipadapter": "adapter", "image_negative": "negative", "attn_mask": "mask", "weight": "strength",
     "weight_type": "preset", "combine_embeds": "combine", "embeds_scaling": "scaling", "start_at": "start",
@@ -71,6 +77,15 @@ FACE_INPUTS = {
     "clip_vision": "CLIP_VISION",
     "mask": "MASK",
     "negative": "IMAGE",
+}
+TILED_INPUTS = {
+    "model": "MODEL",
+    "adapter": ADAPTER,
+    "clip_vision": "CLIP_VISION",
+    "image": "IMAGE",
+    "mask": "MASK",
+    "negative": "IMAGE",
+    "schedule": "IMAGE_PROMPT_SCHEDULE",
 }
 APPLY_INPUTS = {
     "model": "MODEL",
@@ -350,6 +365,20 @@ def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
     vision = beside.vision
     x, y = _place(node)
     combine, batch = values.get("combine_embeds", "concat"), old.endswith("Batch")
+    if old in TILED_WIDGETS:
+        steering = _steering(values, values.get("weight_type", "linear"), switch)
+        settings = [*steering[:-1], combine, batch, values.get("sharpening", 0.0), switch]
+        for name in ("image_negative", "attn_mask"):
+            edge = made.edges.pop((number, name), None)
+            if edge is not None:
+                made.edges[number, NEW_NAMES[name]] = edge
+        if (number, "clip_vision") not in made.edges and vision is not None:
+            made.edges[number, "clip_vision"] = (vision, 0, "CLIP_VISION")
+        made.edges[number, "adapter"] = (source, 0, ADAPTER)
+        outputs = {"model": "MODEL", "tiles": "IMAGE", "masks": "MASK"}
+        made.become(number, "ImagePromptApplyTiled", TILED_INPUTS, outputs, settings)
+        made.report.append(f"{old} (node {number}) is Apply Tiled Image to Model")
+        return
     if old in FACE_WIDGETS:
         outputs = {"image_prompt": "IMAGE_PROMPT", "faces": "IMAGE"}
         # the old pack takes the best detection
@@ -550,6 +579,7 @@ class Replacement:
     widgets: tuple[str, ...]
     inputs: Mapping[str, str]
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    outputs: int = 1
 
 
 def _replacement(
@@ -572,6 +602,12 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     _replacement(
         "IPAdapterBatch", "ImagePromptApplyImage", APPLY_WIDGETS["IPAdapterBatch"], _APPLY_SOCKETS,
         combine="concat", per_latent=True, compatibility=SWITCH,
+    ),
+    replace(
+        _replacement(
+            "IPAdapterTiled", "ImagePromptApplyTiled", _TILED, _APPLY_SOCKETS, per_latent=False, compatibility=SWITCH
+        ),
+        outputs=3,
     ),
 )  # fmt: skip
 """Nodes that one node of ours replaces; all others take two of ours (migrate() makes those) or stay as they are."""

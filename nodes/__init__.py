@@ -9,6 +9,7 @@ from . import host
 from .apply_adapter_to_model import ApplyAdapterToModel
 from .apply_face_lora import ApplyFaceLoRA
 from .apply_image_to_model import ApplyImageToModel
+from .apply_tiled_image import ApplyTiledImageToModel
 from .combine_image_prompts import CombineImagePrompts
 from .encode_face_prompt import EncodeFacePrompt
 from .encode_image_prompt import EncodeImagePrompt
@@ -37,6 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
     NoiseImage,
     ApplyAdapterToModel,
     ApplyImageToModel,
+    ApplyTiledImageToModel,
     AdapterSchedule,
     InspectAdapter,
     LoadFaceModel,

@@ -75,6 +75,7 @@ class PrepImageForClipVision(LegacyNode):
 
 
 class IPAdapterTiled(LegacyNode):
+    REPLACEMENT = "Apply Tiled Image to Model"
     RETURN_TYPES = ("MODEL", "IMAGE", "MASK")
     RETURN_NAMES = ("MODEL", "tiles", "masks")
     FUNCTION = "apply_tiled"

@@ -258,9 +258,32 @@ def test_noise_and_negative_pictures_come_along() -> None:
     assert not any("stays" in line for line in report)
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_tiles_become_one_node(batch: bool) -> None:
+    combine = [] if batch else ["average"]
+    values = [0.7, "ease in", *combine, 0.1, 0.9, 0.2, "K+V", *([2] if batch else [])]
+    old = workflow("IPAdapterTiledBatch" if batch else "IPAdapterTiled", values)
+    old["nodes"][3]["outputs"] += [{"name": t, "type": t, "links": []} for t in ("IMAGE", "MASK")]
+    old["nodes"].append(node(6, "PreviewImage", {"images": ("IMAGE", 7)}, [], []))
+    old["links"].append([7, 4, 1, 6, 0, "IMAGE"])
+    made, _ = migrate(old)
+    assert fed_by(made) == {
+        ("ImagePromptApplyTiled", "model"): ("CheckpointLoaderSimple", 0),
+        ("ImagePromptApplyTiled", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptApplyTiled", "clip_vision"): ("CLIPVisionLoader", 0),
+        ("ImagePromptApplyTiled", "image"): ("LoadImage", 0),
+        ("ImagePromptApplyTiled", "mask"): ("LoadImage", 1),
+        ("PreviewImage", "images"): ("ImagePromptApplyTiled", 1),
+        ("KSampler", "model"): ("ImagePromptApplyTiled", 0),
+    }
+    widgets = next(n["widgets_values"] for n in made["nodes"] if n["type"] == "ImagePromptApplyTiled")
+    mixed = "concat" if batch else "average"
+    assert widgets == [0.7, "ease in", "K+V", 0.1, 0.9, mixed, batch, 0.2, "IPAdapter_plus"]
+
+
 def test_chained_unified_loaders_load_on_their_own() -> None:
     """As in ipadapter_ideal_faceid_config.json: the second takes over what the first one loaded."""
-    for second in ("IPAdapter", "IPAdapterTiled"):
+    for second in ("IPAdapter", "IPAdapterMS"):
         old = workflow()
         chained = {"model": ("MODEL", 6), "ipadapter": ("IPADAPTER", 7)}
         inputs = {"model": ("MODEL", 8), "ipadapter": ("IPADAPTER", 9), "image": ("IMAGE", 10)}
@@ -282,11 +305,11 @@ def test_chained_unified_loaders_load_on_their_own() -> None:
 
 
 def test_what_has_no_counterpart_stays_with_its_loader() -> None:
-    old = workflow("IPAdapterTiled")
+    old = workflow("IPAdapterClipVisionEnhancer")
     made, report = migrate(old)
     assert [n["type"] for n in made["nodes"]] == [n["type"] for n in old["nodes"]]
     assert len(fed_by(made)) == 6
-    assert any("IPAdapterTiled (node 4) stays" in line for line in report)
+    assert any("IPAdapterClipVisionEnhancer (node 4) stays" in line for line in report)
     assert any("IPAdapterUnifiedLoader (node 2) stays" in line for line in report)
     weights = workflow(weight=("FLOAT", 4))
     weights["links"].append([7, 3, 0, 4, 4, "FLOAT"])

@@ -14,7 +14,7 @@ import websocket
 from safetensors.torch import save_file
 
 from host.comfy_server import ComfyServer, ExecutionFailed, GraphRejected, Node
-from host.steering import Steering
+from host.steering import APPLY, Steering
 from host.tiny_adapters import VISION_HIDDEN, VISION_TOKENS, adapter_tensors, build_adapter, build_prompt
 
 SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE", "IMAGE_PROMPT_FACE_MODEL"}
@@ -28,6 +28,7 @@ OUTPUTS = {
     "ImagePromptNoise": (["IMAGE"], ["image"]),
     "ImagePromptApply": (["MODEL"], ["model"]),
     "ImagePromptApplyImage": (["MODEL"], ["model"]),
+    "ImagePromptApplyTiled": (["MODEL", "IMAGE", "MASK"], ["model", "tiles", "masks"]),
     "ImagePromptSchedule": (["IMAGE_PROMPT_SCHEDULE"], ["schedule"]),
     "ImagePromptInspect": (["STRING"], ["text"]),
     "ImagePromptLoadFaceModel": (["IMAGE_PROMPT_FACE_MODEL"], ["face_model"]),
@@ -284,6 +285,28 @@ def test_a_wide_reference_is_seen_as_tiles(server: ComfyServer, make: Callable[.
     tiled, together, middle = (result.tensor(node) for node in saved)
     np.testing.assert_allclose(tiled, together, rtol=0, atol=1e-3)
     assert np.abs(tiled - middle).max() > 1e-2
+
+
+def test_tiles_steer_their_own_places(make: Callable[..., Steering]) -> None:
+    """Of two squares side by side: the same as each applied to its half; strength 0 is the plain model."""
+    s = make(width=128)
+    adapter = s.adapter()
+    left, right = s.photo(0), s.photo(1)
+    wide = s.graph.add("ImageStitch", image1=left, image2=right, direction="right", match_image_size=True,
+                       spacing_width=0, spacing_color="white")  # fmt: skip
+    inputs = {"adapter": adapter, "clip_vision": s.vision, "image": wide, "combine": "concat", "per_latent": False}
+    tiled, off = (
+        s.graph.add("ImagePromptApplyTiled", model=s.model, **inputs, **(APPLY | {"strength": n}), sharpening=0.0)
+        for n in (0.8, 0.0)
+    )
+    halves = s.apply(s.model, adapter, s.encode(adapter, left), strength=0.8, mask=s.mask(1.0, 0.0))
+    halves = s.apply(halves, adapter, s.encode(adapter, right), strength=0.8, mask=s.mask(0.0, 1.0))
+    saved = [s.sample(model) for model in (tiled[0], halves, off[0], s.model)]
+    shown = [s.save(tiled[i]) for i in (1, 2)]
+    result = s.run()
+    np.testing.assert_allclose(result.tensor(saved[0]), result.tensor(saved[1]), rtol=0, atol=1e-3)
+    assert result.sha256(saved[2]) == result.sha256(saved[3]) != result.sha256(saved[0])
+    assert [result.tensor(node).shape for node in shown] == [(2, 64, 64, 3), (2, 64, 128)]
 
 
 def test_noise_is_made_of_the_image(make: Callable[..., Steering]) -> None:

@@ -30,7 +30,14 @@ SIDE = 64
 STEPS = 2
 APPLY = "ImagePromptApply"
 STEERING = frozenset(
-    {APPLY, "ImagePromptApplyImage", "ImagePromptApplyFaceLoRA", "ImagePromptLoRAStrength", "ImagePromptLoRAStack"}
+    {
+        APPLY,
+        "ImagePromptApplyImage",
+        "ImagePromptApplyTiled",
+        "ImagePromptApplyFaceLoRA",
+        "ImagePromptLoRAStrength",
+        "ImagePromptLoRAStack",
+    }
 )
 TELLING = frozenset({
     "ImagePromptInspect", "ImagePromptSave", "ImagePromptLoRAInspect", "ImagePromptLoRASave", "ImagePromptLoRAExtract"
@@ -40,7 +47,7 @@ NEEDED = {
     "style_only", "composition_only", "image_to_image", "inpainting", "scheduled_strength", "batch", "inspect_adapter",
     "lora_strength", "lora_stack", "inspect_lora", "convert_lora", "extract_lora", "lora_regions_and_image_prompt",
     "train_ip_adapter", "train_lora", "face_prompt", "image_in_one_node", "save_image_prompt", "load_image_prompt",
-    "tiled_reference", "noise_as_negative",
+    "tiled_reference", "tiles_in_place", "noise_as_negative",
 }  # fmt: skip
 TRAINING = ("train_ip_adapter", "train_lora")  # run by tests/host/test_training_node.py
 IMAGES = {"batch": 3} | dict.fromkeys(
