@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .compatibility import CORRECT, Rules
 from .errors import InvalidInputError
 from .image_encoder import center_square
 
@@ -170,6 +171,13 @@ def _gaussian_blur(pixels: Tensor, size: int, sigma: float) -> Tensor:
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+def tiles_in_place(
+    images: Tensor, mask: Tensor | None = None, sharpening: float = 0.0, rules: Rules = CORRECT
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Parts of the references ``b s s c`` and the region of the picture ``m y x`` that each steers."""
+    return (region_tiles if rules.crossing_tiles else placed_tiles)(images, mask, sharpening)
 
 
 def region_tiles(

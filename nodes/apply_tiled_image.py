@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..ipadapter_core import WeightSchedule, rules_for
-from ..ipadapter_core.picture_prep import placed_tiles, region_tiles
+from ..ipadapter_core.picture_prep import tiles_in_place
 from . import host
 from .sockets import (
     CATEGORY,
@@ -81,11 +81,11 @@ class ApplyTiledImageToModel(io.ComfyNode):
         schedule: WeightSchedule | None = None,
         compatibility: str = "correct",
     ) -> io.NodeOutput:
-        cut = placed_tiles if compatibility == "correct" else region_tiles
-        tiles, regions = cut(image, mask, sharpening)
+        rules = rules_for(compatibility)
+        tiles, regions = tiles_in_place(image, mask, sharpening, rules)
         settings = (schedule or WeightSchedule()).steering(strength, preset, scaling, start, end)
         options = {"combine": combine, "per_latent": per_latent, "negative": negative, "compatibility": compatibility}
         for tile, region in zip(tiles, regions, strict=True):
             prompt = host.encode(adapter, clip_vision, tile, **options)
-            model, _ = host.apply(model, adapter, prompt, settings, region, rules_for(compatibility))
+            model, _ = host.apply(model, adapter, prompt, settings, region, rules)
         return io.NodeOutput(model, torch.cat(tiles), torch.cat(regions))
