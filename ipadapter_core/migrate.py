@@ -39,7 +39,15 @@ TILED_WIDGETS: dict[str, tuple[str, ...]] = {
     "IPAdapterTiledBatch": (*_TILED[:2], *_TILED[3:], "encode_batch_size"),
 }
 """Every one of these becomes one node."""
-WIDGETS = APPLY_WIDGETS | FACE_WIDGETS | TILED_WIDGETS
+PRECISE: dict[str, str] = {
+    "IPAdapterPreciseStyleTransfer": "style transfer precise", "IPAdapterPreciseStyleTransferBatch": "style transfer precise",
+    "IPAdapterPreciseComposition": "composition precise", "IPAdapterPreciseCompositionBatch": "composition precise",
+}  # fmt: skip
+"""Every one of these has a preset and becomes a schedule, an encode and an apply node."""
+PRECISE_WIDGETS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    PRECISE, ("weight", "boost", "combine_embeds", "start_at", "end_at", "embeds_scaling")
+)
+WIDGETS = APPLY_WIDGETS | FACE_WIDGETS | TILED_WIDGETS | PRECISE_WIDGETS
 NEW_NAMES = {
     "ipadapter": "adapter", "image_negative": "negative", "attn_mask": "mask", "weight": "strength",
     "weight_type": "preset", "combine_embeds": "combine", "embeds_scaling": "scaling", "start_at": "start",
@@ -278,9 +286,6 @@ def _obstacle(made: Migration, number: int) -> str:
         return "its adapter comes from a loader of faces"
     if not faces and loader not in UNIFIED and "clip_vision" not in linked:
         return "no image encoder is connected"
-    values = _values(node)
-    if values.get("weight_type") == "style and composition" and values.get("weight") != 1:
-        return "'style and composition' has a composition weight of 1 there, and ours follows the strength"
     return ""
 
 
@@ -377,6 +382,7 @@ def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
         made.edges[number, "adapter"] = (source, 0, ADAPTER)
         outputs = {"model": "MODEL", "tiles": "IMAGE", "masks": "MASK"}
         made.become(number, "ImagePromptApplyTiled", TILED_INPUTS, outputs, settings)
+        _schedule(made, number, settings)
         made.report.append(f"{old} (node {number}) is Apply Tiled Image to Model")
         return
     if old in FACE_WIDGETS:
@@ -406,9 +412,11 @@ def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
         made.edges[number, NEW_NAMES["attn_mask"]] = mask
     made.edges[encode, "adapter"] = made.edges[number, "adapter"] = (source, 0, ADAPTER)
     made.edges[number, "image_prompt"] = (encode, 0, "IMAGE_PROMPT")
-    kind = values.get("weight_type", "linear")
-    preset = SIMPLE_WEIGHT_TYPES.get(kind, "linear") if old == "IPAdapter" else kind
-    made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, _steering(values, preset, switch))
+    kind = str(values.get("weight_type", "linear"))
+    preset = SIMPLE_WEIGHT_TYPES.get(kind, "linear") if old == "IPAdapter" else PRECISE.get(old, kind)
+    steering = _steering(values, preset, switch)
+    made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, steering)
+    _schedule(made, number, steering, values.get("boost"))
     encoder = "Encode Face Prompt" if old in FACE_WIDGETS else "Encode Image Prompt"
     made.report.append(f"{old} (node {number}) is {encoder} (node {encode}) and Apply Adapter to Model")
 
@@ -417,6 +425,18 @@ def _steering(values: Json, preset: str, switch: str) -> list[Any]:
     """Widgets of Apply Adapter to Model."""
     steering = [values.get("weight", 1.0), preset, values.get("embeds_scaling", "V only")]
     return [*steering, values.get("start_at", 0.0), values.get("end_at", 1.0), switch]
+
+
+def _schedule(made: Migration, number: int, steering: list[Any], boost: float | None = None) -> None:
+    """An Adapter Schedule where the old node's strength is not that of all its preset does: composition has 1 there."""
+    if boost is None and not (steering[1] == "style and composition" and steering[0] != 1):
+        return
+    x, y = _place(made.nodes[number])
+    settings = ["0: 1, 1: 1", "", True, 1.0, 1.0 if boost is None else boost]
+    outputs = {"schedule": "IMAGE_PROMPT_SCHEDULE"}
+    schedule = made.add("ImagePromptSchedule", [x, y - 580], {}, outputs, settings)
+    made.edges[number, "schedule"] = (schedule, 0, "IMAGE_PROMPT_SCHEDULE")
+    made.report.append(f"Adapter Schedule (node {schedule}) holds what node {number} had of its own")
 
 
 def _switch(node: Json) -> str:
@@ -479,8 +499,6 @@ def _embeds_obstacle(made: Migration, group: set[int]) -> str:
             (".ipadpt", ".ipadpt.safetensors")
         ):
             return "its file has another name than such files have"
-        if kind in APPLY_EMBEDS and widgets[1:2] == ["style and composition"] and widgets[0] != 1:
-            return "'style and composition' has a composition weight of 1 there, and ours follows the strength"
     return ""
 
 
@@ -545,6 +563,7 @@ def _change_embeds(made: Migration, group: set[int], loaded: Mapping[int, Loaded
                 values: Json = dict(zip(names, widgets, strict=False))
                 settings = _steering(values, values.get("weight_type", "linear"), switch)
                 made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, settings)
+                _schedule(made, number, settings)
                 title = "Apply Adapter to Model"
         names = {entry["name"] for entry in node["inputs"]}
         if "adapter" in names:

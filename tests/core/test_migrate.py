@@ -258,6 +258,24 @@ def test_noise_and_negative_pictures_come_along() -> None:
     assert not any("stays" in line for line in report)
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "preset", "boost"),
+    [
+        ("IPAdapterPreciseComposition", [0.8, 0.3, "average", 0.1, 0.9, "K+V"], "composition precise", 0.3),
+        ("IPAdapterPreciseStyleTransferBatch", [0.8, 0.6, "concat", 0.1, 0.9, "K+V"], "style transfer precise", 0.6),
+        ("IPAdapterAdvanced", [0.8, "style and composition", "concat", 0.1, 0.9, "K+V"], "style and composition", 1.0),
+    ],
+)
+def test_strengths_of_their_own_become_a_schedule(kind: str, values: list[Any], preset: str, boost: float) -> None:
+    made, report = migrate(workflow(kind, values))
+    assert fed_by(made)["ImagePromptApply", "schedule"] == ("ImagePromptSchedule", 0)
+    nodes = {n["type"]: n["widgets_values"] for n in made["nodes"]}
+    assert nodes["ImagePromptApply"] == [0.8, preset, "K+V", 0.1, 0.9, "IPAdapter_plus"]
+    assert nodes["ImagePromptSchedule"] == ["0: 1, 1: 1", "", True, 1.0, boost]
+    assert nodes["ImagePromptEncode"][4] is kind.endswith("Batch")
+    assert not any("stays" in line for line in report)
+
+
 @pytest.mark.parametrize("batch", [False, True])
 def test_tiles_become_one_node(batch: bool) -> None:
     combine = [] if batch else ["average"]

@@ -215,6 +215,17 @@ def test_combining_prompts_equals_encoding_them_together(make: Callable[..., Ste
     np.testing.assert_allclose(*(result.tensor(node) for node in saved), rtol=0, atol=1e-3)
 
 
+def test_one_strength_is_that_of_every_reference(make: Callable[..., Steering]) -> None:
+    s = make()
+    adapter = s.adapter()
+    both = s.graph.add("ImageBatch", image1=s.photo(0), image2=s.photo(1))
+    prompts = [s.encode(adapter, both, strengths=text) for text in ("0.5", "0.5, 0.5", "")]
+    saved = [s.sample(s.apply(s.model, adapter, prompt)) for prompt in prompts]
+    result = s.run()
+    one, two, whole = (result.sha256(node) for node in saved)
+    assert one == two != whole
+
+
 # --- faces ------------------------------------------------------------------------------------------------------------
 
 

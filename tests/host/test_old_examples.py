@@ -22,6 +22,9 @@ OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 FIRST_VERSION = "6a411dc"  # the last commit before the old pack's rewrite of 2024-03-23
 
 
+VARIANT = "variant of ipadapter_advanced.json"
+
+
 def history(*command: str) -> str:
     """A git command's output in the old pack's checkout; nothing where that has no such history."""
     done = subprocess.run(["git", "-C", str(OLD), *command], capture_output=True, text=True, check=False)
@@ -29,13 +32,18 @@ def history(*command: str) -> str:
 
 
 def examples() -> dict[str, str]:
-    """Name and text of every workflow."""
+    """Name and text of every workflow, and of some with other settings that migrate in another way."""
     if not OLD:
         return {}
     found = {file.name: file.read_text() for file in sorted(Path(OLD).glob("examples/*.json"))}
     for path in history("ls-tree", "--name-only", FIRST_VERSION, "examples/").splitlines():
         if path.endswith(".json"):
             found[f"first version, {Path(path).name}"] = history("show", f"{FIRST_VERSION}:{path}")
+    advanced = found["ipadapter_advanced.json"]
+    found[f"{VARIANT}, style and composition"] = advanced.replace('"linear"', '"style and composition"')
+    for kind in ("StyleTransfer", "CompositionBatch"):
+        precise = advanced.replace('"IPAdapterAdvanced"', f'"IPAdapterPrecise{kind}"').replace('"linear"', "0.3")
+        found[f"{VARIANT}, precise {kind}"] = precise
     return found
 
 
@@ -57,6 +65,7 @@ def test_an_example_of_the_old_pack_runs_and_migrates_to_the_same_pictures(
 
     migrated, report = migrate(json.loads(EXAMPLES[name]), example.unet)
     print("\n".join(report))
+    assert not name.startswith(VARIANT) or "ImagePromptSchedule" in {node["type"] for node in migrated["nodes"]}
     again = Example(migrated, server, model_cache, adapters)
     again.hidden = example.hidden
     result = server.run(again.prompt())
