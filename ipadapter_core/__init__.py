@@ -34,6 +34,7 @@ from .prompt import (
     prompt_from_features,
     unconditional_features,
 )
+from .prompt_file import load_prompt, save_prompt
 from .report import describe_fit, describe_spec, spec_facts
 from .schedule import (
     PRESETS,
@@ -97,6 +98,7 @@ __all__ = [
     "encode_image_prompt",
     "layout_of",
     "load_adapter",
+    "load_prompt",
     "parse_curve",
     "parse_layers",
     "parse_numbers",
@@ -106,6 +108,7 @@ __all__ = [
     "prompt_from_features",
     "rules_for",
     "save_adapter",
+    "save_prompt",
     "scale_for",
     "spec_facts",
     "unconditional_features",

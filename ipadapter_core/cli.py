@@ -74,7 +74,12 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("--image", type=Path, nargs="+", default=[], help="reference image(s)")
     p.add_argument("--image-strengths", default="", help="strength of each reference, such as '1,0.5'")
     p.add_argument("--combine", choices=get_args(Combine), default="concat", help="how several references become one")
-    p.add_argument("--crop", choices=get_args(Crop), default="center", help="which square of a reference is seen")
+    p.add_argument(
+        "--crop",
+        choices=(*get_args(Crop), "tiles"),
+        default="center",
+        help="which square of a reference is seen; tiles: all of it",
+    )
     p.add_argument(
         "--unconditional", choices=get_args(Unconditional), default="auto", help="what the negative prompt sees"
     )

@@ -53,6 +53,14 @@ class Rules:
     """K+mean(V) scales the mean of V over each image's tokens, instead of over all tokens of the prompt. The same for
     one image; for several side by side the penalty then depends on how tokens are grouped."""
 
+    crossing_tiles: bool = False
+    """Tiles of a reference act with full weight where they overlap, so twice; a nearly square reference shows its middle,
+    and one longer than four squares its middle four. Correct: all of it, tiles fade into each other."""
+
+    faces_without_negative: bool = False
+    """A negative picture is ignored by FaceID adapters that read nothing but faces (FaceID Plus looks at it). Correct: the
+    face in it stands where training had no face, as a negative picture does for every other adapter."""
+
 
 CORRECT = Rules()
 
@@ -65,6 +73,8 @@ IPADAPTER_PLUS = Rules(
     stretched_masks="bilinear",
     branches_by_index=True,
     mean_per_image=True,
+    crossing_tiles=True,
+    faces_without_negative=True,
 )
 
 IPADAPTER_PLUS_V1 = replace(IPADAPTER_PLUS, middle_block=True, stretched_masks="bicubic")

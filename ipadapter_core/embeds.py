@@ -19,20 +19,31 @@ EXTENSION = ".ipadpt.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class SavedEmbeds:
-    """Features of references ``i ...`` (image embeds ``i e`` or tokens ``i t e``), those of no image, and texts."""
+    """Features of references ``i ...`` (image embeds ``i e`` or tokens ``i t e``), what the negative prompt has in their
+    place, what stands for no image where that is something else, and texts."""
 
     embeds: Tensor
     negative: Tensor | None = None
+    neutral: Tensor | None = None
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def save_embeds(path: str | os.PathLike[str], embeds: Tensor, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write features as safetensors with a description; returns the path."""
+def save_embeds(path: str | os.PathLike[str], saved: SavedEmbeds) -> Path:
+    """Write features as safetensors with a description, whole or not at all; returns the path."""
     path = Path(path)
+    tensors = {"embeds": saved.embeds, "negative": saved.negative, "neutral": saved.neutral}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+    embeds = tensors["embeds"]
     if embeds.ndim not in (2, 3):
         raise InvalidInputError(f"embeds have 2 or 3 axes (images, [tokens,] width), got shape {tuple(embeds.shape)}")
-    texts = {"format": "pt", "kind": "image embeds", "shape": str(list(embeds.shape)), **(metadata or {})}
-    save_file({"embeds": embeds.detach().cpu().contiguous()}, path, metadata=texts)
+    texts = {"format": "pt", "kind": "image embeds", "shape": str(list(embeds.shape)), **saved.metadata}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, unfinished, metadata=texts)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
 
 
@@ -50,9 +61,10 @@ def load_embeds(path: str | os.PathLike[str]) -> SavedEmbeds:
         opened = open_state_dict(path)
         if "embeds" not in opened.tensors:
             raise CorruptFileError(
-                f"{opened.name} holds no tensor 'embeds'; choose a file that IPAdapter Save Embeds wrote."
+                f"{opened.name} holds no tensor 'embeds'; choose a file that Save Image Prompt or IPAdapter Save Embeds wrote."
             )
-        return SavedEmbeds(opened.tensors["embeds"], opened.tensors.get("negative"), opened.metadata)
+        get = opened.tensors.get
+        return SavedEmbeds(opened.tensors["embeds"], get("negative"), get("neutral"), opened.metadata)
     tensors = open_tensors(path)
     name = Path(path).name
     if len(tensors) != 1:

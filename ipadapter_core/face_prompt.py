@@ -49,7 +49,8 @@ def encode_face_prompt(
         which, mask: the choice among the faces of a picture, see find_faces().
         combine, per_latent: as in encode_image_prompt(), over the chosen faces.
         picture_scale: how much FaceID Plus v2 reads in the picture of the face beside its embedding; 1 as trained.
-        negative: pictures whose look FaceID Plus steers away from, ``1|f h w c``, or what makes them of the aligned faces.
+        negative: pictures to steer away from, ``1|f h w c``, or what makes them of the aligned faces: FaceID Plus from their
+            look, as its image encoder sees the whole picture, others from the best face in each.
         crop: side in pixels of the aligned face; None: as the adapter was trained.
         chunk, progress, rules: see encode_image_prompt().
 
@@ -71,19 +72,32 @@ def encode_face_prompt(
         check_encoder(spec, encoder)
     found = find_faces(analyzer, images, crop or crop_size(spec.base_model, spec.token_dim), which=which, mask=mask)
     faces = found.embeddings if spec.family in RAW else found.normed
+    away = None
     if spec.feature == "face" or encoder is None:
-        features, uncond, name = faces, unconditional_features(adapter, None, faces), analyzer.name
+        features, name = faces, analyzer.name
+        if isinstance(negative, Tensor) and not rules.faces_without_negative:
+            away = _faces_of(adapter, analyzer, negative)
     else:
         seen = encode_features("penultimate", encoder, found.crops, rules=rules, chunk=chunk, progress=progress)
         features, name = pack_face(faces, seen), encoder.name
-        if negative is None:
-            uncond = unconditional_features(adapter, encoder, features, rules)
-        else:
+        if negative is not None:
             pictures = negative if isinstance(negative, Tensor) else negative(found.crops)
-            away = encode_features("penultimate", encoder, pictures, rules=rules, chunk=chunk)
-            uncond = pack_face(torch.zeros(len(away), faces.shape[1]), away)
+            tokens = encode_features("penultimate", encoder, pictures, rules=rules, chunk=chunk)
+            away = pack_face(torch.zeros(len(tokens), faces.shape[1]), tokens)
+    neutral = unconditional_features(adapter, encoder, features, rules)
     prompt = prompt_from_features(
-        adapter, features, uncond, combine=combine, per_latent=per_latent, chunk=chunk, encoder=name, rules=rules,
-        face_scale=picture_scale,
+        adapter, features, neutral if away is None else away, neutral=None if away is None else neutral, combine=combine,
+        per_latent=per_latent, chunk=chunk, encoder=name, rules=rules, face_scale=picture_scale,
     )  # fmt: skip
     return prompt, found
+
+
+def _faces_of(adapter: AdapterWeights, analyzer: FaceAnalyzer, pictures: Tensor) -> Tensor:
+    """The best face of each negative picture."""
+    try:
+        found = find_faces(analyzer, pictures, crop_size(adapter.spec.base_model, adapter.spec.token_dim))
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"{adapter.name} reads nothing but faces, also in the negative picture: {error}, or disconnect negative"
+        ) from error
+    return found.embeddings if adapter.spec.family in RAW else found.normed

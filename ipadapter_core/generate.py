@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class PromptSettings:
     """How one adapter's references are read and applied."""
 
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
-    crop: Crop = "center"
+    crop: Crop | Literal["tiles"] = "center"
     combine: Combine = "concat"
     unconditional: Unconditional = "auto"
     strengths: tuple[float, ...] = ()

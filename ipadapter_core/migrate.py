@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+from .compatibility import COMPATIBILITIES
 from .errors import InvalidInputError
 from .image_encoder import ENCODERS
 from .known_files import known_file
@@ -32,11 +33,25 @@ FACE_WIDGETS: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("IPAdapterFaceID", "IPAAdapterFaceIDBatch"), ("weight", "weight_faceidv2", *APPLY_WIDGETS["IPAdapterAdvanced"][1:])
 )
 """Every one of these becomes a node that encodes faces and one that applies them."""
-WIDGETS = APPLY_WIDGETS | FACE_WIDGETS
+_TILED = ("weight", "weight_type", "combine_embeds", "start_at", "end_at", "sharpening", "embeds_scaling")
+TILED_WIDGETS: dict[str, tuple[str, ...]] = {
+    "IPAdapterTiled": _TILED,
+    "IPAdapterTiledBatch": (*_TILED[:2], *_TILED[3:], "encode_batch_size"),
+}
+"""Every one of these becomes one node."""
+PRECISE: dict[str, str] = {
+    "IPAdapterPreciseStyleTransfer": "style transfer precise", "IPAdapterPreciseStyleTransferBatch": "style transfer precise",
+    "IPAdapterPreciseComposition": "composition precise", "IPAdapterPreciseCompositionBatch": "composition precise",
+}  # fmt: skip
+"""Every one of these has a preset and becomes a schedule, an encode and an apply node."""
+PRECISE_WIDGETS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    PRECISE, ("weight", "boost", "combine_embeds", "start_at", "end_at", "embeds_scaling")
+)
+WIDGETS = APPLY_WIDGETS | FACE_WIDGETS | TILED_WIDGETS | PRECISE_WIDGETS
 NEW_NAMES = {
     "ipadapter": "adapter", "image_negative": "negative", "attn_mask": "mask", "weight": "strength",
     "weight_type": "preset", "combine_embeds": "combine", "embeds_scaling": "scaling", "start_at": "start",
-    "end_at": "end", "ipadapter_file": "file", "model_name": "pack",
+    "end_at": "end", "ipadapter_file": "file", "model_name": "pack", "type": "kind", "image_optional": "image",
 }  # fmt: skip
 """What inputs of the old nodes are called here; others have the same name."""
 FACE_LOADER = "IPAdapterUnifiedLoaderFaceID"
@@ -44,6 +59,16 @@ FACE_MODELS = ("IPAdapterInsightFaceLoader", "InsightFaceLoader")
 UNIFIED = ("IPAdapterUnifiedLoader", "IPAdapterUnifiedLoaderCommunity", FACE_LOADER)
 LOADERS = ("IPAdapterModelLoader", *UNIFIED)
 SOCKETS = {"model", "ipadapter", "image", "image_negative", "attn_mask", "clip_vision"}
+NOISE = "IPAdapterNoise"
+EMBEDS: dict[str, set[str]] = {
+    "IPAdapterEncoder": {"ipadapter", "image", "mask", "clip_vision"},
+    "IPAdapterCombineEmbeds": {f"embed{i}" for i in range(1, 6)},
+    "IPAdapterSaveEmbeds": {"embeds"},
+    "IPAdapterLoadEmbeds": set(),
+    "IPAdapterEmbeds": {"model", "ipadapter", "pos_embed", "neg_embed", "attn_mask", "clip_vision"},
+    "IPAdapterEmbedsBatch": {"model", "ipadapter", "pos_embed", "neg_embed", "attn_mask", "clip_vision"},
+}
+"""Nodes that hand encoded references to one another, with their sockets. All that are connected change, or none does."""
 
 ENCODE_INPUTS = {
     "adapter": ADAPTER,
@@ -59,6 +84,16 @@ FACE_INPUTS = {
     "image": "IMAGE",
     "clip_vision": "CLIP_VISION",
     "mask": "MASK",
+    "negative": "IMAGE",
+}
+TILED_INPUTS = {
+    "model": "MODEL",
+    "adapter": ADAPTER,
+    "clip_vision": "CLIP_VISION",
+    "image": "IMAGE",
+    "mask": "MASK",
+    "negative": "IMAGE",
+    "schedule": "IMAGE_PROMPT_SCHEDULE",
 }
 APPLY_INPUTS = {
     "model": "MODEL",
@@ -135,7 +170,8 @@ def migrate(workflow: Mapping[str, Any], base: str | None = None) -> tuple[Json,
             "ComfyUI and save it"
         )
     made = _read(copy.deepcopy(dict(workflow)), base)
-    kept = dict(_kept(made))
+    groups = _embed_groups(made)
+    kept = dict(_kept(made, groups))
     loaders = [n for n, node in made.nodes.items() if node["type"] in LOADERS and n not in kept]
     appliers = [n for n, node in made.nodes.items() if node["type"] in WIDGETS and n not in kept]
     for number in [n for n, node in made.nodes.items() if node["type"] in FACE_MODELS and n not in kept]:
@@ -143,6 +179,11 @@ def migrate(workflow: Mapping[str, Any], base: str | None = None) -> tuple[Json,
     loaded = {number: _load(made, number) for number in loaders}
     for number in appliers:
         _apply(made, number, loaded)
+    for group in groups:
+        if not group & kept.keys():
+            _change_embeds(made, group, loaded)
+    for number in [n for n, node in made.nodes.items() if node["type"] == NOISE]:
+        _noise(made, number)
     made.report += [f"{made.nodes[n]['type']} (node {n}) stays: {reason}" for n, reason in kept.items()]
     return made.finished(), made.report
 
@@ -171,9 +212,13 @@ def _read(workflow: Json, base: str | None) -> Migration:
     return Migration(workflow, nodes, edges, base)
 
 
-def _kept(made: Migration) -> Iterator[tuple[int, str]]:
+def _kept(made: Migration, groups: list[set[int]]) -> Iterator[tuple[int, str]]:
     """Nodes of the old pack that stay, and why; a loader stays with what it feeds."""
     reasons: dict[int, str] = {}
+    for group in groups:
+        reason = _embeds_obstacle(made, group)
+        if reason:
+            reasons |= dict.fromkeys(group, reason)
     for number, node in made.nodes.items():
         kind = node["type"]
         if kind in WIDGETS:
@@ -183,21 +228,27 @@ def _kept(made: Migration) -> Iterator[tuple[int, str]]:
         elif (
             kind not in LOADERS
             and kind not in FACE_MODELS
+            and kind not in EMBEDS
+            and kind != NOISE
             and (kind.startswith(("IPA", "PrepImageFor")) or kind == "InsightFaceLoader")
         ):
             reasons[number] = "there is no node of ours for it"
     changed = True
     while changed:
         changed = False
+        for group in groups:
+            if group & reasons.keys() and not group <= reasons.keys():
+                reasons, changed = dict.fromkeys(group, "something connected with it stays") | reasons, True
         for number, node in made.nodes.items():
             kind = node["type"]
             if kind not in LOADERS and kind not in FACE_MODELS:
                 continue
             slot, socket = 1 if kind in UNIFIED else 0, "insightface" if kind in FACE_MODELS else "ipadapter"
-            fed = [target for target, name in made.consumers(number, slot) if name == socket]
+            used = [target for target in made.consumers(number, slot) if not _is_chained(made, target)]
+            fed = [target for target, name in used if name == socket]
             if number not in reasons and (
-                len(fed) < len(made.consumers(number, slot))
-                or any(t in reasons or made.nodes[t]["type"] not in WIDGETS for t in fed)
+                len(fed) < len(used)
+                or any(t in reasons or made.nodes[t]["type"] not in {*WIDGETS, *EMBEDS} for t in fed)
             ):
                 reasons[number], changed = "something that stays is fed by it", True
             if number in reasons:
@@ -207,12 +258,15 @@ def _kept(made: Migration) -> Iterator[tuple[int, str]]:
     yield from reasons.items()
 
 
+def _is_chained(made: Migration, target: tuple[int, str]) -> bool:
+    """Whether an input is that of a unified loader that may reuse what another one loaded; it can load by itself."""
+    return target[1] == "ipadapter" and made.nodes[target[0]]["type"] in UNIFIED
+
+
 def _obstacle(made: Migration, number: int) -> str:
     node = made.nodes[number]
     linked = {name for target, name in made.edges if target == number}
     faces = node["type"] in FACE_WIDGETS
-    if faces and "image_negative" in linked:
-        return "image_negative is connected, which Encode Face Prompt has not"
     if linked - SOCKETS - ({"insightface"} if faces else set[str]()):
         return f"{', '.join(sorted(linked - SOCKETS))} comes from another node"
     if not {"model", "ipadapter", "image"} <= linked:
@@ -232,9 +286,6 @@ def _obstacle(made: Migration, number: int) -> str:
         return "its adapter comes from a loader of faces"
     if not faces and loader not in UNIFIED and "clip_vision" not in linked:
         return "no image encoder is connected"
-    values = _values(node)
-    if values.get("weight_type") == "style and composition" and values.get("weight") != 1:
-        return "'style and composition' has a composition weight of 1 there, and ours follows the strength"
     return ""
 
 
@@ -285,7 +336,10 @@ def _load(made: Migration, number: int) -> Loaded:
         else:
             made.edges.pop(target)
     for target in made.consumers(number, 1):
-        made.edges[target] = (number, 0, ADAPTER)
+        if _is_chained(made, target):
+            made.edges.pop(target)
+        else:
+            made.edges[target] = (number, 0, ADAPTER)
     for name in ("model", "ipadapter"):
         made.edges.pop((number, name), None)
     vision = faces = None
@@ -310,16 +364,31 @@ def _load(made: Migration, number: int) -> Loaded:
 
 def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
     node = made.nodes[number]
-    old, values = node["type"], _values(node)
+    old, values, switch = node["type"], _values(node), _switch(node)
     source, _, _ = made.edges.pop((number, "ipadapter"))
     beside = loaded.get(source, Loaded())
     vision = beside.vision
     x, y = _place(node)
     combine, batch = values.get("combine_embeds", "concat"), old.endswith("Batch")
+    if old in TILED_WIDGETS:
+        steering = _steering(values, values.get("weight_type", "linear"), switch)
+        settings = [*steering[:-1], combine, batch, values.get("sharpening", 0.0), switch]
+        for name in ("image_negative", "attn_mask"):
+            edge = made.edges.pop((number, name), None)
+            if edge is not None:
+                made.edges[number, NEW_NAMES[name]] = edge
+        if (number, "clip_vision") not in made.edges and vision is not None:
+            made.edges[number, "clip_vision"] = (vision, 0, "CLIP_VISION")
+        made.edges[number, "adapter"] = (source, 0, ADAPTER)
+        outputs = {"model": "MODEL", "tiles": "IMAGE", "masks": "MASK"}
+        made.become(number, "ImagePromptApplyTiled", TILED_INPUTS, outputs, settings)
+        _schedule(made, number, settings)
+        made.report.append(f"{old} (node {number}) is Apply Tiled Image to Model")
+        return
     if old in FACE_WIDGETS:
         outputs = {"image_prompt": "IMAGE_PROMPT", "faces": "IMAGE"}
         # the old pack takes the best detection
-        settings = ["best", 1, combine, values.get("weight_faceidv2", 1.0), batch, SWITCH]
+        settings = ["best", 1, combine, values.get("weight_faceidv2", 1.0), batch, switch]
         encode = made.add("ImagePromptEncodeFace", [x, y - 340], FACE_INPUTS, outputs, settings)
         for target in made.consumers(number, 1):
             made.edges[target] = (encode, 1, "IMAGE")
@@ -330,7 +399,7 @@ def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
             made.edges[encode, "face_model"] = (face_model[0], face_model[1], FACE_MODEL)
     else:
         outputs = {"image_prompt": "IMAGE_PROMPT"}
-        settings = ["center", combine, "", "auto", batch, SWITCH]
+        settings = ["center", combine, "", "auto", batch, switch]
         encode = made.add("ImagePromptEncode", [x, y - 320], ENCODE_INPUTS, outputs, settings)
     for name in ("clip_vision", "image", "image_negative"):
         edge = made.edges.pop((number, name), None)
@@ -343,13 +412,175 @@ def _apply(made: Migration, number: int, loaded: Mapping[int, Loaded]) -> None:
         made.edges[number, NEW_NAMES["attn_mask"]] = mask
     made.edges[encode, "adapter"] = made.edges[number, "adapter"] = (source, 0, ADAPTER)
     made.edges[number, "image_prompt"] = (encode, 0, "IMAGE_PROMPT")
-    kind = values.get("weight_type", "linear")
-    preset = SIMPLE_WEIGHT_TYPES.get(kind, "linear") if old == "IPAdapter" else kind
-    widgets = [values.get("weight", 1.0), preset, values.get("embeds_scaling", "V only")]
-    widgets += [values.get("start_at", 0.0), values.get("end_at", 1.0), SWITCH]
-    made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, widgets)
+    kind = str(values.get("weight_type", "linear"))
+    preset = SIMPLE_WEIGHT_TYPES.get(kind, "linear") if old == "IPAdapter" else PRECISE.get(old, kind)
+    steering = _steering(values, preset, switch)
+    made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, steering)
+    _schedule(made, number, steering, values.get("boost"))
     encoder = "Encode Face Prompt" if old in FACE_WIDGETS else "Encode Image Prompt"
     made.report.append(f"{old} (node {number}) is {encoder} (node {encode}) and Apply Adapter to Model")
+
+
+def _steering(values: Json, preset: str, switch: str) -> list[Any]:
+    """Widgets of Apply Adapter to Model."""
+    steering = [values.get("weight", 1.0), preset, values.get("embeds_scaling", "V only")]
+    return [*steering, values.get("start_at", 0.0), values.get("end_at", 1.0), switch]
+
+
+def _schedule(made: Migration, number: int, steering: list[Any], boost: float | None = None) -> None:
+    """An Adapter Schedule where the old node's strength is not that of all its preset does: composition has 1 there."""
+    if boost is None and not (steering[1] == "style and composition" and steering[0] != 1):
+        return
+    x, y = _place(made.nodes[number])
+    settings = ["0: 1, 1: 1", "", True, 1.0, 1.0 if boost is None else boost]
+    outputs = {"schedule": "IMAGE_PROMPT_SCHEDULE"}
+    schedule = made.add("ImagePromptSchedule", [x, y - 580], {}, outputs, settings)
+    made.edges[number, "schedule"] = (schedule, 0, "IMAGE_PROMPT_SCHEDULE")
+    made.report.append(f"Adapter Schedule (node {schedule}) holds what node {number} had of its own")
+
+
+def _switch(node: Json) -> str:
+    """The last widget that our old nodes have and the old pack's have not."""
+    last = (node.get("widgets_values") or [None])[-1]
+    return last if last in COMPATIBILITIES else SWITCH
+
+
+# --- encoded references -----------------------------------------------------------------------------------------------
+
+
+def _embed_groups(made: Migration) -> list[set[int]]:
+    """Numbers of the nodes of EMBEDS, those that are connected by embeds together."""
+    groups = [{n} for n, node in made.nodes.items() if node["type"] in EMBEDS]
+    for (target, _), (source, _, kind) in made.edges.items():
+        if kind == "EMBEDS":
+            joined = [group for group in groups if group & {source, target}]
+            groups = [group for group in groups if group not in joined] + (
+                [set[int]().union(*joined)] if joined else []
+            )
+    return groups
+
+
+def _embeds_obstacle(made: Migration, group: set[int]) -> str:
+    linked = {number: {name for target, name in made.edges if target == number} for number in group}
+    loaders = {made.edges[number, "ipadapter"][0] for number in group if "ipadapter" in linked[number]}
+    for number in group:
+        kind = made.nodes[number]["type"]
+        if linked[number] - EMBEDS[kind]:
+            return f"{', '.join(sorted(linked[number] - EMBEDS[kind]))} comes from another node"
+        if EMBEDS[kind] & {"model", "ipadapter", "image", "pos_embed", "embeds", "embed1"} - linked[number]:
+            return "it is not connected"
+        if any(t not in group for slot in (0, 1) for t, _ in made.consumers(number, slot) if kind not in APPLY_EMBEDS):
+            return "its embeds go to another pack"
+    if len(loaders) != 1:
+        return "its embeds are for several adapters" if loaders else "it does not say for which adapter"
+    loader = made.nodes[next(iter(loaders))]["type"]
+    if loader not in LOADERS or loader == FACE_LOADER:
+        return f"its adapter comes from {loader}"
+    for number in group:
+        node = made.nodes[number]
+        kind, widgets = node["type"], node.get("widgets_values") or []
+        if kind == "IPAdapterEncoder" and loader not in UNIFIED and "clip_vision" not in linked[number]:
+            return "no image encoder is connected"
+        beside = made.consumers(number, 1) if kind == "IPAdapterEncoder" else []
+        if any(name != "neg_embed" for _, name in beside):
+            return "what stands for no image is used as an image"
+        if "neg_embed" in linked[number]:
+            source, slot, _ = made.edges[number, "neg_embed"]
+            if made.nodes[source]["type"] != "IPAdapterEncoder" or slot != 1:
+                return "its negative embeds are not those of no image: give Encode Image Prompt a negative image"
+        if kind == "IPAdapterCombineEmbeds" and widgets[:1] != ["concat"]:
+            if widgets[:1] == ["norm average"]:
+                return "its norm average is not ours"
+            if not all(_is_single(made, made.edges[number, name]) for name in linked[number]):
+                return f"it mixes the images inside its inputs too ({', '.join(map(str, widgets[:1]))}), ours mixes input with input"
+        if kind == "IPAdapterEmbedsBatch" and not _feeds_alone(made, made.edges[number, "pos_embed"]):
+            return "its embeds are combined or used twice"
+        if kind == "IPAdapterLoadEmbeds" and not str(next(iter(widgets), "")).endswith(
+            (".ipadpt", ".ipadpt.safetensors")
+        ):
+            return "its file has another name than such files have"
+    return ""
+
+
+APPLY_EMBEDS = ("IPAdapterEmbeds", "IPAdapterEmbedsBatch")
+
+
+def _is_single(made: Migration, edge: Edge) -> bool:
+    """Whether it is one picture for certain: of Load Image, or the mix of such."""
+    source = made.nodes[edge[0]]
+    if source["type"] == "IPAdapterCombineEmbeds":
+        return (source.get("widgets_values") or ["concat"])[0] != "concat"
+    while source["type"] in ("IPAdapterEncoder", "PrepImageForClipVision") and (source["id"], "image") in made.edges:
+        source = made.nodes[made.edges[source["id"], "image"][0]]
+    return source["type"] == "LoadImage"
+
+
+def _feeds_alone(made: Migration, edge: Edge) -> bool:
+    kind = made.nodes[edge[0]]["type"]
+    return kind in ("IPAdapterEncoder", "IPAdapterLoadEmbeds") and len(made.consumers(edge[0], edge[1])) == 1
+
+
+def _change_embeds(made: Migration, group: set[int], loaded: Mapping[int, Loaded]) -> None:
+    """Rewrite nodes of EMBEDS that are connected; each keeps its number."""
+    numbers = sorted(group)
+    adapter = next(edge for n in numbers if (edge := made.edges.get((n, "ipadapter"))))
+    vision = loaded.get(adapter[0], Loaded()).vision
+    encoders = [edge for n in numbers if (edge := made.edges.get((n, "clip_vision")))]
+    encoder = (vision, 0, "CLIP_VISION") if vision is not None else next(iter(encoders), None)
+    batches = {made.edges[n, "pos_embed"][0] for n in numbers if made.nodes[n]["type"] == "IPAdapterEmbedsBatch"}
+    renamed = {"pos_embed": "image_prompt", "embeds": "image_prompt", "attn_mask": "mask"}
+    renamed |= {f"embed{i}": f"prompt_{i}" for i in range(1, 6)}
+    for number in numbers:
+        node = made.nodes[number]
+        kind, widgets, switch = node["type"], list(node.get("widgets_values") or []), _switch(node)
+        own_encoder = made.edges.pop((number, "clip_vision"), encoder)
+        for name in EMBEDS[kind] - {"clip_vision"}:
+            edge = made.edges.pop((number, name), None)
+            if edge is not None and name not in ("neg_embed", "ipadapter"):
+                type_ = "IMAGE_PROMPT" if edge[2] == "EMBEDS" else edge[2]
+                made.edges[number, renamed.get(name, name)] = (edge[0], edge[1], type_)
+        prompt = {"image_prompt": "IMAGE_PROMPT"}
+        match kind:
+            case "IPAdapterEncoder":
+                weight = widgets[0] if widgets else 1.0
+                settings = ["center", "concat", "" if weight == 1 else f"{weight:g}", "auto", number in batches, switch]
+                made.become(number, "ImagePromptEncode", ENCODE_INPUTS, prompt, settings)
+                title = "Encode Image Prompt"
+            case "IPAdapterCombineEmbeds":
+                inputs = {"adapter": ADAPTER, **{f"prompt_{i}": "IMAGE_PROMPT" for i in range(1, 6)}}
+                made.become(number, "ImagePromptCombine", inputs, prompt, [*(widgets[:1] or ["concat"]), *[1.0] * 5])
+                title = "Combine Image Prompts"
+            case "IPAdapterSaveEmbeds":
+                made.become(number, "ImagePromptSave", prompt, {"path": "STRING"}, widgets[:1] or ["IP_embeds"])
+                title = "Save Image Prompt"
+            case "IPAdapterLoadEmbeds":
+                inputs = {"adapter": ADAPTER, "clip_vision": "CLIP_VISION"}
+                settings = [f"{widgets[0]} [input]", number in batches, switch]
+                made.become(number, "ImagePromptLoad", inputs, prompt, settings)
+                title = "Load Image Prompt"
+            case _:
+                names = ("weight", "weight_type", "start_at", "end_at", "embeds_scaling")
+                values: Json = dict(zip(names, widgets, strict=False))
+                settings = _steering(values, values.get("weight_type", "linear"), switch)
+                made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, settings)
+                _schedule(made, number, settings)
+                title = "Apply Adapter to Model"
+        names = {entry["name"] for entry in node["inputs"]}
+        if "adapter" in names:
+            made.edges[number, "adapter"] = adapter
+        if "clip_vision" in names and own_encoder is not None:
+            made.edges[number, "clip_vision"] = own_encoder
+        made.report.append(f"{kind} (node {number}) is {title}")
+
+
+def _noise(made: Migration, number: int) -> None:
+    widgets = made.nodes[number].get("widgets_values") or []
+    settings = [*widgets[:3], *["fade", 1.0, 0][len(widgets) :]]
+    image = made.edges.pop((number, "image_optional"), None)
+    made.become(number, "ImagePromptNoise", {"image": "IMAGE"}, {"image": "IMAGE"}, settings)
+    if image is not None:
+        made.edges[number, "image"] = image
+    made.report.append(f"{NOISE} (node {number}) is Noise Image")
 
 
 # --- one for one ------------------------------------------------------------------------------------------------------
@@ -367,6 +598,7 @@ class Replacement:
     widgets: tuple[str, ...]
     inputs: Mapping[str, str]
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    outputs: int = 1
 
 
 def _replacement(
@@ -381,6 +613,7 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     _replacement("IPAdapterModelLoader", "ImagePromptLoadAdapter", ("ipadapter_file",)),
     _replacement("IPAdapterInsightFaceLoader", "ImagePromptLoadFaceModel", ("provider", "model_name")),
     _replacement("InsightFaceLoader", "ImagePromptLoadFaceModel", ("provider",), pack="buffalo_l"),
+    _replacement(NOISE, "ImagePromptNoise", ("type", "strength", "blur"), ("image_optional",)),
     _replacement(
         "IPAdapterAdvanced", "ImagePromptApplyImage", APPLY_WIDGETS["IPAdapterAdvanced"], _APPLY_SOCKETS,
         per_latent=False, compatibility=SWITCH,
@@ -388,6 +621,12 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     _replacement(
         "IPAdapterBatch", "ImagePromptApplyImage", APPLY_WIDGETS["IPAdapterBatch"], _APPLY_SOCKETS,
         combine="concat", per_latent=True, compatibility=SWITCH,
+    ),
+    replace(
+        _replacement(
+            "IPAdapterTiled", "ImagePromptApplyTiled", _TILED, _APPLY_SOCKETS, per_latent=False, compatibility=SWITCH
+        ),
+        outputs=3,
     ),
 )  # fmt: skip
 """Nodes that one node of ours replaces; all others take two of ours (migrate() makes those) or stay as they are."""

@@ -7,6 +7,7 @@ ComfyUI_IPAdapter_plus have their pictures from; a private generator leaves ever
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .compatibility import CORRECT, Rules
 from .errors import InvalidInputError
 from .image_encoder import center_square
 
@@ -171,6 +173,13 @@ def _gaussian_blur(pixels: Tensor, size: int, sigma: float) -> Tensor:
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
+def tiles_in_place(
+    images: Tensor, mask: Tensor | None = None, sharpening: float = 0.0, rules: Rules = CORRECT
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Parts of the references ``b s s c`` and the region of the picture ``m y x`` that each steers."""
+    return (region_tiles if rules.crossing_tiles else placed_tiles)(images, mask, sharpening)
+
+
 def region_tiles(
     images: Tensor, mask: Tensor | None = None, sharpening: float = 0.0
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -214,6 +223,51 @@ def region_tiles(
             tiles.append(pixels[part])
             masks.append(inside)
     return tiles, masks
+
+
+def placed_tiles(
+    images: Tensor, mask: Tensor | None = None, sharpening: float = 0.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Squares ``b s s c`` that cover the references, and for each the region ``m h w`` of the picture that is its own.
+
+    One square on the short side, of a nearly square reference two. Where squares overlap their regions fade into each
+    other, so that everywhere they add up to 1 (or to ``mask`` ``m y x``, stretched over the reference).
+    """
+    _check(images)
+    h, w = images.shape[1:3]
+    side = min(h, w) // (2 if max(h, w) < NEARLY_SQUARE * min(h, w) else 1)
+    if side == 0 or max(h, w) > MOST_SQUARES * side:
+        raise InvalidInputError(
+            f"a picture of {w}x{h} cannot be cut into at most {MOST_SQUARES} squares a row; cut it before"
+        )
+    pixels = sharpen(images.detach().to("cpu", torch.float32).movedim(-1, 1), sharpening).movedim(1, -1)
+    region = torch.ones(1, h, w)
+    if mask is not None:
+        given = mask.detach().to("cpu", torch.float32).reshape(-1, 1, *mask.shape[-2:])
+        region = F.interpolate(given, (h, w), mode="bilinear", antialias=True)[:, 0]
+    tiles: list[Tensor] = []
+    regions: list[Tensor] = []
+    for top, rows in _spans(h, side):
+        for left, columns in _spans(w, side):
+            tiles.append(pixels[:, top : top + side, left : left + side])
+            regions.append(region * rows[:, None] * columns)
+    return tiles, regions
+
+
+NEARLY_SQUARE, MOST_SQUARES = 4 / 3, 16
+
+
+def _spans(length: int, side: int) -> list[tuple[int, Tensor]]:
+    """Where spans of ``side`` that cover ``length`` start, evenly spread, and how much of each number is each one's own."""
+    count = max(1, math.ceil(length / side - 0.1))
+    starts = [round((length - side) * i / (count - 1)) for i in range(count)] if count > 1 else [(length - side) // 2]
+    at = torch.arange(length) + 0.5
+    rise = [torch.ones(length)]
+    for before, start in pairwise(starts):  # a neighbour fades in where they overlap, or over a gap of what is cut off
+        low, high = sorted((start, before + side))
+        rise.append(((at - low) / max(high - low, 0.01)).clamp(0, 1))
+    rise.append(torch.zeros(length))
+    return [(start, rise[i] - rise[i + 1]) for i, start in enumerate(starts)]
 
 
 def masked_tiles(image: Tensor, short_side_tiles: int, weight: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ dim; features are ``b k e`` (image_embeds) or ``b k t c`` (penultimate tokens).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import fit_batch
-from .checkpoints import AdapterWeights
+from .checkpoints import AdapterSpec, AdapterWeights
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleEncoderError, InvalidInputError
 from .image_encoder import FEATURE_RANKS, Crop, Feature, ImageEncoder, check_encoder, preprocess, preprocess_as_host
@@ -23,6 +24,8 @@ from .projectors import pack_face
 
 Combine = Literal["concat", "add", "subtract", "average", "norm average", "max", "min"]
 Unconditional = Literal["auto", "zero_pixels", "zero_embeds", "black"]
+MOST_TILES = 16
+"""Of one picture; a longer strip would bury all other references, and the text."""
 
 
 @dataclass(frozen=True, eq=False)  # no slots: baked K/V are kept per prompt by weak reference
@@ -34,6 +37,7 @@ class ImagePrompt:
     project_by_model() first.
     ``features`` and ``uncond_features`` are what they were projected from, ``b k ...``; ``neutral_features`` stand for
     no image at all and differ from ``uncond_features`` only where a negative image was given.
+    ``spec`` is the adapter's that they were projected with, ``face_scale`` as in prompt_from_features().
     """
 
     cond: Tensor
@@ -44,6 +48,8 @@ class ImagePrompt:
     encoder: str
     token_dim: int
     neutral_features: Tensor | None = None
+    spec: AdapterSpec | None = None
+    face_scale: float = 1.0
 
 
 @torch.no_grad()
@@ -53,7 +59,7 @@ def encode_image_prompt(
     images: Tensor | Sequence[Tensor],
     *,
     masks: Tensor | Sequence[Tensor | None] | None = None,
-    crop: Crop = "center",
+    crop: Crop | Literal["tiles"] = "center",
     combine: Combine = "concat",
     strengths: Sequence[float] | None = None,
     negative: Tensor | None = None,
@@ -69,7 +75,10 @@ def encode_image_prompt(
         images: ``i h w c`` in 0..1, or a sequence of ``h w c`` or ``i h w c`` tensors of any sizes.
         masks: what of each image is seen, see preprocess(): ``i h w`` (or one for all images of one size), or a
             sequence with one ``h w`` tensor or None per image.
-        crop: which square of each image is kept, see preprocess().
+        crop: which square of each image is kept, see preprocess(). ``tiles`` keeps all of it: squares side by side along
+            its long side (see square_tiles), each encoded alone. For concat and per_latent every tile keeps its own
+            tokens; otherwise an image's tiles are averaged before images are combined. Tiles that a mask hides wholly
+            are left out, except with per_latent.
         combine: see combine_features().
         strengths: one number per image: 0 is no image, 1 changes nothing, more exaggerates, negative turns it around.
             The feature moves on the line from no image to the image: neutral + strength · (feature − neutral).
@@ -98,10 +107,17 @@ def encode_image_prompt(
     singles = _single_images(images)
     count = len(singles)
     strengths = _check_strengths(strengths, count)
-    pixels = [
-        _pixels(image, encoder, crop, mask, rules)
-        for image, mask in zip(singles, _single_masks(masks, singles), strict=True)
-    ]
+    seen = list(zip(singles, _single_masks(masks, singles), strict=True))
+    parts = [_tiles(*one, keep_hidden=per_latent) for one in seen] if crop == "tiles" else [[one] for one in seen]
+    square: Crop = "center" if crop == "tiles" else crop
+    pixels = [_pixels(image, encoder, square, mask, rules) for part in parts for image, mask in part]
+    lengths = [len(part) for part in parts]
+    total = sum(lengths)
+    if per_latent and len(set(lengths)) > 1:
+        raise InvalidInputError(
+            f"the images of a latent each become {', '.join(map(str, lengths))} tiles; with per_latent they need as many each: "
+            "give images of one shape"
+        )
 
     rule = adapter.spec.unconditional if unconditional == "auto" else unconditional
     if unconditional == "auto" and rule == "zero_pixels" and rules.black_unconditional:
@@ -112,15 +128,17 @@ def encode_image_prompt(
         raise InvalidInputError(f"got {len(negatives)} negative images; {wanted} can be used here")
     if rule != "zero_embeds":
         pixels.append(_unconditional_pixels(rule, encoder, pixels[0]))
-    pixels += [_pixels(image, encoder, crop, None, rules) for image in negatives]
+    pixels += [_pixels(image, encoder, square, None, rules) for image in negatives]
 
     encoded = _encode(adapter.spec.feature, encoder, pixels, chunk, progress)[:, None]  # k = 1
-    neutral = torch.zeros_like(encoded[:1]) if rule == "zero_embeds" else encoded[count : count + 1]
+    neutral = torch.zeros_like(encoded[:1]) if rule == "zero_embeds" else encoded[total : total + 1]
     features = [
         _at_strength(feature, torch.zeros_like(neutral) if rules.features_scaled else neutral, strength)
-        for feature, strength in zip(encoded[:count].split(1), strengths, strict=True)
+        for feature, strength in zip(encoded[:total].split(lengths), strengths, strict=True)
     ]
-    return _project(
+    side_by_side = per_latent or combine == "concat"
+    features = [f.transpose(0, 1) if side_by_side or len(f) == 1 else f.mean(0, keepdim=True) for f in features]
+    return project_features(
         adapter,
         encoder.name,
         features=torch.cat(features) if per_latent else combine_features(features, combine, rules),
@@ -205,6 +223,7 @@ def prompt_from_features(
     features: Tensor,
     uncond: Tensor,
     *,
+    neutral: Tensor | None = None,
     combine: Combine = "concat",
     per_latent: bool = False,
     chunk: int = 8,
@@ -214,7 +233,8 @@ def prompt_from_features(
 ) -> ImagePrompt:
     """The second half of encode_image_prompt(): features ``i ...`` and those of no image ``1|i ...`` to a prompt.
 
-    ``face_scale`` is how much FaceID Plus v2 reads in the picture beside the face embedding.
+    ``neutral`` ``1 ...`` stands for no image where ``uncond`` is a negative one. ``face_scale`` is how much FaceID Plus v2
+    reads in the picture beside the face embedding.
 
     Raises IncompatibleEncoderError for features of another encoder.
     """
@@ -236,9 +256,41 @@ def prompt_from_features(
         both = features[None], uncond[None]
     else:
         both = combine_features([f[None] for f in features.split(1)], combine, rules), uncond[None, :1]
-    return _project(
-        adapter, encoder, features=both[0], uncond=both[1], neutral=None, chunk=chunk, face_scale=face_scale
+    none = None if neutral is None else neutral[None, :1].to(features)
+    return project_features(
+        adapter, encoder, features=both[0], uncond=both[1], neutral=none, chunk=chunk, face_scale=face_scale
     )
+
+
+def square_tiles(image: Tensor) -> list[tuple[slice, slice]]:
+    """Rows and columns of squares that together cover ``1 h w c``, evenly spread along its long side; they overlap.
+
+    A tenth of a square more than fits is cut off instead. Raises InvalidInputError for more than MOST_TILES.
+    """
+    h, w = image.shape[1:3]
+    side, long = min(h, w), max(h, w)
+    count = max(1, math.ceil(long / max(side, 1) - 0.1))
+    if count > MOST_TILES:
+        raise InvalidInputError(
+            f"a reference of {w}x{h} would become {count} tiles, at most {MOST_TILES} are made; cut it before"
+        )
+    spare = long - side
+    starts = [round(spare * i / (count - 1)) for i in range(count)] if count > 1 else [spare // 2]
+    short = slice(0, side)
+    spans = [slice(start, start + side) for start in starts]
+    return [(span, short) if h > w else (short, span) for span in spans]
+
+
+def _tiles(image: Tensor, mask: Tensor | None, *, keep_hidden: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """A picture ``1 h w c`` and its mask cut into square_tiles(); those that the mask hides only where asked for."""
+    if image.ndim != 4 or 0 in image.shape or (mask is not None and mask.shape[-2:] != image.shape[1:3]):
+        return [(image, mask)]  # preprocess() says what is wrong with it
+    cut = [
+        (image[:, rows, columns], None if mask is None else mask[..., rows, columns])
+        for rows, columns in square_tiles(image)
+    ]
+    seen = [part for part in cut if part[1] is None or bool(part[1].any())]
+    return cut if keep_hidden or not seen else seen
 
 
 def split_tiles(image: Tensor, count: int) -> list[Tensor]:
@@ -310,6 +362,12 @@ def combine_prompts(
                 f"{prompt.adapter} and {prompt.encoder} holds features of shape {tuple(prompt.features.shape)}; "
                 "encode its images for this adapter"
             )
+    if any(prompt.face_scale != first.face_scale for prompt in prompts):
+        scales = ", ".join(f"{prompt.face_scale:g}" for prompt in prompts)
+        raise InvalidInputError(
+            f"the prompts read in the pictures of their faces with strengths {scales}; one prompt has one picture_strength, "
+            "encode them with the same"
+        )
     latents = {len(prompt.features) for prompt in prompts} - {1}
     if len(latents) > 1:
         raise InvalidInputError(
@@ -340,7 +398,9 @@ def combine_prompts(
     uncond = torch.cat(unconds, 1) if concat else unconds[0]
     has_negative = any(prompt.neutral_features is not None for prompt in prompts)
     neutral = (torch.cat(neutrals, 1) if concat else neutrals[0]) if has_negative else None
-    return _project(adapter, first.encoder, features=combined, uncond=uncond, neutral=neutral, chunk=8)
+    return project_features(
+        adapter, first.encoder, features=combined, uncond=uncond, neutral=neutral, face_scale=first.face_scale
+    )
 
 
 def combine_features(features: Sequence[Tensor], combine: Combine, rules: Rules = CORRECT) -> Tensor:
@@ -413,14 +473,14 @@ def _unconditional_pixels(rule: str, encoder: ImageEncoder, like: Tensor) -> Ten
     return preprocess(torch.zeros(1, size, size, 3, device=like.device), encoder)
 
 
-def _project(
+def project_features(
     adapter: AdapterWeights,
     encoder: str,
     *,
     features: Tensor,
     uncond: Tensor,
     neutral: Tensor | None,
-    chunk: int,
+    chunk: int = 8,
     face_scale: float = 1.0,
 ) -> ImagePrompt:
     """The prompt of ``features`` ``b k ...``; uncond and neutral may have b or k = 1 and are spread."""
@@ -436,6 +496,8 @@ def _project(
         encoder=encoder,
         token_dim=adapter.spec.token_dim,
         neutral_features=None if neutral is None else neutral.expand(b, k, *neutral.shape[2:]),
+        spec=adapter.spec,
+        face_scale=face_scale,
     )
 
 

@@ -9,6 +9,7 @@ from . import host
 from .apply_adapter_to_model import ApplyAdapterToModel
 from .apply_face_lora import ApplyFaceLoRA
 from .apply_image_to_model import ApplyImageToModel
+from .apply_tiled_image import ApplyTiledImageToModel
 from .combine_image_prompts import CombineImagePrompts
 from .encode_face_prompt import EncodeFacePrompt
 from .encode_image_prompt import EncodeImagePrompt
@@ -17,9 +18,12 @@ from .inspect_adapter import InspectAdapter
 from .inspect_lora import InspectLoRA
 from .legacy import LEGACY_NODES
 from .load_face_model import LoadFaceModel
+from .load_image_prompt import LoadImagePrompt
 from .load_ip_adapter import LoadIPAdapter
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
+from .noise_image import NoiseImage
+from .save_image_prompt import SaveImagePrompt
 from .save_lora import SaveLoRA
 from .schedule_adapter import AdapterSchedule
 from .train_ip_adapter import TrainIPAdapter
@@ -29,8 +33,12 @@ NODES: list[type[io.ComfyNode]] = [
     LoadIPAdapter,
     EncodeImagePrompt,
     CombineImagePrompts,
+    SaveImagePrompt,
+    LoadImagePrompt,
+    NoiseImage,
     ApplyAdapterToModel,
     ApplyImageToModel,
+    ApplyTiledImageToModel,
     AdapterSchedule,
     InspectAdapter,
     LoadFaceModel,
@@ -55,7 +63,7 @@ class ImagePromptExtension(ComfyExtension):
 
 
 def comfy_entrypoint() -> ImagePromptExtension:
-    host.register_model_folder()
+    host.register_model_folders()
     if host.wants_old_names():
         host.register_nodes(LEGACY_NODES)
     return ImagePromptExtension()

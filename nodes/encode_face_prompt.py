@@ -59,6 +59,11 @@ class EncodeFacePrompt(io.ComfyNode):
                     optional=True,
                     tooltip="Only faces whose centre lies inside (white) count. Several masks on one picture choose one face each.",
                 ),
+                io.Image.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="A picture to steer away from: FaceID Plus from how it looks, other FaceID adapters from the face in it.",
+                ),
                 compatibility_input(),
             ],
             outputs=[Prompt.Output(display_name="image_prompt"), io.Image.Output(display_name="faces")],
@@ -77,11 +82,12 @@ class EncodeFacePrompt(io.ComfyNode):
         per_latent: bool,
         clip_vision: object | None = None,
         mask: Tensor | None = None,
+        negative: Tensor | None = None,
         compatibility: str = "correct",
     ) -> io.NodeOutput:
         which: Which = Nth(number, "left" if face == "nth from left" else "size") if face.startswith("nth") else face
         prompt, found = host.encode_face(
             adapter, face_model, clip_vision, image, which=which, mask=mask, combine=combine, per_latent=per_latent,
-            picture_scale=picture_strength, rules=rules_for(compatibility),
+            picture_scale=picture_strength, negative=negative, rules=rules_for(compatibility),
         )  # fmt: skip
         return io.NodeOutput(prompt, found.crops)

@@ -32,15 +32,17 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.Image.Input("image", tooltip="One or more reference images, of any size."),
                 io.Combo.Input(
                     "crop",
-                    options=["center", "top", "bottom", "left", "right", "pad", "stretch"],
+                    options=["center", "top", "bottom", "left", "right", "pad", "stretch", "tiles"],
                     tooltip="How a reference that is not square becomes the encoder's square: keep one part, pad with the "
-                    "encoder's mean colour, or stretch.",
+                    "encoder's mean colour, or stretch. tiles: all of it, as several squares along the long side, each encoded "
+                    "alone; with concat every tile keeps its own tokens.",
                 ),
                 combine_input(),
                 io.String.Input(
                     "strengths",
                     default="",
-                    tooltip="Strength of each reference, such as '1, 0.5'; empty: all 1. 0 is no image, below 0 steers away.",
+                    tooltip="Strength of each reference, such as '1, 0.5'; one number: of all; empty: all 1. 0 is no image, below 0 "
+                    "steers away.",
                 ),
                 io.Combo.Input(
                     "unconditional",
@@ -75,6 +77,7 @@ class EncodeImagePrompt(io.ComfyNode):
     ) -> io.NodeOutput:
         options = {"crop": crop, "combine": combine, "unconditional": unconditional, "per_latent": per_latent}
         options["compatibility"] = compatibility
-        values = parse_numbers(strengths) or None
+        values = parse_numbers(strengths)
+        values = values * len(image) if len(values) == 1 else values or None
         prompt = host.encode(adapter, clip_vision, image, masks=mask, negative=negative, strengths=values, **options)
         return io.NodeOutput(prompt)

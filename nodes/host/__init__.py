@@ -7,6 +7,7 @@ from .adapters import (
     describe_file,
     encode,
     encode_face,
+    load_image_prompt,
     load_ip_adapter,
     manage,
     of_version,
@@ -15,6 +16,7 @@ from .clip_vision import ClipVisionEncoder, clip_vision_widths, load_clip_vision
 from .faces import load_face_model
 from .files import (
     FOLDER,
+    PROMPT_FOLDER,
     adapter_files,
     adapter_fingerprint,
     adapter_path,
@@ -28,7 +30,10 @@ from .files import (
     lora_fingerprint,
     lora_path,
     output_file,
-    register_model_folder,
+    prompt_files,
+    prompt_fingerprint,
+    prompt_path,
+    register_model_folders,
     unique_save_path,
 )
 from .frontend import (
@@ -58,6 +63,7 @@ from .training import (
 __all__ = [
     "FOLDER",
     "INSIDE",
+    "PROMPT_FOLDER",
     "TRAIN_PYTHON",
     "ClipVisionEncoder",
     "LoadedLoRA",
@@ -86,6 +92,7 @@ __all__ = [
     "input_path",
     "load_clip_vision",
     "load_face_model",
+    "load_image_prompt",
     "load_ip_adapter",
     "load_lora_file",
     "load_lora_tensors",
@@ -98,7 +105,10 @@ __all__ = [
     "picture_tensor",
     "pictures_folder",
     "progress_bar",
-    "register_model_folder",
+    "prompt_files",
+    "prompt_fingerprint",
+    "prompt_path",
+    "register_model_folders",
     "register_nodes",
     "register_replacements",
     "resized_like",

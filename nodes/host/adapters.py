@@ -27,6 +27,7 @@ from ...ipadapter_core import (
     encode_face_prompt,
     encode_image_prompt,
     load_adapter,
+    load_prompt,
     project_by_model,
     rules_for,
 )
@@ -34,7 +35,7 @@ from ...ipadapter_core.backends import comfy as backend
 from ...ipadapter_core.checkpoints import as_version
 from ...ipadapter_core.faces import FaceAnalyzer, FoundFaces
 from .clip_vision import ClipVisionEncoder
-from .files import FOLDER, Version, file_version
+from .files import FOLDER, Version, file_version, prompt_path
 from .frontend import progress_bar
 
 
@@ -103,6 +104,12 @@ def encode(adapter: ManagedAdapter, clip_vision: Any, images: Tensor, **options:
     options["masks"] = real_mask(options.get("masks"))
     rules = rules_for(options.pop("compatibility", "correct"))
     return encode_image_prompt(adapter.to_device(), encoder, images, progress=progress_bar(), rules=rules, **options)
+
+
+def load_image_prompt(adapter: ManagedAdapter, file: str, clip_vision: Any | None, **options: Any) -> ImagePrompt:
+    """load_prompt with ComfyUI's encoder, memory manager and folders."""
+    encoder = None if clip_vision is None else ClipVisionEncoder(clip_vision)
+    return load_prompt(prompt_path(file), adapter.to_device(), encoder, **options)
 
 
 def encode_face(

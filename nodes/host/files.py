@@ -7,18 +7,27 @@ import os
 import folder_paths
 
 FOLDER = "ipadapter"
+PROMPT_FOLDER = "image_prompts"
+IN_INPUT = " [input]"
+"""How ComfyUI marks a file of the input folder."""
 
 Version = tuple[str, int, int]
 
 
-def register_model_folder() -> None:
-    """Make ``models/ipadapter`` and ``output/ipadapter`` known, besides what others registered under the same name."""
+def register_model_folders() -> None:
+    """Make ``models/ipadapter`` and ``output/ipadapter`` known, besides what others registered under the same name, and
+    the same for ``image_prompts``."""
+    _register(FOLDER, folder_paths.supported_pt_extensions)
+    _register(PROMPT_FOLDER, {".safetensors", ".ipadpt"})
+
+
+def _register(kind: str, known: set[str]) -> None:
     for base in (folder_paths.models_dir, folder_paths.get_output_directory()):
-        path = os.path.join(base, FOLDER)
-        if path not in folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]:
-            folder_paths.add_model_folder_path(FOLDER, path)
-    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | folder_paths.supported_pt_extensions)
+        path = os.path.join(base, kind)
+        if path not in folder_paths.folder_names_and_paths.get(kind, ([], set()))[0]:
+            folder_paths.add_model_folder_path(kind, path)
+    paths, extensions = folder_paths.folder_names_and_paths[kind]
+    folder_paths.folder_names_and_paths[kind] = (paths, set(extensions) | known)
 
 
 def adapter_files() -> list[str]:
@@ -34,9 +43,10 @@ def clip_vision_files() -> list[str]:
     return folder_paths.get_filename_list("clip_vision")
 
 
-def unique_save_path(prefix: str, extension: str) -> str:
-    """A new file ``<prefix>_00001<extension>`` in the output folder."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+def unique_save_path(prefix: str, extension: str, folder: str = "") -> str:
+    """A new file ``<prefix>_00001<extension>`` in the output folder, or a folder below it."""
+    root = os.path.join(folder_paths.get_output_directory(), folder)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
     while os.path.exists(path := os.path.join(folder, f"{name}_{counter:05}{extension}")):
         counter += 1
     return path
@@ -47,6 +57,23 @@ def input_files(extensions: tuple[str, ...]) -> list[str]:
     root = folder_paths.get_input_directory()
     found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
     return sorted(os.path.relpath(path, root) for path in found if path.endswith(extensions))
+
+
+def prompt_files() -> list[str]:
+    """Saved image prompts, and the embeds that other tools' users have in the input folder."""
+    loose = [name + IN_INPUT for name in input_files((".ipadpt", ".ipadpt.safetensors"))]
+    return [*folder_paths.get_filename_list(PROMPT_FOLDER), *loose]
+
+
+def prompt_path(file: str) -> str:
+    if file.endswith(IN_INPUT):
+        return folder_paths.get_annotated_filepath(file)
+    return folder_paths.get_full_path_or_raise(PROMPT_FOLDER, file)
+
+
+def prompt_fingerprint(file: str) -> str:
+    stat = os.stat(prompt_path(file))
+    return f"{file} {stat.st_mtime_ns} {stat.st_size}"
 
 
 def input_path(name: str) -> str:

@@ -77,7 +77,7 @@ async def register_replacements(replacements: Iterable[Replacement]) -> None:
                 old_node_id=entry.old,
                 old_widget_ids=list(entry.widgets),
                 input_mapping=mapping,
-                output_mapping=[{"new_idx": 0, "old_idx": 0}],
+                output_mapping=[{"new_idx": i, "old_idx": i} for i in range(entry.outputs)],
             )
         )
 

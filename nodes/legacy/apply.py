@@ -201,7 +201,7 @@ class IPAdapterMS(IPAdapterAdvanced):
 
 
 class IPAdapterFaceID(IPAdapterAdvanced):
-    REPLACEMENT = "this node still"
+    REPLACEMENT = "Encode Face Prompt and Apply Adapter to Model"
     RETURN_TYPES = ("MODEL", "IMAGE")
     RETURN_NAMES = ("MODEL", "face_image")
 

@@ -14,7 +14,7 @@ from ...ipadapter_core import (
     rules_for,
     unconditional_features,
 )
-from ...ipadapter_core.embeds import EXTENSION, combine_embeds, load_embeds, save_embeds
+from ...ipadapter_core.embeds import EXTENSION, SavedEmbeds, combine_embeds, load_embeds, save_embeds
 from ...ipadapter_core.image_encoder import check_encoder
 from ...ipadapter_core.legacy import LegacySettings
 from .. import host
@@ -159,7 +159,7 @@ class IPAdapterEmbedsBatch(IPAdapterEmbeds):
 
 
 class IPAdapterSaveEmbeds(LegacyNode):
-    REPLACEMENT = "this node still; it writes safetensors now"
+    REPLACEMENT = "Save Image Prompt"
     RETURN_TYPES = ()
     FUNCTION = "save"
     OUTPUT_NODE = True
@@ -169,12 +169,12 @@ class IPAdapterSaveEmbeds(LegacyNode):
         return {"required": {"embeds": EMBEDS, "filename_prefix": ("STRING", {"default": "IP_embeds"})}}
 
     def save(self, embeds: Tensor, filename_prefix: str) -> dict[str, Any]:
-        path = save_embeds(host.unique_save_path(filename_prefix, EXTENSION), embeds)
+        path = save_embeds(host.unique_save_path(filename_prefix, EXTENSION), SavedEmbeds(embeds))
         return {"ui": {"text": [path.name]}}
 
 
 class IPAdapterLoadEmbeds(LegacyNode):
-    REPLACEMENT = "this node still"
+    REPLACEMENT = "Load Image Prompt"
     RETURN_TYPES = ("EMBEDS",)
     FUNCTION = "load"
 

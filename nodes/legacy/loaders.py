@@ -102,7 +102,7 @@ class IPAdapterUnifiedLoaderFaceID(IPAdapterUnifiedLoader):
 
 
 class IPAdapterInsightFaceLoader(LegacyNode):
-    REPLACEMENT = "this node still"
+    REPLACEMENT = "Load Face Model"
     RETURN_TYPES = ("INSIGHTFACE",)
     FUNCTION = "load_insightface"
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...ipadapter_core import rules_for
 from ...ipadapter_core.legacy import LegacySettings
-from ...ipadapter_core.picture_prep import noise_picture, prepare_square, region_tiles
+from ...ipadapter_core.picture_prep import noise_picture, prepare_square, tiles_in_place
 from .apply import SOURCE, apply_reference
 from .encode import Reference
 from .pipeline import Pipeline, understand
@@ -31,7 +32,7 @@ from .sockets import (
 
 
 class IPAdapterNoise(LegacyNode):
-    REPLACEMENT = "this node still, into 'negative' of Encode Image Prompt"
+    REPLACEMENT = "Noise Image, into 'negative' of Encode Image Prompt"
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "make_noise"
 
@@ -75,6 +76,7 @@ class PrepImageForClipVision(LegacyNode):
 
 
 class IPAdapterTiled(LegacyNode):
+    REPLACEMENT = "Apply Tiled Image to Model"
     RETURN_TYPES = ("MODEL", "IMAGE", "MASK")
     RETURN_NAMES = ("MODEL", "tiles", "masks")
     FUNCTION = "apply_tiled"
@@ -97,7 +99,7 @@ class IPAdapterTiled(LegacyNode):
         found = understand(ipadapter)
         pipeline = Pipeline(found.adapter, found.clip_vision if clip_vision is None else clip_vision)
         settings = LegacySettings(weight, weight_type, combine_embeds, start_at, end_at, embeds_scaling, self.UNFOLD)
-        tiles, masks = region_tiles(image, attn_mask, sharpening)
+        tiles, masks = tiles_in_place(image, attn_mask, sharpening, rules_for(compatibility))
         for tile, mask in zip(tiles, masks, strict=True):
             reference = Reference(tile, negative=image_negative, batch_size=encode_batch_size)
             model, _ = apply_reference(model, pipeline, settings, reference, mask, compatibility)

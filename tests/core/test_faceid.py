@@ -12,11 +12,20 @@ from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import FORMATS, describe_adapter, kohya_lora, load_adapter, save_adapter
 from ipadapter_core.checkpoints.containers import normalise
-from ipadapter_core.errors import CorruptFileError, IncompatibleAdapterError, IncompatibleEncoderError
+from ipadapter_core.compatibility import IPADAPTER_PLUS
+from ipadapter_core.errors import (
+    CorruptFileError,
+    IncompatibleAdapterError,
+    IncompatibleEncoderError,
+    InvalidInputError,
+)
+from ipadapter_core.face_prompt import encode_face_prompt
+from ipadapter_core.faces import Face, template
+from ipadapter_core.image_encoder import ImageFeatures
 from ipadapter_core.model_projection import project_by_model
 from ipadapter_core.patch import bake
 from ipadapter_core.projectors import pack_face
-from ipadapter_core.prompt import encode_image_prompt, prompt_from_features
+from ipadapter_core.prompt import combine_prompts, encode_image_prompt, prompt_from_features
 from ipadapter_core.sites import CrossAttentionSite, ModelLayout
 from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, fill, tiny_state
 
@@ -133,6 +142,60 @@ def test_faceid_plus_tokens_equal_the_formula(name: str, version: int) -> None:
     read = perceive(weights, own, picture.double(), heads=2)
     expected = own + 0.7 * read if version == 2 else read
     assert_close(adapter.tokens(pack_face(face, picture), 0.7).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- a negative picture ---------------------------------------------------------------------------------------------------
+
+
+class OneFace:
+    """Finds one face, who it is depends on the picture; none in a black one."""
+
+    name = "one face"
+
+    def find(self, picture: Tensor, size: int) -> list[Face]:
+        shade = float(picture.mean())
+        embedding = torch.linspace(1, 2 + shade, 512) * 20
+        return [Face(torch.tensor([4.0, 4, 20, 20]), template(112) / 4, 0.9, embedding)] if shade else []
+
+
+class Sees:
+    """An encoder whose tokens are the picture's mean colour."""
+
+    name, hidden_size, projection_dim, image_size = "sees", 520, 24, 8
+    mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    def encode(self, pixel_values: Tensor) -> ImageFeatures:
+        shade = pixel_values.mean((1, 2, 3))[:, None]
+        return ImageFeatures(shade.expand(-1, 24), shade[:, None].expand(-1, 5, 520))
+
+
+def grey(value: float) -> Tensor:
+    return torch.full((1, 24, 24, 3), value)
+
+
+def test_a_face_to_steer_away_from() -> None:
+    adapter = load_adapter(tiny_state("faceid", face_dim=512))
+    plain, _ = encode_face_prompt(adapter, OneFace(), None, grey(0.2))
+    other, _ = encode_face_prompt(adapter, OneFace(), None, grey(0.8))
+    away, found = encode_face_prompt(adapter, OneFace(), None, grey(0.2), negative=grey(0.8))
+    assert len(found.crops) == 1
+    assert_close((away.cond, away.uncond), (plain.cond, other.cond))
+    assert_close(away.neutral_features, plain.uncond_features)
+    weak = combine_prompts(adapter, [away], combine="add", strengths=[0])
+    assert_close(weak.cond, plain.uncond)  # it fades to nobody, not to the other one
+    old, _ = encode_face_prompt(adapter, OneFace(), None, grey(0.2), negative=grey(0.8), rules=IPADAPTER_PLUS)
+    assert_close(old.uncond, plain.uncond, rtol=0, atol=0)
+    with pytest.raises(InvalidInputError, match="also in the negative picture: one face found 0 faces"):
+        encode_face_prompt(adapter, OneFace(), None, grey(0.2), negative=grey(0.0))
+
+
+def test_faceid_plus_steers_away_from_a_look() -> None:
+    adapter = load_adapter(tiny_state("faceid-plus", face_dim=512, feature_dim=520), name="plusv2.bin")
+    plain, _ = encode_face_prompt(adapter, OneFace(), Sees(), grey(0.2))
+    away, _ = encode_face_prompt(adapter, OneFace(), Sees(), grey(0.2), negative=grey(0.0))  # needs no face
+    assert_close(away.cond, plain.cond)
+    assert_close(away.uncond_features[0, 0], pack_face(torch.zeros(1, 512), -torch.ones(1, 5, 520))[0])
+    assert_close(away.neutral_features, plain.uncond_features)
 
 
 # --- Kolors: tokens through the model's own text projection --------------------------------------------------------------

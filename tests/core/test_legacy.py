@@ -10,12 +10,12 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import AdapterSpec
-from ipadapter_core.embeds import combine_embeds, load_embeds, save_embeds
+from ipadapter_core.embeds import SavedEmbeds, combine_embeds, load_embeds, save_embeds
 from ipadapter_core.errors import CorruptFileError, InvalidInputError, UnsafeFileError
 from ipadapter_core.frame_weights import WeightsStrategy
 from ipadapter_core.known_files import KNOWN_FILES, choose_encoder, choose_file, known_file
 from ipadapter_core.legacy import WEIGHT_TYPES, LegacySettings
-from ipadapter_core.picture_prep import masked_tiles, noise_picture, prepare_square, region_tiles, sharpen
+from ipadapter_core.picture_prep import masked_tiles, noise_picture, placed_tiles, prepare_square, region_tiles, sharpen
 from ipadapter_core.schedule import PRESETS
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_the_encoder_is_found_by_name_or_by_its_widths() -> None:
 @pytest.mark.parametrize("shape", [(2, 24), (3, 17, 8)])
 def test_embeds_are_written_as_safetensors_that_say_what_they_are(tmp_path: Path, shape: tuple[int, ...]) -> None:
     embeds = torch.rand(shape)
-    path = save_embeds(tmp_path / "a.ipadpt.safetensors", embeds)
+    path = save_embeds(tmp_path / "a.ipadpt.safetensors", SavedEmbeds(embeds))
     assert_close(load_embeds(path).embeds, embeds, rtol=0, atol=0)
     with safe_open(str(path), "pt") as file:
         assert file.metadata()["kind"] == "image embeds"
@@ -182,6 +182,30 @@ def test_tiles_cover_the_region(shape: tuple[int, int]) -> None:
     assert len(tiles) == len(masks) <= 4
     covered = torch.stack(masks).amax(0)
     assert_close(covered, torch.ones_like(covered), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 90), (200, 40), (60, 80), (41, 47)])
+def test_placed_tiles_share_the_picture(shape: tuple[int, int]) -> None:
+    """Each shows its own place, all together everything, and nothing counts twice."""
+    y, x = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
+    places = torch.stack([y, x, x * 0], -1)[None] / 255
+    tiles, regions = placed_tiles(places)
+    side = {(40, 40): 20, (41, 47): 20}.get(shape, min(shape))
+    assert {tuple(tile.shape) for tile in tiles} == {(1, side, side, 3)}
+    assert_close(torch.cat(regions).sum(0), torch.ones(shape))
+    for tile, region in zip(tiles, regions, strict=True):
+        top, left = (round(float(tile[0, 0, 0, i]) * 255) for i in range(2))
+        margin = max(shape) // 10 + 1  # what is cut off counts as the last square's
+        inside = region[0, max(top - margin, 0) : top + side + margin, max(left - margin, 0) : left + side + margin]
+        assert_close(inside.sum(), region.sum())
+        assert region.max() <= 1
+    half = torch.zeros(1, 10, 10)
+    half[:, :5] = 0.5
+    masked = torch.cat(placed_tiles(places, half)[1]).sum(0)
+    assert masked[0].mean() == pytest.approx(0.5, abs=1e-3)
+    assert masked[-1].max() == 0
+    with pytest.raises(InvalidInputError, match="1000x10 cannot be cut"):
+        placed_tiles(torch.zeros(1, 10, 1000, 3))
 
 
 def test_tiles_of_the_first_version_begin_with_the_whole_picture() -> None:

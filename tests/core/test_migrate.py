@@ -157,12 +157,177 @@ def test_a_prompt_without_the_old_nodes_gets_ours() -> None:
     }  # fmt: skip
 
 
+def embeds_workflow(method: str = "average", second: str = "LoadImage", negative: int = 1) -> dict[str, Any]:
+    """Two encoders, combined, saved and applied, as in ipadapter_weighted_embeds.json."""
+    encoder = {"ipadapter": ("IPADAPTER", 3), "image": ("IMAGE", 4)}
+    embeds = {
+        "model": ("MODEL", 2),
+        "ipadapter": ("IPADAPTER", 6),
+        "pos_embed": ("EMBEDS", 9),
+        "neg_embed": ("EMBEDS", 10),
+    }
+    other = {"ipadapter": ("IPADAPTER", 5), "image": ("IMAGE", 7)}
+    nodes = [
+        node(1, "CheckpointLoaderSimple", {}, ["MODEL", "CLIP", "VAE"], ["sd15.safetensors"]),
+        node(2, "IPAdapterUnifiedLoader", {"model": ("MODEL", 1)}, ["MODEL", "IPADAPTER"], ["PLUS (high strength)"]),
+        node(3, "LoadImage", {}, ["IMAGE", "MASK"], ["a.png"]),
+        node(4, "IPAdapterEncoder", encoder, ["EMBEDS", "EMBEDS"], [1.5]),
+        node(5, second, {}, ["IMAGE", "MASK"], ["b.png"]),
+        node(6, "IPAdapterEncoder", other, ["EMBEDS", "EMBEDS"], [1.0]),
+        node(7, "IPAdapterCombineEmbeds", {"embed1": ("EMBEDS", 8), "embed2": ("EMBEDS", 12)}, ["EMBEDS"], [method]),
+        node(8, "IPAdapterEmbeds", embeds, ["MODEL"], [0.8, "linear", 0.1, 0.9, "K+V", "correct"]),
+        node(9, "IPAdapterSaveEmbeds", {"embeds": ("EMBEDS", 11)}, [], ["mine"]),
+    ]
+    links = [[1, 1, 0, 2, 0, "MODEL"], [2, 2, 0, 8, 0, "MODEL"], [3, 2, 1, 4, 0, "IPADAPTER"], [4, 3, 0, 4, 1, "IMAGE"]]
+    links += [[5, 2, 1, 6, 0, "IPADAPTER"], [6, 2, 1, 8, 1, "IPADAPTER"], [7, 5, 0, 6, 1, "IMAGE"]]
+    links += [[8, 4, 0, 7, 0, "EMBEDS"], [12, 6, 0, 7, 1, "EMBEDS"], [9, 7, 0, 8, 2, "EMBEDS"]]
+    links += [[10, 4, negative, 8, 3, "EMBEDS"], [11, 7, 0, 9, 0, "EMBEDS"]]
+    return {"nodes": nodes, "links": links, "version": 0.4}
+
+
+def test_encoded_references_become_image_prompts() -> None:
+    made, _ = migrate(embeds_workflow())
+    assert fed_by(made) == {
+        ("ImagePromptEncode", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptEncode", "clip_vision"): ("CLIPVisionLoader", 0),
+        ("ImagePromptEncode", "image"): ("LoadImage", 0),
+        ("ImagePromptCombine", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptCombine", "prompt_1"): ("ImagePromptEncode", 0),
+        ("ImagePromptCombine", "prompt_2"): ("ImagePromptEncode", 0),
+        ("ImagePromptApply", "model"): ("CheckpointLoaderSimple", 0),
+        ("ImagePromptApply", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptApply", "image_prompt"): ("ImagePromptCombine", 0),
+        ("ImagePromptSave", "image_prompt"): ("ImagePromptCombine", 0),
+    }
+    nodes = {n["id"]: n["widgets_values"] for n in made["nodes"]}
+    assert nodes[4] == ["center", "concat", "1.5", "auto", False, "IPAdapter_plus"]
+    assert nodes[6][2] == ""
+    assert nodes[7] == ["average", 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert nodes[8] == [0.8, "linear", "K+V", 0.1, 0.9, "correct"]
+    assert nodes[9] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": "norm average"}, "its norm average is not ours"),
+        ({"second": "ImageBatch"}, "it mixes the images inside its inputs too"),
+        ({"negative": 0}, "its negative embeds are not those of no image"),
+    ],
+)
+def test_embeds_stay_together_where_ours_would_give_another_picture(change: dict[str, Any], reason: str) -> None:
+    old = embeds_workflow(**change)
+    made, report = migrate(old)
+    assert [n["type"] for n in made["nodes"]] == [n["type"] for n in old["nodes"]]
+    assert len(fed_by(made)) == len({(n["type"], i["name"]) for n in old["nodes"] for i in n["inputs"]})
+    assert reason in " ".join(report)
+    assert len([line for line in report if "stays" in line]) == 6
+    assert reason not in " ".join(migrate(embeds_workflow("concat"))[1])
+
+
+def test_saved_embeds_are_loaded_one_per_latent() -> None:
+    old = embeds_workflow()
+    apply = old["nodes"][7] | {"type": "IPAdapterEmbedsBatch"}
+    apply["inputs"] = apply["inputs"][:3]
+    old["nodes"] = [*old["nodes"][:3], node(4, "IPAdapterLoadEmbeds", {}, ["EMBEDS"], ["x.ipadpt"]), apply]
+    old["links"] = [
+        [1, 1, 0, 2, 0, "MODEL"],
+        [2, 2, 0, 8, 0, "MODEL"],
+        [6, 2, 1, 8, 1, "IPADAPTER"],
+        [9, 4, 0, 8, 2, "EMBEDS"],
+    ]
+    made, _ = migrate(old)
+    edges = fed_by(made)
+    assert edges["ImagePromptLoad", "clip_vision"] == ("CLIPVisionLoader", 0)
+    assert edges["ImagePromptApply", "image_prompt"] == ("ImagePromptLoad", 0)
+    nodes = {n["type"]: n["widgets_values"] for n in made["nodes"]}
+    assert nodes["ImagePromptLoad"] == ["x.ipadpt [input]", True, "IPAdapter_plus"]
+
+
+def test_noise_and_negative_pictures_come_along() -> None:
+    values = [0.8, 0.7, "linear", "average", 0.0, 0.9, "K+V"]
+    old = workflow("IPAdapterFaceID", values, image_negative=("IMAGE", 7))
+    old["nodes"][1] |= {"type": "IPAdapterUnifiedLoaderFaceID", "widgets_values": ["FACEID PLUS V2", 0.6, "CUDA"]}
+    old["nodes"].append(node(6, "IPAdapterNoise", {"image_optional": ("IMAGE", 8)}, ["IMAGE"], ["fade", 0.3, 5]))
+    old["links"] += [[7, 6, 0, 4, 4, "IMAGE"], [8, 3, 0, 6, 0, "IMAGE"]]
+    made, report = migrate(old)
+    edges = fed_by(made)
+    assert edges["ImagePromptEncodeFace", "negative"] == ("ImagePromptNoise", 0)
+    assert edges["ImagePromptNoise", "image"] == ("LoadImage", 0)
+    assert {n["type"]: n["widgets_values"] for n in made["nodes"]}["ImagePromptNoise"] == ["fade", 0.3, 5]
+    assert not any("stays" in line for line in report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "preset", "boost"),
+    [
+        ("IPAdapterPreciseComposition", [0.8, 0.3, "average", 0.1, 0.9, "K+V"], "composition precise", 0.3),
+        ("IPAdapterPreciseStyleTransferBatch", [0.8, 0.6, "concat", 0.1, 0.9, "K+V"], "style transfer precise", 0.6),
+        ("IPAdapterAdvanced", [0.8, "style and composition", "concat", 0.1, 0.9, "K+V"], "style and composition", 1.0),
+    ],
+)
+def test_strengths_of_their_own_become_a_schedule(kind: str, values: list[Any], preset: str, boost: float) -> None:
+    made, report = migrate(workflow(kind, values))
+    assert fed_by(made)["ImagePromptApply", "schedule"] == ("ImagePromptSchedule", 0)
+    nodes = {n["type"]: n["widgets_values"] for n in made["nodes"]}
+    assert nodes["ImagePromptApply"] == [0.8, preset, "K+V", 0.1, 0.9, "IPAdapter_plus"]
+    assert nodes["ImagePromptSchedule"] == ["0: 1, 1: 1", "", True, 1.0, boost]
+    assert nodes["ImagePromptEncode"][4] is kind.endswith("Batch")
+    assert not any("stays" in line for line in report)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_tiles_become_one_node(batch: bool) -> None:
+    combine = [] if batch else ["average"]
+    values = [0.7, "ease in", *combine, 0.1, 0.9, 0.2, "K+V", *([2] if batch else [])]
+    old = workflow("IPAdapterTiledBatch" if batch else "IPAdapterTiled", values)
+    old["nodes"][3]["outputs"] += [{"name": t, "type": t, "links": []} for t in ("IMAGE", "MASK")]
+    old["nodes"].append(node(6, "PreviewImage", {"images": ("IMAGE", 7)}, [], []))
+    old["links"].append([7, 4, 1, 6, 0, "IMAGE"])
+    made, _ = migrate(old)
+    assert fed_by(made) == {
+        ("ImagePromptApplyTiled", "model"): ("CheckpointLoaderSimple", 0),
+        ("ImagePromptApplyTiled", "adapter"): ("ImagePromptLoadAdapter", 0),
+        ("ImagePromptApplyTiled", "clip_vision"): ("CLIPVisionLoader", 0),
+        ("ImagePromptApplyTiled", "image"): ("LoadImage", 0),
+        ("ImagePromptApplyTiled", "mask"): ("LoadImage", 1),
+        ("PreviewImage", "images"): ("ImagePromptApplyTiled", 1),
+        ("KSampler", "model"): ("ImagePromptApplyTiled", 0),
+    }
+    widgets = next(n["widgets_values"] for n in made["nodes"] if n["type"] == "ImagePromptApplyTiled")
+    mixed = "concat" if batch else "average"
+    assert widgets == [0.7, "ease in", "K+V", 0.1, 0.9, mixed, batch, 0.2, "IPAdapter_plus"]
+
+
+def test_chained_unified_loaders_load_on_their_own() -> None:
+    """As in ipadapter_ideal_faceid_config.json: the second takes over what the first one loaded."""
+    for second in ("IPAdapter", "IPAdapterMS"):
+        old = workflow()
+        chained = {"model": ("MODEL", 6), "ipadapter": ("IPADAPTER", 7)}
+        inputs = {"model": ("MODEL", 8), "ipadapter": ("IPADAPTER", 9), "image": ("IMAGE", 10)}
+        old["nodes"][4] = node(
+            5, "IPAdapterUnifiedLoader", chained, ["MODEL", "IPADAPTER"], ["STANDARD (medium strength)"]
+        )
+        old["nodes"].append(node(6, second, inputs, ["MODEL"], [0.4, 0.0, 1.0, "standard"]))
+        old["links"] += [[7, 2, 1, 5, 1, "IPADAPTER"], [8, 5, 0, 6, 0, "MODEL"], [9, 5, 1, 6, 1, "IPADAPTER"]]
+        old["links"] += [[10, 3, 0, 6, 2, "IMAGE"]]
+        made, report = migrate(old)
+        fed_by(made)
+        kinds = [n["type"] for n in made["nodes"]]
+        assert (
+            kinds.count("ImagePromptLoadAdapter")
+            == kinds.count("ImagePromptApply")
+            == (2 if second == "IPAdapter" else 1)
+        )
+        assert len([line for line in report if "stays" in line]) == (0 if second == "IPAdapter" else 2)
+
+
 def test_what_has_no_counterpart_stays_with_its_loader() -> None:
-    old = workflow("IPAdapterTiled")
+    old = workflow("IPAdapterClipVisionEnhancer")
     made, report = migrate(old)
     assert [n["type"] for n in made["nodes"]] == [n["type"] for n in old["nodes"]]
     assert len(fed_by(made)) == 6
-    assert any("IPAdapterTiled (node 4) stays" in line for line in report)
+    assert any("IPAdapterClipVisionEnhancer (node 4) stays" in line for line in report)
     assert any("IPAdapterUnifiedLoader (node 2) stays" in line for line in report)
     weights = workflow(weight=("FLOAT", 4))
     weights["links"].append([7, 3, 0, 4, 4, "FLOAT"])

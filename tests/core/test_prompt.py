@@ -14,7 +14,14 @@ from torch.testing import assert_close
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.image_encoder import ImageFeatures, TransformersImageEncoder, preprocess
-from ipadapter_core.prompt import Combine, ImagePrompt, combine_features, combine_prompts, encode_image_prompt
+from ipadapter_core.prompt import (
+    Combine,
+    ImagePrompt,
+    combine_features,
+    combine_prompts,
+    encode_image_prompt,
+    square_tiles,
+)
 from tiny import tiny_state
 
 SIZE, HIDDEN, EMBED, TOKENS = 28, 32, 24, 4
@@ -274,6 +281,48 @@ def test_crop_reaches_the_encoder() -> None:
     image = photos(1, h=90, w=30)
     assert_close(encode("plus", image, crop="top").cond, encode("plus", image[:, :30]).cond, atol=0.02, rtol=0)
     assert (encode("plus", image, crop="top").cond - encode("plus", image).cond).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("size", "squares"),
+    [
+        ((40, 40), [(0, 0)]), ((40, 44), [(0, 2)]), ((40, 60), [(0, 0), (0, 20)]),
+        ((100, 40), [(0, 0), (30, 0), (60, 0)]), ((40, 120), [(0, 0), (0, 40), (0, 80)]),
+    ],
+)  # fmt: skip
+def test_tiles_cover_a_picture_with_squares(size: tuple[int, int], squares: list[tuple[int, int]]) -> None:
+    cut = square_tiles(torch.zeros(1, *size, 3))
+    assert [(rows.start, columns.start) for rows, columns in cut] == squares
+    assert {span.stop - span.start for pair in cut for span in pair} == {40}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiles_are_references_of_their_own_unless_images_are_mixed(family: str) -> None:
+    image, other = photos(1, h=40, w=100), photos(1, seed=4, h=40, w=40)
+    parts = [image[:, :, x : x + 40] for x in (0, 30, 60)]
+    tiled = encode(family, [image, other], crop="tiles", strengths=[0.5, 1.0])
+    same(tiled, encode(family, [*parts, other], strengths=[0.5, 0.5, 0.5, 1.0]))
+    mixed = encode(family, [image, other], crop="tiles", combine="subtract")
+    mean = torch.stack([encode(family, part).features for part in parts]).mean(0)
+    assert_close(mixed.features, mean - encode(family, other).features)
+    same(encode(family, other, crop="tiles"), encode(family, other), **exact)
+
+
+def test_tiles_per_latent_and_under_masks() -> None:
+    images = photos(2, h=80, w=40)
+    apart = encode("plus", images, crop="tiles", per_latent=True)
+    assert apart.features.shape[:2] == (2, 2)
+    for i in range(2):
+        assert_close(apart.cond[i : i + 1], encode("plus", images[i : i + 1], crop="tiles").cond)
+    top = torch.zeros(80, 40)
+    top[:30] = 1
+    masked = encode("plus", images[:1], crop="tiles", masks=top)
+    same(masked, encode("plus", images[:1, :40], masks=top[:40]))  # the lower tile has nothing to see
+    assert encode("plus", images, crop="tiles", masks=top, per_latent=True).features.shape[:2] == (2, 2)
+    with pytest.raises(InvalidInputError, match="become 2, 1 tiles"):
+        encode("plus", [images[0], images[1, :40]], crop="tiles", per_latent=True)
+    with pytest.raises(InvalidInputError, match="40x1000 would become 25 tiles"):
+        encode("plus", photos(1, h=1000, w=40), crop="tiles")
 
 
 def test_masks_belong_to_their_images() -> None:

@@ -41,6 +41,8 @@ class Example:
         # FaceID Plus wants an encoder at least as wide as a face's embedding
         self.hidden = FACE if any("FaceID" in kind for kind in kinds) else HIDDEN
         self.stand_ins: set[str] = set()
+        self.saved: dict[str, str] = {}
+        """Nodes of the file that show pictures, each with the node that saves these exactly."""
 
     def prompt(self) -> Graph:
         workflow = copy.deepcopy(dict(self.workflow))
@@ -63,8 +65,10 @@ class Example:
         graph = to_prompt(workflow, {**self.info, **unknown})
         for node_id in list(graph):
             self.stand_in(graph, node_id)
-        for node in [node for node in graph.values() if node["class_type"] == "SaveImage"]:
-            graph.add("TestSaveTensor", value=node["inputs"]["images"])
+        for number, node in [
+            (i, node) for i, node in graph.items() if node["class_type"] in ("SaveImage", "PreviewImage")
+        ]:
+            self.saved[number] = graph.add("TestSaveTensor", value=node["inputs"]["images"]).id
         return graph
 
     def completed(self, kind: str, values: list[Any]) -> list[Any]:
@@ -117,6 +121,12 @@ class Example:
                 faces = graph.add("TestFaceModel")
                 more = {"clip_vision": vision[0], "insightface": faces[1]}
                 become("TestUnifiedLoader", model=inputs["model"], adapter=adapter[0], **more)
+            case "ImagePromptLoadAdapter":
+                inputs["file"] = self.adapter(inputs["file"])
+            case "ImagePromptLoadFaceModel":
+                become("TestFaceModel")
+            case "ImagePromptApplyFaceLoRA":  # a unified loader's is not applied either
+                self.redirect(graph, node_id, {0: inputs["model"]})
             case "MaskFromRGBCMYBW+":
                 masks = {i: graph.add("SolidMask", value=0.3 + i / 10, width=SIDE, height=SIDE)[0] for i in range(8)}
                 self.redirect(graph, node_id, masks)

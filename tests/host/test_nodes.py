@@ -14,8 +14,8 @@ import websocket
 from safetensors.torch import save_file
 
 from host.comfy_server import ComfyServer, ExecutionFailed, GraphRejected, Node
-from host.steering import Steering
-from host.tiny_adapters import adapter_tensors, build_adapter
+from host.steering import APPLY, Steering
+from host.tiny_adapters import VISION_HIDDEN, VISION_TOKENS, adapter_tensors, build_adapter, build_prompt
 
 SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE", "IMAGE_PROMPT_FACE_MODEL"}
 HOST_TYPES = {"MODEL", "CLIP", "CLIP_VISION", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
@@ -23,8 +23,12 @@ OUTPUTS = {
     "ImagePromptLoadAdapter": (["IMAGE_PROMPT_ADAPTER"], ["adapter"]),
     "ImagePromptEncode": (["IMAGE_PROMPT"], ["image_prompt"]),
     "ImagePromptCombine": (["IMAGE_PROMPT"], ["image_prompt"]),
+    "ImagePromptSave": (["STRING"], ["path"]),
+    "ImagePromptLoad": (["IMAGE_PROMPT"], ["image_prompt"]),
+    "ImagePromptNoise": (["IMAGE"], ["image"]),
     "ImagePromptApply": (["MODEL"], ["model"]),
     "ImagePromptApplyImage": (["MODEL"], ["model"]),
+    "ImagePromptApplyTiled": (["MODEL", "IMAGE", "MASK"], ["model", "tiles", "masks"]),
     "ImagePromptSchedule": (["IMAGE_PROMPT_SCHEDULE"], ["schedule"]),
     "ImagePromptInspect": (["STRING"], ["text"]),
     "ImagePromptLoadFaceModel": (["IMAGE_PROMPT_FACE_MODEL"], ["face_model"]),
@@ -40,6 +44,7 @@ OUTPUTS = {
 }
 OUTPUT_NODES = {
     "ImagePromptInspect",
+    "ImagePromptSave",
     "ImagePromptLoRAInspect",
     "ImagePromptLoRASave",
     "ImagePromptLoRAExtract",
@@ -210,6 +215,17 @@ def test_combining_prompts_equals_encoding_them_together(make: Callable[..., Ste
     np.testing.assert_allclose(*(result.tensor(node) for node in saved), rtol=0, atol=1e-3)
 
 
+def test_one_strength_is_that_of_every_reference(make: Callable[..., Steering]) -> None:
+    s = make()
+    adapter = s.adapter()
+    both = s.graph.add("ImageBatch", image1=s.photo(0), image2=s.photo(1))
+    prompts = [s.encode(adapter, both, strengths=text) for text in ("0.5", "0.5, 0.5", "")]
+    saved = [s.sample(s.apply(s.model, adapter, prompt)) for prompt in prompts]
+    result = s.run()
+    one, two, whole = (result.sha256(node) for node in saved)
+    assert one == two != whole
+
+
 # --- faces ------------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +271,70 @@ def test_faces_steer(make: Callable[..., Steering]) -> None:
     steered = s.sample(s.apply(s.model, face, encode_faces(s, face)[0]))
     result = s.run()
     assert result.sha256(steered) != result.sha256(plain)
+
+
+def test_faces_steer_away_from_a_negative_picture(make: Callable[..., Steering]) -> None:
+    s = make()
+    face = s.adapter("faceid")
+    prompts = [encode_faces(s, face), encode_faces(s, face, negative=s.photo(1))]
+    saved = [s.sample(s.apply(s.model, face, prompt[0])) for prompt in prompts]
+    result = s.run()
+    assert result.sha256(saved[0]) != result.sha256(saved[1])
+
+
+def test_a_wide_reference_is_seen_as_tiles(server: ComfyServer, make: Callable[..., Steering]) -> None:
+    """A picture of two squares as tiles is the two squares as references of their own."""
+    s = make()
+    adapter = s.adapter()
+    squares = np.random.default_rng(1).integers(0, 255, (2, 32, 32, 3), np.uint8).repeat(2, 1).repeat(2, 2)
+    left, right = (s.graph.add("LoadImage", image=server.upload_image(x, f"{i}.png")) for i, x in enumerate(squares))
+    wide = s.graph.add("LoadImage", image=server.upload_image(np.concatenate([*squares], 1), "wide.png"))
+    both = s.graph.add("ImageBatch", image1=left, image2=right)
+    prompts = [s.encode(adapter, wide, crop="tiles"), s.encode(adapter, both), s.encode(adapter, wide)]
+    saved = [s.sample(s.apply(s.model, adapter, prompt)) for prompt in prompts]
+    result = s.run()
+    tiled, together, middle = (result.tensor(node) for node in saved)
+    np.testing.assert_allclose(tiled, together, rtol=0, atol=1e-3)
+    assert np.abs(tiled - middle).max() > 1e-2
+
+
+def test_tiles_steer_their_own_places(make: Callable[..., Steering]) -> None:
+    """Of two squares side by side: the same as each applied to its half; strength 0 is the plain model."""
+    s = make(width=128)
+    adapter = s.adapter()
+    left, right = s.photo(0), s.photo(1)
+    wide = s.graph.add("ImageStitch", image1=left, image2=right, direction="right", match_image_size=True,
+                       spacing_width=0, spacing_color="white")  # fmt: skip
+    inputs = {"adapter": adapter, "clip_vision": s.vision, "image": wide, "combine": "concat", "per_latent": False}
+    tiled, off = (
+        s.graph.add("ImagePromptApplyTiled", model=s.model, **inputs, **(APPLY | {"strength": n}), sharpening=0.0)
+        for n in (0.8, 0.0)
+    )
+    halves = s.apply(s.model, adapter, s.encode(adapter, left), strength=0.8, mask=s.mask(1.0, 0.0))
+    halves = s.apply(halves, adapter, s.encode(adapter, right), strength=0.8, mask=s.mask(0.0, 1.0))
+    saved = [s.sample(model) for model in (tiled[0], halves, off[0], s.model)]
+    shown = [s.save(tiled[i]) for i in (1, 2)]
+    result = s.run()
+    np.testing.assert_allclose(result.tensor(saved[0]), result.tensor(saved[1]), rtol=0, atol=1e-3)
+    assert result.sha256(saved[2]) == result.sha256(saved[3]) != result.sha256(saved[0])
+    assert [result.tensor(node).shape for node in shown] == [(2, 64, 64, 3), (2, 64, 128)]
+
+
+def test_noise_is_made_of_the_image(make: Callable[..., Steering]) -> None:
+    s = make()
+    inputs = {"strength": 1.0, "blur": 0}
+    made = [s.graph.add("ImagePromptNoise", kind="dissolve", **inputs, **more) for more in ({}, {"image": s.photo()})]
+    kinds = [
+        s.graph.add("ImagePromptNoise", kind=k, **inputs, image=s.photo()) for k in ("fade", "gaussian", "shuffle")
+    ]
+    saved = [s.save(node) for node in (*made, *kinds)]
+    adapter = s.adapter()
+    away = s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo(), negative=made[1])))
+    plain = s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo())))
+    result = s.run()
+    assert {result.tensor(node).shape for node in saved} == {(1, 224, 224, 3)}
+    assert len({result.sha256(node) for node in saved}) == 5
+    assert result.sha256(away) != result.sha256(plain)
 
 
 def test_inspect_lists_every_site_with_its_weight(server: ComfyServer, sd15: str, adapters: Path) -> None:
@@ -329,6 +409,51 @@ def test_trained_output_is_found(server: ComfyServer, make: Callable[..., Steeri
     s = make()
     node = s.graph.add("ImagePromptInspect", adapter=s.graph.add("ImagePromptLoadAdapter", file=name))
     assert "step_100.safetensors" in s.run().text(node)[0]
+
+
+def test_a_saved_prompt_is_listed_at_once_and_gives_the_same_picture(
+    server: ComfyServer, make: Callable[..., Steering]
+) -> None:
+    def files() -> list[str]:
+        return server.object_info("ImagePromptLoad")["input"]["required"]["file"][1]["options"]
+
+    before = files()
+    s = make()
+    adapter = s.adapter()
+    prompt = s.encode(adapter, s.photo(), negative=s.photo(2))
+    save = s.graph.add("ImagePromptSave", image_prompt=prompt, filename_prefix="looks/mine")
+    fresh = s.sample(s.apply(s.model, adapter, prompt))
+    result = s.run()
+    name = str(Path("looks") / "mine_00001.ipadpt.safetensors")
+    assert set(files()) - set(before) == {name}
+    assert str(server.base / "output" / "image_prompts" / name) in result.text(save)[0]
+
+    s = make()
+    adapter = s.adapter()
+    loaded = s.graph.add("ImagePromptLoad", adapter=adapter, file=name, per_latent=False)
+    again = s.sample(s.apply(s.model, adapter, loaded))
+    both = s.encode(adapter, s.photo(1))
+    strengths = {f"strength_{i}": 1.0 for i in range(1, 6)}
+    inputs = {"adapter": adapter, "combine": "average", "prompt_1": loaded, "prompt_2": both}
+    s.sample(s.apply(s.model, adapter, s.graph.add("ImagePromptCombine", **inputs, **strengths)))
+    assert s.run().sha256(again) == result.sha256(fresh)
+
+
+def test_embeds_of_the_old_pack_load_from_the_input_folder(server: ComfyServer, make: Callable[..., Steering]) -> None:
+    folder = server.base / "input" / "shared"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(torch.rand(2, VISION_TOKENS, VISION_HIDDEN), folder / "old.ipadpt")
+    s = make(batch=2)
+    adapter = s.adapter()
+    file = {"adapter": adapter, "file": str(Path("shared") / "old.ipadpt") + " [input]"}
+    saved = [
+        s.sample(
+            s.apply(s.model, adapter, s.graph.add("ImagePromptLoad", **file, per_latent=each, clip_vision=s.vision))
+        )
+        for each in (False, True)
+    ]
+    result = s.run()
+    assert result.sha256(saved[0]) != result.sha256(saved[1])
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -492,6 +617,20 @@ def test_the_mask_of_a_picture_without_transparency_is_no_mask(
     assert result.sha256(plain) == result.sha256(masked)
 
 
+def saved_for_another_family(s: Steering) -> None:
+    file = s.server.add_model("image_prompts", build_prompt(s.folder))
+    adapter = s.adapter("base")
+    s.sample(s.apply(s.model, adapter, s.graph.add("ImagePromptLoad", adapter=adapter, file=file, per_latent=False)))
+
+
+def saved_without_what_no_image_is(s: Steering) -> None:
+    file = s.server.models("image_prompts") / "bare.ipadpt"
+    torch.save(torch.rand(1, VISION_TOKENS, VISION_HIDDEN), file)
+    adapter = s.adapter()
+    prompt = s.graph.add("ImagePromptLoad", adapter=adapter, file=file.name, per_latent=False)
+    s.sample(s.apply(s.model, adapter, prompt))
+
+
 MISTAKES: dict[str, tuple[Callable[[Steering], None], str]] = {
     "adapter for another model": (wrong_model, "adapter for"),
     "wrong image encoder": (wrong_vision, "hidden states of width 32"),
@@ -511,6 +650,8 @@ MISTAKES: dict[str, tuple[Callable[[Steering], None], str]] = {
     "no LoRA inside": (no_lora_inside, "carries no LoRA"),
     "face that is not there": (fourth_of_three_faces, "face number 4"),
     "prompts of two encoders": (two_encoders, "encoder"),
+    "prompt saved for another family": (saved_for_another_family, "which reads the image embeds"),
+    "saved without what no image is": (saved_without_what_no_image_is, "connect the image encoder"),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from host.shrunk import UNETS, cross_attention_widths
 
-VISION_HIDDEN, VISION_PROJECTION = 32, 24  # TestClipVision
+VISION_HIDDEN, VISION_PROJECTION, VISION_TOKENS = 32, 24, 17  # TestClipVision
 BASE_TOKENS, FACE = 4, 512
 PLUS_QUERIES, PLUS_WIDTH, PLUS_HEADS, PLUS_DEPTH, HEAD_DIM = 16, 64, 2, 2, 64
 
@@ -34,6 +34,15 @@ def build_adapter(family: str, unet: str, folder: Path, *, seed: int = 0, suffix
     else:
         groups = ("image_proj", "ip_adapter")
         torch.save({g: {k[len(g) + 1 :]: v for k, v in state.items() if k.startswith(g + ".")} for g in groups}, path)
+    return path
+
+
+def build_prompt(folder: Path) -> Path:
+    """What Save Image Prompt writes for a plus adapter and TestClipVision: two references and one of no image."""
+    path = folder / "tiny_prompt.ipadpt.safetensors"
+    if not path.exists():
+        tokens = torch.randn(3, VISION_TOKENS, VISION_HIDDEN, generator=torch.Generator().manual_seed(5))
+        save_file({"embeds": tokens[:2].clone(), "negative": tokens[2:].clone()}, path, {"feature": "penultimate"})
     return path
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from host.comfy_server import REPOSITORY, ComfyServer, Graph, Result
 from host.servers import HOSTS
 from host.shrunk import UNETS, build_checkpoint
-from host.tiny_adapters import build_adapter
+from host.tiny_adapters import build_adapter, build_prompt
 from host.tiny_lora_files import build_lora
 from workflows.graph import ALWAYS, FRONTEND_ONLY, Workflow, WorkflowError, to_prompt
 
@@ -30,17 +30,29 @@ SIDE = 64
 STEPS = 2
 APPLY = "ImagePromptApply"
 STEERING = frozenset(
-    {APPLY, "ImagePromptApplyImage", "ImagePromptApplyFaceLoRA", "ImagePromptLoRAStrength", "ImagePromptLoRAStack"}
+    {
+        APPLY,
+        "ImagePromptApplyImage",
+        "ImagePromptApplyTiled",
+        "ImagePromptApplyFaceLoRA",
+        "ImagePromptLoRAStrength",
+        "ImagePromptLoRAStack",
+    }
 )
-TELLING = frozenset({"ImagePromptInspect", "ImagePromptLoRAInspect", "ImagePromptLoRASave", "ImagePromptLoRAExtract"})
+TELLING = frozenset({
+    "ImagePromptInspect", "ImagePromptSave", "ImagePromptLoRAInspect", "ImagePromptLoRASave", "ImagePromptLoRAExtract"
+})  # fmt: skip
 NEEDED = {
     "sd15_text_to_image", "sdxl_text_to_image", "plus_adapter", "several_references", "regional_masks_two_adapters",
     "style_only", "composition_only", "image_to_image", "inpainting", "scheduled_strength", "batch", "inspect_adapter",
     "lora_strength", "lora_stack", "inspect_lora", "convert_lora", "extract_lora", "lora_regions_and_image_prompt",
-    "train_ip_adapter", "train_lora", "face_prompt", "image_in_one_node",
+    "train_ip_adapter", "train_lora", "face_prompt", "image_in_one_node", "save_image_prompt", "load_image_prompt",
+    "tiled_reference", "tiles_in_place", "noise_as_negative",
 }  # fmt: skip
 TRAINING = ("train_ip_adapter", "train_lora")  # run by tests/host/test_training_node.py
-IMAGES = {"batch": 3, "inspect_adapter": 0, "inspect_lora": 0, "convert_lora": 0, "extract_lora": 0}  # others make one
+IMAGES = {"batch": 3} | dict.fromkeys(
+    ("inspect_adapter", "save_image_prompt", "inspect_lora", "convert_lora", "extract_lora"), 0
+)  # others make one
 
 
 def load(file: Path) -> Workflow:
@@ -84,7 +96,12 @@ class Shrunk:
                 case "LoadImage":
                     pictures += 1
                     masked = any([node_id, 1] in list(other["inputs"].values()) for other in graph.values())
-                    inputs["image"] = self.server.upload_image(*picture(pictures, masked))
+                    pixels, name = picture(pictures, masked)
+                    if "panorama" in inputs["image"]:
+                        pixels, name = np.concatenate([pixels, pixels[:, ::-1]], 1), f"wide_{name}"
+                    inputs["image"] = self.server.upload_image(pixels, name)
+                case "ImagePromptLoad":
+                    inputs["file"] = self.server.add_model("image_prompts", build_prompt(self.adapters))
                 case "KSampler":
                     inputs["steps"] = STEPS
                 case "ImagePromptLoRAExtract":

@@ -1,0 +1,186 @@
+"""Encoded references on disk: the same prompt again, for every adapter that reads them, and clear words where it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from ipadapter_core import prompt_file
+from ipadapter_core.checkpoints import AdapterWeights, load_adapter
+from ipadapter_core.errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError
+from ipadapter_core.image_encoder import ImageFeatures
+from ipadapter_core.projectors import pack_face
+from ipadapter_core.prompt import ImagePrompt, combine_prompts, encode_image_prompt, prompt_from_features
+from ipadapter_core.prompt_file import load_prompt, save_prompt
+from tiny import tiny_state
+
+HIDDEN, EMBED, TOKENS, FACE = 32, 24, 17, 16
+exact = {"rtol": 0.0, "atol": 0.0}
+
+
+class Encoder:
+    """Means of an image's colours, spread: cheap, and different for different images."""
+
+    name, hidden_size, projection_dim, image_size = "tiny clip", HIDDEN, EMBED, 28
+    mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    def encode(self, pixel_values: Tensor) -> ImageFeatures:
+        means = pixel_values.mean((2, 3))
+        wide = torch.linspace(-1, 1, TOKENS * HIDDEN).outer(torch.ones(3)) @ means.T + 0.1
+        return ImageFeatures(wide.T[:, :EMBED], wide.T.unflatten(1, (TOKENS, HIDDEN)))
+
+
+def adapter(family: str = "plus", *, seed: int = 0, **sizes: int) -> AdapterWeights:
+    width = {"base": EMBED, "faceid": FACE, "unnorm": 512}.get(family, HIDDEN)
+    if family.startswith("face"):
+        sizes = {"face_dim": FACE, **sizes}
+    state = tiny_state("plus" if family == "unnorm" else family, seed=seed, **{"feature_dim": width, **sizes})
+    return load_adapter(state, name=f"{family} {seed}")
+
+
+def photos(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, 1, 1, 3, generator=torch.Generator().manual_seed(seed)).expand(-1, 30, 30, -1)
+
+
+def encode(family: str, count: int = 2, **options: Any) -> ImagePrompt:
+    return encode_image_prompt(adapter(family), Encoder(), photos(count), **options)
+
+
+def same(a: ImagePrompt, b: ImagePrompt) -> None:
+    for name in ("cond", "uncond", "features", "uncond_features", "neutral_features"):
+        assert_close(getattr(a, name), getattr(b, name), **exact)
+    assert (a.encoder, a.adapter, a.token_dim, a.face_scale) == (b.encoder, b.adapter, b.token_dim, b.face_scale)
+
+
+@pytest.mark.parametrize("options", [{}, {"per_latent": True}, {"negative": photos(1, 9)}, {"strengths": [0.5, 2.0]}])
+@pytest.mark.parametrize("family", ["base", "plus", "full-face"])
+def test_a_saved_prompt_is_the_same_again(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    prompt = encode(family, **options)
+    path = save_prompt(tmp_path / "deep" / "a.ipadpt.safetensors", prompt)
+    same(load_prompt(path, adapter(family)), prompt)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_prompts_of_many_images_and_latents_come_back(tmp_path: Path) -> None:
+    """Two images side by side for each of three latents, with a negative for one of them."""
+    one = encode("plus", 3, per_latent=True)
+    two = encode("plus", 1, negative=photos(1, 5))
+    both = combine_prompts(adapter(), [one, two], combine="concat")
+    assert both.features.shape[:2] == (3, 2)
+    same(load_prompt(save_prompt(tmp_path / "a.safetensors", both), adapter()), both)
+    apart = load_prompt(tmp_path / "a.safetensors", adapter(), per_latent=True)
+    assert apart.features.shape[:2] == (6, 1)
+    assert_close(apart.features[:, 0], both.features.flatten(0, 1), **exact)
+
+
+def test_the_file_serves_another_adapter_and_says_what_it_is(tmp_path: Path) -> None:
+    path = save_prompt(tmp_path / "a.safetensors", encode("plus"))
+    other = adapter("full-face", seed=3)
+    same(load_prompt(path, other), encode_image_prompt(other, Encoder(), photos(2)))
+    with safe_open(str(path), "pt") as file:
+        texts = file.metadata()
+    assert (texts["feature"], texts["family"], texts["encoder"]) == ("penultimate", "plus", "tiny clip")
+    assert len(load_file(path)["negative"]) == 1, "equal rows are kept once"
+
+
+def test_a_loaded_prompt_combines_with_a_fresh_one(tmp_path: Path) -> None:
+    loaded = load_prompt(save_prompt(tmp_path / "a.safetensors", encode("plus", 1)), adapter())
+    same(combine_prompts(adapter(), [loaded, loaded], combine="add"),
+         combine_prompts(adapter(), [encode("plus", 1), loaded], combine="add"))  # fmt: skip
+
+
+def test_faces_keep_what_is_read_in_their_pictures(tmp_path: Path) -> None:
+    plus = load_adapter(tiny_state("faceid-plus", face_dim=FACE, feature_dim=HIDDEN), name="f-plusv2.bin")
+    features, away = (pack_face(torch.rand(1, FACE), torch.rand(1, TOKENS, HIDDEN)) for _ in range(2))
+    prompt = prompt_from_features(plus, features, away, face_scale=0.25)
+    path = save_prompt(tmp_path / "a.safetensors", prompt)
+    same(load_prompt(path, plus), prompt)
+    assert_close(combine_prompts(plus, [prompt], combine="add").cond, prompt.cond, **exact)
+    whole = prompt_from_features(plus, features, away)
+    assert not torch.equal(whole.cond, prompt.cond)
+    with pytest.raises(InvalidInputError, match=r"strengths 0\.25, 1"):
+        combine_prompts(plus, [prompt, whole], combine="add")
+
+
+def test_what_an_adapter_does_not_read_is_refused(tmp_path: Path) -> None:
+    plus = save_prompt(tmp_path / "plus.safetensors", encode("plus"))
+    with pytest.raises(
+        IncompatibleEncoderError, match=r"hidden states of an encoder.*made with tiny clip.*image embeds"
+    ):
+        load_prompt(plus, adapter("base"))
+    with pytest.raises(IncompatibleEncoderError, match=r"shape .*, 32.*64 wide"):
+        load_prompt(plus, adapter("plus", feature_dim=64))
+    face = prompt_from_features(adapter("faceid"), torch.rand(1, FACE), torch.zeros(1, FACE))
+    with pytest.raises(IncompatibleEncoderError, match="directions of face embeddings"):
+        load_prompt(save_prompt(tmp_path / "face.safetensors", face), adapter("base", feature_dim=FACE))
+
+
+def test_directions_of_faces_are_not_taken_for_faces_of_full_length(tmp_path: Path) -> None:
+    unit = adapter("faceid", face_dim=512, feature_dim=512)
+    sizes = {"num_tokens": 16, "feature_dim": 512, "hidden_dim": 64, "inner_dim": 64, "depth": 1}
+    raw = adapter("unnorm", token_dim=2048, **sizes)
+    assert prompt_file.feature_of(raw.spec) == "raw face"
+    path = save_prompt(tmp_path / "a.safetensors", prompt_from_features(unit, torch.rand(1, 512), torch.zeros(1, 512)))
+    with pytest.raises(IncompatibleEncoderError, match="reads face embeddings of full length"):
+        load_prompt(path, raw)
+
+
+def test_embeds_of_other_tools(tmp_path: Path) -> None:
+    path = tmp_path / "old.ipadpt"
+    embeds = encode("plus").features[0]
+    torch.save(embeds, path)
+    same_as = encode("plus")
+    loaded = load_prompt(path, adapter(), Encoder())
+    assert_close((loaded.cond, loaded.uncond), (same_as.cond, same_as.uncond))
+    assert loaded.encoder == "tiny clip"
+    with pytest.raises(InvalidInputError, match="connect the image encoder"):
+        load_prompt(path, adapter())
+    torch.save(torch.rand(3, EMBED).half(), path)
+    loaded = load_prompt(path, adapter("base"))  # no image is zeros there
+    assert (loaded.features.shape, loaded.features.dtype) == ((1, 3, EMBED), torch.float32)
+    with pytest.raises(
+        IncompatibleEncoderError, match=r"old\.ipadpt holds embeds of shape \(3, 24\); plus 0 is a plus"
+    ):
+        load_prompt(path, adapter())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "texts", "words"),
+    [
+        ({"embeds": torch.full((1, EMBED), torch.nan)}, {}, "no usable numbers"),
+        ({"embeds": torch.zeros(0, EMBED)}, {}, "no usable numbers"),
+        ({"embeds": torch.ones(3, EMBED)}, {"latents": "2"}, "not the same number for 2"),
+        ({"embeds": torch.ones(1, EMBED)}, {"latents": "many"}, "latents is 'many'"),
+        ({"embeds": torch.ones(1, EMBED)}, {"latents": "0"}, "latents is '0'"),
+        ({"embeds": torch.ones(1, EMBED), "negative": torch.ones(1, 3)}, {}, "must agree"),
+        ({"embeds": torch.ones(3, EMBED), "neutral": torch.ones(2, EMBED)}, {}, "must agree"),
+        ({"other": torch.ones(1, EMBED)}, {}, "holds no tensor 'embeds'"),
+    ],
+)  # fmt: skip
+def test_files_that_contradict_themselves(
+    tmp_path: Path, tensors: dict[str, Tensor], texts: dict[str, str], words: str
+) -> None:
+    save_file(tensors, tmp_path / "a.safetensors", texts)
+    with pytest.raises(CorruptFileError, match=words):
+        load_prompt(tmp_path / "a.safetensors", adapter("base"))
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_prompt(tmp_path / "a.safetensors", encode("base", 1))
+    before = path.read_bytes()
+
+    def full(tensors: object, file: Path, metadata: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("ipadapter_core.embeds.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save_prompt(path, encode("base", 2))
+    assert (path.read_bytes(), [file.name for file in tmp_path.iterdir()]) == (before, ["a.safetensors"])
