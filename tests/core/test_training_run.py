@@ -538,7 +538,7 @@ def test_optimizers_by_name(
         assert train(config).step == 2
 
 
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("name", ["muon", "adafactor", "prodigy"])
 def test_other_optimizers_resume_with_the_same_bits(model: Path, pictures: Path, tmp_path: Path, name: str) -> None:
     more: dict[str, Any] = {
         "adapter__family": "plus", "adapter__depth": 1, "adapter__hidden_dim": 32, "train__optimizer": name,
