@@ -362,9 +362,8 @@ class TestMemory:
 
     def report(self, model, after):
         (managed,) = model.get_additional_models_with_key("image_prompt_lora")
-        loaded = [
-            m.model.model_size() for m in comfy.model_management.current_loaded_models if m.model.is_clone(managed)
-        ]
+        patchers = [m.model for m in comfy.model_management.current_loaded_models]  # None where one is gone already
+        loaded = [p.model_size() for p in patchers if p is not None and p.is_clone(managed)]
         stack = managed.model.stack
         numbers = {"counted": sum(loaded), "held": stack.held_bytes}
         comfy.model_management.unload_all_models()
