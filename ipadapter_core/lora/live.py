@@ -361,14 +361,15 @@ class LiveStack:
         ]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The files' tensors behind everything that acts; their bytes are about those of what is kept per device."""
+        """The files' tensors behind everything that acts. Low-rank ones are kept per device at about this size;
+        LoHa, whose factors are as wide as the square of its rank, at more."""
         parts = (p for layer in self.layers.values() for p in (*layer.low_rank, *layer.others))
         found = (t for part in parts for t in part.placement.update.tensors().values())
         return tuple({id(t): t for t in found}.values())
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of what is kept for devices now."""
+        """Bytes of the low-rank factors that are kept for devices now; other algorithms keep theirs in closures."""
         return sum(layer.held_bytes for layer in self.layers.values())
 
     def release(self) -> None:
