@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+QUOTED = 80
+"""Characters of somebody's text that a message repeats at most."""
+
+
+def quoted(value: object, limit: int = QUOTED) -> str:
+    """Somebody's text as a message may show it: in quotes, on one line, control characters escaped, cut at ``limit``.
+
+    Names, keys and widget texts come from files and graphs of strangers; whole, they would forge lines of a log or fill it.
+    """
+    text = value if isinstance(value, str) else str(value)
+    return f"'{_printable(text[:limit])[:limit]}{'…' if len(text) > limit else ''}'"
+
+
+def reason(error: BaseException, limit: int = 2 * QUOTED) -> str:
+    """What a foreign exception says, as one short line to put in brackets behind our own sentence."""
+    text = f"{type(error).__name__}: {error}"[: 10 * limit]
+    return _printable(" ".join(text.split()))[:limit]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class AdapterError(ValueError):
     """Base of every error this package raises on purpose; says what was seen, what was expected, what to do."""
