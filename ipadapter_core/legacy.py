@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .schedule import Scaling, SiteRule, WeightSchedule, parse_layers
 
@@ -13,6 +14,28 @@ WEIGHT_TYPES = (
     "style transfer precise", "composition precise",
 )  # fmt: skip
 COMBINE_METHODS = ("concat", "add", "subtract", "average", "norm average")
+
+FORMER_OPTIONS: dict[str, dict[str, str]] = {
+    "weight_type": {
+        "style transfer (SDXL)": "style transfer",  # 2024-03-27 to 2024-04-09
+        "composition (SDXL)": "composition",
+        "style transfer (SDXL only)": "style transfer",  # of the simple node
+        "style transfer and composition": "style and composition",  # 2024-06-22
+    },
+    # 2023-09-27 to 2023-10-12, when torch resized
+    "interpolation": {
+        "lanczos": "LANCZOS", "bicubic": "BICUBIC", "bilinear": "BILINEAR", "area": "BOX", "nearest": "NEAREST",
+        "nearest-exact": "NEAREST",
+    },
+    "timing": {"reverse_in_out": "ease_out"},  # 2024-04-12 to 2024-04-27, the same curve
+}  # fmt: skip
+"""By input, options that the old pack no longer lists, and what they are called today. Saved graphs still have them."""
+
+
+def todays_option(name: str, value: Any) -> Any:
+    """The value of an input under today's name; other values as they are."""
+    return FORMER_OPTIONS.get(name, {}).get(value, value) if isinstance(value, str) else value
+
 
 SIMPLE_WEIGHT_TYPES = {
     "standard": "linear",
@@ -55,7 +78,7 @@ class LegacySettings:
     def schedule(self) -> WeightSchedule:
         """The same as a schedule."""
         weights = (self.weight,) if isinstance(self.weight, (int, float)) else tuple(float(w) for w in self.weight)
-        preset = self.weight_type
+        preset = todays_option("weight_type", self.weight_type)
         boost: float | None = None
         if self.style_boost is not None:
             preset, boost = "style transfer precise", self.style_boost

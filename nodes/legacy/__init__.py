@@ -61,6 +61,7 @@ LEGACY_NODES: dict[str, tuple[type, str]] = {
     "IPAdapterRegionalConditioning": (weights.IPAdapterRegionalConditioning, "IPAdapter Regional Conditioning"),
     "IPAdapterCombineParams": (weights.IPAdapterCombineParams, "IPAdapter Combine Params"),
     # before 2024-03-23
+    "IPAdapterCLIPVisionEncode": (first_version.IPAdapterCLIPVisionEncode, "CLIP Vision Encode (IPAdapter)"),
     "IPAdapterApply": (first_version.IPAdapterApply, "Apply IPAdapter"),
     "IPAdapterApplyFaceID": (first_version.IPAdapterApplyFaceID, "Apply IPAdapter FaceID"),
     "InsightFaceLoader": (loaders.InsightFaceLoader, "Load InsightFace"),

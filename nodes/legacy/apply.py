@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError, rules_for
-from ...ipadapter_core.legacy import SIMPLE_WEIGHT_TYPES, LegacySettings
+from ...ipadapter_core.legacy import SIMPLE_WEIGHT_TYPES, LegacySettings, todays_option
 from .. import host
 from .encode import Reference, encode_reference
 from .pipeline import Pipeline, understand
@@ -26,6 +26,7 @@ from .sockets import (
     choice,
     combine,
     compatibility,
+    former,
     integer,
     number,
     scaling,
@@ -60,18 +61,17 @@ class IPAdapter(LegacyNode):
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {
-            "required": SOURCE | weight(3.0) | window() | {"weight_type": choice(SIMPLE_WEIGHT_TYPES)},
-            "optional": {"attn_mask": MASK} | compatibility(),
+            "required": SOURCE | weight(3.0) | window(),
+            "optional": {"weight_type": choice(SIMPLE_WEIGHT_TYPES), "attn_mask": MASK} | compatibility(),
         }
 
     def apply_ipadapter(
-        self, model: Any, ipadapter: Any, image: Tensor, weight: Any, start_at: float, end_at: float, weight_type: str,
-        attn_mask: Tensor | None = None, compatibility: str = "IPAdapter_plus",
+        self, model: Any, ipadapter: Any, image: Tensor, weight: Any, start_at: float, end_at: float,
+        weight_type: str = "standard", attn_mask: Tensor | None = None, compatibility: str = "IPAdapter_plus",
     ) -> tuple[Any, ...]:  # fmt: skip
         pipeline = understand(ipadapter)
-        settings = LegacySettings(
-            _first(weight), SIMPLE_WEIGHT_TYPES.get(weight_type, "linear"), start_at=start_at, end_at=end_at
-        )
+        preset = SIMPLE_WEIGHT_TYPES.get(todays_option("weight_type", weight_type), "linear")
+        settings = LegacySettings(_first(weight), preset, start_at=start_at, end_at=end_at)
         return apply_reference(model, pipeline, settings, Reference(image), attn_mask, compatibility)
 
 
@@ -208,9 +208,10 @@ class IPAdapterFaceID(IPAdapterAdvanced):
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         strength = {"weight_faceidv2": number(1.0, -1.0, 5.0)}
+        former_layers = {"layer_weights": former("STRING", "a weight per layer, as IPAdapter Mad Scientist has")}
         return {
             "required": SOURCE | weight(3.0) | strength | weight_type() | combine() | window(),
-            "optional": scaling() | EXTRAS | {"insightface": INSIGHTFACE} | compatibility(),
+            "optional": scaling() | EXTRAS | {"insightface": INSIGHTFACE} | former_layers | compatibility(),
         }
 
 

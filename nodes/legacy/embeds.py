@@ -32,6 +32,7 @@ from .sockets import (
     LegacyNode,
     choice,
     compatibility,
+    former,
     number,
     scaling,
     weight,
@@ -60,17 +61,22 @@ class IPAdapterEncoder(LegacyNode):
         first |= {f"weight_{i}": number(1.0, 0.0, 1.0, 0.01, tooltip=FIRST) for i in range(1, 5)}
         sockets = {"ipadapter": ADAPTER, "image": IMAGE, "mask": MASK, "clip_vision": CLIP_VISION}
         pictures = {f"image_{i}": IMAGE for i in range(1, 5)}
+        plus = dict.fromkeys(("plus", "ipadapter_plus"), former("BOOLEAN", "whether the adapter is of the plus family"))
         return {
             "required": {},
-            "optional": sockets | {"weight": number(1.0, -1.0, 3.0, 0.01)} | first | pictures | compatibility(),
+            "optional": sockets | {"weight": number(1.0, -1.0, 3.0, 0.01)} | first | pictures | plus | compatibility(),
         }
 
     def encode(
         self, ipadapter: Any = None, image: Tensor | None = None, weight: float = 1.0, mask: Tensor | None = None,
         clip_vision: Any = None, compatibility: str = "IPAdapter_plus", **first: Any,
     ) -> tuple[Any, ...]:  # fmt: skip
+        if ipadapter is None and image is not None and clip_vision is not None:
+            first["image_1"] = image  # as in the first two weeks
+        plus = [first.pop(name, None) for name in ("plus", "ipadapter_plus")]
         if first.get("image_1") is not None:
-            return encode_first(clip_vision, plus=bool(weight), compatibility=compatibility, **first)
+            told = next((value for value in plus if value is not None), weight)
+            return encode_first(clip_vision, plus=bool(told), compatibility=compatibility, **first)
         if ipadapter is None or image is None:
             raise InvalidInputError(
                 f"IPAdapter Encoder has no {'ipadapter' if ipadapter is None else 'image'}: connect it (or, in a graph from "
@@ -151,7 +157,7 @@ class IPAdapterEmbeds(LegacyNode):
             neg_embed = unconditional_features(adapter, encoder, pos_embed, rules)
         prompt = prompt_from_features(adapter, pos_embed, neg_embed, per_latent=self.UNFOLD, rules=rules)
         model, _ = host.apply(model, found.adapter, prompt, settings.schedule(), attn_mask, rules)
-        return (model,)
+        return model, None  # the place of the faces, which other packs unpack
 
 
 class IPAdapterEmbedsBatch(IPAdapterEmbeds):
@@ -168,9 +174,9 @@ class IPAdapterSaveEmbeds(LegacyNode):
     def INPUT_TYPES(cls) -> Inputs:
         return {"required": {"embeds": EMBEDS, "filename_prefix": ("STRING", {"default": "IP_embeds"})}}
 
-    def save(self, embeds: Tensor, filename_prefix: str) -> dict[str, Any]:
-        path = save_embeds(host.unique_save_path(filename_prefix, EXTENSION), SavedEmbeds(embeds))
-        return {"ui": {"text": [path.name]}}
+    def save(self, embeds: Tensor, filename_prefix: str) -> tuple[Any, ...]:
+        save_embeds(host.unique_save_path(filename_prefix, EXTENSION), SavedEmbeds(embeds))
+        return (None,)
 
 
 class IPAdapterLoadEmbeds(LegacyNode):

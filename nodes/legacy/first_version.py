@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...ipadapter_core import encode_features, prompt_from_features, rules_for, unconditional_features
+from ...ipadapter_core import (
+    InvalidInputError,
+    encode_features,
+    prompt_from_features,
+    rules_for,
+    unconditional_features,
+)
 from ...ipadapter_core.embeds import combine_embeds
 from ...ipadapter_core.image_encoder import check_encoder
 from ...ipadapter_core.legacy import FIRST_WEIGHT_TYPES, LegacySettings
@@ -33,6 +40,7 @@ from .sockets import (
 )
 
 SOURCE: Inputs = {"ipadapter": ADAPTER, "clip_vision": CLIP_VISION, "image": IMAGE, "model": MODEL}
+FACES = ("INSIGHTFACE",)
 UNFOLD: Inputs = {"unfold_batch": ("BOOLEAN", {"default": False})}
 
 
@@ -53,25 +61,64 @@ def _settings(weight: float, weight_type: str, start_at: float, end_at: float, u
     return LegacySettings(weight, start_at=start_at, end_at=end_at, embeds_scaling=scaling, unfold_batch=unfold)
 
 
+class IPAdapterCLIPVisionEncode(LegacyNode):
+    """The encoder of the first twelve days: what IPAdapterApply of then is given in place of a picture."""
+
+    RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"clip_vision": CLIP_VISION, "image": IMAGE}}
+
+    def encode(self, clip_vision: Any, image: Tensor) -> tuple[Any, ...]:
+        return (Unencoded(clip_vision, image),)
+
+
+@dataclass(frozen=True, eq=False)
+class Unencoded:
+    """A picture and its encoder; which of the encoder's layers is read, only the adapter knows."""
+
+    clip_vision: Any
+    image: Tensor
+
+
 class IPAdapterApply(LegacyNode):
+    """``clip_vision_output`` and ``mask`` are the inputs of before 2023-09-15; so nothing of today's can be required."""
+
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "apply_ipadapter"
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
+        pictures: Inputs = {"clip_vision": CLIP_VISION, "image": IMAGE, "clip_vision_output": ("CLIP_VISION_OUTPUT",)}
+        widgets = _noise() | _weight_type() | window() | UNFOLD
         return {
-            "required": SOURCE | _weight() | _noise() | _weight_type(),
-            "optional": window() | UNFOLD | {"attn_mask": MASK} | compatibility(),
+            "required": {"ipadapter": ADAPTER, "model": MODEL} | _weight(),
+            "optional": pictures | widgets | {"attn_mask": MASK, "mask": MASK, "insightface": FACES} | compatibility(),
         }
 
     def apply_ipadapter(
-        self, ipadapter: Any, model: Any, weight: float, clip_vision: Any, image: Tensor, weight_type: str = "original",
-        noise: float = 0.0, attn_mask: Tensor | None = None, start_at: float = 0.0, end_at: float = 1.0,
-        unfold_batch: bool = False, compatibility: str = "IPAdapter_plus",
+        self, ipadapter: Any, model: Any, weight: float, clip_vision: Any = None, image: Tensor | None = None,
+        weight_type: str = "original", noise: float = 0.0, attn_mask: Tensor | None = None, start_at: float = 0.0,
+        end_at: float = 1.0, unfold_batch: bool = False, compatibility: str = "IPAdapter_plus",
+        clip_vision_output: Any = None, mask: Tensor | None = None, insightface: Any = None,
     ) -> tuple[Any, ...]:  # fmt: skip
+        if insightface is not None:
+            raise InvalidInputError(
+                "Apply IPAdapter has a face model, as for two days in December 2023: take IPAdapter FaceID in its place"
+            )
+        if isinstance(clip_vision_output, Unencoded):
+            clip_vision, image = clip_vision_output.clip_vision, clip_vision_output.image
+        if image is None:
+            raise InvalidInputError(
+                "Apply IPAdapter has no image: connect image and clip_vision (of clip_vision_output it reads what CLIP Vision "
+                "Encode (IPAdapter) gives)"
+            )
         pipeline = Pipeline(understand(ipadapter).adapter, clip_vision)
         positive, negative = _encoded(pipeline, image, noise, compatibility)
         settings = _settings(weight, weight_type, start_at, end_at, unfold_batch)
+        attn_mask = mask if attn_mask is None else attn_mask
         return (_applied(model, pipeline, positive, negative, settings, attn_mask, compatibility),)
 
 
@@ -85,7 +132,7 @@ class IPAdapterApplyFaceID(LegacyNode):
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         v2 = {"faceid_v2": ("BOOLEAN", {"default": False}), "weight_v2": number(1.0, -1.0, 3.0)}
-        source = {"ipadapter": ADAPTER, "clip_vision": CLIP_VISION, "insightface": ("INSIGHTFACE",), "image": IMAGE}
+        source = {"ipadapter": ADAPTER, "clip_vision": CLIP_VISION, "insightface": FACES, "image": IMAGE}
         return {
             "required": source | {"model": MODEL} | _weight() | _noise() | _weight_type(),
             "optional": window() | v2 | UNFOLD | {"attn_mask": MASK} | compatibility(),
@@ -143,12 +190,12 @@ class IPAdapterApplyEncoded(LegacyNode):
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {
-            "required": {"ipadapter": ADAPTER, "embeds": EMBEDS, "model": MODEL} | _weight() | _weight_type(),
-            "optional": window() | UNFOLD | {"attn_mask": MASK} | compatibility(),
+            "required": {"ipadapter": ADAPTER, "embeds": EMBEDS, "model": MODEL} | _weight(),
+            "optional": _weight_type() | window() | UNFOLD | {"attn_mask": MASK} | compatibility(),
         }
 
     def apply_ipadapter(
-        self, ipadapter: Any, embeds: Tensor, model: Any, weight: float, weight_type: str, start_at: float = 0.0,
+        self, ipadapter: Any, embeds: Tensor, model: Any, weight: float, weight_type: str = "original", start_at: float = 0.0,
         end_at: float = 1.0, unfold_batch: bool = False, attn_mask: Tensor | None = None,
         compatibility: str = "IPAdapter_plus",
     ) -> tuple[Any, ...]:  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...ipadapter_core import ENCODERS, AdapterSpec, InvalidInputError
 from ...ipadapter_core.backends.comfy import comfy_layout
 from ...ipadapter_core.checkpoints import kohya_lora
+from ...ipadapter_core.face_prompt import reads_faces
 from ...ipadapter_core.faces import PROVIDERS
 from ...ipadapter_core.known_files import KnownFile, base_of, choose_encoder, choose_file, known_file
 from .. import host
@@ -52,12 +53,27 @@ class IPAdapterUnifiedLoader(LegacyNode):
     def INPUT_TYPES(cls) -> Inputs:
         return {"required": {"model": MODEL, "preset": choice(cls.PRESETS)}, "optional": {"ipadapter": ADAPTER}}
 
-    def load_models(self, model: Any, preset: str, ipadapter: Any = None) -> tuple[Any, ...]:
+    def load_models(
+        self, model: Any, preset: str, lora_strength: float = 0.0, provider: str = "CPU", ipadapter: Any = None
+    ) -> tuple[Any, ...]:
+        """Any preset of the three loaders, as other packs call it."""
         file = find_adapter(model, preset)
         adapter = host.load_ip_adapter(file)
-        insightface = understand(ipadapter).insightface if ipadapter is not None else None
-        clip_file = find_encoder(adapter.weights.spec, file)
-        return model, pack(adapter, file, host.load_clip_vision(clip_file), clip_file, insightface, None)
+        spec = adapter.weights.spec
+        entry = known_file(preset, base_of(comfy_layout(model).token_dim))
+        if lora_strength != 0 and entry.lora:
+            model = host.apply_lora_by_host(model, find_lora(entry, adapter), lora_strength)
+        earlier = understand(ipadapter) if ipadapter is not None else None
+        if spec.feature == "face":  # needs no image encoder; one that is there already is handed on
+            clip_vision, clip_file = (None if earlier is None else earlier.clip_vision), None
+        else:
+            clip_file = find_encoder(spec, file)
+            clip_vision = host.load_clip_vision(clip_file)
+        if reads_faces(adapter.weights):
+            insightface = host.load_face_model("buffalo_l", provider)
+        else:
+            insightface, provider = (None if earlier is None else earlier.insightface), None
+        return model, pack(adapter, file, clip_vision, clip_file, insightface, provider)
 
 
 class IPAdapterUnifiedLoaderFaceID(IPAdapterUnifiedLoader):
@@ -82,24 +98,6 @@ class IPAdapterUnifiedLoaderFaceID(IPAdapterUnifiedLoader):
             "optional": {"ipadapter": ADAPTER},
         }
 
-    def load_models(
-        self, model: Any, preset: str, lora_strength: float = 0.6, provider: str = "CPU", ipadapter: Any = None
-    ) -> tuple[Any, ...]:
-        file = find_adapter(model, preset)
-        adapter = host.load_ip_adapter(file)
-        entry = known_file(preset, base_of(comfy_layout(model).token_dim))
-        if lora_strength != 0 and entry.lora:
-            model = host.apply_lora_by_host(model, find_lora(entry, adapter), lora_strength)
-        earlier = understand(ipadapter) if ipadapter is not None else None
-        insightface = host.load_face_model("buffalo_l", provider)
-        spec = adapter.weights.spec
-        if spec.feature == "face":  # needs no image encoder; one that is there already is handed on
-            clip_vision, clip_file = (None if earlier is None else earlier.clip_vision), None
-        else:
-            clip_file = find_encoder(spec, file)
-            clip_vision = host.load_clip_vision(clip_file)
-        return model, pack(adapter, file, clip_vision, clip_file, insightface, provider)
-
 
 class IPAdapterInsightFaceLoader(LegacyNode):
     REPLACEMENT = "Load Face Model"
@@ -109,7 +107,8 @@ class IPAdapterInsightFaceLoader(LegacyNode):
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {
-            "required": {"provider": choice(["CPU", "CUDA", "ROCM"]), "model_name": choice(["buffalo_l", "antelopev2"])}
+            "required": {"provider": choice(["CPU", "CUDA", "ROCM"])},
+            "optional": {"model_name": choice(["buffalo_l", "antelopev2"])},  # since 2024-08-02
         }
 
     def load_insightface(self, provider: str, model_name: str = "buffalo_l") -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ipadapter_core import rules_for
-from ...ipadapter_core.legacy import LegacySettings
+from ...ipadapter_core.legacy import LegacySettings, todays_option
 from ...ipadapter_core.picture_prep import noise_picture, prepare_square, tiles_in_place
 from .apply import SOURCE, apply_reference
 from .encode import Reference
@@ -22,6 +22,7 @@ from .sockets import (
     choice,
     combine,
     compatibility,
+    former,
     integer,
     number,
     scaling,
@@ -66,13 +67,17 @@ class PrepImageForClipVision(LegacyNode):
                 "interpolation": choice(["LANCZOS", "BICUBIC", "HAMMING", "BILINEAR", "BOX", "NEAREST"]),
                 "crop_position": choice(["top", "bottom", "left", "right", "center", "pad"]),
                 "sharpening": number(0.0, 0.0, 1.0),
-            }
+            },
+            "optional": {"add_weight": former("BOOLEAN", "the picture twice")},
         }
 
     def prep_image(
-        self, image: Tensor, interpolation: str = "LANCZOS", crop_position: str = "center", sharpening: float = 0.0
-    ) -> tuple[Any, ...]:
-        return (prepare_square(image, interpolation=interpolation, position=crop_position, sharpening=sharpening),)
+        self, image: Tensor, interpolation: str = "LANCZOS", crop_position: str = "center", sharpening: float = 0.0,
+        add_weight: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        interpolation = todays_option("interpolation", interpolation)
+        square = prepare_square(image, interpolation=interpolation, position=crop_position, sharpening=sharpening)
+        return (torch.cat([square, square]) if add_weight else square,)
 
 
 class IPAdapterTiled(LegacyNode):

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,24 +17,25 @@ from ...ipadapter_core import InvalidInputError
 from .. import host
 
 
-class LegacyAdapter(Mapping[str, Any]):
-    """An adapter of ours that looks like the old pack's dictionary; tensors are gathered only when someone looks."""
+class LegacyAdapter(dict[str, Any]):
+    """An adapter of ours that is the old pack's dictionary too: other packs ask ``isinstance(x, dict)``, and copy it.
+
+    The tensors in it are the module's own. A copy is an ordinary dictionary, which understand() reads like anybody's.
+    """
 
     def __init__(self, managed: host.ManagedAdapter) -> None:
-        self.managed = managed
-
-    def __getitem__(self, group: str) -> Any:
-        if group not in ("image_proj", "ip_adapter"):
-            raise KeyError(group)
-        weights = self.managed.weights
+        weights = managed.weights
         state = {**weights.module.checkpoint_state(), **weights.lora}
-        return {key.split(".", 1)[1]: value for key, value in state.items() if key.startswith(f"{group}.")}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("image_proj", "ip_adapter"))
-
-    def __len__(self) -> int:
-        return 2
+        groups = ("image_proj", "ip_adapter")
+        super().__init__(
+            {name: {k.split(".", 1)[1]: t for k, t in state.items() if k.startswith(f"{name}.")} for name in groups}
+        )
+        # the old pack told these by the file's name, and marks them so
+        if weights.spec.options.get("version") == 2:
+            self["faceidplusv2"] = True
+        if weights.spec.family == "faceid-unnorm":
+            self["portraitunnorm"] = True
+        self.managed = managed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...ipadapter_core import COMPATIBILITIES, SCALINGS
-from ...ipadapter_core.legacy import COMBINE_METHODS, WEIGHT_TYPES
+from ...ipadapter_core.errors import quoted
+from ...ipadapter_core.legacy import COMBINE_METHODS, WEIGHT_TYPES, todays_option
 
 CATEGORY = "image prompt/old names"
 
@@ -30,6 +31,11 @@ def integer(default: int, low: int, high: int) -> tuple[str, Inputs]:
 
 def choice(options: Any, default: str | None = None, **more: Any) -> tuple[list[str], Inputs]:
     return list(options), ({"default": default} if default else {}) | more
+
+
+def former(kind: str, what: str) -> tuple[str, Inputs]:
+    """An input that the old pack has given up: a socket, so that it takes no widget's place in saved graphs."""
+    return kind, {"forceInput": True, "tooltip": f"Only for old graphs: {what}."}
 
 
 def weight(high: float = 5.0) -> Inputs:
@@ -79,3 +85,17 @@ class LegacyNode:
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
         cls.DESCRIPTION = f"Here so that workflows made for ComfyUI_IPAdapter_plus run. New graphs: {cls.REPLACEMENT}."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, weight_type: Any = None, interpolation: Any = None, timing: Any = None) -> bool | str:
+        """Let options pass that the old pack had once; ComfyUI does not look at the lists of inputs named here itself."""
+        types = cls.INPUT_TYPES()
+        inputs = {**types.get("required", {}), **types.get("optional", {})}
+        for name, value in (("weight_type", weight_type), ("interpolation", interpolation), ("timing", timing)):
+            if value is not None and name in inputs and todays_option(name, value) not in inputs[name][0]:
+                return f"{name} is {quoted(value)}; choose one of: {', '.join(inputs[name][0])}"
+        return True

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...ipadapter_core.frame_weights import WeightsStrategy
+from ...ipadapter_core.legacy import todays_option
 from .sockets import (
     CONDITIONING,
     IMAGE,
@@ -35,6 +36,7 @@ class IPAdapterWeights(LegacyNode):
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         counts = {name: integer(9999 if name == "end_frame" else 0, 0, 9999) for name in FRAME_COUNTS}
+        later = {name: counts.pop(name) for name in FRAME_COUNTS[3:]}
         timings = ["custom", "linear", "ease_in_out", "ease_in", "ease_out", "random"]
         methods = ["full batch", "shift batches", "alternate batches"]
         return {
@@ -42,9 +44,8 @@ class IPAdapterWeights(LegacyNode):
                 "weights": ("STRING", {"default": "1.0, 0.0", "multiline": True}),
                 "timing": choice(timings, "linear"),
                 **counts,
-                "method": choice(methods, "full batch"),
             },
-            "optional": {"image": IMAGE},
+            "optional": {**later, "method": choice(methods, "full batch"), "image": IMAGE},
         }
 
     def weights(
@@ -52,6 +53,7 @@ class IPAdapterWeights(LegacyNode):
         add_starting_frames: int = 0, add_ending_frames: int = 0, method: str = "full batch",
         weights_strategy: dict[str, Any] | None = None, image: Tensor | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
+        timing = todays_option("timing", timing)
         if weights_strategy is None:
             count = 0 if image is None else len(image)
             strategy = WeightsStrategy(

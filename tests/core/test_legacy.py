@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import os
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,10 +16,24 @@ from torch.testing import assert_close
 from ipadapter_core.checkpoints import AdapterSpec
 from ipadapter_core.embeds import SavedEmbeds, combine_embeds, load_embeds, save_embeds
 from ipadapter_core.errors import CorruptFileError, InvalidInputError, UnsafeFileError
-from ipadapter_core.frame_weights import WeightsStrategy
+from ipadapter_core.frame_weights import Timing, WeightsStrategy
 from ipadapter_core.known_files import KNOWN_FILES, choose_encoder, choose_file, known_file
-from ipadapter_core.legacy import WEIGHT_TYPES, LegacySettings
-from ipadapter_core.picture_prep import masked_tiles, noise_picture, placed_tiles, prepare_square, region_tiles, sharpen
+from ipadapter_core.legacy import (
+    FIRST_WEIGHT_TYPES,
+    SIMPLE_WEIGHT_TYPES,
+    WEIGHT_TYPES,
+    LegacySettings,
+    todays_option,
+)
+from ipadapter_core.picture_prep import (
+    Interpolation,
+    masked_tiles,
+    noise_picture,
+    placed_tiles,
+    prepare_square,
+    region_tiles,
+    sharpen,
+)
 from ipadapter_core.schedule import PRESETS
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -43,6 +61,142 @@ def test_settings_become_a_schedule() -> None:
         LegacySettings(weight_type="composition precise", layer_weights="3:1").schedule().preset
         == "composition precise"
     )
+
+
+@pytest.mark.parametrize("former", ["style transfer (SDXL)", "composition (SDXL)", "style transfer and composition"])
+def test_former_names_of_weight_types_mean_todays(former: str) -> None:
+    today = {"style transfer (SDXL)": "style transfer", "composition (SDXL)": "composition"}
+    expected = LegacySettings(0.7, today.get(former, "style and composition")).schedule()
+    assert LegacySettings(0.7, former).schedule() == expected
+
+
+def test_every_option_that_ever_was_has_a_name_of_today() -> None:
+    """Of the widgets whose options we own; tests/host asks the nodes themselves."""
+    today = {"weight_type": {*WEIGHT_TYPES, *SIMPLE_WEIGHT_TYPES, *FIRST_WEIGHT_TYPES}}
+    today |= {"interpolation": set(get_args(Interpolation)), "timing": set(get_args(Timing))}
+    seen = 0
+    for kind, facts in OLD_PACK.items():
+        for name, entry in facts["inputs"].items():
+            if name in today:
+                unknown = [o for o in entry["options"] if todays_option(name, o) not in today[name]]
+                assert not unknown, (kind, name)
+                seen += len(entry["options"])
+    assert seen > 200
+    assert todays_option("weight_type", ["a list"]) == ["a list"]
+
+
+# --- calls by other packs ---------------------------------------------------------------------------------------------
+
+OLD_PACK: dict[str, Any] = json.loads((Path(__file__).parent / "old_pack.json").read_text())
+"""Of every class type that the old pack ever had: method, parameters with defaults, number of values returned (of those
+it has today), every input and option that there was, and the inputs that all its versions have."""
+ROOT = Path(__file__).parents[2]
+
+
+class Source:
+    """Classes and functions of some files, read and not run."""
+
+    def __init__(self, *files: Path) -> None:
+        trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+        self.classes = {n.name: n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+        self.functions = {n.name: n for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef)}
+
+    def member(self, kind: str, name: str) -> Any:
+        """A method, or the value of a class attribute, of a class or what it inherits from."""
+        node = self.classes[kind]
+        for part in node.body:
+            if isinstance(part, ast.FunctionDef) and part.name == name:
+                return part
+            if isinstance(part, ast.Assign) and ast.unparse(part.targets[0]) == name:
+                return ast.literal_eval(part.value)
+        found = [self.member(b.id, name) for b in node.bases if isinstance(b, ast.Name) and b.id in self.classes]
+        return next((part for part in found if part is not None), None)
+
+    def parameters(self, kind: str) -> list[list[Any]]:
+        """Names of the node's method in order, with defaults where there are any."""
+        args = self.member(kind, self.member(kind, "FUNCTION")).args
+        names = [arg.arg for arg in args.args[1:]]
+        plain = len(names) - len(args.defaults)
+        defaults = [ast.literal_eval(d) for d in args.defaults]
+        return [[name] if i < plain else [name, defaults[i - plain]] for i, name in enumerate(names)]
+
+    def returned(self, kind: str, function: str = "") -> set[int]:
+        """How many values its method returns, in all places that do."""
+        method = self.member(kind, function or self.member(kind, "FUNCTION"))
+        return self._counts(kind, method)
+
+    def _counts(self, kind: str, method: ast.FunctionDef) -> set[int]:
+        found: set[int] = set()
+        for node in ast.walk(method):
+            if not isinstance(node, ast.Return) or _inside_another(method, node):
+                continue
+            match node.value:
+                case ast.Tuple(elts=values):
+                    found.add(len(values))
+                case ast.Call(func=ast.Name(id=name)):
+                    found |= self._counts(kind, self.functions[name])
+                case ast.Call(func=ast.Attribute(attr=name)):
+                    found |= self.returned(kind, name)
+                case _:
+                    raise AssertionError(ast.unparse(node))
+        return found
+
+
+def _inside_another(method: ast.FunctionDef, node: ast.AST) -> bool:
+    inner = [n for n in ast.walk(method) if isinstance(n, ast.FunctionDef) and n is not method]
+    return any(part is node for function in inner for part in ast.walk(function))
+
+
+def registered(file: Path, table: str) -> dict[str, str]:
+    """Class types of a pack and the classes that they are."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        if isinstance(value, ast.Dict) and table in ast.unparse(node).split("=")[0]:
+            classes = [v.elts[0] if isinstance(v, ast.Tuple) else v for v in value.values]
+            return {
+                ast.literal_eval(k): ast.unparse(c).split(".")[-1]
+                for k, c in zip(value.keys, classes, strict=True)
+                if k
+            }
+    raise AssertionError(table)
+
+
+LEGACY = ROOT / "nodes" / "legacy"
+OURS = Source(*sorted(LEGACY.glob("*.py")))
+CLASSES = registered(LEGACY / "__init__.py", "LEGACY_NODES")
+
+
+@pytest.mark.parametrize("kind", OLD_PACK)
+def test_old_nodes_are_called_as_ever(kind: str) -> None:
+    """Other packs call them with positions and names, and unpack what they return."""
+    facts, ours = OLD_PACK[kind], CLASSES[kind]
+    assert OURS.member(ours, "FUNCTION") == facts["function"] or "parameters" not in facts
+    assert list(OURS.member(ours, "RETURN_TYPES"))[: len(facts["outputs"])] == facts["outputs"]
+    if "parameters" not in facts:  # of before the old pack's rewrite: no pack calls these
+        return
+    parameters = OURS.parameters(ours)
+    assert [p[0] for p in parameters[: len(facts["parameters"])]] == [p[0] for p in facts["parameters"]]
+    for mine, theirs in zip(parameters, facts["parameters"], strict=False):
+        assert len(theirs) == 1 or mine == theirs
+    assert all(len(p) == 2 for p in parameters[len(facts["parameters"]) :]), "what only we have must have a default"
+    assert OURS.returned(ours) == {facts["returned"]}
+
+
+OLD = os.environ.get("IPADAPTER_PLUS_PATH")
+
+
+@pytest.mark.skipif(not OLD, reason="no old pack at $IPADAPTER_PLUS_PATH")
+def test_the_table_of_calls_is_the_old_packs() -> None:
+    file = Path(str(OLD)) / "IPAdapterPlus.py"
+    theirs, classes = Source(file), registered(file, "NODE_CLASS_MAPPINGS")
+    assert set(classes) == {kind for kind, facts in OLD_PACK.items() if "parameters" in facts}
+    assert len(classes) == 37
+    for kind, name in classes.items():
+        facts = OLD_PACK[kind]
+        assert theirs.member(name, "FUNCTION") == facts["function"]
+        assert list(theirs.member(name, "RETURN_TYPES")) == facts["outputs"]
+        assert theirs.parameters(name) == facts["parameters"]
+        assert theirs.returned(name) == {facts["returned"]}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from host.comfy_server import ComfyServer, ExecutionFailed, Graph, Link
+from host.comfy_server import ComfyServer, ExecutionFailed, Graph, GraphRejected, Link
 from host.tiny_adapters import build_adapter
 from workflows.graph import widget_names
+
+OLD_PACK: dict[str, Any] = json.loads((Path(__file__).parents[1] / "core" / "old_pack.json").read_text())
+"""Every class type that the old pack ever had; see tests/core/test_legacy.py."""
 
 OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 CONTROL = ["weight", "weight_type", "combine_embeds", "start_at", "end_at", "embeds_scaling"]
@@ -59,6 +62,7 @@ WIDGETS: dict[str, list[str]] = {
     "IPAdapterCombineWeights": ["weights_1", "weights_2"],
     "IPAdapterRegionalConditioning": ["image_weight", "prompt_weight", "weight_type", "start_at", "end_at"],
     "IPAdapterCombineParams": [],
+    "IPAdapterCLIPVisionEncode": [],
     "IPAdapterApply": ["weight", "noise", "weight_type", "start_at", "end_at", "unfold_batch"],
     "IPAdapterApplyFaceID": ["weight", "noise", "weight_type", "start_at", "end_at", "faceid_v2", "weight_v2", "unfold_batch"],
     "IPAdapterApplyEncoded": ["weight", "weight_type", "start_at", "end_at", "unfold_batch"],
@@ -79,6 +83,37 @@ def test_every_class_type_has_the_old_widgets_in_the_old_order(server: ComfyServ
         assert names == widgets, name
         assert found[name]["deprecated"] is True
         assert found[name]["python_module"] == "custom_nodes.comfyui-image-prompt"
+
+
+@pytest.mark.parametrize("kind", OLD_PACK)
+def test_nodes_of_every_version_of_the_old_pack_fit_ours(server: ComfyServer, kind: str) -> None:
+    """Prompts of any of its versions: no input of theirs is unknown here, and none that ours requires is missing there."""
+    sections, facts = server.object_info(kind)["input"], OLD_PACK[kind]
+    inputs = {**sections["required"], **sections.get("optional", {})}
+    assert set(sections["required"]) <= set(facts["always"])
+    assert set(facts["inputs"]) <= set(inputs)
+    for name, entry in facts["inputs"].items():
+        kind_of, *options = inputs[name]
+        assert "type" not in entry or kind_of == entry["type"], name
+        if "range" in entry:
+            assert options[0]["min"] <= entry["range"][0] <= entry["range"][1] <= options[0]["max"], name
+        for option in entry.get("options", ()):
+            assert not refused(server, kind, name, option), (name, option)
+        if entry.get("options"):
+            assert refused(server, kind, name, "no such option"), name
+
+
+def refused(server: ComfyServer, kind: str, name: str, option: str) -> bool:
+    """Whether ComfyUI refuses a prompt for this value of an input, whatever else the prompt lacks."""
+    graph = Graph()
+    node = graph.add(kind, **{name: option})
+    graph.add("TestSaveTensor", value=node)
+    try:
+        server.submit(graph)
+    except GraphRejected as error:
+        told = error.errors["node_errors"].get(node.id, {}).get("errors", [])
+        return any((entry["extra_info"] or {}).get("input_name") == name for entry in told)
+    return False
 
 
 EXAMPLES = sorted(Path(OLD).glob("examples/*.json")) if OLD else []
