@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ipadapter_core.demo.pictures import Pictures
+from ipadapter_core.demo.tokenizer import train_tokenizer
 from ipadapter_core.training import RunConfig, parse_config
 
 SIDE = 32
@@ -43,16 +44,13 @@ def save_model(
         CLIPTextConfig,
         CLIPTextModel,
         CLIPTextModelWithProjection,
-        CLIPTokenizer,
         CLIPVisionConfig,
         CLIPVisionModelWithProjection,
     )
 
     torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer().train_new_from_iterator(
-        [f"{n} on red green blue background" for n in NAMES], vocab_size=300
-    )
-    tokenizer.model_max_length = 12
+    captions = [f"{n} on red green blue background" for n in NAMES]
+    tokenizer = train_tokenizer(captions, 300, 12, folder / "tokenizer")
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=text_width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=8,

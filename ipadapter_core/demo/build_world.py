@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ..generate import to_pillow
 from .pictures import BACKGROUNDS, Pictures, colour_table, load_pictures, on_background, place
@@ -30,11 +30,12 @@ def build(work: Path, folder: Path) -> None:
         unet=UNet2DConditionModel.from_pretrained(work / "unet").half(),
         scheduler=build_sampler(),
         safety_checker=None,
-        feature_extractor=CLIPImageProcessor.from_pretrained(work / "image_encoder"),
+        feature_extractor=None,  # its class has another name in every major version of transformers
         image_encoder=CLIPVisionModelWithProjection.from_pretrained(work / "image_encoder").half(),
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)  # in the files of both transformers
     shutil.copy(work / "image_encoder" / "preprocessor_config.json", folder / "image_encoder")
     for part in ("unet", "vae"):  # where a part lay on the machine that built it is nobody's business
         file = folder / part / "config.json"

@@ -38,6 +38,7 @@ from transformers import (
 from ..training.order import seeded
 from .pictures import BACKGROUNDS, SIZE, STUDIOS, Pictures, caption, draw_captions, draw_scenes, load_pictures
 from .stages import picture_grid, stage_config, train_stage
+from .tokenizer import train_tokenizer
 
 LATENT_CHANNELS = 16
 LATENT_SCALE = 4.0
@@ -145,17 +146,15 @@ def train_autoencoder(pictures: Pictures, work: Path, steps: int) -> Autoencoder
 # --- 2. UNet and text encoder ---------------------------------------------------------------------------------------
 
 
-def train_tokenizer(pictures: Pictures) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer learned from every caption of the world; ``model_max_length`` is 16."""
+def world_tokenizer(pictures: Pictures, folder: Path) -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer learned from every caption of the world, written into ``folder``."""
     captions = [
         caption(studio, name, colour)
         for name in sorted(set(pictures.names))
         for studio in STUDIOS
         for colour in BACKGROUNDS
     ]
-    tokenizer = CLIPTokenizer().train_new_from_iterator(captions, vocab_size=1200)
-    tokenizer.model_max_length = TEXT_LENGTH
-    return tokenizer
+    return train_tokenizer(captions, 1200, TEXT_LENGTH, folder)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -525,8 +524,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         seen = pictures.where(held_out=False)
         index = seen[torch.randint(len(seen), (2000,), generator=generator)]
         autoencoder = build_autoencoder(*patch_pca(draw_scenes(pictures, index, generator, recolour_rate=0.25).images))
-        tokenizer = train_tokenizer(pictures)
-        tokenizer.save_pretrained(args.work / "tokenizer")
+        tokenizer = world_tokenizer(pictures, args.work / "tokenizer")
         unet, text = train_unet(pictures, tokenizer, autoencoder, args.work, args.steps or 5000, args.batch or 32)
         unet.half().save_pretrained(args.work / "unet")
         text.half().save_pretrained(args.work / "text_encoder")

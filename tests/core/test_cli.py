@@ -12,7 +12,7 @@ from PIL import Image
 
 from ipadapter_core.cli import main
 from ipadapter_core.demo.pictures import Pictures
-from ipadapter_core.demo.train_world import build_scheduler, train_tokenizer
+from ipadapter_core.demo.train_world import build_scheduler, world_tokenizer
 from ipadapter_core.layouts import layout_of
 
 
@@ -23,7 +23,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(Pictures(torch.zeros(1, 4, 8, 8), ("cat",), ("noto",), torch.tensor([False])))
+    pictures = Pictures(torch.zeros(1, 4, 8, 8), ("cat",), ("noto",), torch.tensor([False]))
+    tokenizer = world_tokenizer(pictures, tmp_path_factory.mktemp("tokenizer"))
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,

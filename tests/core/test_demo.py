@@ -97,3 +97,16 @@ def test_every_artist_is_named() -> None:
     text = (Path(FOLDER).parent / "ATTRIBUTION.md").read_text()
     for name in ("Noto", "Twemoji", "Fluent", "CC BY 4.0", "Apache", "MIT"):
         assert name in text
+
+
+def test_the_tokenizer_is_the_same_in_every_transformers() -> None:
+    """Version 4 reads vocab.json and merges.txt, version 5 tokenizer.json."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
+    ids = tokenizer(["a Fluent emoji of a tropical fish, on blue's", "ZEBRA 42!  naïve"]).input_ids
+    assert ids == [
+        [0, 275, 301, 70, 300, 392, 275, 585, 398, 1, 282, 339, 8, 261, 1],
+        [0, 1073, 1, 273, 1, 496, 129, 109, 523, 1],
+    ]
+    assert tokenizer.model_max_length == 16
