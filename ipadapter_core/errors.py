@@ -11,8 +11,13 @@ def quoted(value: object, limit: int = QUOTED) -> str:
 
     Names, keys and widget texts come from files and graphs of strangers; whole, they would forge lines of a log or fill it.
     """
+    return f"'{one_line(value, limit)}'"
+
+
+def one_line(value: object, limit: int = QUOTED) -> str:
+    """As ``quoted``, without quotes: for names that a sentence begins with, and in lists."""
     text = value if isinstance(value, str) else str(value)
-    return f"'{_printable(text[:limit])[:limit]}{'…' if len(text) > limit else ''}'"
+    return f"{_printable(text[:limit])[:limit]}{'…' if len(text) > limit else ''}"
 
 
 def reason(error: BaseException, limit: int = 2 * QUOTED) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IncompatibleAdapterError
-from ..state_dict import Source, open_state_dict
+from ..state_dict import Source, StoredTensors
 from .base_names import text_path
 from .factors import Smaller, decompose, low_rank_module
 from .names import to_name
@@ -37,7 +37,8 @@ def extract(
     Layers whose largest difference is below ``smallest`` are left out; norms and biases are not taken. Raises
     IncompatibleAdapterError if the files have no layer in common or differ in a shape.
     """
-    first, second = open_state_dict(tuned), open_state_dict(base)
+    read_first, read_second = StoredTensors(tuned), StoredTensors(base)
+    first, second = read_first.described, read_second.described
     keys = [
         key
         for key, t in first.tensors.items()
@@ -55,7 +56,7 @@ def extract(
             raise IncompatibleAdapterError(
                 f"'{key}' is {list(a.shape)} in {first.name} and {list(b.shape)} in {second.name}: they are different base models"
             )
-        difference = _difference(a, b)
+        difference = _difference(read_first.read(key), read_second.read(key))
         module = _module(key)
         if float(difference.abs().max()) >= smallest and module is not None:
             up, down, errors[module.stem] = decompose(difference.flatten(1), smaller)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import io
 import json
 import os
 import pickle
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,9 +17,9 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from ipadapter_core import state_dict
-from ipadapter_core.errors import CorruptFileError, InvalidInputError, UnsafeFileError
-from ipadapter_core.state_dict import describe_state_dict, open_state_dict
+from ipadapter_core import pickles, state_dict
+from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError, UnsafeFileError
+from ipadapter_core.state_dict import StoredTensors, describe_state_dict, open_state_dict, open_tensors
 from tiny import nested, tiny_state
 
 
@@ -307,7 +310,7 @@ def test_zip_archives_that_are_not_torchs(tmp_path: Path) -> None:
         open_state_dict(packed)
 
 
-def test_a_mapped_file_can_be_replaced_while_in_use(tmp_path: Path) -> None:
+def test_a_file_can_be_replaced_while_in_use(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"w": torch.ones(1000)}, path)
     tensor = open_state_dict(path).tensors["w"]
@@ -315,3 +318,259 @@ def test_a_mapped_file_can_be_replaced_while_in_use(tmp_path: Path) -> None:
     other.write_bytes(save({"w": torch.zeros(1000)}))
     os.replace(other, path)
     assert tensor.sum() == 1000
+
+
+@pytest.mark.parametrize("container", ["safetensors", "zip", "legacy"])
+def test_a_file_can_be_truncated_in_place_while_in_use(tmp_path: Path, container: str) -> None:
+    """Of a mapped file, looking at the numbers then would end the process (SIGBUS)."""
+    path = tmp_path / "a.bin"
+    state = {"w": torch.ones(100_000)}
+    if container == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=container == "zip")
+    tensor = open_state_dict(path).tensors["w"]
+    os.truncate(path, 0)
+    assert tensor.sum() == 100_000
+
+
+def test_tensors_read_one_at_a_time(tmp_path: Path) -> None:
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16)}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.bin")
+    for source in (state, tmp_path / "a.safetensors", tmp_path / "a.bin"):
+        stored = StoredTensors(source)
+        assert stored.described.tensors["a"].shape == (2, 3)
+        assert equal({key: stored.read(key) for key in state}, state)
+
+
+# --- pickles, read as data ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path: Path, zipped: bool, protocol: int) -> None:
+    base = torch.arange(24.0)
+    marked = torch.ones(2)
+    marked.note = "attributes travel along"  # pyright: ignore
+    state: dict[str, object] = {
+        "parameter": torch.nn.Parameter(torch.ones(2, 2)),
+        "buffer": torch.nn.Linear(2, 3).state_dict(),
+        "views": {"a": base[3:9].view(2, 3), "b": base.view(4, 6).T, "all": base},
+        "marked": marked,
+        "types": {
+            str(dtype): torch.ones(3).to(dtype)
+            for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint16)
+        },
+        "complex": torch.ones(2, dtype=torch.complex64),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "grad": torch.ones(2, requires_grad=True),
+        "others": [
+            1,
+            2.5,
+            None,
+            True,
+            "x",
+            b"bytes",
+            (1, 2),
+            {3},
+            torch.Size([1]),
+            torch.device("cpu"),
+            torch.float16,
+            2**70,
+        ],
+        "counted": collections.Counter("aab"),
+        7: torch.ones(1),
+        (1, 2): "a key of another kind",
+    }
+    path = tmp_path / "a.bin"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    read = open_state_dict(path).tensors
+    assert equal(read, {key: tensor.detach() for key, tensor in open_state_dict(state).tensors.items()})
+    assert read["views.a"].untyped_storage().data_ptr() == read["views.all"].untyped_storage().data_ptr()
+    assert not any(tensor.requires_grad for tensor in read.values())
+    described = describe_state_dict(path).tensors
+    assert {k: (t.shape, t.dtype) for k, t in described.items()} == {k: (t.shape, t.dtype) for k, t in read.items()}
+
+
+def archive(path: Path, pickled: bytes, **data: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/data.pkl", pickled)
+        for key, content in data.items():
+            file.writestr(f"a/data/{key[1:]}", content)
+    return path
+
+
+def tensor_pickle(count: int, shape: int, stride: int = 1, offset: int = 0) -> bytes:
+    """``{"w": tensor}`` as torch.save writes it, with sizes of one's own."""
+    number = struct.Struct("<ci").pack
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu" + number(b"J", count) + b"tQ"
+    view = number(b"J", offset) + number(b"J", shape) + b"\x85" + number(b"J", stride) + b"\x85"
+    return b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + b"\x89NtRs."
+
+
+def test_the_pickle_written_by_hand_is_one(tmp_path: Path) -> None:
+    assert equal(open_state_dict(archive(tmp_path / "a.bin", tensor_pickle(2, 2), d0=struct.pack("<2f", 1, 2))).tensors,
+                 {"w": torch.tensor([1.0, 2.0])})  # fmt: skip
+
+
+LIES = {
+    "a storage larger than its bytes": tensor_pickle(2_000_000_000, 4),
+    "a tensor larger than its storage": tensor_pickle(4, 1000),
+    "strides beyond the storage": tensor_pickle(4, 4, 2),
+    "an offset beyond the storage": tensor_pickle(4, 4, 1, 1),
+    "a negative offset": tensor_pickle(4, 2, 1, -1),
+    "a negative stride": tensor_pickle(4, 2, -1, 3),
+    "one number shown without end": tensor_pickle(4, 2**31 - 1, 0),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_sizes_that_the_bytes_do_not_justify(tmp_path: Path, lie: str) -> None:
+    path = archive(tmp_path / "a.bin", LIES[lie], d0=bytes(16))
+    for read in (open_state_dict, describe_state_dict):
+        with pytest.raises(CorruptFileError, match=r"^a\.bin "):
+            read(path)
+
+
+def nest(opening: bytes, closing: bytes, depth: int) -> bytes:
+    return b"\x80\x02}X\x01\0\0\0k" + opening * depth + closing * depth + b"s."
+
+
+def doubled(step: bytes, times: int) -> bytes:
+    """A nest whose every level holds the level below twice."""
+    return b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + step for n in range(times))
+
+
+BOMBS = {
+    "a hash that takes for ever": b"\x80\x02})" + doubled(b"\x86", 60) + b"K\x01s.",
+    "a text of a nest": b"\x80\x02c" + b"torch\nFloatStorage\n)" + doubled(b"\x86", 60) + b"R.",
+    "a name of a nest": b"\x80\x04)" + doubled(b"\x86", 60) + b"X\x01\0\0\0x\x93.",
+    "deep tuples as a key": b"\x80\x02})" + b"\x85" * 15_000 + b"K\x01s.",
+    "deep lists": nest(b"]", b"a", 15_000),
+    "deep tables": nest(b"}X\x01\0\0\0k", b"s", 15_000),
+    "a number of a megabyte": b"\x80\x02}\x8b" + struct.pack("<i", 2**20) + b"\x7f" * 2**20 + b"K\x01s.",
+    "a text longer than the file": b"\x80\x02\x8d" + struct.pack("<Q", 2**62) + b"abc.",
+    "bytes longer than the file": b"\x80\x02\x8e" + struct.pack("<Q", 2**40) + b"abc.",
+    "millions of steps": b"\x80\x02" + b"N0" * 25_001 + b".",
+    "no end": b"\x80\x02}",
+    "nothing on the stack": b"\x80\x02R.",
+    "a memo that is not there": b"\x80\x02h\x05.",
+    "an instance": b"\x80\x02(ios\nsystem\n.",
+    "an extension": b"\x80\x02\x82\x01.",
+    "attributes of a name": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b.",
+    "itself": b"\x80\x02}q\0X\x01\0\0\0kh\0s.",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "bare"])
+def test_pickles_that_would_never_end(tmp_path: Path, bomb: str, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "MAX_OPCODES", 50_000)
+    path = tmp_path / "a.bin"
+    if zipped:
+        archive(path, BOMBS[bomb])
+    else:
+        path.write_bytes(BOMBS[bomb])
+    for read in (open_state_dict, describe_state_dict, open_tensors):
+        if zipped and ("as a key" in bomb or "hash" in bomb):
+            if read is not open_tensors:
+                assert not read(path).tensors  # pyright: ignore
+            continue
+        with pytest.raises(AdapterError) as caught:
+            read(path)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 400
+
+
+def test_torch_never_sees_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.ones(1)}, tmp_path / "a.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    assert set(open_state_dict(tmp_path / "a.bin").tensors) == {"w"}
+
+
+def test_archives_that_say_more_than_they_hold(tmp_path: Path) -> None:
+    saved = io.BytesIO()
+    torch.save({"w": torch.zeros(1000)}, saved)
+    path = tmp_path / "a.bin"
+    with zipfile.ZipFile(path, "w") as file:
+        for number in range(20_000):
+            file.writestr(f"a/{'x' * 400}{number}", b"")
+    with pytest.raises(CorruptFileError, match="more members"):
+        open_state_dict(path)
+    with zipfile.ZipFile(saved) as good, zipfile.ZipFile(path, "w") as file:
+        for name in good.namelist():
+            file.writestr(name, good.read(name))
+        file.writestr("other/data.pkl", b"\x80\x02}.")
+    with pytest.raises(CorruptFileError, match="without PyTorch weights"):
+        open_state_dict(path)
+    raw = bytearray(saved.getvalue())
+    at = raw.rindex(b"PK\x01\x02", 0, raw.rindex(b"archive/data/0"))
+    raw[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)  # the sizes of a member in the archive's list
+    path.write_bytes(raw)
+    with pytest.raises(CorruptFileError, match="more than its"):
+        open_state_dict(path)
+    raw[at + 20 : at + 28] = struct.pack("<II", 4000, 4000)
+    raw[at + 42 : at + 46] = struct.pack("<I", len(raw) - 40)  # where it lies
+    path.write_bytes(raw)
+    with pytest.raises(CorruptFileError, match="does not lie inside"):
+        open_state_dict(path)
+
+
+# --- what a header may say ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["twice", "gap", "flood", "numbers", "long"])
+def test_headers_that_say_too_much(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    path = tmp_path / "a.safetensors"
+    monkeypatch.setattr(state_dict, "MAX_ENTRIES", 1000)
+    headers = {
+        "twice": f'{{"w":{entry},"w":{entry}}}',
+        "gap": '{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        "flood": "{" + ",".join(f'"{n}":{{}}' for n in range(1001)) + "}",
+        "numbers": f'{{"w":{{"dtype":"F32","shape":[{"1," * 100_000}1],"data_offsets":[0,4]}}}}',
+        "long": f'{{"w":{entry}}}',
+    }
+    if case == "long":
+        monkeypatch.setattr(state_dict, "MAX_HEADER_BYTES", 20)
+    path.write_bytes(safetensors_bytes(headers[case].encode(), b"abcd" * (2 if case == "gap" else 1)))
+    for read in (open_state_dict, describe_state_dict):
+        with pytest.raises(CorruptFileError) as caught:
+            read(path)
+        assert len(str(caught.value)) < 400
+
+
+WILD_NAMES = ["a\nb", "a\x1b[31mb", "a\0b", "\x7f", "a\u2028b", "\ud800", "x" * 2000]
+
+
+@pytest.mark.parametrize("key", WILD_NAMES, ids=ascii)
+@pytest.mark.parametrize("container", ["safetensors", "zip", "mapping"])
+def test_names_of_tensors_are_lines_of_text(tmp_path: Path, key: str, container: str) -> None:
+    path = tmp_path / "a.bin"
+    source: object = path
+    if container == "safetensors":
+        header = json.dumps({key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+        path.write_bytes(safetensors_bytes(header.encode(), b"abcd"))
+    elif container == "zip":
+        torch.save({"n": {key: torch.ones(1)}}, path)
+    else:
+        source = {key: torch.ones(1)}
+    with pytest.raises(CorruptFileError, match="no line of text") as caught:
+        open_state_dict(source)  # pyright: ignore
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("read", [open_state_dict, describe_state_dict, open_tensors, StoredTensors])
+def test_what_is_no_plain_file_is_refused_before_it_is_opened(tmp_path: Path, read: object) -> None:
+    os.mkfifo(tmp_path / "pipe.bin")
+    (tmp_path / "loop.bin").symlink_to(tmp_path / "loop.bin")
+    (tmp_path / "gone.bin").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.bin").mkdir()
+    for name in ("pipe.bin", "loop.bin", "gone.bin", "folder.bin", "/dev/zero", "nul\0.bin", "x" * 5000, "a/" * 2500):
+        with pytest.raises((AdapterError, FileNotFoundError)) as caught:
+            read(tmp_path / name)  # pyright: ignore
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 600
