@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import CorruptFileError, InvalidInputError
-from .state_dict import open_state_dict, open_tensors
+from .errors import CorruptFileError, InvalidInputError, one_line
+from .state_dict import LONGEST_NAME, is_safetensors, open_state_dict, open_tensors
 
 EXTENSION = ".ipadpt.safetensors"
+MOST_REFERENCES = 10_000
+"""In one file: a reference of two kilobytes becomes tokens of up to a hundred. Films have one for every frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,31 +55,55 @@ def load_embeds(path: str | os.PathLike[str]) -> SavedEmbeds:
     ComfyUI_IPAdapter_plus wrote one tensor (its first version a pair [positive, negative]), diffusers writes a list of
     ``[2 b, n, ...]`` with the negative half first.
 
-    Raises CorruptFileError for what holds no such tensors, UnsafeFileError for pickles that carry code.
+    Raises FileNotFoundError; InvalidInputError for what is no plain file; CorruptFileError for what holds no such tensors, or
+    numbers that are not finite floating point; UnsafeFileError for pickles that carry code.
     """
-    with Path(path).open("rb") as file:
-        is_safetensors = file.read(9)[8:9] == b"{"
-    if is_safetensors:
+    name = one_line(Path(path).name, LONGEST_NAME)
+    if is_safetensors(path):
         opened = open_state_dict(path)
         if "embeds" not in opened.tensors:
             raise CorruptFileError(
                 f"{opened.name} holds no tensor 'embeds'; choose a file that Save Image Prompt or IPAdapter Save Embeds wrote."
             )
-        get = opened.tensors.get
-        return SavedEmbeds(opened.tensors["embeds"], get("negative"), get("neutral"), opened.metadata)
+        checked = {
+            what: _usable(name, what, opened.tensors[what], 2 if what == "embeds" else 1)
+            for what in ("embeds", "negative", "neutral")
+            if what in opened.tensors
+        }
+        return SavedEmbeds(checked["embeds"], checked.get("negative"), checked.get("neutral"), opened.metadata)
     tensors = open_tensors(path)
-    name = Path(path).name
     if len(tensors) != 1:
         raise CorruptFileError(
             f"{name} holds the embeds of {len(tensors)} adapters; one was expected: save one adapter's embeds."
         )
     tensor, is_list = tensors[0]
+    tensor = _usable(name, "embeds", tensor, 2)
     if is_list:  # diffusers, with guidance: negative and positive stacked; n images each
         negative, positive = tensor.chunk(2) if len(tensor) % 2 == 0 else (None, tensor)
         return SavedEmbeds(_joined(positive), None if negative is None else _joined(negative))
+    if tensor.ndim == 4 and len(tensor) != 2:
+        raise CorruptFileError(
+            f"{name} holds embeds of shape {tuple(tensor.shape)}; a pair, or 2 or 3 axes were expected"
+        )
     if tensor.ndim == 4 or (tensor.ndim == 3 and tensor.shape[0] == 2 and tensor.shape[1] < 16):
         return SavedEmbeds(tensor[0], tensor[1])
     return SavedEmbeds(tensor)
+
+
+def _usable(name: str, what: str, tensor: Tensor, least: int) -> Tensor:
+    """The tensor, if it can be features: finite floating point numbers that torch computes with, and not too many of them."""
+    shape = tuple(tensor.shape)
+    if 0 in shape or not tensor.is_floating_point() or tensor.itemsize == 1 or not bool(torch.isfinite(tensor).all()):
+        raise CorruptFileError(
+            f"{name} holds no usable numbers as {what} ({tensor.dtype}, shape {shape}); finite ones in float16, bfloat16 or "
+            "float32 were expected"
+        )
+    if not least <= tensor.ndim <= 4 or max(shape) > MOST_REFERENCES:
+        raise CorruptFileError(
+            f"{name} holds {what} of shape {shape}; 2 or 3 axes (images, [tokens,] width) were expected, and at most "
+            f"{MOST_REFERENCES:,} images"
+        )
+    return tensor
 
 
 def _joined(tensor: Tensor) -> Tensor:

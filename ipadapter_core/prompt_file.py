@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .checkpoints import AdapterSpec, AdapterWeights
 from .compatibility import CORRECT, Rules
-from .embeds import SavedEmbeds, load_embeds, save_embeds
-from .errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError
+from .embeds import MOST_REFERENCES, SavedEmbeds, load_embeds, save_embeds
+from .errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError, one_line, quoted
 from .face_prompt import RAW
 from .image_encoder import ENCODERS, FEATURE_RANKS, ImageEncoder, check_encoder
 from .prompt import ImagePrompt, project_features, unconditional_features
+from .state_dict import LONGEST_NAME
 
 UNNAMED = "saved embeds"
 """The encoder's name where a file of another tool tells none."""
@@ -73,14 +74,14 @@ def load_prompt(
     picture for that; ``rules`` say which. ``per_latent`` gives every reference of the file to a latent of its own; else it is as it was saved.
 
     Raises IncompatibleEncoderError for features that the adapter does not read, CorruptFileError for a file that
-    contradicts itself, and what load_embeds() raises.
+    contradicts itself or whose numbers overflow in the adapter, and what load_embeds() raises.
     """
-    name, saved, spec = Path(path).name, load_embeds(path), adapter.spec
+    name, saved, spec = one_line(Path(path).name, LONGEST_NAME), load_embeds(path), adapter.spec
     embeds = saved.embeds.float()
     _check_feature(name, saved, adapter)
     if encoder is not None:
         check_encoder(spec, encoder)
-    latents = len(embeds) if per_latent else int(_number(name, saved, "latents", 1, 1))
+    latents = len(embeds) if per_latent else int(_number(name, saved, "latents", 1, 1, MOST_REFERENCES))
     if len(embeds) % latents:
         raise CorruptFileError(
             f"{name} holds {len(embeds)} references, which are not the same number for {latents} latents"
@@ -97,14 +98,21 @@ def load_prompt(
         _beside(name, what, t, embeds, latents) for what, t in (("negative", negative), ("neutral", saved.neutral))
     ]
     assert beside[0] is not None
-    return project_features(
+    prompt = project_features(
         adapter,
-        saved.metadata.get("encoder", UNNAMED if encoder is None else encoder.name),
+        one_line(saved.metadata.get("encoder", UNNAMED if encoder is None else encoder.name)),
         features=embeds.unflatten(0, (latents, -1)),
         uncond=beside[0],
         neutral=beside[1],
-        face_scale=_number(name, saved, "face_scale", 1.0, -math.inf),
+        face_scale=_number(name, saved, "face_scale", 1.0, -math.inf, math.inf),
     )
+    # one look per loaded file: large features, or a large face_scale, overflow in the projector's half precision
+    if not all(bool(torch.isfinite(tokens).all()) for tokens in (prompt.cond, prompt.uncond)):
+        raise CorruptFileError(
+            f"{name} holds numbers that {adapter.name} turns into NaN or infinite tokens (the largest is "
+            f"{float(embeds.abs().max()):.3g}); encode the references again"
+        )
+    return prompt
 
 
 def feature_of(spec: AdapterSpec) -> str:
@@ -115,12 +123,14 @@ def feature_of(spec: AdapterSpec) -> str:
 def _check_feature(name: str, saved: SavedEmbeds, adapter: AdapterWeights) -> None:
     spec, embeds, texts = adapter.spec, saved.embeds, saved.metadata
     wanted, held = feature_of(spec), texts.get("feature")
-    if not embeds.is_floating_point() or not bool(torch.isfinite(embeds).all()) or 0 in embeds.shape:
-        raise CorruptFileError(f"{name} holds no usable numbers ({embeds.dtype}, shape {tuple(embeds.shape)})")
     fits = embeds.ndim == FEATURE_RANKS[spec.feature] and embeds.shape[-1] == spec.feature_dim
     if fits and held in (None, wanted):
         return
-    made = f", made with {texts['encoder']} for a {texts.get('family', '')} adapter" if "encoder" in texts else ""
+    made = (
+        f", made with {one_line(texts['encoder'])} for a {one_line(texts.get('family', ''), 20)} adapter"
+        if "encoder" in texts
+        else ""
+    )
     what = KINDS.get(held or "", "embeds")
     files = f" ({', or '.join(ENCODERS[spec.encoder].files)})" if spec.encoder in ENCODERS else ""
     raise IncompatibleEncoderError(
@@ -130,13 +140,14 @@ def _check_feature(name: str, saved: SavedEmbeds, adapter: AdapterWeights) -> No
     )
 
 
-def _number(name: str, saved: SavedEmbeds, key: str, default: float, least: float) -> float:
+def _number(name: str, saved: SavedEmbeds, key: str, default: float, least: float, most: float) -> float:
+    text = saved.metadata.get(key, str(default))
     try:
-        value = float(saved.metadata.get(key, default))
+        value = float(text) if len(text) <= 40 else math.nan
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= least):
-        raise CorruptFileError(f"{name} says {key} is {saved.metadata[key]!r}, which is no number that it can have")
+    if not (math.isfinite(value) and least <= value <= most):
+        raise CorruptFileError(f"{name} says {key} is {quoted(text)}, which is no number that it can have")
     return value
 
 

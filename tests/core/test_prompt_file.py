@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 
 from ipadapter_core import prompt_file
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
-from ipadapter_core.errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError
+from ipadapter_core.errors import AdapterError, CorruptFileError, IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.image_encoder import ImageFeatures
 from ipadapter_core.projectors import pack_face
 from ipadapter_core.prompt import ImagePrompt, combine_prompts, encode_image_prompt, prompt_from_features
@@ -170,6 +171,95 @@ def test_files_that_contradict_themselves(
     save_file(tensors, tmp_path / "a.safetensors", texts)
     with pytest.raises(CorruptFileError, match=words):
         load_prompt(tmp_path / "a.safetensors", adapter("base"))
+
+
+ODD = {
+    "float8": torch.ones(1, EMBED).to(torch.float8_e4m3fn),
+    "complex": torch.ones(1, EMBED, dtype=torch.complex64),
+    "integers": torch.ones(1, EMBED, dtype=torch.int64),
+    "bools": torch.ones(1, EMBED, dtype=torch.bool),
+    "one number": torch.tensor(1.0),
+    "a row": torch.ones(EMBED),
+    "five axes": torch.ones(1, 1, 1, 1, EMBED),
+    "no images": torch.ones(0, EMBED),
+    "no width": torch.ones(1, 0),
+    "NaN": torch.full((1, EMBED), torch.nan),
+    "infinite": torch.full((1, EMBED), torch.inf),
+    "a million images": torch.ones(1_000_000, 1).half(),
+}
+ODD_PICKLES = {
+    **ODD,
+    "a list of one number": [torch.tensor(1.0)],
+    "an empty list": [],
+    "a list of texts": ["x"],
+    "two adapters": [torch.ones(1, EMBED), torch.ones(1, EMBED)],
+    "a triple": torch.ones(3, 1, 1, EMBED),
+    "no numbers": torch.ones(1, EMBED, device="meta"),
+    "sparse": torch.ones(1, EMBED).to_sparse(),
+    "billions of images": torch.ones(1, EMBED).expand(10**9, EMBED),
+    "a table": {"embeds": torch.ones(1, EMBED)},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_PICKLES)
+def test_pickles_of_odd_embeds(tmp_path: Path, kind: str) -> None:
+    torch.save(ODD_PICKLES[kind], tmp_path / "a.ipadpt")
+    with pytest.raises(CorruptFileError, match=r"^a\.ipadpt"):
+        load_prompt(tmp_path / "a.ipadpt", adapter("base"))
+
+
+@pytest.mark.parametrize("place", ["embeds", "negative", "neutral"])
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_numbers_anywhere_in_a_prompt(tmp_path: Path, kind: str, place: str) -> None:
+    save_file(
+        {"embeds": torch.ones(1, EMBED), "negative": torch.ones(1, EMBED), place: ODD[kind]}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(CorruptFileError, match=r"^a\.safetensors"):
+        load_prompt(tmp_path / "a.safetensors", adapter("base"))
+
+
+@pytest.mark.parametrize("place", ["embeds", "negative"])
+def test_numbers_that_overflow_in_the_adapter(tmp_path: Path, place: str) -> None:
+    tensors = {"embeds": torch.ones(2, EMBED), "negative": torch.ones(1, EMBED)}
+    save_file({**tensors, place: torch.full_like(tensors[place], 3e38)}, tmp_path / "a.safetensors")
+    with pytest.raises(CorruptFileError, match="NaN or infinite tokens"):
+        load_prompt(tmp_path / "a.safetensors", adapter("base"))
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, "nan", "inf", "1e400", "-1", "20000", "a\nb"])
+def test_numbers_in_texts(tmp_path: Path, text: str) -> None:
+    save_file({"embeds": torch.ones(1, EMBED)}, tmp_path / "a.safetensors", {"latents": text})
+    with pytest.raises(CorruptFileError, match="no number that it can have") as caught:
+        load_prompt(tmp_path / "a.safetensors", adapter("base"))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_texts_of_a_file_stay_on_one_line(tmp_path: Path) -> None:
+    texts = {"encoder": "x\n" * 1000, "family": "y\x1b" * 1000, "feature": "penultimate"}
+    save_file({"embeds": torch.ones(1, EMBED)}, tmp_path / "a.safetensors", texts)
+    with pytest.raises(IncompatibleEncoderError) as caught:
+        load_prompt(tmp_path / "a.safetensors", adapter("base"))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+    save_file({"embeds": torch.ones(1, EMBED)}, tmp_path / "a.safetensors", {"encoder": "x\n" * 1000})
+    assert load_prompt(tmp_path / "a.safetensors", adapter("base")).encoder.isprintable()
+
+
+def test_a_prompt_file_cut_off_while_in_use(tmp_path: Path) -> None:
+    path = save_prompt(tmp_path / "a.safetensors", encode("plus"))
+    prompt = load_prompt(path, adapter())
+    os.truncate(path, 0)
+    same(prompt, encode("plus"))
+
+
+def test_pipes_and_the_like_are_no_prompts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.ipadpt")
+    (tmp_path / "loop.ipadpt").symlink_to(tmp_path / "loop.ipadpt")
+    for name in ("a.ipadpt", "loop.ipadpt", "/dev/zero", "nul\0", "x" * 5000, "", "nothing.ipadpt"):
+        with pytest.raises((AdapterError, FileNotFoundError)) as caught:
+            load_prompt(tmp_path / name, adapter("base"))
+        assert str(caught.value).isprintable()
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
