@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import AdapterError, CorruptFileError, InvalidInputError, UnknownFormatError
+from ..errors import AdapterError, CorruptFileError, InvalidInputError, UnknownFormatError, one_line, reason
 from ..image_encoder import ENCODERS
 from ..projectors import TORCH, Operations
 from ..state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
@@ -75,9 +75,8 @@ def load_adapter(
 ) -> AdapterWeights:
     """Load an adapter from a file or a state dict, on the CPU.
 
-    The weights keep the file's dtype unless `dtype` is given; a file that mixes dtypes gets the widest of them. They
-    are mapped from the file where its format allows, so nothing is read twice. `operations` says whose layers are
-    built: torch.nn's, or comfy.ops.manual_cast's.
+    The weights keep the file's dtype unless `dtype` is given; a file that mixes dtypes gets the widest of them. They are
+    read once and not copied. `operations` says whose layers are built: torch.nn's, or comfy.ops.manual_cast's.
 
     Raises UnknownFormatError for what is not an adapter of a known family, CorruptFileError for incomplete or damaged
     ones and for NaN weights, UnsafeFileError for pickles that carry code, FileNotFoundError.
@@ -91,7 +90,12 @@ def load_adapter(
         raise _named(error, file.name) from error
     if dtype is None:
         dtype = reduce(_wider, (tensor.dtype for tensor in tensors.values()))
-    module.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
+    file.tensors.clear()  # so that a tensor goes when another dtype of it comes, and the file is not in memory twice
+    converted: dict[str, Tensor] = {}
+    while tensors:
+        key, tensor = tensors.popitem()
+        converted[key] = tensor.to(dtype)
+    module.load_state_dict(converted, assign=True)
     return AdapterWeights(spec, module.requires_grad_(False).eval(), file.name, file.metadata, lora)
 
 
@@ -125,13 +129,13 @@ def save_adapter(
     """
     path = Path(path)
     if layout not in EXTENSIONS:
-        raise InvalidInputError(f"layout is {layout!r}; choose 'flat' (safetensors) or 'nested' (.bin).")
+        raise InvalidInputError(f"layout is {one_line(layout)!r}; choose 'flat' (safetensors) or 'nested' (.bin).")
     if path.suffix.lower() not in EXTENSIONS[layout]:
         raise InvalidInputError(
-            f"{path.name} should end in {' or '.join(EXTENSIONS[layout])} for the layout {layout!r}."
+            f"{one_line(path.name)} should end in {' or '.join(EXTENSIONS[layout])} for the layout {layout!r}."
         )
     if not path.parent.is_dir():
-        raise InvalidInputError(f"the folder {path.parent} does not exist: create it first.")
+        raise InvalidInputError(f"the folder {one_line(path.parent)} does not exist: create it first.")
     texts = {**adapter.metadata, **_as_metadata(adapter.spec), **(metadata or {})}
     if not all(isinstance(text, str) for entry in texts.items() for text in cast("tuple[object, object]", entry)):
         raise InvalidInputError("metadata must be text to text: write numbers as strings.")
@@ -162,7 +166,7 @@ def _write(state: dict[str, Tensor], path: Path, layout: Layout, texts: dict[str
         groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
         for key, tensor in state.items():
             group, rest = key.split(".", 1)
-            # clone: torch.save writes the whole storage of a view, and a mapped tensor is a view of its whole file
+            # clone: torch.save writes the whole storage of a view
             groups[group][rest] = tensor.clone()
         torch.save(groups, path)
     with path.open("r+b") as file:
@@ -179,7 +183,7 @@ def _read(file: TensorFile) -> tuple[AdapterSpec, Format, dict[str, Tensor], dic
     try:
         module = empty_module(format, spec, BARE)
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise CorruptFileError(f"its sizes do not make a network ({error}): the file is damaged.") from error
+        raise CorruptFileError(f"its sizes do not make a network ({reason(error)}): the file is damaged.") from error
     return _with_hints(spec, file.metadata), format, check_tensors(module, state), lora
 
 
@@ -225,10 +229,10 @@ def _seen(state: StateDict) -> str:
 
 def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:
     """Fill in from metadata what shapes cannot tell; what they do tell stands."""
-    encoder = metadata.get("encoder", "")
+    encoder = one_line(metadata.get("encoder", ""))
     if spec.encoder == "custom" and encoder and not _contradicts(encoder, spec):
         spec = replace(spec, encoder=encoder)
-    base_model = metadata.get("base_model", "")
+    base_model = one_line(metadata.get("base_model", ""))
     if spec.base_model.startswith("custom ") and base_model and base_model not in {"SD1.5", "SD2", "SDXL", "Kolors"}:
         spec = replace(spec, base_model=base_model)
     unconditional = metadata.get("unconditional")

@@ -17,7 +17,7 @@ from ..projectors import Operations, ProjModelFaceIdPlus
 from ..state_dict import StateDict
 from .embedded_lora import LAYERS_AND_LORA
 from .faceid import MLP_KEYS
-from .format import AdapterSpec, Format, base_model, divided, encoder_name, layer_channels, shape_of
+from .format import MOST_LAYERS, AdapterSpec, Format, base_model, divided, encoder_name, few, layer_channels, shape_of
 
 PERCEIVER = "image_proj.perceiver_resampler."
 KOLORS_TEXT_DIM, KOLORS_TOKEN_DIM = 4096, 2048
@@ -32,8 +32,10 @@ def parse(state: StateDict) -> AdapterSpec:
     ff_dim, _ = shape_of(state, f"{PERCEIVER}layers.0.1.1.weight", rank=2)
     inner_dim, _ = shape_of(state, f"{PERCEIVER}layers.0.0.to_q.weight", rank=2)
     numbers = sorted({int(match[1]) for match in filter(None, map(LAYER.fullmatch, state))})
-    if numbers != list(range(len(numbers))):
-        raise CorruptFileError(f"perceiver_resampler.layers are numbered {numbers}: the file is incomplete.")
+    if numbers != list(range(len(numbers))) or len(numbers) > MOST_LAYERS:
+        raise CorruptFileError(
+            f"perceiver_resampler.layers are numbered {few(map(str, numbers))}: the file is incomplete."
+        )
     if feature_dim < face_dim:
         raise CorruptFileError(
             f"the encoder's tokens are {feature_dim} wide, less than the face embedding's {face_dim}."

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import CorruptFileError, IncompatibleEncoderError
+from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError, one_line
 from ..image_encoder import FEATURE_RANKS, Feature, find_encoder
 from ..projectors import TORCH, Operations
 from ..state_dict import StateDict
@@ -19,6 +19,9 @@ Unconditional = Literal["zero_embeds", "zero_pixels"]
 
 LAYER_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_([kv])_ip\.weight")
 """One number per attention of the UNet, down, up, mid; odd ones are cross-attention (the only ones here)."""
+
+MOST_LAYERS = 1000
+"""Cross-attentions of a model, and layers of a resampler; SDXL has 70. Each becomes modules, whatever its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +163,13 @@ class AdapterWeights:
         return cast(Tensor, key(tokens)), cast(Tensor, value(tokens))
 
     def _fitting(self, x: Tensor) -> Tensor:
-        return x if self.module.casts_weights else x.to(next(self.module.to_k_ip.parameters()))
+        if self.module.casts_weights:
+            return x
+        if self.dtype.itemsize == 1:
+            raise InvalidInputError(
+                f"{self.name} is in {self.dtype}, which computes nothing: load it with dtype=torch.float16"
+            )
+        return x.to(next(self.module.to_k_ip.parameters()))
 
 
 def empty_module(format: Format, spec: AdapterSpec, operations: Operations) -> AdapterModule:
@@ -217,6 +226,8 @@ def layer_channels(state: StateDict, token_dim: int) -> tuple[int, ...]:
     for match in filter(None, map(LAYER_KEY.fullmatch, state)):
         numbers[match[2]].add(int(match[1]))
     keys, values = numbers["k"], numbers["v"]
+    if max(len(keys), len(values)) > MOST_LAYERS:
+        raise CorruptFileError(f"ip_adapter holds {len(keys)} key layers; no base model has over {MOST_LAYERS}.")
     expected = set(range(1, 2 * max(len(keys), len(values)) + 1, 2))
     missing = [f"{n}.to_k_ip.weight" for n in sorted(expected - keys)]
     missing += [f"{n}.to_v_ip.weight" for n in sorted(expected - values)]
@@ -296,6 +307,8 @@ def check_finite(tensors: StateDict) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.is_meta or tensor.numel() == 0:
         return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     if tensor.element_size() == 1:  # float8 has no aminmax
         tensor = tensor.float()
     # Both ends are NaN if any number is, and one is infinite if any is: 10 times faster than isfinite().all() on a CPU.
@@ -305,6 +318,6 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def few(names: Iterable[str], limit: int = 4) -> str:
     """The first few of many names, for a message."""
-    listed = [name[:80] for name in names]
+    listed = list(names)
     rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + rest
+    return ", ".join(map(one_line, listed[:limit])) + rest

@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import CorruptFileError
 from ..projectors import Operations, Resampler
 from ..state_dict import StateDict
-from .format import AdapterSpec, Format, base_model, encoder_name, layer_channels, shape_of
+from .format import MOST_LAYERS, AdapterSpec, Format, base_model, encoder_name, layer_channels, shape_of
 
 LAYER = re.compile(r"image_proj\.layers\.(0|[1-9][0-9]{0,3})\..*")
 
@@ -48,6 +48,8 @@ def parse(state: StateDict) -> AdapterSpec:
 def depth(state: StateDict) -> int:
     """Number of resampler layers. Raises CorruptFileError when one between two others is missing."""
     numbers = sorted({int(match[1]) for match in filter(None, map(LAYER.fullmatch, state))})
+    if len(numbers) > MOST_LAYERS:
+        raise CorruptFileError(f"image_proj has {len(numbers)} layers; no adapter has over {MOST_LAYERS}.")
     if numbers != list(range(len(numbers))):
         gap = next(i for i, n in enumerate(numbers) if i != n)
         raise CorruptFileError(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ipadapter_core import checkpoints
-from ipadapter_core.checkpoints import FORMATS, AdapterWeights, describe_adapter, load_adapter, save_adapter
+from ipadapter_core.checkpoints import FORMATS, AdapterWeights, describe_adapter, load_adapter, plus, save_adapter
+from ipadapter_core.checkpoints import format as formats_of_checkpoints
 from ipadapter_core.checkpoints.containers import normalise
 from ipadapter_core.checkpoints.format import checkpoint_key, module_key
 from ipadapter_core.errors import (
@@ -452,6 +453,49 @@ def test_a_single_bad_number_is_found_and_named(value: float, dtype: torch.dtype
         with pytest.raises(CorruptFileError, match=rf"NaN or infinite numbers in {key}\."):
             load_adapter(state)
         describe_adapter(state)  # does not look at numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8])
+def test_other_numbers_are_no_weights(dtype: torch.dtype) -> None:
+    state = {key: tensor.to(dtype) for key, tensor in tiny_state("base").items()}
+    with pytest.raises(CorruptFileError, match="floating point"):
+        load_adapter(state)
+
+
+def test_float8_computes_nothing() -> None:
+    state = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in tiny_state("base").items()}
+    with pytest.raises(InvalidInputError, match="float16"):
+        load_adapter(state).tokens(torch.ones(1, 24))
+    assert load_adapter(state, dtype=torch.float32).tokens(torch.ones(1, 24)).isfinite().all()
+
+
+def test_an_adapter_cut_off_while_in_use(tmp_path: Path) -> None:
+    """Of a mapped file, looking at the numbers then would end the process (SIGBUS)."""
+    for suffix, layout in ((".safetensors", "flat"), (".bin", "nested")):
+        path = tmp_path / f"a{suffix}"
+        save_adapter(load_adapter(tiny_state("base")), path, layout=layout)  # pyright: ignore
+        adapter = load_adapter(path)
+        os.truncate(path, 0)
+        assert adapter.tokens(torch.ones(1, 24)).isfinite().all()
+
+
+@pytest.mark.parametrize("layers", ["ip_adapter", "resampler"])
+def test_more_layers_than_any_model_has(layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats_of_checkpoints, "MOST_LAYERS", 4)
+    monkeypatch.setattr(plus, "MOST_LAYERS", 4)
+    state = tiny_state(
+        "plus", channels=(4,) * (5 if layers == "ip_adapter" else 2), depth=2 if layers == "ip_adapter" else 5
+    )
+    with pytest.raises(CorruptFileError, match="has over 4"):
+        load_adapter(state)
+
+
+def test_hints_stay_on_one_line(tmp_path: Path) -> None:
+    save_file(tiny_state("base"), tmp_path / "a.safetensors", {"encoder": "x\n" * 999, "base_model": "\x1b[2J"})
+    spec = describe_adapter(tmp_path / "a.safetensors")
+    assert spec.encoder.isprintable()
+    assert len(spec.encoder) <= 81
+    assert spec.base_model.isprintable()
 
 
 def test_float8_nan_is_found() -> None:
