@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import InvalidInputError
+from .errors import InvalidInputError, quoted, reason
+from .text_files import regular_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,8 +369,13 @@ def open_face_model(root: Path, pack: str = "buffalo_l", provider: str = "CPU") 
     except Exception:  # not there, or built for another numpy: its ONNX files alone will do
         app = None
     else:
-        app = cast(Any, FaceAnalysis)(name=pack, root=str(root), providers=providers)
-        app.prepare(ctx_id=0, det_size=(640, 640))
+        for path in folder.glob("*.onnx"):
+            regular_file(path)
+        try:
+            app = cast(Any, FaceAnalysis)(name=pack, root=str(root), providers=providers)
+            app.prepare(ctx_id=0, det_size=(640, 640))
+        except Exception as error:  # insightface and onnxruntime each raise their own kinds
+            raise InvalidInputError(_unreadable(folder, pack, error)) from error
     if app is not None:
         return InsightFaceAnalyzer(app, name)
     files = {path.name: path for path in folder.rglob("*.onnx")} if folder.is_dir() else {}
@@ -380,8 +386,19 @@ def open_face_model(root: Path, pack: str = "buffalo_l", provider: str = "CPU") 
             f"{RECOGNISERS[1]}; found: {', '.join(sorted(files)) or 'nothing'}): unpack {pack}.zip of "
             "https://github.com/deepinsight/insightface/releases there"
         )
-    detector, recogniser = (_session(runtime.InferenceSession(str(path), providers=providers)) for path in found)
+    paths = [regular_file(cast(Path, path)) for path in found]
+    try:
+        detector, recogniser = (_session(runtime.InferenceSession(str(path), providers=providers)) for path in paths)
+    except Exception as error:  # onnxruntime has kinds of its own
+        raise InvalidInputError(_unreadable(folder, pack, error)) from error
     return OnnxFaceAnalyzer(detector, recogniser, name)
+
+
+def _unreadable(folder: Path, pack: str, error: Exception) -> str:
+    return (
+        f"the face models in {quoted(folder)} cannot be opened ({reason(error)}): they are damaged or were not downloaded "
+        f"completely; unpack {pack}.zip of https://github.com/deepinsight/insightface/releases there again"
+    )
 
 
 def _session(network: Any) -> Session:

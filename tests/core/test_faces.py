@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +197,27 @@ def test_providers_fall_back_to_the_cpu() -> None:
     assert usable_providers("DirectML", ["DmlExecutionProvider", "CPUExecutionProvider"])[0] == "DmlExecutionProvider"
     with pytest.raises(InvalidInputError, match="choose one of: CPU"):
         usable_providers("TPU", [])
+
+
+def test_face_models_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models" / "buffalo_l"
+    folder.mkdir(parents=True)
+
+    def refuse(path: str, providers: object) -> None:
+        raise RuntimeError(f"[ONNXRuntimeError] : 7 :\n INVALID_PROTOBUF : {path}")
+
+    runtime = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"], InferenceSession=refuse)
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    monkeypatch.setitem(sys.modules, "insightface", None)
+    (folder / "det_10g.onnx").write_bytes(b"<html>")
+    (folder / "w600k_r50.onnx").write_bytes(b"")
+    with pytest.raises(InvalidInputError, match=r"cannot be opened .*unpack buffalo_l\.zip") as caught:
+        open_face_model(tmp_path)
+    assert str(caught.value).isprintable()
+    (folder / "w600k_r50.onnx").unlink()
+    os.mkfifo(folder / "w600k_r50.onnx")
+    with pytest.raises(InvalidInputError, match="pipe"):
+        open_face_model(tmp_path)
 
 
 def test_a_missing_package_or_model_says_what_to_do(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
 from ipadapter_core.checkpoints.format import AdapterSpec
-from ipadapter_core.errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError
+from ipadapter_core.errors import AdapterError, CorruptFileError, IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.image_encoder import (
     CLIP_MEAN,
     CLIP_STD,
@@ -344,14 +346,80 @@ def test_folders_that_hold_no_encoder(clip_folder: Path, tmp_path: Path) -> None
 
 
 def test_missing_weights_are_not_made_up(clip_folder: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     shutil.copy(clip_folder / "config.json", tmp_path)
     tensors = load_file(clip_folder / "model.safetensors")
     del tensors["visual_projection.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CorruptFileError, match=r"visual_projection\.weight"):
         TransformersImageEncoder.from_pretrained(tmp_path)
+
+
+SAID = {
+    "a tower of a million layers": {"num_hidden_layers": 10**6},
+    "another width": {"hidden_size": 10**9},
+    "no heads": {"num_attention_heads": 0},
+    "heads of text": {"num_attention_heads": "many"},
+    "another picture size": {"image_size": 10**7},
+    "an activation that is none": {"hidden_act": "os.system\n"},
+}
+
+
+@pytest.mark.parametrize("lie", SAID)
+def test_configs_that_the_weights_do_not_bear_out(clip_folder: Path, tmp_path: Path, lie: str) -> None:
+    config = json.loads((clip_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **SAID[lie]}))
+    shutil.copy(clip_folder / "model.safetensors", tmp_path)
+    with pytest.raises(CorruptFileError) as caught:
+        TransformersImageEncoder.from_pretrained(tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("container", ["bin", "shards", "utf-16"])
+def test_folders_in_other_spellings(clip_folder: Path, tmp_path: Path, container: str) -> None:
+    state = load_file(clip_folder / "model.safetensors")
+    text = (clip_folder / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text, encoding="utf-16" if container == "utf-16" else "utf-8")
+    if container == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    elif container == "shards":
+        keys = sorted(state)
+        for number, part in enumerate((keys[:5], keys[5:])):
+            save_file({key: state[key] for key in part}, tmp_path / f"{number}.safetensors")
+        places = {key: f"{int(key in keys[5:])}.safetensors" for key in keys}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    else:
+        shutil.copy(clip_folder / "model.safetensors", tmp_path)
+    one, other = (TransformersImageEncoder.from_pretrained(folder) for folder in (clip_folder, tmp_path))
+    pixels = torch.rand(1, 3, one.image_size, one.image_size)
+    assert torch.equal(one.encode(pixels).penultimate, other.encode(pixels).penultimate)
+
+
+def test_shards_lie_beside_their_index(clip_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(clip_folder / "config.json", tmp_path)
+    for places in ({"a": "../a.safetensors"}, {"a": "/etc/passwd"}, {"a": 1}, {}, [1]):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(CorruptFileError, match="does not name files beside it"):
+            TransformersImageEncoder.from_pretrained(tmp_path)
+
+
+def test_an_encoder_cut_off_while_in_use(clip_folder: Path, tmp_path: Path) -> None:
+    """Of a mapped file, looking at the numbers then would end the process (SIGBUS)."""
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(clip_folder / file, tmp_path)
+    encoder = TransformersImageEncoder.from_pretrained(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 0)
+    assert encoder.encode(torch.rand(1, 3, encoder.image_size, encoder.image_size)).image_embeds.isfinite().all()
+
+
+def test_pipes_are_no_part_of_an_encoder(clip_folder: Path, tmp_path: Path) -> None:
+    for pipe in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        folder = tmp_path / pipe
+        shutil.copytree(clip_folder, folder)
+        (folder / pipe).unlink(missing_ok=True)
+        os.mkfifo(folder / pipe)
+        with pytest.raises(AdapterError, match="pipe"):
+            TransformersImageEncoder.from_pretrained(folder)
 
 
 # --- which encoder for which adapter --------------------------------------------------------------------------------
