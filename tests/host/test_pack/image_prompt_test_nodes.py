@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import gc
 import hashlib
 import json
 import os
 import tempfile
+import threading
 import types
 
 import comfy.clip_vision
 import comfy.model_management
+import comfy.model_patcher
 import comfy.samplers
 import folder_paths
 import numpy as np
@@ -370,6 +374,36 @@ class TestMemory:
         return {"ui": {"text": [json.dumps(numbers | {"after": stack.held_bytes})]}}
 
 
+class TestCensus:
+    """What is alive in the server's process: memory, tensors, patchers, and every Python object by its class."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ()
+    FUNCTION = "count"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"run": SEED}}
+
+    def count(self, run):
+        gc.collect()
+        alive = gc.get_objects()
+        kinds = collections.Counter(f"{type(one).__module__}.{type(one).__qualname__}" for one in alive)
+        with open("/proc/self/status") as status:
+            rss = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+        numbers = {
+            "rss_kb": rss,
+            "objects": len(alive),
+            "tensors": sum(issubclass(type(one), torch.Tensor) for one in alive),
+            "patchers": sum(issubclass(type(one), comfy.model_patcher.ModelPatcher) for one in alive),
+            "files": len(os.listdir("/proc/self/fd")),
+            "threads": threading.active_count(),
+            "kinds": dict(kinds.most_common(400)),
+        }
+        return {"ui": {"text": [json.dumps(numbers)]}}
+
+
 class TestCompile:
     """TorchCompileModel with a backend that runs the traced graph as it is: all of the tracing, none of the compiling."""
 
@@ -420,6 +454,7 @@ NODES = (
     TestCondBatch,
     TestPartlyLoaded,
     TestMemory,
+    TestCensus,
     TestCompile,
     TestSameObject,
 )
