@@ -8,10 +8,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-import torch
 
 
 def dies(work: Callable[[], object]) -> int:
@@ -31,12 +28,13 @@ def dies(work: Callable[[], object]) -> int:
 
 def kill_at(step: type, place: str, count: int) -> Callable[[], None]:
     """Patch one function so that its count-th call is the last thing the process does; `step` is the module that learns."""
+    from ipadapter_core.training import saved_state
     from ipadapter_core.training import state as state_module
 
     owners: dict[str, tuple[Any, str]] = {
         "forward": (step, "forward"),
         "before the rename": (state_module.RunFolder, "finish"),
-        "amid the state's files": (torch, "save"),
+        "amid the state's files": (saved_state, "write_tensors"),
         "after a sync": (state_module, "_sync"),
         "old state gone": (shutil, "rmtree"),
         "adapter file": (state_module.RunFolder, "save_adapter"),
@@ -48,7 +46,7 @@ def kill_at(step: type, place: str, count: int) -> Callable[[], None]:
         calls[0] += 1
         if calls[0] == count:
             if place == "amid the state's files":
-                Path(args[1] if isinstance(args[1], (str, Path)) else args[1].name).write_bytes(b"half")
+                args[0].write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 

@@ -186,7 +186,9 @@ class OutputConfig:
     save_every: int = 500
     keep: int = 3
     state_every: int = 500
-    keep_states: int = 1
+    keep_states: int = 2
+    """States kept; with two, one that turns out damaged costs the steps since the one before it and not the run. Each
+    takes four times the bytes of the weights in float32 (SD1.5: 0.4 GB, SDXL: 5.6 GB)."""
     dtype: Dtype = "float16"
     nested: bool = False
     """Also write the final adapter as nested .bin."""

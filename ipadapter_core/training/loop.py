@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import AdapterError, InvalidInputError
+from ..errors import AdapterError, CorruptFileError, InvalidInputError
 from .config import RunConfig
 from .log import Log, save_sheet
 from .optimizers import build_average, build_optimizer, build_schedule
-from .state import RunFolder, check_same_run
+from .saved_state import Training, load_random, save_random
+from .state import RunFolder, Saved, check_same_run, read_state
 from .step import Step
 
 State = dict[str, Tensor]
@@ -89,11 +90,21 @@ class Tally:
         self.bad_in_a_row = 0
         self.losses: list[float] = []
 
-    def state_dict(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+    def set(self, counts: dict[str, Any], step: int) -> None:
+        """Go on from what was saved after that step. Raises CorruptFileError."""
+        whole = [counts.get(name) for name in ("step", "bad", "bad_in_a_row")]
+        losses: Any = counts.get("losses")
+        if (
+            counts.get("step") != step
+            or any(type(one) is not int or one < 0 for one in whole)
+            or not isinstance(losses, list)
+            or not all(isinstance(one, float) for one in cast("list[object]", losses))
+        ):
+            raise CorruptFileError(f"the state of step {step} has other counts than were saved")
+        vars(self).update({name: counts[name] for name in vars(self)})
 
 
 class Clock:
@@ -135,18 +146,19 @@ def fit(
     train, out, seen = config.train, config.output, config.watch
     learned = module.learned
     parameters = [p for p in learned.parameters() if p.requires_grad]
-    optimizer: Any = build_optimizer(train, module.groups(train.lr))
-    schedule = build_schedule(train, optimizer)
-    model, optimizer = accelerator.prepare(module, optimizer)
+    plain = build_optimizer(train, module.groups(train.lr))
+    schedule = build_schedule(train, plain)
+    model, optimizer = accelerator.prepare(module, plain)
     average = build_average(train, learned)
     tally = Tally()
-    accelerator.register_for_checkpointing(schedule, tally, *([] if average is None else [average]))
-    newest = _newest(accelerator, folder)
+    training = Training(module, average, plain, schedule, accelerator.scaler)
+    rank: int = accelerator.process_index
+    newest = _newest(accelerator, folder, log)
     if newest is not None:
-        _, place, run = newest
-        changed = check_same_run(config, run, place, accelerator.num_processes)
-        accelerator.load_state(str(place))
-        log.say(f"going on after step {tally.step} from {place}" + (changed and f"\n{changed}"))
+        changed = check_same_run(config, newest.note, newest.folder, accelerator.num_processes)
+        tally.set(training.load(newest.folder), newest.step)
+        load_random(newest.folder, rank)
+        log.say(f"going on after step {tally.step} from {newest.folder}" + (changed and f"\n{changed}"))
     log.begin(tally.step)
 
     def raw() -> State:
@@ -161,7 +173,10 @@ def fit(
         accelerator.wait_for_everyone()
 
     def save_state() -> None:
-        accelerator.save_state(str(folder.unfinished(tally.step)))
+        place = folder.unfinished(tally.step)
+        if accelerator.is_main_process:
+            training.save(place, tally.counts())
+        save_random(place, rank)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             world = accelerator.num_processes
@@ -257,31 +272,47 @@ def fit(
     return Outcome(tally.step, file, stopped, by_file)
 
 
-def _newest(accelerator: Any, folder: RunFolder) -> tuple[int, Path, dict[str, Any]] | None:
-    """The state to go on from, the same for all processes.
+def _newest(accelerator: Any, folder: RunFolder, log: Log) -> Saved | None:
+    """The state to go on from, the same for all processes; the first one looks which is whole, and says which are not.
 
     Raises InvalidInputError where they do not see the first one's: each would train another part of the run.
     """
-    found = folder.newest()
-    if accelerator.num_processes == 1:
-        return found
-    from accelerate.utils import broadcast
+    found: Saved | None = None
+    failure: AdapterError | None = None
+    if accelerator.is_main_process:
+        try:
+            found, problems = folder.newest()
+            for problem in problems:
+                log.say(f"{problem}: it was put aside, and the training goes on from the state before it")
+        except AdapterError as error:
+            failure = error
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast
 
-    def step() -> int:
-        return -1 if found is None else found[0]
+        device = accelerator.device
+        chosen = -2 if failure is not None else -1 if found is None else found.step
+        wanted = int(cast(Tensor, broadcast(torch.tensor(chosen, device=device))))
+        if wanted == -2:
+            raise failure or InvalidInputError(f"the first process cannot go on from {folder.path}; see its message")
+        end = time.monotonic() + SHARED_DISK
 
-    wanted = int(cast(Tensor, broadcast(torch.tensor(step(), device=accelerator.device))))
-    end = time.monotonic() + SHARED_DISK
-    while step() != wanted and time.monotonic() < end:
-        time.sleep(0.2)
-        found = folder.newest()
-    seen = accelerator.gather(torch.tensor([step()], device=accelerator.device)).tolist()
-    if len(set(seen)) > 1:
-        named = ", ".join("no state" if one < 0 else f"step {one}" for one in dict.fromkeys(seen))
-        raise InvalidInputError(
-            f"the processes see different states in {folder.path} ({named}); output.folder must be one folder, shared by all "
-            "machines"
-        )
+        def seen() -> int:
+            steps = [step for step, _ in folder.states()]
+            return wanted if wanted in steps else max(steps, default=-1)
+
+        while seen() != wanted and time.monotonic() < end:
+            time.sleep(0.2)
+        all_seen = accelerator.gather(torch.tensor([seen()], device=device)).tolist()
+        if len(set(all_seen)) > 1:
+            named = ", ".join("no state" if one < 0 else f"step {one}" for one in dict.fromkeys(all_seen))
+            raise InvalidInputError(
+                f"the processes see different states in {folder.path} ({named}); output.folder must be one folder, shared by all "
+                "machines"
+            )
+        if wanted >= 0 and found is None:
+            found = read_state(wanted, dict(folder.states())[wanted])
+    elif failure is not None:
+        raise failure
     return found
 
 

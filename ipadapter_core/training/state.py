@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,16 +10,21 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard, cast
 
 from torch import Tensor
 
-from ..errors import CorruptFileError, InvalidInputError
+from ..errors import AdapterError, CorruptFileError, InvalidInputError, quoted
+from ..text_files import read_json, regular_file
 from .config import OutputConfig, RunConfig
 from .locks import locked
+from .saved_state import TRAINING
 
 STATE = re.compile(r"state-(\d{8})")
+NOTE = "run.json"
+"""In every state: what run it is of, and a checksum of each of its files."""
 FREE = ("watch", "output")
 """Sections that may change between a run and its resumption."""
 SHAPING = {("watch", "validation")}
@@ -95,12 +101,12 @@ class RunFolder:
         return self.path / f"state-{step:08d}.unfinished"
 
     def finish(self, step: int, run: Mapping[str, Any]) -> Path:
-        """Make a written state count (one rename), then drop older ones."""
+        """Make a written state count (one rename), then drop older ones. Its note has a checksum of every file."""
         folder = self.unfinished(step)
-        (folder / "run.json").write_text(json.dumps(run, indent=1))
-        for file in folder.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != NOTE)
+        write_note(folder, {**run, "files": {file.relative_to(folder).as_posix(): checksum(file) for file in files}})
+        for file in (*files, folder / NOTE):
+            _sync(file)
         final = self.path / f"state-{step:08d}"
         if final.exists():  # saved again at one step, where a save before had failed: the same bits
             shutil.rmtree(folder)
@@ -114,16 +120,31 @@ class RunFolder:
             shutil.rmtree(going, ignore_errors=True)
         return final
 
-    def newest(self) -> tuple[int, Path, dict[str, Any]] | None:
-        """The state to go on from: step, folder, what was noted of the run."""
+    def newest(self) -> tuple[Saved | None, list[str]]:
+        """The newest state that is whole, and what is wrong with those after it, which are put aside as `.damaged`.
+
+        Raises CorruptFileError if there are states and none is whole, InvalidInputError for those of older versions.
+        """
+        problems: list[str] = []
         states = self.states()
-        if not states:
-            return None
-        step, folder = states[-1]
-        try:
-            return step, folder, json.loads((folder / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise CorruptFileError(f"{folder} is damaged ({error}); delete it to go on from an older one") from error
+        for step, folder in reversed(states):
+            try:
+                found = read_state(step, folder)
+                found.verify()
+            except PickledStateError:
+                raise
+            except (AdapterError, OSError) as error:
+                problems.append(f"{folder.name} cannot be used ({error})")
+                continue
+            for _, damaged in states[len(states) - len(problems) :]:
+                _put_aside(damaged)
+            return found, problems
+        if problems:
+            raise CorruptFileError(
+                f"no state in {quoted(self.path)} is whole ({'; '.join(problems[:3])}); take its state-… folders away to start anew, with "
+                "adapter.start_from or lora.start_from if one of its checkpoints is to be trained on"
+            )
+        return None, problems
 
     # --- adapter files -------------------------------------------------------------------------------------------------
 
@@ -192,6 +213,81 @@ class AdapterFiles:
         return {**self.metadata, "steps": str(step)}
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A finished state: after which step, in which folder, and what was noted of the run: `config`, `processes`, `files`."""
+
+    step: int
+    folder: Path
+    note: Mapping[str, Any]
+
+    def verify(self) -> None:
+        """Compare every file with its checksum. Raises CorruptFileError, FileNotFoundError, OSError."""
+        for name, wanted in self.note["files"].items():
+            if checksum(self.folder / name) != wanted:
+                raise CorruptFileError(f"{quoted(name)} is damaged: it is not what was saved")
+
+
+class PickledStateError(InvalidInputError):
+    """A state of an older version. Its pickles could run code when they are opened, and nothing of it is."""
+
+
+def read_state(step: int, folder: Path) -> Saved:
+    """A state by its note. Raises CorruptFileError, FileNotFoundError, InvalidInputError, and PickledStateError."""
+    note = read_json(folder / NOTE)
+    values = cast("dict[str, Any]", note) if isinstance(note, dict) else {}
+    if "config" in values and "files" not in values:
+        raise PickledStateError(
+            f"{quoted(folder)} was saved by an older version, as pickles, which can run code when they are opened; finish this "
+            "training with that version, or choose another output.folder and train its newest checkpoint on "
+            "(adapter.start_from, lora.start_from)"
+        )
+    claimed = values.pop("checksum", None)
+    files, config = values.get("files"), values.get("config")
+    if (
+        claimed != _digest_of(values)
+        or not _is_table(files, str)
+        or not _is_table(config, dict)
+        or TRAINING not in files
+        or any(Path(name).name != name for name in files)
+        or type(values.get("processes")) is not int
+        or values.get("step") != step
+    ):
+        raise CorruptFileError(f"{NOTE} is damaged: it is not what was saved")
+    return Saved(step, folder, values)
+
+
+def _is_table(value: object, kind: type) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict) and all(isinstance(one, kind) for one in cast("dict[str, object]", value).values())
+
+
+def write_note(folder: Path, note: Mapping[str, Any]) -> None:
+    """Write what is noted of a state, with a checksum of itself."""
+    text = json.dumps({**note, "checksum": _digest_of(note)}, indent=1)
+    (folder / NOTE).write_text(text, encoding="utf-8")
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file's bytes. Raises FileNotFoundError, InvalidInputError for what is no plain file, OSError."""
+    digest = hashlib.sha256()
+    with regular_file(file).open("rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _digest_of(note: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
+
+
+def _put_aside(folder: Path) -> None:
+    """Rename a damaged state, so that the run can save at that step again and nothing is lost."""
+    number, aside = 1, folder.with_name(f"{folder.name}.damaged")
+    while aside.exists():
+        number, aside = number + 1, folder.with_name(f"{folder.name}.damaged-{number}")
+    os.replace(folder, aside)
+
+
 def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path, processes: int = 1) -> str:
     """What another number of processes changes, in words; empty for the same number.
 
@@ -203,8 +299,7 @@ def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path, p
         # a run of an older version, which lacked the key, ran as its default does
         return before["config"].get(section, {}).get(key, defaults[section][key])
 
-    # states of older versions do not say how many processes there were
-    other: int = before.get("processes", processes)
+    other: int = before["processes"]
     batch, together = config.train.batch, (other * was("train", "batch"), processes * config.train.batch)
     same_samples = other != processes and together[0] == together[1]
     changed = [

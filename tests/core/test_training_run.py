@@ -30,7 +30,7 @@ from ipadapter_core.training import loop as loop_module
 from ipadapter_core.training.adapter import fingerprint
 from ipadapter_core.training.frozen import checkpoint_blocks, load_base, load_encoder
 from ipadapter_core.training.log import Log, curves
-from ipadapter_core.training.state import RunFolder
+from ipadapter_core.training.state import RunFolder, write_note
 from ipadapter_core.training.step import AdapterStep
 from tiny_training import picture, save_model, save_pictures, tiny_config
 
@@ -278,10 +278,10 @@ def test_a_stopped_run_saves_and_goes_on(
     assert "stopped after step 3; the same command goes on from there" in capsys.readouterr().err
     assert (tmp_path / "run/ip-adapter-00000003.safetensors").is_file()
     assert events(tmp_path / "run", "stopped")
-    saved = tmp_path / "run/state-00000003/run.json"
-    noted = json.loads(saved.read_text())
-    del noted["config"]["train"]["beta2"]  # as a version before that key would have left it
-    saved.write_text(json.dumps(noted))
+    saved = tmp_path / "run/state-00000003"
+    noted = json.loads((saved / "run.json").read_text())
+    del noted["config"]["train"]["beta2"], noted["checksum"]  # as a version before that key would have left it
+    write_note(saved, noted)
     assert main(["train", str(tmp_path / "run.toml"), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[-1]["event"] == "done"
