@@ -14,6 +14,9 @@ from .targets import Place, Target, TargetTable
 from .update import Update, shape_text
 from .weights import Component, LoRAModule, LoRAWeights
 
+LONGEST_NAME = 200
+"""Characters of a file's name that are compared with a model's; those have about 80."""
+
 Parameter = Literal["weight", "bias"]
 
 
@@ -39,7 +42,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Unmatched:
-    """A module of the file that the model does not have; ``nearest`` is the most similar name that it has."""
+    """A module of the file that the model does not have; of the first, ``nearest`` is the most similar name that it has."""
 
     module: LoRAModule
     nearest: str | None
@@ -90,7 +93,9 @@ def place_lora(
         table = tables.get(module.component)
         places = () if table is None else table.names.get(module.name, ())
         if table is None or not places:
-            unmatched.append(Unmatched(module, None if table is None else _nearest(module.name, table)))
+            # only the first is shown, and one look-up of a similar name costs as much as placing the whole file
+            similar = None if unmatched or table is None else _nearest(module.name, table)
+            unmatched.append(Unmatched(module, similar))
             continue
         for place in places:
             for found in _placed(module, place, table.targets[place.path]):
@@ -149,7 +154,7 @@ def _shape(placement: Placement) -> tuple[int, ...]:
 
 
 def _nearest(name: str, table: TargetTable) -> str | None:
-    return next(iter(get_close_matches(name, table.names, 1, 0.6)), None)
+    return next(iter(get_close_matches(name[:LONGEST_NAME], table.names, 1, 0.6)), None)
 
 
 def _refuse(

@@ -311,7 +311,7 @@ def _names(section: str) -> list[str]:
 
 
 def _nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(list(names)[:20])}"
 
 

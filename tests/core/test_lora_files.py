@@ -24,6 +24,7 @@ from ipadapter_core.lora import (
     describe_lora,
     load_lora,
     place_lora,
+    placement,
     targets_of,
 )
 from tiny_loras import ALGORITHMS
@@ -532,6 +533,23 @@ def test_unmatched_modules_are_counted_with_the_nearest_name() -> None:
     (lost,) = found.unmatched
     assert lost.nearest == "mid_block_attentions_0_proj_in"
     assert "1 modules have no place" in found.summary()
+
+
+def test_a_refusal_looks_for_one_similar_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look-up compares with every name of the model; for 2,000 modules of a foreign file that took a minute."""
+    asked: list[str] = []
+
+    def close(name: str, names: object, *_: object) -> list[str]:
+        asked.append(name)
+        return []
+
+    monkeypatch.setattr(placement, "get_close_matches", close)
+    strangers = [f"lora_unet_{'x' * 10_000}_{i}_to_q" for i in range(50)]
+    foreign = {key: value for name in strangers for key, value in lora_for(name, (8, 8)).items()}
+    with pytest.raises(IncompatibleAdapterError, match="50 of 50 modules have no place"):
+        placed(foreign, tiny_unet(SD15))
+    assert len(asked) == 1
+    assert len(asked[0]) <= 200
 
 
 def test_keys_of_nothing_known_are_listed() -> None:
