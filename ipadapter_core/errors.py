@@ -16,7 +16,10 @@ def quoted(value: object, limit: int = QUOTED) -> str:
 
 def one_line(value: object, limit: int = QUOTED) -> str:
     """As ``quoted``, without quotes: for names that a sentence begins with, and in lists."""
-    text = value if isinstance(value, str) else str(value)
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a very long {type(value).__name__}"
     return f"{_printable(text[:limit])[:limit]}{'…' if len(text) > limit else ''}"
 
 

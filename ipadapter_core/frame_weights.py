@@ -9,15 +9,24 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .errors import InvalidInputError
+from .entries import LONGEST_LIST, MOST_NUMBERS
+from .errors import InvalidInputError, quoted
+from .schedule import parse_numbers
+from .text_files import check_length
 
 Timing = Literal["custom", "linear", "ease_in_out", "ease_in", "ease_out", "random"]
 Method = Literal["full batch", "shift batches", "alternate batches"]
+
+MOST_BYTES = 32 * 2**30
+"""Of the references of all frames together, which are copies of one another."""
+
+_COUNTS = ("frames", "start_frame", "end_frame", "add_starting_frames", "add_ending_frames", "frame_count")
 
 _EASE: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,
@@ -47,11 +56,19 @@ class WeightsStrategy:
     def __post_init__(self) -> None:
         for name, value, allowed in (("timing", self.timing, Timing), ("method", self.method, Method)):
             if value not in get_args(allowed):
-                raise InvalidInputError(f"{name} is {value!r}; choose one of: {', '.join(get_args(allowed))}")
+                raise InvalidInputError(f"{name} is {quoted(value)}; choose one of: {', '.join(get_args(allowed))}")
+        weights: Any = self.weights
+        if not isinstance(weights, str):  # from another pack's strategy
+            raise InvalidInputError(f"weights are {quoted(self.weights)}; a text such as '1.0, 0.0' was expected")
+        for name in _COUNTS:
+            value: Any = getattr(self, name)
+            if not (isinstance(value, Integral) and 0 <= int(value) <= MOST_NUMBERS):
+                raise InvalidInputError(f"{name} is {quoted(value)}; it must be a whole number of 0..{MOST_NUMBERS:,}")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> WeightsStrategy:
-        missing = [name for name in cls.__slots__ if name not in values]
+        given: Any = values  # of another pack
+        missing = [name for name in cls.__slots__ if not isinstance(given, Mapping) or name not in given]
         if missing:
             raise InvalidInputError(f"this is no weights strategy: {', '.join(missing)} missing")
         return cls(**{name: values[name] for name in cls.__slots__})
@@ -61,10 +78,7 @@ class WeightsStrategy:
 
     def curve(self) -> list[float]:
         """One weight per frame of one transition, at least one."""
-        try:
-            listed = [float(part) for part in self.weights.replace("\n", ",").split(",") if part.strip()]
-        except ValueError:
-            raise InvalidInputError(f"cannot read {self.weights!r} as weights; write them as '1.0, 0.0'") from None
+        listed = parse_numbers(self.weights, "the weights")
         if self.timing == "custom":
             return listed or [0.0]
         frames = max(self.frames, 2)
@@ -88,6 +102,12 @@ class WeightsStrategy:
         if images is None:
             return curve, None, None
         first, second, weights = self._paired(curve, images)
+        frames = len(first) * len(curve) + self.add_starting_frames + self.add_ending_frames
+        if frames * images[:1].nbytes > MOST_BYTES:
+            raise InvalidInputError(
+                f"{frames:,} frames with a reference of {tuple(images.shape[1:3])} pixels each take more than "
+                f"{MOST_BYTES >> 30} GiB; give fewer frames, or scale the references down"
+            )
         first = first.repeat_interleave(len(curve), 0)
         second = None if second is None else second.repeat_interleave(len(curve), 0)
         before, after = self.add_starting_frames, self.add_ending_frames
@@ -110,10 +130,11 @@ class WeightsStrategy:
         return first, second[:-1], weights + curve
 
     def prompt_schedule(self, prompts: str) -> str:
-        """One line ``"frame": "prompt",`` per reference, from one prompt per line."""
-        lines = [line for line in prompts.split("\n") if line.strip()]
+        """One line ``"frame": "prompt",`` per reference, from one prompt per line; at most 10 million characters."""
+        lines = [line for line in check_length(prompts, "the prompts", LONGEST_LIST).split("\n") if line.strip()]
         if not lines or self.frame_count <= 0:
             return ""
+        check_length(max(lines, key=len), "a prompt", 10 * LONGEST_LIST // self.frame_count)
         lines = (lines + lines[-1:] * self.frame_count)[: self.frame_count]
         entries = [(i * self.frames + self.add_starting_frames, line) for i, line in enumerate(lines)]
         if self.add_starting_frames > 0:

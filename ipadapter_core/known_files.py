@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from .checkpoints import AdapterSpec
-from .errors import InvalidInputError
+from .errors import InvalidInputError, quoted
 from .image_encoder import ENCODERS
 
 
@@ -98,16 +99,17 @@ def known_file(preset: str, base: str) -> KnownFile:
 
     Raises InvalidInputError for a preset that does not exist for this base model.
     """
-    wanted = re.split(r"\s*\(|\s+-\s", preset)[0].strip().upper()
+    # without what the old pack wrote behind it: " (high strength)", " - SDXL only"
+    wanted = " ".join(takewhile(lambda word: word != "-", preset.split("(", 1)[0].split())).upper()
     found = [entry for entry in KNOWN_FILES if entry.preset == wanted]
     if not found:
         names = ", ".join(dict.fromkeys(entry.preset for entry in KNOWN_FILES))
-        raise InvalidInputError(f"unknown preset {preset!r}; choose one of: {names}")
+        raise InvalidInputError(f"unknown preset {quoted(preset)}; choose one of: {names}")
     chosen = next((entry for entry in found if entry.base == base), None)
     if chosen is None:
         titles = {"sd15": "SD1.5", "sdxl": "SDXL"}
         raise InvalidInputError(
-            f"there is no {preset!r} adapter for {titles[base]} models, only for "
+            f"there is no {quoted(preset)} adapter for {titles[base]} models, only for "
             f"{' and '.join(titles[entry.base] for entry in found)}; choose another preset or model"
         )
     return chosen

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .errors import InvalidInputError, quoted
 from .schedule import Scaling, SiteRule, WeightSchedule, parse_layers
 
 WEIGHT_TYPES = (
@@ -77,7 +78,7 @@ class LegacySettings:
 
     def schedule(self) -> WeightSchedule:
         """The same as a schedule."""
-        weights = (self.weight,) if isinstance(self.weight, (int, float)) else tuple(float(w) for w in self.weight)
+        weights = _numbers(self.weight)
         preset = todays_option("weight_type", self.weight_type)
         boost: float | None = None
         if self.style_boost is not None:
@@ -106,3 +107,12 @@ class LegacySettings:
             replace(whole, site_factors=(SiteRule("composition", 0.0),)),
             replace(whole, site_factors=(SiteRule("all", 0.0), SiteRule("composition", 1.0))),
         )
+
+
+def _numbers(weight: Any) -> tuple[float, ...]:
+    """One weight or a list of them, as linked nodes of other packs give them."""
+    listed: Any = weight if isinstance(weight, Iterable) and not isinstance(weight, str) else (weight,)
+    try:
+        return tuple(float(w) for w in listed)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInputError(f"weight is {quoted(weight)}; a number or a list of numbers was expected") from None

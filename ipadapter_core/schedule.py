@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Literal, get_args
 
-from .errors import InvalidInputError
+from .entries import LONGEST_LIST, MOST, MOST_NUMBERS, entries, halves, number, some
+from .errors import InvalidInputError, quoted
 from .sites import CrossAttentionSite, ModelLayout
 
 Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+
+MOST_POINTS = 10_000
+"""Points of a curve; samplers take at most some hundred steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ class WeightSchedule:
     ``strength`` is what the user sets (any sign, 1 is the trained strength). ``site_factors`` multiply the preset per
     site: rules such as ``("output", 0.5)``, ``("input 4", 0)``, ``("style", 1.2)``, ``("t3", 0)``, ``("all", 0.1)``,
     later ones win. ``curve`` is a strength factor over the sampling progress, as rising (percent, factor) points,
-    linear in between. Outside ``start_percent..end_percent`` the image does not act.
+    linear in between, at most 10,000. Outside ``start_percent..end_percent`` the image does not act.
     ``composition_strength`` and ``boost`` are the secondary strengths of the presets that use them; None follows
     ``strength``.
     ``layers`` are (``t_idx``, factor) pairs that replace the preset's factors: layers not listed are off, and of the
@@ -175,21 +179,30 @@ class WeightSchedule:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise InvalidInputError(f"unknown preset {self.preset!r}; choose one of: {', '.join(PRESETS)}")
+            raise InvalidInputError(f"unknown preset {quoted(self.preset)}; choose one of: {', '.join(PRESETS)}")
         if self.scaling not in SCALINGS:
-            raise InvalidInputError(f"unknown scaling {self.scaling!r}; choose one of: {', '.join(SCALINGS)}")
+            raise InvalidInputError(f"unknown scaling {quoted(self.scaling)}; choose one of: {', '.join(SCALINGS)}")
         for name in ("strength", "start_percent", "end_percent", "composition_strength", "boost"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise InvalidInputError(f"{name} is {value}, which is not a finite number")
+        for name, most in (("site_factors", MOST), ("layers", MOST), ("curve", MOST_POINTS)):
+            if len(getattr(self, name)) > most:
+                raise InvalidInputError(
+                    f"{name} has {len(getattr(self, name)):,} entries; at most {most:,} can be used"
+                )
         for rule in self.site_factors:
             if not math.isfinite(rule.factor):
-                raise InvalidInputError(f"the factor of {rule.where!r} is {rule.factor}, which is not a finite number")
+                raise InvalidInputError(
+                    f"the factor of {quoted(rule.where)} is {rule.factor}, which is not a finite number"
+                )
         if not all(math.isfinite(f) for f in (*(factor for _, factor in self.layers), *self.latent_strengths)):
             raise InvalidInputError("layer weights and strengths per latent must be finite numbers")
         percents = [percent for percent, _ in self.curve]
         if percents != sorted(percents) or any(not 0 <= p <= 1 for p in percents):
-            raise InvalidInputError(f"curve points need percents that rise within 0..1, got {percents}")
+            raise InvalidInputError(
+                f"curve points need percents that rise within 0..1, got {some([f'{p:g}' for p in percents])}"
+            )
         if any(not math.isfinite(factor) for _, factor in self.curve):
             raise InvalidInputError("curve factors must be finite numbers")
 
@@ -222,7 +235,7 @@ class WeightSchedule:
         ]
         if unknown:
             raise InvalidInputError(
-                f"{', '.join(unknown)} matches no site of {layout.name}; use all, input, middle, output, style, composition, "
+                f"{some([quoted(where) for where in unknown])} matches no site of {layout.name}; use all, input, middle, output, style, composition, "
                 f"t0..t{layout.transformers - 1}, or a site such as {layout.sites[0].label!r}"
             )
         return tuple(self._site_weight(site, layout, roles) for site in layout.sites)
@@ -240,10 +253,11 @@ class WeightSchedule:
 def _interpolate(points: Sequence[tuple[float, float]], percent: float) -> float:
     if percent <= points[0][0]:
         return points[0][1]
-    for (p0, f0), (p1, f1) in pairwise(points):
-        if percent <= p1:
-            return f1 if p1 == p0 else f0 + (f1 - f0) * (percent - p0) / (p1 - p0)
-    return points[-1][1]
+    after = bisect_left(points, percent, 1, key=lambda point: point[0])
+    if after == len(points):
+        return points[-1][1]
+    (p0, f0), (p1, f1) = points[after - 1 : after + 1]
+    return f1 if p1 == p0 else f0 + (f1 - f0) * (percent - p0) / (p1 - p0)
 
 
 def _matches(where: str, site: CrossAttentionSite, roles: Roles) -> bool:
@@ -262,62 +276,79 @@ def _matches(where: str, site: CrossAttentionSite, roles: Roles) -> bool:
             return where in (f"{site.block} {site.number}", f"{site.block} {site.number}.{site.depth}")
 
 
-_RULE = re.compile(
-    r"^\s*(?P<where>[a-z]+(?:\s*\d+(?:\.\d+)?)?)\s*[:=]\s*(?P<factor>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*$"
-)
+_PLACE = re.compile(r"([a-z]{1,40})(?: ?([0-9]{1,4}(?:\.[0-9]{1,4})?))?")
 
 
 def parse_site_factors(text: str) -> tuple[SiteRule, ...]:
-    """Read a per-site table such as ``all: 0.2, output: 1, input 4: 0, t3: 1.5`` (commas or lines, ``#`` comments)."""
+    """Read a per-site table such as ``all: 0.2, output: 1, input 4: 0, t3: 1.5`` (commas or lines, ``#`` comments).
+
+    Raises InvalidInputError for a text of another form, of more than 10,000 characters or 500 entries.
+    """
     rules: list[SiteRule] = []
-    lines = [line.split("#")[0] for line in text.lower().splitlines()]
-    for entry in (part for line in lines for part in line.split(",") if part.strip()):
-        match = _RULE.match(entry)
-        if match is None:
+    for entry in entries(text, "the site table"):
+        where, written = halves(entry) or (entry, "")
+        place, factor = _PLACE.fullmatch(" ".join(where.lower().split())), number(written)
+        if place is None or factor is None:
             raise InvalidInputError(
-                f"cannot read {entry.strip()!r} in the site table; write entries such as 'all: 0.2', 'output: 1', "
+                f"cannot read {quoted(entry)} in the site table; write entries such as 'all: 0.2', 'output: 1', "
                 "'input 4: 0', 'style: 1.2' or 't3: 0', separated by commas or lines"
             )
-        where = re.sub(
-            r"([a-z]+)\s*(\d)", lambda m: f"t{m[2]}" if m[1] == "t" else f"{m[1]} {m[2]}", match["where"], count=1
-        )
-        rules.append(SiteRule(where, float(match["factor"])))
+        name, at = place[1], place[2]
+        rules.append(SiteRule(name if at is None else f"t{at}" if name == "t" else f"{name} {at}", factor))
     return tuple(rules)
 
 
 def parse_layers(text: str) -> tuple[tuple[int, float], ...]:
-    """Read layer weights such as ``3: 0.5, 6: 1`` (index of the weight presets: factor), separated by commas or lines."""
+    """Read layer weights such as ``3: 0.5, 6: 1`` (index of the weight presets: factor), separated by commas or lines.
+
+    Raises InvalidInputError for a text of another form, of more than 10,000 characters or 500 entries.
+    """
     layers: list[tuple[int, float]] = []
-    for entry in (part for part in text.replace("\n", ",").split(",") if part.strip()):
-        try:
-            index, factor = entry.split(":")
-            layers.append((int(index), float(factor)))
-        except ValueError:
+    for entry in entries(text, "the layer weights"):
+        written, factor = halves(entry) or ("", "")
+        index, weight = _index(written), number(factor)
+        if index is None or weight is None:
             raise InvalidInputError(
-                f"cannot read {entry.strip()!r} in the layer weights; write entries such as '3: 0.5, 6: 1' "
+                f"cannot read {quoted(entry)} in the layer weights; write entries such as '3: 0.5, 6: 1' "
                 "(index of the layer: weight)"
-            ) from None
+            )
+        layers.append((index, weight))
     return tuple(layers)
 
 
+def _index(text: str) -> int | None:
+    digits = text[1:] if text[:1] in ("+", "-") else text
+    return int(text) if digits.isascii() and digits.isdecimal() and len(digits) <= 9 else None
+
+
 def parse_curve(text: str) -> tuple[tuple[float, float], ...]:
-    """Read a curve such as ``0: 1, 0.5: 0.4, 1: 0`` (percent: factor); an empty text is no curve."""
+    """Read a curve such as ``0: 1, 0.5: 0.4, 1: 0`` (percent: factor); an empty text is no curve.
+
+    Raises InvalidInputError for a text of another form and for more than 10,000 points.
+    """
     points: list[tuple[float, float]] = []
-    for entry in (part for line in text.splitlines() for part in line.split("#")[0].split(",") if part.strip()):
-        try:
-            percent, factor = (float(number) for number in entry.split(":"))
-        except ValueError:
+    for entry in entries(text, "the curve", LONGEST_LIST, MOST_POINTS):
+        percent, factor = map(number, halves(entry) or ("", ""))
+        if percent is None or factor is None:
             raise InvalidInputError(
-                f"cannot read {entry.strip()!r} in the curve; write points such as '0: 1, 0.5: 0.4, 1: 0' (percent: factor)"
-            ) from None
+                f"cannot read {quoted(entry)} in the curve; write points such as '0: 1, 0.5: 0.4, 1: 0' (percent: factor)"
+            )
         points.append((percent, factor))
     WeightSchedule(curve=tuple(points))  # the same checks as everywhere
     return tuple(points)
 
 
-def parse_numbers(text: str) -> list[float]:
-    """Read numbers separated by commas or lines, such as ``1, 0.5``; an empty text is an empty list."""
-    try:
-        return [float(part) for part in text.replace("\n", ",").split(",") if part.strip()]
-    except ValueError:
-        raise InvalidInputError(f"cannot read {text!r} as numbers; write them as '1, 0.5'") from None
+def parse_numbers(text: str, what: str = "the list of numbers") -> list[float]:
+    """Read numbers separated by commas or lines, such as ``1, 0.5``; an empty text is an empty list.
+
+    ``what`` is the text's name for messages. Raises InvalidInputError for anything else, and for more than 100,000 numbers.
+    """
+    values: list[float] = []
+    for entry in entries(text, what, LONGEST_LIST, MOST_NUMBERS):
+        value = number(entry)
+        if value is None:
+            raise InvalidInputError(
+                f"cannot read {quoted(entry)} in {what} as a number; write numbers with commas between them: '1, 0.5'"
+            )
+        values.append(value)
+    return values

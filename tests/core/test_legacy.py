@@ -303,6 +303,55 @@ def test_weights_that_stopped_the_old_pack() -> None:
         WeightsStrategy("one").curve()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 10**5000}, "whole number of 0..100,000"),
+        ({"frames": 10**9}, "frames is '1000000000'; it must be a whole number of 0..100,000"),
+        ({"add_starting_frames": -1}, "whole number"),
+        ({"frame_count": "many"}, "whole number"),
+        ({"end_frame": 1.5}, "whole number"),
+        ({"weights": None}, "weights are 'None'"),
+        ({"method": "\n" * 10_000}, r"method is '\\n"),
+        ({"weights": "1" * 5_000}, "as a number"),
+        ({"weights": "1, 1e400"}, "'1e400'"),
+        ({"weights": "1," * 100_001}, "100,001 entries"),
+        ({"weights": "1" * 2_000_000}, "at most 1,000,000"),
+    ],
+)
+def test_strategies_of_strangers_have_limits(changes: dict[str, object], message: str) -> None:
+    values = WeightsStrategy("1, 0").as_mapping() | changes
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        WeightsStrategy.from_mapping(values).curve()
+    assert len(str(caught.value)) < 600
+
+
+def test_frames_and_prompts_that_would_fill_the_memory_are_refused() -> None:
+    picture = torch.zeros(1, 1, 1, 1).expand(2, 4096, 4096, 3)
+    with pytest.raises(InvalidInputError, match=r"100,000 frames .* take more than 32 GiB"):
+        WeightsStrategy("1, 0", frames=50_000).frames_of(picture)
+    strategy = WeightsStrategy("1", frame_count=10_000)
+    with pytest.raises(InvalidInputError, match="a prompt has 1,001 characters; at most 1,000"):
+        strategy.prompt_schedule("a\n" + "b" * 1_001)
+    assert strategy.prompt_schedule("b" * 1_000).count("b") == 10_000_000
+    with pytest.raises(InvalidInputError, match="no weights strategy"):
+        WeightsStrategy.from_mapping(None)  # type: ignore[arg-type]
+
+
+def test_weights_of_other_nodes_must_be_numbers() -> None:
+    assert LegacySettings((1, 0.5), unfold_batch=True).schedule().latent_strengths == (1.0, 0.5)
+    for weight in ("one", ["one"], [None], None, 10**400, 10**5000):
+        with pytest.raises(InvalidInputError, match="a number or a list of numbers was expected"):
+            LegacySettings(weight).schedule()  # type: ignore[arg-type]
+
+
+def test_preset_names_are_cut_without_searching() -> None:
+    assert known_file("  plus  face (portraits)", "sd15").preset == "PLUS FACE"
+    with pytest.raises(InvalidInputError, match="unknown preset") as caught:
+        known_file("PLUS" + " " * 100_000 + "x", "sd15")
+    assert len(str(caught.value)) < 400
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, pairwise
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ipadapter_core.errors import InvalidInputError
+from ipadapter_core.frame_weights import WeightsStrategy
 from ipadapter_core.layouts import layout_of
+from ipadapter_core.legacy import LegacySettings
 from ipadapter_core.schedule import (
     PRESETS,
     SiteRule,
     WeightSchedule,
     parse_curve,
+    parse_layers,
     parse_numbers,
     parse_site_factors,
 )
@@ -290,3 +296,101 @@ def test_curves_and_numbers_are_read() -> None:
             parse_curve(text)
     with pytest.raises(InvalidInputError):
         parse_numbers("1; 2")
+
+
+# --- texts of strangers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"all: {'1' * 9_000}x", "cannot read 'all: 1111"),
+        (f"all: {'1' * 9_000}", "cannot read 'all: 1111"),
+        (f"all: {'1' * 100_000}x", "100,006 characters; at most 10,000"),
+        ("all: 1, " * 501, "501 entries; at most 500"),
+        ("all: 1e400", "site table"),
+        ("all: ٣", "site table"),
+        (f"t{'1' * 5_000}: 1", "site table"),
+        (f"{'in ' * 3_000}: 1", "site table"),
+    ],
+)
+def test_site_tables_have_limits(text: str, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        parse_site_factors(text)
+    assert len(str(caught.value)) < 400
+
+
+def test_site_rules_without_a_site_are_quoted_short() -> None:
+    with pytest.raises(InvalidInputError, match="'zz' and 485 more matches no site") as caught:
+        factors("a: 1, b: 1, c: 1, d: 1, zz: 1, " + "zz: 1, " * 485, SD15)
+    assert len(str(caught.value)) < 400
+
+
+def test_curves_have_limits_and_are_looked_up_not_walked() -> None:
+    for points, message in ((10_001, "10,001 entries; at most 10,000"), (200_000, "characters; at most 1,000,000")):
+        with pytest.raises(InvalidInputError, match=message):
+            parse_curve(", ".join("0.5: 1" for _ in range(points)))
+    with pytest.raises(InvalidInputError, match="curve has 10,001 entries"):
+        WeightSchedule(curve=((0.0, 1.0),) * 10_001)
+    with pytest.raises(InvalidInputError, match="and 9,995 more"):
+        WeightSchedule(curve=tuple((1 - i / 10_000, 1.0) for i in range(10_000)))
+    looked: list[int] = []
+
+    class Points(tuple[tuple[float, float], ...]):
+        def __getitem__(self, at: Any) -> Any:
+            looked.append(1)
+            return super().__getitem__(at)
+
+    schedule = WeightSchedule(curve=Points((i / 10_000, float(i)) for i in range(10_000)))
+    assert schedule.at(0.70005) == pytest.approx(7000.5)
+    assert len(looked) < 20
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(-3, 3)), min_size=1, max_size=6),
+    st.floats(0, 1),
+)
+def test_a_curve_is_the_same_as_walked(points: list[tuple[float, float]], percent: float) -> None:
+    points.sort(key=lambda point: point[0])
+    walked = points[0][1] if percent <= points[0][0] else points[-1][1]
+    for (p0, f0), (p1, f1) in pairwise(points):
+        if points[0][0] < percent <= p1:
+            walked = f1 if p1 == p0 else f0 + (f1 - f0) * (percent - p0) / (p1 - p0)
+            break
+    assert WeightSchedule(curve=tuple(points)).at(percent) == walked
+
+
+def test_lists_of_the_old_pack_are_read() -> None:
+    """As many frames as its widgets allow, with the digits that scripts print."""
+    frames = [i / 9_999 for i in range(9_999)]
+    assert parse_numbers(",\n".join(map(repr, frames)) + ",") == frames
+    assert parse_layers("0:1.0, 3 : -0.5,\n 11:+.5,") == ((0, 1.0), (3, -0.5), (11, 0.5))
+    assert parse_layers("-1: 1")[0] == (-1, 1.0)
+
+
+TEXTS = st.one_of(
+    st.text(st.sampled_from("0123456789+-.eE,:=# \t\n\0aint\ud800，１²٣\u2028") | st.characters(), max_size=60),
+    st.lists(
+        st.sampled_from(["all", "t3", "input 4", ":", "=", ",", "\n", "#", "0.5", "1", "1e999", "nan", "inf", "1" * 5000, " "]),
+        max_size=20,
+    ).map("".join),
+)  # fmt: skip
+
+
+@given(TEXTS, st.sampled_from([1, 1, 1, 1000]))
+@settings(max_examples=300)
+def test_any_text_is_read_or_refused(text: str, times: int) -> None:
+    def legacy(text: str) -> object:
+        return LegacySettings(layer_weights=text).schedule()
+
+    def frames(text: str) -> object:
+        return WeightsStrategy(text, "custom").curve()
+
+    for read in (parse_site_factors, parse_layers, parse_curve, parse_numbers, legacy, frames):
+        refusal = ""
+        try:
+            read(text * times)
+        except InvalidInputError as error:
+            refusal = str(error)
+        assert len(refusal) < 600
+        assert refusal.isprintable()
