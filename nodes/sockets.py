@@ -34,8 +34,8 @@ def combine_input(default: str = "concat") -> io.Input:
 
 SELECTOR_TOOLTIP = (
     "Where it acts and how much, later entries win: 'all: 0, out3-5: 0.8', 'attn2 k: 0', 'in4: 1.2', 'ff: 0.5', 'te: 0', "
-    "'re:proj_in$: 1'. Blocks in0-11, mid, out0-11, double*, single*; types attn1, attn2, q, k, v, out, ff, proj, resnet, "
-    "conv. Also a block vector (12, 17, 20, 21, 26, 27, 58 numbers) or a preset such as SD-OUTALL. Empty: everywhere 1."
+    "'*proj_in: 1'. Blocks in0-11, mid, out0-11, double*, single*; types attn1, attn2, q, k, v, out, ff, proj, resnet, "
+    "conv, or a glob of the whole name: '*.attn2.to_k'. Also a block vector (12, 17, 20, 21, 26, 27, 58 numbers) or a preset such as SD-OUTALL. Empty: everywhere 1."
 )
 STRENGTH_TOOLTIP = "0: exactly the plain model, 1: as trained, below 0: the opposite, above 1: exaggerated."
 MODE_TOOLTIP = (

@@ -1,15 +1,16 @@
 """Block vectors that people share (``1,0,0,1,…``) as selectors, by name: a file that lacks blocks shifts nothing.
 
 Orders: kohya's svd_merge_lora.py (12, 17, 20, 26) and Inspire's lbw-preset.txt (21, 27, Flux). The text encoders and all
-that is in no block follow BASE.
+that is in no block follow BASE. What else people paste beside the numbers is that of ltdrdata's Inspire pack and of hako-mikan's
+sd-webui-lora-block-weight: ``NAME:`` before them, letters for numbers, several numbers in one entry, ``%default=…``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
-from ..errors import InvalidInputError
+from ..entries import at_most, halves, number, plain
+from ..errors import InvalidInputError, quoted
 from .selector import Rule, Selector, parse_selector
 
 
@@ -78,30 +79,150 @@ PRESETS: Mapping[str, tuple[str, tuple[float, ...]]] = {
 Its three Flux ones have 18 entries, read by position: BASE and the double blocks 0..16; the blocks beyond are 0."""
 
 
+_NAMES = {name.upper(): name for name in PRESETS}
+_WITH_LETTERS = {"SD-ROUT": "R", "SD-AOUT": "A", "SD-AB": "A and B"}
+"""Presets of Inspire's file that hold letters."""
+
+_WIDGETS, _RANDOM = frozenset("AaBb"), frozenset("RrUu")
+_KINDS = ("in", "mid", "out", "double", "single")
+
+
 def block_vector(text: str, layout: str | None = None, *, base_model: str | None = None) -> Selector:
     """A vector ``1,0,0.5,…`` or a preset's name as a selector; every block that the vector names not gets 0.
 
     ``layout`` is one of LAYOUTS; None: by the number of entries, where 20 needs ``base_model`` (``SDXL`` or ``Flux``).
+    Presets may be written in any case, with ``_`` or blanks for ``-``; one without its first part (``OUTALL``) is that of the
+    base model. Raises InvalidInputError.
     """
-    text = text.strip()
-    if text in PRESETS:
-        layout, values = PRESETS[text]
+    text = _bare(plain(text, "the block vector"))
+    preset = _preset_name(text, base_model)
+    if preset:
+        layout, values = PRESETS[preset]
     else:
-        try:
-            values = tuple(float(part) for part in text.split(","))
-        except ValueError:
-            raise InvalidInputError(
-                f"{text!r} is neither numbers with commas nor a block preset; presets: {', '.join(PRESETS)}"
-            ) from None
+        values = _values(text, layout)
         layout = layout or _layout_of(len(values), base_model)
     if layout not in LAYOUTS:
-        raise InvalidInputError(f"unknown block layout {layout!r}; choose one of: {', '.join(LAYOUTS)}")
+        raise InvalidInputError(f"unknown block layout {quoted(layout)}; choose one of: {', '.join(LAYOUTS)}")
     blocks = LAYOUTS[layout]
     if len(values) != len(blocks):
         raise InvalidInputError(f"the block layout {layout!r} has {len(blocks)} entries, the vector has {len(values)}")
-    rest = (Rule(f"unet {kind}*", 0.0) for kind in ("in", "mid", "out", "double", "single"))
+    rest = (Rule(f"unet {kind}*", 0.0) for kind in _KINDS)
     rules = (Rule(block, value) for block, value in zip(blocks, values, strict=True))
     return Selector((*rest, *rules))
+
+
+def parse_where(text: str, base_model: str | None = None) -> Selector:
+    """A selector, or a block vector, preset or ``%default=…`` line, whichever the text is. Raises InvalidInputError."""
+    plain_text = plain(text, "the selector")
+    bare = _bare(plain_text)
+    if bare.startswith("%"):
+        return _by_groups(bare[1:])
+    if bare.startswith(("<lora:", "<lyco:")):
+        raise InvalidInputError(
+            f"{quoted(bare)} is a prompt of the web UI; write what follows lbw= here, and the strength in its own widget"
+        )
+    if bare.startswith("@"):
+        raise InvalidInputError(f"{quoted(bare)} is a series of Inspire's XY plot, not a block vector")
+    known = _preset_name(bare, base_model) and bare.lower() not in (
+        "all",
+        "base",
+    )  # these two are words of the selector
+    if known or _is_vector(bare) or bare.upper().startswith(("SD-", "SDXL-", "FLUX-")):
+        return block_vector(bare, base_model=base_model)
+    return parse_selector(plain_text)
+
+
+def _bare(text: str) -> str:
+    """Without comments, empty lines, quotes or brackets around it, and ``lbw=``; commas for semicolons."""
+    lines = (line.split("#", 1)[0].strip() for line in text.replace(";", ",").splitlines())
+    bare = "\n".join(line for line in lines if line).strip("\"'`[]()").strip()
+    return bare[4:].strip() if bare[:4].lower() == "lbw=" else bare
+
+
+def _preset_name(text: str, base_model: str | None) -> str | None:
+    """The preset that a text names, in any case and with its first part left out; None if it is none."""
+    if not 0 < len(text) <= 40:
+        return None
+    name = "-".join(text.upper().replace("_", " ").replace("-", " ").split())
+    family = "SDXL-" if (base_model or "").startswith("SDXL") else "FLUX-" if base_model == "Flux" else "SD-"
+    candidates = (name, family + name, "SD-" + name)
+    letters = next((_WITH_LETTERS[c] for c in candidates if c in _WITH_LETTERS), None)
+    if letters:
+        raise InvalidInputError(f"the preset {quoted(text)} holds {letters} for numbers: " + _letters(letters[0]))
+    return next((_NAMES[c] for c in candidates if c in _NAMES), None)
+
+
+def _cells(text: str) -> list[str]:
+    """The entries of a vector, empty ones too, without a name before them and without commas at the ends of lines."""
+    at = min((i for i in map(text.find, ":=") if i >= 0), default=-1)
+    lines = text[at + 1 :].splitlines()
+    if "," not in text:
+        return text[at + 1 :].split()
+    whole = ",".join(stripped for line in lines if (stripped := line.strip().rstrip(", \t")))
+    return [cell.strip() for cell in whole.split(",")]
+
+
+def _is_vector(text: str) -> bool:
+    """Whether most entries are numbers or the letters for them, which no entry of a selector is."""
+    filled = [cell for cell in _cells(text) if cell]
+    like = sum(all(number(word) is not None or _stands_for_number(word) for word in cell.split()) for cell in filled)
+    alone = len(filled) == 1 and number(text) is None
+    return 2 * like > len(filled) and not alone
+
+
+def _stands_for_number(word: str) -> bool:
+    return word in _WIDGETS or word in _RANDOM or (word[:1] in ("X", "x") and word[1:2] in ("", "+", "-"))
+
+
+def _values(text: str, layout: str | None) -> tuple[float, ...]:
+    if not _is_vector(text) and number(text) is None:
+        raise InvalidInputError(
+            f"{quoted(text)} is neither numbers with commas nor a block preset; presets: {', '.join(PRESETS)}"
+        )
+    cells = at_most(_cells(text), "the block vector")
+    numbers, empty = sum(1 for cell in cells if cell), cells.count("")
+    if empty:
+        empties = "an empty one" if empty == 1 else f"{empty} empty ones"
+        raise InvalidInputError(
+            f"the block vector has {numbers} number{'s' * (numbers != 1)} and {empties}; {_lengths(layout)}"
+        )
+    return tuple(_value(cell, place) for place, cell in enumerate(cells, 1))
+
+
+def _value(cell: str, place: int) -> float:
+    """The number of one entry; several that are equal are one."""
+    words = cell.split()
+    for word in words:
+        if _stands_for_number(word):
+            raise InvalidInputError(f"entry {place} of the block vector is {quoted(cell)}: " + _letters(word))
+    found = {number(word) for word in words}
+    if None in found:
+        second = "; a second vector begins there: keep one" if halves(cell) else ""
+        raise InvalidInputError(f"entry {place} of the block vector, {quoted(cell)}, is no finite number{second}")
+    if len(found) > 1:
+        raise InvalidInputError(
+            f"entry {place} of the block vector, {quoted(cell)}, gives the layers of a block one number each in the order of "
+            "the file (Inspire's way); write one number, or name the layers in a selector: 'in4 attn2: 0.5'"
+        )
+    return next(value for value in found if value is not None)
+
+
+def _letters(word: str) -> str:
+    if word in _RANDOM:
+        return "R and U are random numbers in the node that it was made for; write the numbers that it drew"
+    if word in _WIDGETS:
+        return (
+            "A and B are the widgets of the node that it was made for (4 and 1 unless changed), a and b half of them; write "
+            "the numbers"
+        )
+    return "X is a number beside the vector in the web UI (x=); write the numbers"
+
+
+def _lengths(layout: str | None = None) -> str:
+    if layout is not None and layout in LAYOUTS:
+        return f"the block layout {layout!r} has {len(LAYOUTS[layout])}"
+    *most, last = sorted({len(blocks) for blocks in LAYOUTS.values()})
+    return f"vectors have {', '.join(map(str, most))} or {last}"
 
 
 def _layout_of(entries: int, base_model: str | None) -> str:
@@ -111,13 +232,31 @@ def _layout_of(entries: int, base_model: str | None) -> str:
     if len(found) == 1:
         return found[0]
     raise InvalidInputError(
-        f"a block vector of {entries} entries is "
-        + (f"ambiguous: say which of {', '.join(found)}" if found else f"of no known kind: {', '.join(LAYOUTS)}")
+        f"a block vector of {entries} number{'s' * (entries != 1)} is "
+        + (f"ambiguous: say which of {', '.join(found)}" if found else f"of no known kind: {_lengths()}")
     )
 
 
-def parse_where(text: str, base_model: str | None = None) -> Selector:
-    """A selector, or a block vector or preset, whichever the text is."""
-    entries = text.strip()
-    numbers = re.fullmatch(r"[-+.\deE\s]+(?:,[-+.\deE\s]+)+", entries)
-    return block_vector(entries, base_model=base_model) if numbers or entries in PRESETS else parse_selector(text)
+def _by_groups(text: str) -> Selector:
+    """Inspire's ``%default=0.5,base=1,in=0,out=1``: all, what is in no block, and whole groups of blocks."""
+    default, base, groups = 1.0, None, dict[str, float]()
+    for item in filter(None, map(str.strip, text.replace("\n", ",").split(","))):
+        name, written = halves(item) or (item, "")
+        name, value = name.lower(), number(written)
+        if name.rstrip("0123456789-") in _KINDS and name not in _KINDS:
+            raise InvalidInputError(
+                f"{quoted(item)} counts the blocks that the file has (Inspire's way); name blocks in a selector, such as "
+                f"'all: {default:g}, in4: 0.5', or write whole groups: {', '.join(_KINDS)}"
+            )
+        if value is None or name not in ("default", "base", *_KINDS):
+            raise InvalidInputError(
+                f"cannot read {quoted(item)} in a block vector by groups; write for example '%default=0.5,base=1,in=0,out=1'"
+            )
+        if name == "default":
+            default = value
+        elif name == "base":
+            base = value
+        else:
+            groups[name] = value
+    rules = [Rule("all", default), Rule("base", default if base is None else base)]
+    return Selector((*rules, *(Rule(f"unet {kind}*", value) for kind, value in groups.items())))

@@ -1,4 +1,4 @@
-"""Where and how much, in words: ``all: 0, out3-5: 0.8, attn2 k: 0, re:proj_in$: 1``. Later entries win.
+"""Where and how much, in words: ``all: 0, out3-5: 0.8, attn2 k: 0, *proj_in: 1``. Later entries win.
 
 One language for strength and for what is trained. An entry names layers by one or more terms, all of which must hold:
 
@@ -6,21 +6,29 @@ One language for strength and for what is trained. An entry names layers by one 
 - layer types ``attn``, ``attn1`` (self), ``attn2`` (cross), ``q``, ``k``, ``v``, ``out`` (the projection), ``ff``, ``proj``
   (in and out of a transformer), ``resnet``, ``conv``, ``linear``, ``norm``, ``sampler``;
 - parts ``unet``, ``te``, ``te1``, ``te2``, ``te3``; ``all``;
-- ``re:…`` a regular expression searched in the module's diffusers name and in its own (no commas or colons in it).
+- a glob of the whole name of a layer, in diffusers or in its own model: ``*.attn2.to_k``, ``*proj_in``, ``up_blocks.?.resnets.*``.
+
+``re:…`` of older graphs is read as the globs that it means; a graph may hold no other regular expression.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from ..errors import InvalidInputError
+from ..entries import MOST, entries, halves, number
+from ..errors import InvalidInputError, quoted
+from .globs import Glob, globs_of
 from .targets import Target
 
 Test = Callable[[Target], bool]
-_BLOCK = re.compile(r"^(in|mid|out|double|single|joint|block)(?:(\*)|(\d+)(?:-(\d+))?)?$")
+MOST_GLOBS = 32
+"""Globs of one selector: each is compared with every name of a model."""
+
+_BLOCK = re.compile(r"(in|mid|out|double|single|joint|block)(?:(\*)|([0-9]{1,4})(?:-([0-9]{1,4}))?)?")
 _FUSED = (".qkv", ".linear1")
 
 
@@ -76,10 +84,15 @@ class Selector:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.rules) > MOST:
+            raise InvalidInputError(f"the selector has {len(self.rules):,} entries; at most {MOST:,} can be used")
         for rule in self.rules:
             if not math.isfinite(rule.factor):
-                raise InvalidInputError(f"the factor of {rule.where!r} is {rule.factor}, which is not a finite number")
-            _tests(rule.where)
+                raise InvalidInputError(
+                    f"the factor of {quoted(rule.where)} is {rule.factor}, which is not a finite number"
+                )
+        if sum(len(_globs(word)) for word in _tests(self.rules)) > MOST_GLOBS:
+            raise InvalidInputError(f"the selector has more than {MOST_GLOBS} globs; write blocks and layer types")
 
     def factor(self, target: Target) -> float:
         """Factor of one layer."""
@@ -87,10 +100,10 @@ class Selector:
 
     def factors(self, targets: Iterable[Target]) -> list[float]:
         """Factors of many layers, in their order."""
-        compiled = [(_tests(rule.where), rule.factor) for rule in reversed(self.rules)]
+        tests, rules = _tests(self.rules), [(_words(rule), rule.factor) for rule in reversed(self.rules)]
         return [
-            next((factor for tests, factor in compiled if all(test(target) for test in tests)), 1.0)
-            for target in targets
+            next((factor for words, factor in rules if all(map(seen, words))), 1.0)
+            for seen in (_Seen(tests, target) for target in targets)
         ]
 
     def chosen(self, targets: Iterable[Target]) -> list[Target]:
@@ -100,8 +113,10 @@ class Selector:
 
     def unmatched(self, targets: Iterable[Target]) -> list[str]:
         """Rules that match no layer, for a warning: most often a block that this model does not have."""
-        listed = list(targets)
-        return [r.where for r in self.rules if not any(all(test(t) for test in _tests(r.where)) for t in listed)]
+        tests, lost = _tests(self.rules), [(_words(rule), rule.where) for rule in self.rules]
+        for seen in (_Seen(tests, target) for target in targets):
+            lost = [(words, where) for words, where in lost if not all(map(seen, words))]
+        return [where for _, where in lost]
 
     def table(self, targets: Iterable[Target]) -> str:
         """What it resolves to: one line per block, with the layers of every factor counted."""
@@ -118,60 +133,118 @@ class Selector:
 
 
 def parse_selector(text: str) -> Selector:
-    """Read ``all: 0, out3-5: 0.8`` (commas or lines, ``:`` or ``=``, ``#`` comments). A bare entry counts as 1."""
-    rules: list[Rule] = []
-    for line in text.splitlines():
-        for entry in line.split("#")[0].split(","):
-            if not entry.strip():
-                continue
-            where, factor = _entry(entry.strip())
-            rules.append(Rule(where, factor))
-    return Selector(tuple(rules))
+    """Read ``all: 0, out3-5: 0.8`` (commas, semicolons or lines, ``:`` or ``=``, ``#`` comments). A bare entry counts as 1.
+
+    Raises InvalidInputError for a text of another form, of more than 10,000 characters or 500 entries.
+    """
+    return Selector(tuple(Rule(*_entry(entry)) for entry in entries(text.replace(";", ","), "the selector")))
 
 
 def _entry(entry: str) -> tuple[str, float]:
-    match = re.match(r"^(?P<where>.*?)\s*(?:[:=]\s*(?P<factor>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))?\s*$", entry)
-    where = match["where"].strip() if match else ""
+    where, written = halves(entry) or (entry, "1")
+    factor = number(written)
+    if factor is None and "re:" in entry:  # the colon is that of an expression without a factor
+        where, factor = entry, 1.0
     if not where:
         raise InvalidInputError(
-            f"cannot read {entry!r} in the selector; write entries such as 'all: 0', 'in4: 0.5', 'attn2 k: 1.2'"
+            f"cannot read {quoted(entry)} in the selector; write entries such as 'all: 0', 'in4: 0.5', 'attn2 k: 1.2'"
         )
-    return where, 1.0 if match is None or match["factor"] is None else float(match["factor"])
+    if factor is None:
+        raise InvalidInputError(
+            f"the factor of {quoted(where)} in the selector is {quoted(written)}, which is no finite number such as 0.5"
+        )
+    return where, factor
 
 
-def _tests(where: str) -> list[Test]:
-    return [_test(word, where) for word in where.split()]
+class _Seen:
+    """Which words hold for one target, each asked once however many rules have it."""
+
+    def __init__(self, tests: dict[str, Test], target: Target) -> None:
+        self._tests, self._target = tests, target
+        self._known: dict[str, bool] = {}
+
+    def __call__(self, word: str) -> bool:
+        if word not in self._known:
+            self._known[word] = self._tests[word](self._target)
+        return self._known[word]
+
+
+def _words(rule: Rule) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(rule.where.split()))
+
+
+def _tests(rules: Iterable[Rule]) -> dict[str, Test]:
+    """What every word of the rules asks."""
+    tests: dict[str, Test] = {}
+    for rule in rules:
+        tests |= {word: _test(word, rule.where) for word in _words(rule) if word not in tests}
+    return tests
 
 
 def _test(word: str, where: str) -> Test:
-    if word.startswith("re:"):
-        try:
-            pattern = re.compile(word[3:])
-        except re.error as error:
-            raise InvalidInputError(f"{word[3:]!r} is not a regular expression: {error}") from None
-        return lambda t: pattern.search(t.label) is not None or pattern.search(t.path) is not None
     name = word.lower()
     # "out" alone is the attention's output projection; the output blocks are out* or out0-11
     if name in TYPES:
         return TYPES[name]
-    match = _BLOCK.match(name)
-    if match is None:
+    match = _BLOCK.fullmatch(name)
+    if match is not None:
+        return _in_block(match[1], match[3], match[4])
+    globs = _globs(word)
+    if globs:
+        return _named(globs)
+    if number(word) is not None:
         raise InvalidInputError(
-            f"unknown word {word!r} in the selector entry {where!r}; use blocks (in4, mid, out3-5, double*, single7, "
-            f"joint0), types ({', '.join(TYPES)}) or re:<regular expression>"
+            f"{quoted(word)} stands alone in the selector entry {quoted(where)}; write where it acts and a colon, as in "
+            "'in4: 0.5'"
         )
-    kind, first, last = match[1], match[3], match[4]
+    raise InvalidInputError(
+        f"unknown word {quoted(word)} in the selector entry {quoted(where)}; use blocks (in4, mid, out3-5, double*, single7, "
+        f"joint0), types ({', '.join(TYPES)}) or a glob of a layer's name such as *proj_in"
+    )
+
+
+def _globs(word: str) -> tuple[Glob, ...]:
+    """What a word says about names: nothing if it is a block, a type or unknown."""
+    if word.startswith("re:"):
+        globs = globs_of(word[3:])
+        if globs is None:
+            raise InvalidInputError(
+                f"{quoted(word[3:])} is not a regular expression that is a glob, and a selector takes no other; write the "
+                "layer's whole name with * for any characters, ? for one and [0-9] for one of some: *.attn2.to_k, *proj_in"
+            )
+        return globs
+    plain = number(word) is not None or _BLOCK.fullmatch(word.lower()) is not None
+    return () if plain or not any(c in word for c in "*?[.") else (Glob.parse(word),)
+
+
+def _named(globs: Sequence[Glob]) -> Test:
+    def named(target: Target) -> bool:
+        names = (target.label,) if target.path == target.label else (target.label, target.path)
+        return any(glob.matches(name) for glob in globs for name in names)
+
+    return named
+
+
+def _in_block(kind: str, first: str | None, last: str | None) -> Test:
     numbers = None if first is None else range(int(first), int(last or first) + 1)
 
     def in_block(target: Target) -> bool:
-        found = re.fullmatch(r"([a-z]+)(\d+)", target.block) if target.component == "unet" else None
-        return found is not None and found[1] == kind and (numbers is None or int(found[2]) in numbers)
+        if target.component != "unet":
+            return False
+        own, at = _split_block(target.block)
+        return own == kind and at is not None and (numbers is None or at in numbers)
 
     return in_block
 
 
+@lru_cache(maxsize=1024)
+def _split_block(block: str) -> tuple[str, int | None]:
+    """``in4`` as its kind and number."""
+    kind = block.rstrip("0123456789")
+    return kind, int(block[len(kind) :]) if len(kind) < len(block) else None
+
+
 def _block_order(block: str) -> tuple[int, int]:
     order = ["base", "te1", "te2", "te3", "in", "mid", "out", "joint", "double", "single", "block"]
-    match = re.fullmatch(r"([a-z]+?)(\d*)", block)
-    kind, number = (match[1], match[2]) if match and block not in order else (block, "")
-    return (order.index(kind) if kind in order else len(order), int(number or 0))
+    kind, at = (block, None) if block in order else _split_block(block)
+    return (order.index(kind) if kind in order else len(order), at or 0)

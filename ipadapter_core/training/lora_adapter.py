@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import CorruptFileError, IncompatibleAdapterError, InvalidInputError
+from ..entries import some
+from ..errors import CorruptFileError, IncompatibleAdapterError, InvalidInputError, quoted
 from ..lora import Component, Layer, LoRAModule, LoRAWeights, Target, Update, load_lora, parse_selector, targets_of
 from ..lora.decomposed import Decomposed
 from ..lora.hadamard import Hadamard
@@ -158,13 +159,13 @@ def fresh_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
     if lost:
         here = ", ".join(parts)
         raise InvalidInputError(
-            f"lora.targets: {', '.join(map(repr, lost))} matches no layer of {here}; see `ipadapter lora inspect` for "
+            f"lora.targets: {some([quoted(where) for where in lost])} matches no layer of {here}; see `ipadapter lora inspect` for "
             "blocks, and lora.text_encoders for layers of text encoders"
         )
     chosen = can_learn(selector.chosen(listed))
     if not chosen:
         raise InvalidInputError(
-            f"lora.targets {text!r} chooses no linear layer and no convolution; write for example 'all: 0, attn: 1'"
+            f"lora.targets {quoted(text)} chooses no linear layer and no convolution; write for example 'all: 0, attn: 1'"
         )
     updates: dict[Target, Update] = {}
     for target in chosen:

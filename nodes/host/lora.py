@@ -20,6 +20,8 @@ from ...ipadapter_core import InvalidInputError, check_adapter
 from ...ipadapter_core.backends import comfy_lora as backend
 from ...ipadapter_core.backends.comfy import comfy_layout
 from ...ipadapter_core.checkpoints import kohya_lora
+from ...ipadapter_core.entries import some
+from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.lora import LoRAWeights, load_lora
 from ...ipadapter_core.lora.live import LiveStack
 from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
@@ -156,7 +158,9 @@ def apply_lora(
         lines.append(patch.selector.table(p.target for p in placed.of("unet")))
         lost = patch.selector.unmatched(p.target for p in placed.placements)
         if lost:
-            lines.append(f"selector entries that match no layer of this LoRA: {', '.join(lost)}")
+            lines.append(
+                f"selector entries that match no layer of this LoRA: {some([quoted(where) for where in lost])}"
+            )
     if clip is not None and patch.strength_for("te1") != 0:
         clip = clip.clone()
         clip.patcher = backend.apply_merged(clip.patcher, patch, ("te1", "te2", "te3"), MergedUpdates.of)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
 import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.lora.block_vectors import LAYOUTS, PRESETS, block_vector, parse_where
-from ipadapter_core.lora.selector import Rule, Selector, parse_selector
+from ipadapter_core.lora.globs import Glob, globs_of
+from ipadapter_core.lora.selector import TYPES, Rule, Selector, parse_selector
 from ipadapter_core.lora.targets import Target, targets_of
 from tiny_models import SD15, SDXL, tiny_unet
 
@@ -30,6 +37,10 @@ def paths(text: str, targets: list[Target]) -> set[str]:
         ("sampler in3", {"down_blocks.0.downsamplers.0.conv"}),
         ("out2 sampler", {"up_blocks.0.upsamplers.0.conv"}),
         ("re:^conv_(in|out)$", {"conv_in", "conv_out"}),
+        ("[c]onv_in", {"conv_in"}),
+        ("in8 *proj_*", {"down_blocks.2.attentions.1.proj_in", "down_blocks.2.attentions.1.proj_out"}),
+        ("mid_block.resnets.?.conv1", {"mid_block.resnets.0.conv1", "mid_block.resnets.1.conv1"}),
+        ("up_blocks.[!0-2].*.2.*.attn2.to_k", {"up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k"}),
         ("mid2 resnet conv", {"mid_block.resnets.1.conv1", "mid_block.resnets.1.conv2"}),
         ("in8 proj", {"down_blocks.2.attentions.1.proj_in", "down_blocks.2.attentions.1.proj_out"}),
     ],
@@ -79,12 +90,101 @@ def test_nothing_is_no_rule(text: str) -> None:
         ("inn4: 1", "unknown word 'inn4'"),
         (": 1", "cannot read ': 1'"),
         ("re:[: 1", "not a regular expression"),
+        (r"re:(\w+\.?)+!: 1", r"takes no other; write .*\*\.attn2\.to_k"),
+        ("re:(a+)+$", "not a regular expression that is a glob"),
+        ("in4 0.5", "'0.5' stands alone"),
+        ("in4: half", "the factor of 'in4' in the selector is 'half'"),
+        ("in4: 1e400", "no finite number"),
+        ("in4: nan", "no finite number"),
+        ("in4: 1_0", "no finite number"),
+        ("in4: ٣", "no finite number"),
+        (f"in4: {'1' * 5000}", "no finite number"),
+        (f"in{'1' * 5000}: 1", "unknown word"),
+        ("in٣: 1", "unknown word"),
+        ("all, " * 600, "600 entries; at most 500"),
+        (",".join(f"*{i}" for i in range(40)), "more than 32 globs"),
+        (f"{' ' * 20_000}x", "20,001 characters; at most 10,000"),
         ("attn2 upside: 1", "unknown word 'upside'"),
     ],
 )
 def test_mistakes_are_named(text: str, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         parse_selector(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["all：0，in4：０.5", "all: 0; in4 = .5", "\ufeffall:\u00a00、in4: 0.5", "all: 0\r\nin4: 0.5"]
+)
+def test_separators_of_other_keyboards(text: str) -> None:
+    assert parse_selector(text) == parse_selector("all: 0, in4: 0.5")
+
+
+@given(st.text("ab-[]!*?^c", max_size=8), st.text("abc-]![^", max_size=7))
+@example("*a*b*", "aab")
+def test_globs_match_as_fnmatch(pattern: str, name: str) -> None:
+    """But for ranges from high to low, where fnmatch can take what is left for a negation."""
+    assume(
+        not any(
+            low > high for low, hyphen, high in zip(pattern, pattern[1:], pattern[2:], strict=False) if hyphen == "-"
+        )
+    )
+    assert Glob.parse(pattern).matches(name) == fnmatchcase(name, pattern)
+
+
+PIECES = [
+    *"ab._1^$|()[]*?+\\", ".*", ".+", r"\.", "(a|b)", "(?:ab|)", "[ab]", "[^a]", "[a-b]", r"\d", "{2}", ".*?", r"\w", "(^a)", "(a|(b))"
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=6).map("".join), st.text("ab._1-$(|", max_size=6))
+@example(r"a\$", "a$")
+@example("a|b$", "ab")
+@settings(max_examples=300)
+def test_old_expressions_mean_what_they_meant_or_nothing(expression: str, name: str) -> None:
+    globs = globs_of(expression)
+    if globs is not None:
+        assert any(glob.matches(name) for glob in globs) == (re.search(expression, name) is not None)
+
+
+@pytest.mark.parametrize(
+    ("expression", "globs"),
+    [
+        ("proj_in$", ["*proj_in"]),
+        ("attn2", ["*attn2*"]),
+        ("^down_blocks.*to_q$", ["down_blocks*to_q"]),
+        (r"up_blocks\.[0-2]\..+(to_q|to_k)$", ["*up_blocks.[0-2].?*to_q", "*up_blocks.[0-2].?*to_k"]),
+        ("", ["**"]),
+        ("a{10000000000000000000}", None),
+        ("(" * 5000, None),
+        ("(a|b)" * 5, None),
+    ],
+)
+def test_old_expressions_as_globs(expression: str, globs: list[str] | None) -> None:
+    found = globs_of(expression)
+    assert (None if found is None else [glob.text for glob in found]) == globs
+
+
+def test_no_pattern_backtracks() -> None:
+    """Every character of the name is looked at once, whatever the pattern is: counted, not timed."""
+    looked: list[str] = []
+
+    class Counted(str):
+        def __iter__(self) -> Iterator[str]:
+            for c in str(self):
+                looked.append(c)
+                yield c
+
+    name = Counted("a" * 60)
+    assert not Glob.parse("*a" * 25 + "*[!a]*").matches(name)
+    assert len(looked) == 60
+
+
+def test_every_word_is_asked_once_per_layer(sd15: list[Target], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setitem(TYPES, "attn2", lambda t: bool(asked.append(t.path)))
+    selector = parse_selector("attn2 q, attn2 k, attn2 attn2 attn2: 0," * 100)
+    selector.factors(sd15)
+    assert len(asked) == len(sd15)
 
 
 def test_factors_must_be_finite() -> None:
@@ -168,3 +268,128 @@ def test_one_text_field_takes_both() -> None:
     assert parse_where("1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1") == block_vector("SD-OUTALL")
     assert parse_where("attn2: 0.5, in4") == parse_selector("attn2: 0.5, in4")
     assert parse_where("") == Selector()
+
+
+OUTALL = "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        OUTALL,
+        OUTALL + ",",
+        OUTALL + " , \n",
+        OUTALL.replace(",", "，"),
+        OUTALL.replace(",", ";"),
+        OUTALL.replace(",", "、"),
+        OUTALL.replace(",", " , "),
+        OUTALL.replace(",", " "),
+        OUTALL.replace(",", "\n"),
+        OUTALL.replace("0,1,", "0,\n1,", 1),
+        OUTALL.replace("0,1,", "0\n1,", 1).replace("\n", "\r\n"),
+        OUTALL.replace("1", "１"),
+        OUTALL.replace("1", "1.0"),
+        OUTALL.replace("0,1", "0,1 1 1"),  # one number for each layer of a block, all the same
+        f"[{OUTALL}]",
+        f'"{OUTALL}"',
+        f"MY-FACE:{OUTALL}",
+        f"SD-OUTALL:{OUTALL},",
+        f"My own face = {OUTALL}",
+        f"# lbw\nFACE:{OUTALL} # good\n",
+        f"lbw={OUTALL}",
+        "lbw=OUTALL",
+        "SD-OUTALL",
+        " sd-outall ",
+        "OUTALL",
+        "outall",
+        "SD_OUTALL",
+        "Sd OutAll",
+        "SD-OUTALL # a preset",
+    ],
+)
+def test_vectors_as_people_paste_them(text: str) -> None:
+    assert parse_where(text) == block_vector("SD-OUTALL")
+    assert block_vector(text) == block_vector("SD-OUTALL")
+
+
+def test_a_preset_without_its_first_part_is_the_models() -> None:
+    assert parse_where("outall", "SDXL") == block_vector("SDXL-OUTALL")
+    assert parse_where("lyc_all", "SDXL") == block_vector("SDXL-LyC-ALL")
+    assert parse_where("dbl-mid", "Flux") == block_vector("FLUX-DBL-MID")
+    assert parse_where("midd0.2", "SD1.5") == block_vector("SD-MIDD0.2")
+    assert parse_where("ALL") == parse_selector("ALL"), "a word of the selector stays one"
+    assert block_vector("ALL") == block_vector("SD-ALL")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1," * 16 + ",1", "17 numbers and an empty one; vectors have 12, 17, 20, 21, 26, 27 or 58"),
+        ("1,,1,,1", "3 numbers and 2 empty ones"),
+        ("1,0,1,", "of 3 numbers is of no known kind: vectors have 12,"),
+        ("1", "of 1 number is of no known kind"),
+        ("1 1 1", "of 3 numbers"),
+        (OUTALL.replace("0", "A", 1), "entry 2 of the block vector is 'A': A and B are the widgets"),
+        (OUTALL.replace("0", "b", 1), "a and b half of them"),
+        (OUTALL.replace("0", "R", 1), "R and U are random numbers"),
+        (OUTALL.replace("0", "u", 1), "R and U are random numbers"),
+        (OUTALL.replace("0", "X+0.1", 1), "X is a number beside the vector"),
+        (",".join("ABBBBBBBBBBBAAAAA"), "A and B are the widgets"),
+        ("SD-AB", "'SD-AB' holds A and B for numbers"),
+        ("rout", "'rout' holds R for numbers"),
+        (OUTALL.replace("0", "1 0 0.5", 1), "entry 2 of the block vector, '1 0 0.5', gives the layers of a block one number each"),
+        (OUTALL.replace("0", "x 1 1 1", 1), "X is a number"),
+        (OUTALL.replace("0", "zero", 1), "entry 2 of the block vector, 'zero', is no finite number"),
+        (OUTALL.replace("0", "1e400", 1), "entry 2 of the block vector, '1e400', is no finite number"),
+        (OUTALL.replace("0", "nan", 1), "is no finite number"),
+        (OUTALL.replace("0", "1" * 100_000, 1), "characters; at most 10,000"),
+        (f"SD-ALL:{OUTALL}\nSD-INS:{OUTALL}", "a second vector begins there"),
+        (f"<lora:face:1:lbw={OUTALL}>", "is a prompt of the web UI"),
+        ("@SD-FULL-TEST:17", "XY plot"),
+        ("SD-EVERYTHING", "neither numbers with commas nor a block preset"),
+        ("%default=0.5,in4=1", "counts the blocks that the file has"),
+        ("%in1-3=1", "counts the blocks that the file has"),
+        ("%default=x", "cannot read 'default=x' in a block vector by groups"),
+        ("%left=1", "cannot read 'left=1'"),
+    ],
+)  # fmt: skip
+def test_vectors_that_cannot_be_read_say_why(text: str, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        parse_where(text)
+
+
+def test_vectors_by_groups(sd15: list[Target]) -> None:
+    """Inspire's %: base follows the default unless it is given, groups come over both."""
+    assert parse_where("%default=0.5, in=0,\nout=2") == parse_selector("all: 0.5, base: 0.5, unet in*: 0, unet out*: 2")
+    assert parse_where("%BASE=0,mid=0.3").factors(sd15) == parse_selector("base: 0, mid: 0.3").factors(sd15)
+
+
+ALPHABET = st.text(
+    st.sampled_from("0123456789+-.eE,;:=#*?[]()|^$\\ \t\n\r\0abABRUXx%@<_\ud800\uffff，：１²٣\u2028\U0001f600")
+    | st.characters(),
+    max_size=60,
+)
+WORDS = st.lists(
+    st.sampled_from(["all", "in4", "out*", "re:", "re:a|b", "*q", "1", "0.5", ":", "=", ",", "\n", "#", "A", "1e999", "SD-ALL", "%default", " "]),
+    max_size=30,
+).map("".join)  # fmt: skip
+
+
+@given(st.one_of(ALPHABET, WORDS), st.sampled_from([1, 1, 1, 300]))
+@settings(max_examples=300)
+@example("re:", 1)
+@example("%", 1)
+@example("lbw=", 1)
+@example("=", 1)
+@example("1:" * 20, 1)
+@example("re:" + "(" * 5000, 1)
+@example("[]", 1)
+def test_any_text_is_read_or_refused(text: str, times: int) -> None:
+    for read in (parse_selector, parse_where, block_vector):
+        refusal = ""
+        try:
+            assert len(read(text * times).rules) <= 500
+        except InvalidInputError as error:
+            refusal = str(error)
+        assert len(refusal) < 800
+        assert refusal.isprintable()
