@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from .backends.diffusers import apply_to_pipeline
@@ -21,9 +20,11 @@ from .image_encoder import Crop, TransformersImageEncoder
 from .layouts import layout_of
 from .masks import RegionMask
 from .patch import AdapterPatch, bake, check_adapter
+from .picture_files import MAX_FILE, decode_grey, read_picture, to_tensor
 from .prompt import Combine, Unconditional, encode_image_prompt
 from .quiet import quietly
 from .schedule import WeightSchedule
+from .text_files import read_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +84,16 @@ def load_image_encoder(
 
 
 def read_image(path: str | Path) -> Tensor:
-    """A picture file as ``1 y x 3|4`` in 0..1, upright (EXIF); alpha is kept. Raises InvalidInputError or CorruptFileError."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            mode = "RGBA" if "A" in upright.getbands() or "transparency" in upright.info else "RGB"
-            pixels = np.asarray(upright.convert(mode), dtype=np.float32) / 255
-    except FileNotFoundError:
-        raise InvalidInputError(f"{path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CorruptFileError(f"{path} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(pixels)[None]
+    """A picture file as ``1 y x 3|4`` in 0..1, upright (EXIF); alpha is kept.
+
+    Raises FileNotFoundError, InvalidInputError or CorruptFileError.
+    """
+    return to_tensor(read_picture(path))[None]
 
 
 def read_mask(path: str | Path) -> RegionMask:
-    """A picture file as region mask; white is where the image acts."""
-    return RegionMask.from_tensor(read_image(path)[..., :3].mean(-1))
+    """A picture file as region mask; white is where the image acts. Raises as ``read_image``."""
+    return RegionMask.from_tensor(decode_grey(read_bytes(path, MAX_FILE), str(path)))
 
 
 def prepare_patch(

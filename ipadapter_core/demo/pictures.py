@@ -11,11 +11,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from ..picture_files import read_picture, to_tensor
 
 SIZE = 64
 CATEGORIES = ("Animals & Nature", "Food & Drink")
@@ -87,9 +88,8 @@ def load_pictures(folder: Path) -> Pictures:
 
 
 def _read(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        picture = np.asarray(image.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS), dtype=np.float32)
-    rgba = torch.from_numpy(picture / 255.0).permute(2, 0, 1).contiguous()
+    picture = read_picture(path).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    rgba = to_tensor(picture).permute(2, 0, 1).contiguous()
     return torch.cat([rgba[:3] * rgba[3:], rgba[3:]])
 
 

@@ -9,14 +9,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ..errors import CorruptFileError
+from ..errors import AdapterError, CorruptFileError
+from ..picture_files import decode_picture
 from .cache import Cache, tokens_key
 from .collection import Collection, Sample
 from .config import DataConfig
 from .encode import TargetEncoders
 from .frozen import EncoderLooks
 from .order import Pick
-from .pictures import bucket_for, bucket_sizes, cut_target, decode, see_reference
+from .pictures import bucket_for, bucket_sizes, cut_target, see_reference
 from .sources import Source
 
 NO_REFERENCE = torch.empty(0)
@@ -115,7 +116,7 @@ class LiveItems:
                 item = self._item(samples[target], samples[reference], pick.variant, pick.place)
                 item.skipped = "; ".join(skipped)
                 return item
-            except (OSError, CorruptFileError) as error:
+            except (OSError, AdapterError) as error:
                 skipped.append(str(error))
                 # the reference may be the broken one: the neighbour is its own reference
                 target = reference = self._neighbour[target]
@@ -125,12 +126,12 @@ class LiveItems:
         return self._item(sample, sample, 0, (0, 0))
 
     def _item(self, target: Sample, reference: Sample, variant: int, place: tuple[int, int]) -> Item:
-        image = decode(self.source.read(target.name), target.name)
+        image = decode_picture(self.source.read(target.name), target.name)
         seen = NO_REFERENCE
         if self.looks is not None:
             own = bool(target.reference)
             name, key = (target.reference, target.reference_key) if own else (reference.name, reference.key)
-            picture = image if name == target.name else decode(self.source.read(name), name)
+            picture = image if name == target.name else decode_picture(self.source.read(name), name)
             seen = see_reference(picture, self.looks, self.config.augment, f"{key} {variant}")
         pixels, cut = cut_target(image, bucket_for(target.size, self._sizes))
         return Item(

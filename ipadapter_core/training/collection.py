@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from ..errors import CorruptFileError, InvalidInputError
+from ..picture_files import decode_picture
 from .config import DataConfig
-from .pictures import Size, bucket_for, bucket_sizes, decode, digest
+from .pictures import Size, bucket_for, bucket_sizes, digest
 from .sources import Record, Source
 
 
@@ -110,14 +111,14 @@ def record_caption(record: Record) -> str:
 
 def _open(source: Source, record: Record, config: DataConfig) -> Seen:
     content = record.content if record.content is not None else source.read(record.name)
-    image = decode(content, record.name)
+    image = decode_picture(content, record.name)
     if min(image.size) < config.min_side:
         problem = f"{record.name} ({image.width}x{image.height}; data.min_side is {config.min_side})"
         return Seen(None, problem=problem, tiny=True)
     reference, reference_key = None, ""
     if record.reference:
         content_of_reference = source.read(record.reference)
-        reference, reference_key = decode(content_of_reference, record.reference), digest(content_of_reference)
+        reference, reference_key = decode_picture(content_of_reference, record.reference), digest(content_of_reference)
     sample = Sample(
         record.name,
         digest(content),

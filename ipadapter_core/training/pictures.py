@@ -1,21 +1,18 @@
-"""One picture on its way to the models: decoded, cut for its aspect bucket, seen by the image encoder."""
+"""One picture on its way to the models: cut for its aspect bucket, seen by the image encoder."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import random
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
-import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from ..errors import CorruptFileError
 from ..image_encoder import ImageEncoder, preprocess
+from ..picture_files import to_tensor
 from .config import DataConfig
 from .frozen import EncoderLooks
 
@@ -33,17 +30,6 @@ class Cut:
 
     def time_ids(self) -> list[int]:
         return [*self.original, *self.top_left, *self.target]
-
-
-def decode(content: bytes, name: str) -> Image.Image:
-    """An upright picture in RGB or RGBA. Raises CorruptFileError naming it."""
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            transparent = "A" in upright.getbands() or "transparency" in upright.info
-            return upright.convert("RGBA" if transparent else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CorruptFileError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def digest(content: bytes) -> str:
@@ -82,7 +68,7 @@ def cut_target(image: Image.Image, size: Size) -> tuple[Tensor, Cut]:
         image = Image.alpha_composite(white, image)
     resized = image.convert("RGB").resize(covering, Image.Resampling.BILINEAR)
     top, left = (covering[1] - height) // 2, (covering[0] - width) // 2
-    pixels = _tensor(resized.crop((left, top, left + width, top + height)))
+    pixels = to_tensor(resized.crop((left, top, left + width, top + height)))
     return pixels.permute(2, 0, 1) * 2 - 1, Cut(original, (top, left), size)
 
 
@@ -90,7 +76,7 @@ def see_reference(image: Image.Image, looks: EncoderLooks, augment: float, seed:
     """The encoder's pixel values `3 y x` of a reference, as inference makes them; augmented if asked."""
     if augment > 0:
         image = augmented(image, augment, random.Random(seed))
-    return preprocess(_tensor(image)[None], cast(ImageEncoder, looks))[0]
+    return preprocess(to_tensor(image)[None], cast(ImageEncoder, looks))[0]
 
 
 def augmented(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
@@ -108,7 +94,3 @@ def augmented(image: Image.Image, strength: float, rng: random.Random) -> Image.
     if alpha is not None:
         changed.putalpha(alpha)
     return changed
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CorruptFileError, InvalidInputError
+from ..picture_files import decode_picture
 from .batches import Batch, Item, assemble
 from .collection import Collection, Findings, Sample, group
 from .config import RunConfig
@@ -23,7 +24,7 @@ from .encode import Encoders
 from .log import Log
 from .objectives import Objective
 from .order import Draws, draw, seeded
-from .pictures import cut_target, decode, digest, see_reference
+from .pictures import cut_target, digest, see_reference
 from .sources import Record, StreamSource
 
 
@@ -93,7 +94,7 @@ class Stream:
         """One record prepared for the encoders; its picture is its own reference. Raises CorruptFileError."""
         config = self.config.data
         assert record.content is not None
-        image = decode(record.content, record.name)
+        image = decode_picture(record.content, record.name)
         if min(image.size) < config.min_side:
             raise CorruptFileError(
                 f"{record.name} ({image.width}x{image.height}; data.min_side is {config.min_side}) is tiny"
@@ -113,7 +114,7 @@ class Stream:
 
     def _sample(self, record: Record) -> Sample:
         assert record.content is not None
-        image = decode(record.content, record.name)
+        image = decode_picture(record.content, record.name)
         return Sample(record.name, digest(record.content), record.caption or "", (image.height, image.width))
 
 

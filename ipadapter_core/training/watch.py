@@ -16,6 +16,7 @@ from ..errors import AdapterError
 from ..generate import generate, grid_of, to_pillow
 from ..layouts import layout_of
 from ..patch import bake
+from ..picture_files import decode_picture
 from ..prompt import ImagePrompt
 from ..schedule import WeightSchedule
 from .batches import Batch, Item, assemble
@@ -25,7 +26,7 @@ from .encode import TargetEncoders
 from .frozen import FrozenBase
 from .objectives import Objective
 from .order import Draws, seeded
-from .pictures import cut_target, decode
+from .pictures import cut_target
 from .step import AdapterStep
 
 
@@ -203,7 +204,7 @@ def reference_tiles(source: Readable, samples: Sequence[Sample], side: int) -> l
     for sample in samples:
         name = sample.reference or sample.name
         try:
-            pixels, _ = cut_target(decode(source.read(name), name), (side, side))
+            pixels, _ = cut_target(decode_picture(source.read(name), name), (side, side))
             tiles.append(to_pillow(pixels.permute(1, 2, 0) / 2 + 0.5))
         except (OSError, AdapterError):
             tiles.append(Image.new("RGB", (side, side), "white"))

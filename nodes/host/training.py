@@ -13,12 +13,12 @@ import comfy.model_management
 import comfy.sd1_clip
 import comfy.utils
 import folder_paths
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core.picture_files import read_picture, to_tensor
 from ...ipadapter_core.training.config import parse_config, parse_overrides
 from ...ipadapter_core.training.job import run_job
 from ...ipadapter_core.training.model_configs import write_model_configs
@@ -143,8 +143,7 @@ def _training_progress(node_id: str) -> Callable[[dict[str, Any]], None]:
     def report(event: dict[str, Any]) -> None:
         shown = event.get("file") if event["event"] in ("sheet", "plot") else None
         if shown and os.path.isfile(shown):
-            with Image.open(shown) as picture:
-                preview[0] = ("PNG", picture.convert("RGB"), 1024)
+            preview[0] = ("PNG", read_picture(shown).convert("RGB"), 1024)
         text = _in_words(event)
         if text:
             texts[event["event"]] = text
@@ -173,12 +172,11 @@ def _in_words(event: dict[str, Any]) -> str:
 
 def training_pictures(folder: Path) -> tuple[Tensor, Tensor]:
     """Loss plot and last sample sheet of a training."""
-    return read_picture(folder / "loss.png"), read_picture(folder / "sheet.png")
+    return _as_image(folder / "loss.png"), _as_image(folder / "sheet.png")
 
 
-def read_picture(path: Path) -> Tensor:
+def _as_image(path: Path) -> Tensor:
     """A picture as IMAGE `1 y x 3`; one grey pixel if there is none."""
     if not path.is_file():
         return torch.full((1, 1, 1, 3), 0.5)
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+    return to_tensor(read_picture(path).convert("RGB"))[None]

@@ -141,7 +141,7 @@ def test_inspect(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--image", "missing.png", "--adapter", "{adapter}"], "missing.png does not exist"),
+        (["--image", "missing.png", "--adapter", "{adapter}"], "'missing.png' does not exist"),
         (["--image", "{adapter}", "--adapter", "{adapter}"], "cannot be read as a picture"),
         (["--image", "{a}"], "needs --adapter"),
         (["--image", "{a}", "--adapter", "{a}"], "a.png"),

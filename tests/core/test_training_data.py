@@ -20,6 +20,7 @@ from PIL import Image
 from dying import dies
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
 from ipadapter_core.image_encoder import CLIP_MEAN, CLIP_STD
+from ipadapter_core.picture_files import decode_picture
 from ipadapter_core.training import build_cache, parse_config
 from ipadapter_core.training import cache as cache_module
 from ipadapter_core.training.cache import Cache
@@ -28,7 +29,7 @@ from ipadapter_core.training.config import DataConfig
 from ipadapter_core.training.encode import Encoders
 from ipadapter_core.training.frozen import EncoderLooks
 from ipadapter_core.training.order import Order
-from ipadapter_core.training.pictures import bucket_for, bucket_sizes, cut_target, decode, see_reference
+from ipadapter_core.training.pictures import bucket_for, bucket_sizes, cut_target, see_reference
 from ipadapter_core.training.sources import open_source
 from tiny_training import NAMES, picture, save_list, save_model, save_pictures, tiny_config
 
@@ -144,12 +145,12 @@ def test_lint_names_counts_and_skips(tmp_path: Path) -> None:
     collection = collect(look(open_source(config), config), config, "here")
     found = collection.findings
     assert len(collection.samples) == found.usable == 5
-    assert [name.split()[0] for name in found.unreadable] == ["broken.png", "empty.jpg"]
+    assert [name.split()[0] for name in found.unreadable] == ["'broken.png'", "'empty.jpg'"]
     assert found.tiny == ["strip.png (300x12; data.min_side is 16)"]
     assert found.duplicates == ["subject0/0.png (as again.png)"]
     assert found.uncaptioned == ["again.png"]
     text = found.describe()
-    assert "2 unreadable, skipped: broken.png cannot be read" in text
+    assert "2 unreadable, skipped: 'broken.png' cannot be read" in text
     assert "1 without a caption" in text
 
 
@@ -224,9 +225,9 @@ def test_upright_and_named() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(1, (40, 20)).save(out, "JPEG", exif=exif)
-    assert decode(out.getvalue(), "a.jpg").size == (20, 40)
-    with pytest.raises(CorruptFileError, match=r"b\.jpg cannot be read as a picture"):
-        decode(out.getvalue()[:100], "b.jpg")
+    assert decode_picture(out.getvalue(), "a.jpg").size == (20, 40)
+    with pytest.raises(CorruptFileError, match=r"b\.jpg' cannot be read as a picture"):
+        decode_picture(out.getvalue()[:100], "b.jpg")
 
 
 # --- order and pairs --------------------------------------------------------------------------------------------------
