@@ -83,6 +83,9 @@ _NAMES = {name.upper(): name for name in PRESETS}
 _WITH_LETTERS = {"SD-ROUT": "R", "SD-AOUT": "A", "SD-AB": "A and B"}
 """Presets of Inspire's file that hold letters."""
 
+_SHORT = (18, 55)
+"""Lengths of Inspire's vectors for Flux, which end before the model does: the last number is that of all blocks behind."""
+
 _WIDGETS, _RANDOM = frozenset("AaBb"), frozenset("RrUu")
 _KINDS = ("in", "mid", "out", "double", "single")
 
@@ -100,6 +103,8 @@ def block_vector(text: str, layout: str | None = None, *, base_model: str | None
         layout, values = PRESETS[preset]
     else:
         values = _values(text, layout)
+        if layout is None and len(values) in _SHORT:
+            layout, values = "Flux 58", values + values[-1:] * (58 - len(values))
         layout = layout or _layout_of(len(values), base_model)
     if layout not in LAYOUTS:
         raise InvalidInputError(f"unknown block layout {quoted(layout)}; choose one of: {', '.join(LAYOUTS)}")

@@ -321,6 +321,13 @@ def test_a_preset_without_its_first_part_is_the_models() -> None:
     assert block_vector("ALL") == block_vector("SD-ALL")
 
 
+@pytest.mark.parametrize("entries", [18, 55])
+def test_inspires_short_vectors_for_flux_go_on_with_their_last_number(entries: int) -> None:
+    values = [i / 100 for i in range(entries)]
+    whole = values + values[-1:] * (58 - entries)
+    assert parse_where("FLUX:" + ",".join(map(str, values))) == block_vector(",".join(map(str, whole)))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
