@@ -1,6 +1,7 @@
 """The command ``ipadapter``: generate, inspect, demo, lora, train, cache, export, migrate.
 
-Exit codes: 0 done, 1 an error of ours (one line on stderr says the cause), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error of ours (one line on stderr says the cause), 2 wrong usage, 130 interrupted or asked to end by a
+signal, 141 the reader of the output went away (`| head`).
 """
 
 from __future__ import annotations
@@ -17,26 +18,61 @@ from . import __version__, cli_train
 from .checkpoints import describe_adapter, load_adapter
 from .cli_lora import add_lora
 from .cli_migrate import add_migrate
-from .errors import AdapterError, InvalidInputError
+from .console import file_argument, forget_output, show_everything
+from .errors import AdapterError, InvalidInputError, out_of_memory, reason
 from .image_encoder import Crop
 from .prompt import Combine, Unconditional
 from .report import describe_spec, spec_facts
 from .schedule import PRESETS, SCALINGS, WeightSchedule, parse_curve, parse_numbers, parse_site_factors
 
+CLOSED_PIPE = 141
+"""What shells show of a program that wrote to a closed pipe: 128 + SIGPIPE."""
 WORLD = Path(__file__).parent / "demo" / "world"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    show_everything()
+    try:
+        try:
+            return _run(_parse(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        forget_output()
+        return CLOSED_PIPE
+    except OSError as error:  # the disk that the output goes to is full
+        forget_output()
+        print(f"ipadapter: the output cannot be written ({reason(error)})", file=sys.stderr)
+        return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with `section.key=value` also behind options, where argparse looks for none."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
-    except (AdapterError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        return _fail(args, str(error))
     except ModuleNotFoundError as error:
         return _fail(args, f"{error.name} is not installed; run: pip install 'comfyui-image-prompt[demo]'")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (AdapterError, OSError) as error:
+        return _fail(args, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return _fail(args, f"memory ran out ({reason(error)}); close other programs, or use smaller sizes")
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -65,13 +101,21 @@ def _add_generate(commands: Any) -> None:
     p = commands.add_parser("generate", help="pictures from a prompt and reference images", formatter_class=_Defaults)
     p.set_defaults(run=run_generate)
     p.add_argument(
-        "--model", type=Path, default=WORLD, help="diffusers model folder (SD1.5, SD2, SDXL); default: demo world"
+        "--model",
+        type=file_argument,
+        default=WORLD,
+        help="diffusers model folder (SD1.5, SD2, SDXL); default: demo world",
     )
-    p.add_argument("--adapter", type=Path, default=None, help="IP-Adapter file; default: the demo world's plus adapter")
     p.add_argument(
-        "--image-encoder", type=Path, default=None, help="folder of the image encoder; default: in the model folder"
+        "--adapter", type=file_argument, default=None, help="IP-Adapter file; default: the demo world's plus adapter"
     )
-    p.add_argument("--image", type=Path, nargs="+", default=[], help="reference image(s)")
+    p.add_argument(
+        "--image-encoder",
+        type=file_argument,
+        default=None,
+        help="folder of the image encoder; default: in the model folder",
+    )
+    p.add_argument("--image", type=file_argument, nargs="+", default=[], help="reference image(s)")
     p.add_argument("--image-strengths", default="", help="strength of each reference, such as '1,0.5'")
     p.add_argument("--combine", choices=get_args(Combine), default="concat", help="how several references become one")
     p.add_argument(
@@ -92,7 +136,7 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("--end", type=float, default=1.0, help="sampling progress after which it no longer acts")
     p.add_argument("--curve", default="", help="strength over progress, such as '0: 1, 1: 0.3'")
     p.add_argument("--sites", default="", help="factor per place, such as 'all: 0.2, output: 1'")
-    p.add_argument("--mask", type=Path, default=None, help="picture: white is where the image acts")
+    p.add_argument("--mask", type=file_argument, default=None, help="picture: white is where the image acts")
     p.add_argument("--steps", type=int, default=25, help="sampling steps")
     p.add_argument(
         "--guidance", type=float, default=None, help="guidance scale; default 2 for the demo world, else 7.5"
@@ -104,7 +148,7 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     p.add_argument("--device", default="cpu", help="torch device")
     p.add_argument(
-        "--out", type=Path, default=Path("ipadapter-out"), help="folder for pictures, grid.png and facts.json"
+        "--out", type=file_argument, default=Path("ipadapter-out"), help="folder for pictures, grid.png and facts.json"
     )
     p.add_argument("--json", action="store_true", help="print the facts as JSON instead of text")
 
@@ -112,7 +156,7 @@ def _add_generate(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     p = commands.add_parser("inspect", help="what an adapter file is and needs")
     p.set_defaults(run=run_inspect)
-    p.add_argument("file", type=Path, help="IP-Adapter file")
+    p.add_argument("file", type=file_argument, help="IP-Adapter file")
     p.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -121,7 +165,7 @@ def _add_demo(commands: Any) -> None:
         "demo", help="draw a sheet with the shipped demo world and measure it", formatter_class=_Defaults
     )
     p.set_defaults(run=run_demo)
-    p.add_argument("--out", type=Path, default=Path("ipadapter-out"), help="folder for demo.png and demo.json")
+    p.add_argument("--out", type=file_argument, default=Path("ipadapter-out"), help="folder for demo.png and demo.json")
     p.add_argument("--adapter", choices=("base", "plus"), default="plus", help="which shipped adapter draws the sheet")
     p.add_argument("--steps", type=int, default=20, help="sampling steps")
     p.add_argument("--no-figures", action="store_true", help="draw the sheet only")
@@ -226,7 +270,7 @@ def run_generate(args: argparse.Namespace) -> None:
         files.append(str(path))
     save_picture(grid_of([to_pillow(p) for p in pictures]), args.out / "grid.png", facts)
     facts |= {"files": files, "grid": str(args.out / "grid.png"), "seconds": round(time.perf_counter() - started, 1)}
-    (args.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (args.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(
         json.dumps(facts) if args.json else f"{len(files)} pictures and grid.png in {args.out} ({facts['seconds']} s)"
     )

@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from .console import file_argument
 from .errors import InvalidInputError
 from .lora.convert import SPELLINGS
 from .lora.extract import extract
@@ -26,33 +26,33 @@ def add_lora(commands: Any) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     p = _action(actions, "inspect", "what a file is, from its header alone", run_inspect)
-    p.add_argument("file", type=Path, help="LoRA file")
+    p.add_argument("file", type=file_argument, help="LoRA file")
 
     p = _action(actions, "heatmap", "how strongly each block and layer is changed, as a PNG", run_heatmap)
-    p.add_argument("file", type=Path, help="LoRA file")
-    p.add_argument("--out", type=Path, default=None, help="PNG to write; default: beside the file")
+    p.add_argument("file", type=file_argument, help="LoRA file")
+    p.add_argument("--out", type=file_argument, default=None, help="PNG to write; default: beside the file")
 
     p = _action(actions, "verify", "read every number and check names, ranks and sizes", run_verify)
-    p.add_argument("file", type=Path, help="LoRA file")
+    p.add_argument("file", type=file_argument, help="LoRA file")
 
     p = _action(actions, "resize", "smaller ranks, exactly the best ones", run_resize)
-    p.add_argument("file", type=Path, help="LoRA file")
+    p.add_argument("file", type=file_argument, help="LoRA file")
     _add_sizes(p)
     _add_output(p)
 
     p = _action(actions, "merge", "one file that is the weighted sum of several", run_merge)
-    p.add_argument("files", type=Path, nargs="+", help="LoRA files")
+    p.add_argument("files", type=file_argument, nargs="+", help="LoRA files")
     p.add_argument("--strengths", default="", help="one per file, such as '1,0.5'; default: all 1")
     _add_sizes(p)
     _add_output(p)
 
     p = _action(actions, "convert", "another spelling of the same numbers", run_convert)
-    p.add_argument("file", type=Path, help="LoRA file")
+    p.add_argument("file", type=file_argument, help="LoRA file")
     _add_output(p)
 
     p = _action(actions, "extract", "a LoRA out of two checkpoints", run_extract)
-    p.add_argument("tuned", type=Path, help="the fine-tuned checkpoint")
-    p.add_argument("base", type=Path, help="the checkpoint that it was tuned from")
+    p.add_argument("tuned", type=file_argument, help="the fine-tuned checkpoint")
+    p.add_argument("base", type=file_argument, help="the checkpoint that it was tuned from")
     _add_sizes(p, rank=32)
     _add_output(p)
 
@@ -70,7 +70,7 @@ def _add_sizes(p: argparse.ArgumentParser, rank: int | None = None) -> None:
 
 
 def _add_output(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", type=Path, required=True, help="file to write (.safetensors)")
+    p.add_argument("--out", type=file_argument, required=True, help="file to write (.safetensors)")
     p.add_argument("--spelling", choices=SPELLINGS, default="kohya", help="how names are written")
     p.add_argument("--dtype", choices=DTYPES, default="keep", help="type of the numbers")
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .console import file_argument
 from .errors import CorruptFileError
 from .migrate import migrate
 
@@ -14,8 +15,10 @@ from .migrate import migrate
 def add_migrate(commands: Any) -> None:
     p = commands.add_parser("migrate", help="rewrite a workflow of ComfyUI_IPAdapter_plus with the nodes of this pack")
     p.set_defaults(run=run_migrate)
-    p.add_argument("file", type=Path, help="workflow as ComfyUI's menu saves it")
-    p.add_argument("--out", type=Path, default=None, help="file to write; default: OLD.migrated.json beside it")
+    p.add_argument("file", type=file_argument, help="workflow as ComfyUI's menu saves it")
+    p.add_argument(
+        "--out", type=file_argument, default=None, help="file to write; default: OLD.migrated.json beside it"
+    )
     p.add_argument("--base", choices=("sd15", "sdxl"), default=None, help="model family; default: by checkpoint name")
     p.add_argument("--json", action="store_true", help="print the report as JSON")
 

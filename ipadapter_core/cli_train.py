@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import InvalidInputError
+from .console import file_argument
+from .errors import InvalidInputError, reason
 from .lora.convert import SPELLINGS
 from .lora.formats import load_lora
 from .lora.saving import save_lora
@@ -22,7 +23,9 @@ def add_commands(commands: Any) -> None:
     """Add them to the parser of `ipadapter`."""
     p = commands.add_parser("train", help="train an IP-Adapter or a LoRA")
     p.set_defaults(run=run_train)
-    p.add_argument("config", type=Path, help="TOML file; ipadapter train --example FAMILY prints one", nargs="?")
+    p.add_argument(
+        "config", type=file_argument, help="TOML file; ipadapter train --example FAMILY prints one", nargs="?"
+    )
     p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
     p.add_argument(
         "--dry-run",
@@ -30,18 +33,21 @@ def add_commands(commands: Any) -> None:
         help="lint, memory, trained parameters and the speed of three steps; no training",
     )
     p.add_argument("--example", choices=EXAMPLES, default=None, help="print a commented config of this kind and end")
+    p.add_argument(
+        "--out", type=file_argument, default=None, help="with --example: the new file to write it to, as UTF-8"
+    )
     p.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
 
     p = commands.add_parser("cache", help="encode a training's pictures once, without training")
     p.set_defaults(run=run_cache)
-    p.add_argument("config", type=Path, help="the training's TOML file")
+    p.add_argument("config", type=file_argument, help="the training's TOML file")
     p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
     p.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
 
     p = commands.add_parser("export", help="an adapter or LoRA in another layout, spelling or precision")
     p.set_defaults(run=run_export)
-    p.add_argument("source", type=Path, help="adapter file, or LoRA with --spelling")
-    p.add_argument("target", type=Path, help=".bin: nested as the first released files; .safetensors: flat")
+    p.add_argument("source", type=file_argument, help="adapter file, or LoRA with --spelling")
+    p.add_argument("target", type=file_argument, help=".bin: nested as the first released files; .safetensors: flat")
     p.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default=None, help="default: as in the source"
     )
@@ -55,8 +61,10 @@ EXAMPLES = ("sd15-base", "sd15-plus", "sd15-full-face", "sdxl-base", "sdxl-plus"
 
 def run_train(args: argparse.Namespace) -> None:
     if args.example is not None:
-        print((Path(__file__).parent / "training" / "examples" / f"{args.example}.toml").read_text(), end="")
+        _give_example(args.example, args.out)
         return
+    if args.out is not None:
+        raise InvalidInputError("--out belongs to --example; a training writes to output.folder")
     from .training import dry_run, load_config, train
     from .training.rendezvous import part
 
@@ -77,6 +85,22 @@ def run_train(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
     if not args.json and os.environ.get("RANK", "0") == "0":
         print(outcome.file)
+
+
+def _give_example(name: str, out: Path | None) -> None:
+    file = Path(__file__).parent / "training" / "examples" / f"{name}.toml"
+    text = file.read_text(encoding="utf-8")
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        with out.open("x", encoding="utf-8") as target:
+            target.write(text)
+    except FileExistsError:
+        raise InvalidInputError(f"{out} exists and is left as it is; choose another name") from None
+    except OSError as error:
+        raise InvalidInputError(f"{out} cannot be written ({reason(error)}); choose a folder that exists") from None
+    print(out)
 
 
 def _check_packages() -> None:

@@ -29,6 +29,14 @@ def reason(error: BaseException, limit: int = 2 * QUOTED) -> str:
     return _printable(" ".join(text.split()))[:limit]
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a device's, or torch's on the CPU, whose error is a RuntimeError like any other."""
+    if isinstance(error, MemoryError):
+        return True
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

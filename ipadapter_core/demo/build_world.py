@@ -39,9 +39,9 @@ def build(work: Path, folder: Path) -> None:
     shutil.copy(work / "image_encoder" / "preprocessor_config.json", folder / "image_encoder")
     for part in ("unet", "vae"):  # where a part lay on the machine that built it is nobody's business
         file = folder / part / "config.json"
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_references(pictures: Pictures, folder: Path) -> None:
@@ -60,7 +60,7 @@ def write_references(pictures: Pictures, folder: Path) -> None:
         file = f"{name.replace(' ', '-')}.png"
         to_pillow(image.clamp(0, 1).permute(1, 2, 0)).save(folder / file)
         index.append({"file": file, "name": name, "studio": studio, "background": background})
-    (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: Iterable[str] | None = None) -> None:

@@ -64,7 +64,9 @@ def load_pictures(folder: Path) -> Pictures:
             "`npm install emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d` "
             "and pass the resulting node_modules folder"
         )
-    entries = [e for e in json.loads((google / "emoji.json").read_text()) if e["category"] in CATEGORIES]
+    entries = [
+        e for e in json.loads((google / "emoji.json").read_text(encoding="utf-8")) if e["category"] in CATEGORIES
+    ]
     entries.sort(key=lambda entry: entry["sort_order"])
     rgba: list[Tensor] = []
     names: list[str] = []

@@ -48,7 +48,7 @@ def run(out: Path, *, family: str, steps: int, figures: bool, as_json: bool) -> 
             print(found.table())
     facts["seconds"] = round(time.perf_counter() - started, 1)
     save_picture(sheet, out / "demo.png", facts)
-    (out / "demo.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (out / "demo.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts) if as_json else f"sheet: {out / 'demo.png'} ({facts['seconds']} s)")
 
 

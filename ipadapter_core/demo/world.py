@@ -91,7 +91,7 @@ def load_world(folder: Path = FOLDER, adapters: Mapping[str, Path] | None = None
 
 def load_references() -> References:
     """The reference pictures and what their index says of them."""
-    index: list[dict[str, str]] = json.loads((REFERENCES / "index.json").read_text())
+    index: list[dict[str, str]] = json.loads((REFERENCES / "index.json").read_text(encoding="utf-8"))
     images = torch.cat([read_image(REFERENCES / entry["file"])[..., :3] for entry in index])
     return References(
         images.permute(0, 3, 1, 2),

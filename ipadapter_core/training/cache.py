@@ -69,7 +69,7 @@ class Cache:
         for listing in sorted(self.folder.glob("shard-*.json")):
             shard = listing.with_suffix(".safetensors")
             try:
-                keys: list[str] = json.loads(listing.read_text())
+                keys: list[str] = json.loads(listing.read_text(encoding="utf-8"))
             except ValueError:
                 continue
             if shard.is_file():
@@ -136,7 +136,7 @@ class Cache:
             return ""
         newest = max(others, key=lambda path: path.stat().st_mtime)
         try:
-            before = json.loads(newest.read_text())
+            before = json.loads(newest.read_text(encoding="utf-8"))
         except ValueError:
             return ""
         changed = [f"{k}: {before.get(k)} → {v}" for k, v in self.settings.items() if before.get(k) != v]

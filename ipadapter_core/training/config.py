@@ -6,16 +6,19 @@ import dataclasses
 import difflib
 import importlib
 import json
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, quoted, reason
 from ..lora.convert import Spelling
 from ..lora.selector import parse_selector
 from ..processors import Init
+from ..text_files import NotUnicodeError, check_length, decode_text, read_bytes
 
 Family = Literal["base", "plus", "full-face"]
 Prediction = Literal["auto", "epsilon", "v_prediction", "flow"]
@@ -218,42 +221,47 @@ class RunConfig:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file; each override is `section.key=value`, the value as TOML or plain text.
 
-    Relative paths in the file are relative to the file. Raises InvalidInputError naming the key and the nearest valid
-    one, FileNotFoundError.
+    Relative paths in the file are relative to the file; `~` is the home folder. Raises InvalidInputError naming the key and
+    the nearest valid one, CorruptFileError for what is no text, FileNotFoundError.
     """
-    tomllib = _toml()
-    path = Path(path)
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path} is not valid TOML: {error}") from error
+    path = Path(path).expanduser()
+    values = _parse_toml(_text_of(path), str(path))
     config = parse_config(values, str(path))
-    config = dataclasses.replace(
-        config,
-        model=_beside(path, config.model, "base", "config", "image_encoder"),
-        adapter=_beside(path, config.adapter, "start_from"),
-        lora=_beside(path, config.lora, "start_from"),
-        data=_beside(path, config.data, "path", "cache"),
-        output=_beside(path, config.output, "folder"),
-    )
+    for name in PATHS:
+        section, key = name.split(".")
+        value: str = getattr(getattr(config, section), key)
+        if _ESCAPED.match(value):
+            raise InvalidInputError(f"{path}: {name} is {quoted(value)}, which no folder is called; {WINDOWS}")
+        if value and not is_remote(value):
+            config = _with(config, section, {key: str(path.parent / os.path.expanduser(value))})
     return parse_overrides(overrides, config)
 
 
 def parse_overrides(overrides: Sequence[str], config: RunConfig) -> RunConfig:
     """Put `section.key=value` texts over a config. Raises InvalidInputError as `load_config` does."""
-    tomllib = _toml()
     changes: dict[str, dict[str, Any]] = {}
     for override in overrides:
-        name, equals, text = override.partition("=")
+        name, equals, text = check_length(override, "an override", MAX_TEXT).partition("=")
         section, dot, key = name.strip().partition(".")
         if not equals or not dot:
-            raise InvalidInputError(f"override {override!r} should be section.key=value, such as train.steps=2000")
+            raise InvalidInputError(
+                f"override {quoted(override)} should be section.key=value, such as train.steps=2000"
+            )
         try:
-            value = tomllib.loads(f"x = {text}")["x"]
-        except tomllib.TOMLDecodeError:
+            value = _parse_toml(f"x = {text}", "an override")["x"]
+        except InvalidInputError:
             value = text
+        if KEYS.get(section, {}).get(key) is str and not isinstance(value, str):
+            value = text  # a folder that is called 2024-01-01, a name that is a number
+        if f"{section}.{key}" in PATHS and not is_remote(value):
+            value = os.path.expanduser(value)
         changes.setdefault(section, {})[key] = value
     return parse_config(changes, "the command line", config)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names something to fetch, not a file: an address, or a command to run."""
+    return "://" in path or path.startswith("pipe:")
 
 
 def parse_config(values: Mapping[str, Any], where: str, start: RunConfig | None = None) -> RunConfig:
@@ -264,15 +272,15 @@ def parse_config(values: Mapping[str, Any], where: str, start: RunConfig | None 
         if section not in KEYS:
             if section in _OWNERS and not isinstance(entries, Mapping):
                 raise InvalidInputError(f"{where}: {section!r} belongs below [{_OWNERS[section]}]")
-            raise InvalidInputError(f"{where}: there is no section [{section}]{_nearest(section, KEYS)}")
+            raise InvalidInputError(f"{where}: there is no section [{_name(section)}]{_nearest(section, KEYS)}")
         if not isinstance(entries, Mapping):
-            raise InvalidInputError(f"{where}: {section} should be a section [{section}], got {entries!r}")
+            raise InvalidInputError(f"{where}: {section} should be a section [{section}], got {_shown(entries)}")
         current: Any = getattr(start, section)
         checked: dict[str, Any] = {}
         for key, value in cast("Mapping[str, Any]", entries).items():
             if key not in KEYS[section]:
                 elsewhere = f"; it belongs below [{_OWNERS[key]}]" if key in _OWNERS else _nearest(key, _names(section))
-                raise InvalidInputError(f"{where}: [{section}] has no key {key!r}{elsewhere}")
+                raise InvalidInputError(f"{where}: [{section}] has no key {quoted(key)}{elsewhere}")
             checked[key] = _typed(f"{where}: {section}.{key}", KEYS[section][key], value)
         sections[section] = dataclasses.replace(current, **checked)
     config = dataclasses.replace(start, **sections)
@@ -281,18 +289,49 @@ def parse_config(values: Mapping[str, Any], where: str, start: RunConfig | None 
 
 
 def write_config(config: RunConfig, path: Path) -> None:
-    """Write a config as TOML that `load_config` reads back."""
+    """Write a config as TOML that `load_config` reads back. Raises InvalidInputError for values that no config may have."""
+    _check(config)
     lines: list[str] = []
     for section, entries in config.as_dict().items():
         lines.append(f"[{section}]")
-        # JSON's spelling of strings, numbers, booleans and lists is also TOML's
-        lines += [f"{key} = {json.dumps(value)}" for key, value in entries.items()]
+        lines += [f"{key} = {_spelled(value)}" for key, value in entries.items()]
         lines.append("")
-    path.write_text("\n".join(lines), encoding="utf-8")
+    # file names that are no UTF-8 have lone surrogates in Python
+    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
 
 
-def _toml() -> Any:
-    return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+def _spelled(value: Any) -> str:
+    """JSON's spelling of strings, numbers, booleans and lists is also TOML's, but for pairs of surrogates and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _text_of(path: Path) -> str:
+    content = read_bytes(path, MAX_TEXT)
+    try:
+        return decode_text(content, str(path))
+    except NotUnicodeError:
+        try:
+            return content.decode("utf-8", "surrogatepass")  # what write_config wrote
+        except UnicodeDecodeError:
+            pass
+        raise
+
+
+def _parse_toml(text: str, where: str) -> dict[str, Any]:
+    tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    # its reader takes time that grows with the square of a key's parts
+    if any(line.partition("=")[0].count(".") > MAX_DOTS for line in text.split("\n")):
+        raise InvalidInputError(
+            f"{where} is not valid TOML for a training: a line has over {MAX_DOTS} dots before its ="
+        )
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise InvalidInputError(f"{where} is not valid TOML: its brackets are nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, and int() for numbers of thousands of digits
+        escaped = re.search("hex|escape", str(error), re.IGNORECASE) and _BACKSLASHES.search(text)
+        hint = f"; {WINDOWS}" if escaped else ""
+        raise InvalidInputError(f"{where} is not valid TOML ({reason(error)}){hint}") from None
 
 
 def _sections() -> dict[str, dict[str, Any]]:
@@ -315,41 +354,80 @@ def _nearest(name: str, names: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(list(names)[:20])}"
 
 
+def _name(text: str) -> str:
+    return quoted(text)[1:-1]
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: numbers as they are, if they can be read."""
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        return "a number of more than 64 bits"
+    return str(value) if isinstance(value, (bool, int, float)) else quoted(value)
+
+
 def _typed(where: str, kind: Any, value: Any) -> Any:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            close = _nearest(str(value), get_args(kind))
-            raise InvalidInputError(f"{where} is {value!r}; choose one of {', '.join(get_args(kind))}{close}")
-        return value
     if get_origin(kind) is tuple:
         items = cast("list[Any]", list(value)) if isinstance(value, (list, tuple)) else [value]
+        if len(items) > MAX_ITEMS:
+            raise InvalidInputError(f"{where} has {len(items)} entries; it may have {MAX_ITEMS}")
         return tuple(_typed(where, get_args(kind)[0], item) for item in items)
+    if isinstance(value, (list, tuple, Mapping)):
+        raise InvalidInputError(f"{where} is a list or a section; one value was expected")
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            close = _nearest(_shown(value), get_args(kind))
+            raise InvalidInputError(f"{where} is {_shown(value)}; choose one of {', '.join(get_args(kind))}{close}")
+        return value
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        raise InvalidInputError(f"{where} is {_shown(value)}; no setting needs one")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, Path):
         return str(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InvalidInputError(f"{where} is {value!r}; a value of type {kind.__name__} was expected")
+        raise InvalidInputError(f"{where} is {_shown(value)}; a value of type {kind.__name__} was expected")
     return value
 
 
-def _beside(path: Path, section: Any, *keys: str) -> Any:
-    changes = {key: str(path.parent / getattr(section, key)) for key in keys if getattr(section, key)}
-    for key, value in changes.items():
-        if "://" in getattr(section, key) or getattr(section, key).startswith("pipe:"):
-            changes[key] = getattr(section, key)
-        else:
-            changes[key] = value
-    return dataclasses.replace(section, **changes)
+def _with(config: RunConfig, section: str, changes: Mapping[str, Any]) -> RunConfig:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
 
 
-_AT_LEAST = {
-    "data.resolution": 8, "data.bucket_step": 8, "data.min_side": 1, "data.variants": 1, "data.shuffle": 1, "data.encode_batch": 1,
-    "data.workers": 0, "train.steps": 1, "train.batch": 1, "train.accumulate": 1, "train.warmup": 0, "train.clip": 0,
-    "train.bad_steps": 1, "lora.rank": 0, "lora.alpha": 0, "lora.text_learning_rate": 0, "lora.factor": 1, "adapter.num_tokens": 0, "adapter.depth": 1, "adapter.hidden_dim": 0, "loss.min_snr": 0,
-    "watch.log_every": 1, "watch.validate_every": 0, "watch.validation": 0, "watch.sample_every": 0,
-    "watch.sample_count": 1, "watch.sample_steps": 1, "output.save_every": 0, "output.keep": 1, "output.state_every": 0,
-    "output.keep_states": 1,
+PATHS = (
+    "model.base", "model.config", "model.image_encoder", "adapter.start_from", "lora.start_from", "data.path", "data.cache",
+    "output.folder",
+)  # fmt: skip
+"""Keys whose values are files or folders."""
+
+WINDOWS = "in \"double quotes\" TOML takes backslashes as escapes: write Windows paths in 'single quotes', or with / instead of \\"
+_BACKSLASHES = re.compile(r'"[^"\n]{0,300}\\')
+_ESCAPED = re.compile(r"(?:[A-Za-z]:|\\\w).{0,4000}?[\x00-\x1f]", re.DOTALL)
+"""What is left of a Windows path whose `\\t` or `\\n` was read as an escape."""
+
+MAX_TEXT = 2**20
+"""Bytes of a config file, and characters of an override."""
+MAX_STRING = 100_000
+"""Characters of one text in a config."""
+MAX_ITEMS = 1000
+"""Entries of a list in a config."""
+MAX_DOTS = 100
+MAX_INT = 2**63
+
+# least and most; the most is far above what any real run needs, and below what would exhaust a machine by its mere number
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "adapter.num_tokens": (0, 10_000), "adapter.depth": (1, 100), "adapter.hidden_dim": (0, 2**16),
+    "lora.rank": (0, 2**16), "lora.alpha": (0, 10**6), "lora.text_learning_rate": (0, 10**4), "lora.factor": (1, 2**16),
+    "data.resolution": (8, 2**14), "data.bucket_step": (8, 2**14), "data.min_side": (1, 10**6), "data.variants": (1, 1000),
+    "data.shuffle": (1, 10**7), "data.encode_batch": (1, 2**16), "data.workers": (0, 1024),
+    "loss.min_snr": (0, 10**6), "loss.noise_offset": (-100, 100),
+    "train.steps": (1, 10**9), "train.batch": (1, 2**16), "train.accumulate": (1, 10**6), "train.lr": (0, 10**4),
+    "train.weight_decay": (0, 10**4), "train.warmup": (0, 10**9), "train.clip": (0, 10**9), "train.bad_steps": (1, 10**9),
+    "train.seed": (1 - 2**63, 2**63 - 1),
+    "watch.log_every": (1, 10**9), "watch.validate_every": (0, 10**9), "watch.validation": (0, 10**6),
+    "watch.sample_every": (0, 10**9), "watch.sample_count": (1, 1000), "watch.sample_steps": (1, 10_000),
+    "watch.guidance": (-1000, 1000),
+    "output.save_every": (0, 10**9), "output.keep": (1, 10**6), "output.state_every": (0, 10**9),
+    "output.keep_states": (1, 10**6),
 }  # fmt: skip
 _SHARES = (
     "data.pairs",
@@ -368,12 +446,31 @@ _OF_ADAPTERS = (
 """Keys that are about references, which a LoRA has none of."""
 
 
+def _check_text(name: str, value: str) -> None:
+    check_length(value, name, MAX_STRING)
+    try:
+        # a file may have a name in another encoding, which Python keeps as lone surrogates
+        _ = os.fsencode(value) if name in PATHS else value.encode()
+    except UnicodeEncodeError:
+        raise InvalidInputError(f"{name} is {quoted(value)}, which has half a character (a lone surrogate)") from None
+    if name in PATHS and "\0" in value:
+        raise InvalidInputError(f"{name} is {quoted(value)}; no path has a NUL character")
+
+
 def _check(config: RunConfig) -> None:
     values = config.as_dict()
-    for name, least in _AT_LEAST.items():
+    for section, entries in values.items():
+        for key, value in entries.items():
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, str):
+                    _check_text(f"{section}.{key}", one)
+    for name, (least, most) in _RANGES.items():
         section, key = name.split(".")
-        if not values[section][key] >= least:
-            raise InvalidInputError(f"{name} is {values[section][key]}; it must be at least {least}")
+        value = values[section][key]
+        if not value >= least:
+            raise InvalidInputError(f"{name} is {_shown(value)}; it must be at least {least}")
+        if not value <= most:
+            raise InvalidInputError(f"{name} is {_shown(value)}; it must be at most {most:,}")
     for name in _SHARES:
         section, key = name.split(".")
         if not 0 <= values[section][key] <= 1:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
+from typing import cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -169,3 +175,93 @@ def test_usage_errors_exit_with_2() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["generate", "--preset", "no such preset"])
     assert caught.value.code == 2
+
+
+# --- consoles, pipes and names ------------------------------------------------------------------------------------------------
+
+
+def on_console(monkeypatch: pytest.MonkeyPatch, encoding: str, arguments: list[str]) -> tuple[int, str, str]:
+    """A command whose output is piped on a console with a code page: exit code, output, errors."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        code = main(arguments)
+    for stream in streams:
+        stream.flush()
+    return code, *(cast(io.BytesIO, stream.buffer).getvalue().decode(encoding) for stream in streams)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251", "cp1252", "cp437", "cp949", "utf-8"])
+def test_every_console_can_show_every_text(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    from safetensors.torch import save_file
+
+    strange = os.fsdecode(b"caf\xe9.safetensors")  # a name in another encoding
+    lora = {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(2, 4)}
+    lora["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight"] = torch.ones(4, 2)
+    save_file(lora, tmp_path / "lora.safetensors")
+    for name in ("猫×😀.safetensors", strange):
+        shutil.copy(model_folder / "adapter.safetensors", tmp_path / name)
+        code, out, _ = on_console(monkeypatch, encoding, ["inspect", str(tmp_path / name)])
+        assert code == 0
+        assert "image tokens   4" in out
+        shutil.copy(tmp_path / "lora.safetensors", tmp_path / name)
+        assert on_console(monkeypatch, encoding, ["lora", "inspect", str(tmp_path / name)])[0] == 0
+        code, _, err = on_console(monkeypatch, encoding, ["inspect", str(tmp_path / f"no {name}")])
+        assert code == 1
+        assert "does not exist" in err
+    code, out, _ = on_console(monkeypatch, encoding, ["train", "--example", "sd15-lora"])
+    assert code == 0
+    assert ("√rank" in out) == (encoding in ("cp437", "cp949", "utf-8"))
+    if encoding == "ascii":
+        assert "\\u732b\\xd7\\U0001f600" in on_console(monkeypatch, encoding, ["inspect", str(tmp_path / "猫×😀")])[2]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--example", "sd15-base"], ["--help"], ["inspect", "{adapter}", "--json"]]
+)
+def test_a_reader_that_is_gone_ends_a_command_quietly(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        assert main([one.format(adapter=model_folder / "adapter.safetensors") for one in arguments]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_output_that_goes_to_a_full_disk_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main(["train", "--example", "sd15-base"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "the output cannot be written (OSError: [Errno 28] No space left on device)" in said
+
+
+def test_memory_that_runs_out_and_system_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        OSError(36, "File name too long", "x"),
+    ]
+    for error in (*errors, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
+        monkeypatch.setattr("ipadapter_core.cli.describe_adapter", Mock(side_effect=error))
+        assert main(["inspect", "x"]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr("ipadapter_core.cli.describe_adapter", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["inspect", "x"])
+
+
+def test_home_is_a_tilde_in_arguments(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model_folder))
+    assert main(["inspect", "~/adapter.safetensors"]) == 0
+    assert main(["inspect", "~/none.safetensors"]) == 1
