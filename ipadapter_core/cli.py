@@ -18,7 +18,7 @@ from . import __version__, cli_train
 from .checkpoints import describe_adapter, load_adapter
 from .cli_lora import add_lora
 from .cli_migrate import add_migrate
-from .console import file_argument, forget_output, show_everything
+from .console import complain, file_argument, forget_output, show_everything
 from .errors import AdapterError, InvalidInputError, out_of_memory, reason
 from .image_encoder import Crop
 from .prompt import Combine, Unconditional
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return CLOSED_PIPE
     except OSError as error:  # the disk that the output goes to is full
         forget_output()
-        print(f"ipadapter: the output cannot be written ({reason(error)})", file=sys.stderr)
+        complain(f"ipadapter: the output cannot be written ({reason(error)})")
         return 1
 
 
@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
             raise
         return _fail(args, f"memory ran out ({reason(error)}); close other programs, or use smaller sizes")
     except KeyboardInterrupt as error:
-        print(str(error) or "interrupted", file=sys.stderr)
+        complain(str(error) or "interrupted")
         return 130
     return 0
 
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
 def _fail(args: argparse.Namespace, message: str) -> int:
     if args.json:
         print(json.dumps({"error": message}))
-    print(f"ipadapter: {message}", file=sys.stderr)
+    complain(f"ipadapter: {message}")
     return 1
 
 

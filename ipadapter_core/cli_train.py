@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .console import file_argument
+from .console import complain, file_argument
 from .errors import InvalidInputError, reason
 from .lora.convert import SPELLINGS
 from .lora.formats import load_lora
@@ -79,7 +79,7 @@ def run_train(args: argparse.Namespace) -> None:
     outcome = train(config, as_json=args.json)
     part()
     if outcome.stopped:
-        print(f"stopped after step {outcome.step}; the same command goes on from there", file=sys.stderr)
+        complain(f"stopped after step {outcome.step}; the same command goes on from there")
         if outcome.by_file and "TORCHELASTIC_RUN_ID" in os.environ:
             return  # torchrun would take any other end for a failure and start it again
         raise KeyboardInterrupt

@@ -19,6 +19,7 @@ from .frozen import EncoderLooks
 from .order import Pick
 from .pictures import bucket_for, bucket_sizes, cut_target, see_reference
 from .sources import Source
+from .stopping import leave_signals_to_parent
 
 NO_REFERENCE = torch.empty(0)
 
@@ -166,7 +167,8 @@ def loader(items: Items, picks: Iterator[list[Pick]], workers: int) -> Iterator[
     from torch.utils.data import DataLoader
 
     made: Any = DataLoader(
-        cast(Any, items), batch_sampler=cast(Any, picks), num_workers=workers, collate_fn=_as_list
+        cast(Any, items), batch_sampler=cast(Any, picks), num_workers=workers, collate_fn=_as_list,
+        worker_init_fn=leave_signals_to_parent,
     )  # fmt: skip
     return iter(made)
 

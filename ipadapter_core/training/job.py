@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from .config import RunConfig, write_config
-from .loop import STOP_WITH_PARENT, TrainingFailed
+from .loop import TrainingFailed
 from .state import RunFolder
+from .stopping import STOP_WITH_PARENT
 
 Event = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..console import forget_output
+from ..errors import reason
 from ..generate import save_picture
 
 GAINS = {
@@ -51,7 +53,7 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._show(self._bar.close)
         self._board("close")
 
     def say(self, text: str) -> None:
@@ -61,9 +63,9 @@ class Log:
         if self.as_json:
             self._print({"event": "note", "text": text})
         elif self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._show(self._bar.write, text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            self._show(print, text, file=sys.stderr, flush=True)
 
     def begin(self, step: int) -> None:
         """Training starts after `step`; what a killed run had logged beyond it is taken back."""
@@ -74,7 +76,7 @@ class Log:
         if self.file.is_file():
             lines = [
                 line
-                for line in self.file.read_text(encoding="utf-8").splitlines()
+                for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines()
                 if step > 0 and _step_of(line) <= step
             ]
             # one rename: a kill here must not cost the log of the whole run
@@ -114,16 +116,16 @@ class Log:
     def tick(self, step: int, loss: float) -> None:
         """One step is done."""
         if self._bar is not None and not self._bar.disable:
-            self._bar.update(step - self._bar.n)
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._show(self._bar.update, step - self._bar.n)
 
     def plot(self) -> None:
         """Draw the losses of the whole run to loss.png."""
         if self.active and self.plots and self.file.is_file():
             try:
                 draw_losses(self.file, self.plot_file)
-            except OSError as error:
-                self.say(f"{self.plot_file} could not be written ({error})")
+            except (OSError, MemoryError) as error:
+                self.say(f"{self.plot_file} could not be drawn ({reason(error)})")
                 return
             if self.as_json:
                 self._print({"event": "plot", "file": str(self.plot_file)})
@@ -138,21 +140,31 @@ class Log:
             self._writer = None
             self.say(f"tensorboard's log could not be written ({error}); it ends here, the training goes on")
 
+    def _show(self, write: Any, *args: Any, **options: Any) -> None:
+        """The terminal may have been closed: what is learned is still to be saved."""
+        try:
+            write(*args, **options)
+        except OSError:
+            if self._bar is not None:
+                self._bar.disable = True
+
     def _print(self, row: dict[str, Any]) -> None:
         try:
             print(json.dumps(row), flush=True)
-        except BrokenPipeError:  # whoever watched is gone; the loop still has to save what was learned
+        except OSError:  # whoever watched is gone; the loop still has to save what was learned
             self.as_json = False
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            forget_output()
 
 
 def curves(file: Path) -> dict[str, tuple[list[int], list[float]]]:
     """The curves in a progress.jsonl, each as steps and values."""
     found: dict[str, tuple[list[int], list[float]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # the last line of a killed run
+        except (ValueError, RecursionError):  # the last line of a killed run
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             continue
         for name in CURVES:
             if isinstance(row.get(name), (int, float)):
@@ -215,7 +227,7 @@ def _marker(values: Sequence[float]) -> str | None:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return float("inf")
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,19 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import AdapterError, CorruptFileError, InvalidInputError
+from ..errors import AdapterError, CorruptFileError, InvalidInputError, out_of_memory, reason
 from .config import RunConfig
 from .log import Log, save_sheet
 from .optimizers import build_average, build_optimizer, build_schedule
-from .saved_state import Training, load_random, save_random
+from .samples import changes
+from .saved_state import PICTURES, Training, load_random, save_random
 from .state import RunFolder, Saved, check_same_run, read_state
 from .step import Step
+from .stopping import asked_to_stop, orphan_watch
+from .tensor_files import TensorReader, write_tensors
 
 State = dict[str, Tensor]
-
-STOP_WITH_PARENT = "IPADAPTER_STOP_WITH_PARENT"
-"""Set in the environment of a child process: it saves and ends when the process that started it is gone."""
-
 
 SHARED_DISK = 60.0
 """Seconds until what one machine writes to a shared disk is seen by the others at the latest."""
@@ -136,12 +132,15 @@ def fit(
     log: Log,
     watch: Watch,
     results: Results,
+    pictures: Tensor | None = None,
 ) -> Outcome:
-    """Train `module.learned` to `train.steps`, from the newest state in `folder` if there is one.
+    """Train `module.learned` to `train.steps`, from the newest state in `folder` if there is one that is whole.
 
-    Of `config` the sections train, watch and output are read; all of it is kept with the state, and compared.
+    Of `config` the sections train, watch and output are read; all of it is kept with the state, and compared. So are the
+    digests `pictures` of `samples.digests`: what changed among them is said.
 
-    Raises TrainingFailed when steps keep giving no numbers, InvalidInputError for a folder of another run.
+    Raises TrainingFailed when steps keep giving no numbers, when memory ran out (the state before that step is saved, unless
+    several processes train) and when nothing can be saved; InvalidInputError for a folder of another run.
     """
     train, out, seen = config.train, config.output, config.watch
     learned = module.learned
@@ -158,6 +157,7 @@ def fit(
         changed = check_same_run(config, newest.note, newest.folder, accelerator.num_processes)
         tally.set(training.load(newest.folder), newest.step)
         load_random(newest.folder, rank)
+        changed = "\n".join(filter(None, [changed, _other_pictures(newest, pictures)]))
         log.say(f"going on after step {tally.step} from {newest.folder}" + (changed and f"\n{changed}"))
     log.begin(tally.step)
 
@@ -176,6 +176,8 @@ def fit(
         place = folder.unfinished(tally.step)
         if accelerator.is_main_process:
             training.save(place, tally.counts())
+            if pictures is not None:
+                write_tensors(place / PICTURES, {"digests": pictures})
         save_random(place, rank)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -199,56 +201,83 @@ def fit(
     # where the frozen models are split, no process can look at anything without the others
     looks: bool = accelerator.is_main_process or train.shard
     if looks and tally.step == 0 and seen.validate_every:
-        _look(accelerator, log, 0, lambda: watch.validate(module))
-    orphaned = _orphan_watch()
+        _look(accelerator, log, 0, lambda: watch.validate(module), together=train.shard)
+    orphaned = orphan_watch()
     end = train.steps * train.accumulate
     batches = feed.batches(tally.step * train.accumulate, end)
     unsaved: list[Any] = []
     clock = Clock()
-    stopped = by_file = False
-    with asked_to_stop() as asked:
-        while tally.step < train.steps and not stopped:
-            module.train()
-            clock.start()
-            loss_sum, fine = 0.0, False
-            for _ in range(train.accumulate):
-                given = _onto(next(batches), accelerator.device)
-                with accelerator.accumulate(model):
-                    loss = model(*given)
-                    accelerator.backward(loss)
-                    loss_sum = loss_sum + loss.detach()
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parameters, train.clip or math.inf)
-                        fine = bool(torch.isfinite(norm))
-                        if fine or train.precision == "fp16":  # fp16's own scaler skips overflows and learns from them
-                            optimizer.step()
-                        if fine and average is not None:
-                            average.update_parameters(learned)
-                        schedule.step()
-                    optimizer.zero_grad()
-            tally.step += 1
-            clock.stop()
-            value = float(loss_sum) / train.accumulate
-            _guard(tally, fine, value, config, log)
-            tally.losses.append(value)
-            log.tick(tally.step, value)
-            last = tally.step == train.steps
-            stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
-            by_file = stopped and folder.stop_file.exists()  # before the first process takes it away
-            if last or stopped or tally.step % seen.log_every == 0:
-                mean = _mean(accelerator, tally.losses)
-                rate = schedule.get_last_lr()[0]
-                log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
-                tally.losses.clear()
-                unsaved = [save for save in unsaved if not try_to(save)]
-            if looks and (_due(tally.step, seen.validate_every) or last):
-                _look(accelerator, log, tally.step, lambda: watch.validate(module))
-            if looks and (_due(tally.step, seen.sample_every) or (last and seen.sample_every)):
-                _draw(log, folder, tally.step, lambda: watch.sheet(module, best()))
-            if _due(tally.step, out.save_every) or last or stopped:
-                unsaved += [] if try_to(save_checkpoint) else [save_checkpoint]
-            if _due(tally.step, out.state_every) or last or stopped:
-                unsaved += [] if try_to(save_state) else [save_state]
+    stopped = by_file = updating = False
+    failure = ""
+
+    def take_step() -> tuple[float, bool]:
+        """One optimiser step: the mean loss of its micro-steps, and whether the gradients were numbers."""
+        nonlocal updating
+        loss_sum, fine = 0.0, False
+        for _ in range(train.accumulate):
+            given = _onto(next(batches), accelerator.device)
+            with accelerator.accumulate(model):
+                loss = model(*given)
+                accelerator.backward(loss)
+                loss_sum = loss_sum + loss.detach()
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(parameters, train.clip or math.inf)
+                    fine = bool(torch.isfinite(norm))
+                    updating = True
+                    if fine or train.precision == "fp16":  # fp16's own scaler skips overflows and learns from them
+                        optimizer.step()
+                    if fine and average is not None:
+                        average.update_parameters(learned)
+                    schedule.step()
+                optimizer.zero_grad()
+        tally.step += 1
+        updating = False
+        return float(loss_sum) / train.accumulate, fine
+
+    try:
+        with asked_to_stop() as asked:
+            while tally.step < train.steps and not stopped:
+                module.train()
+                clock.start()
+                value, fine = take_step()
+                clock.stop()
+                _guard(tally, fine, value, config, log)
+                tally.losses.append(value)
+                log.tick(tally.step, value)
+                last = tally.step == train.steps
+                stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
+                by_file = stopped and folder.stop_file.exists()  # before the first process takes it away
+                if last or stopped or tally.step % seen.log_every == 0:
+                    mean = _mean(accelerator, tally.losses)
+                    rate = schedule.get_last_lr()[0]
+                    log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
+                    tally.losses.clear()
+                    unsaved = [save for save in unsaved if not try_to(save)]
+                if looks and (_due(tally.step, seen.validate_every) or last):
+                    _look(accelerator, log, tally.step, lambda: watch.validate(module), together=train.shard)
+                if looks and (_due(tally.step, seen.sample_every) or (last and seen.sample_every)):
+                    _draw(log, folder, tally.step, lambda: watch.sheet(module, best()), together=train.shard)
+                if _due(tally.step, out.save_every) or last or stopped:
+                    unsaved += [] if try_to(save_checkpoint) else [save_checkpoint]
+                if _due(tally.step, out.state_every) or last or stopped:
+                    unsaved += [] if try_to(save_state) else [save_state]
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        failure = reason(error)
+    if failure:  # outside of except, where the error holds on to all that the step had in memory
+        optimizer.zero_grad()
+        _let_go()
+        alone = accelerator.num_processes == 1 and not updating
+        saved = (
+            f"step {tally.step} is saved"
+            if alone and try_to(save_state)
+            else "the newest saved state is from before it"
+        )
+        raise TrainingFailed(
+            f"memory ran out after step {tally.step} ({failure}); {saved}, and the same command goes on from there: close other "
+            "programs first, or begin in another output.folder with train.checkpointing = true or a smaller train.batch"
+        )
     file = results.file(tally.step if stopped else None)
 
     def save_final() -> None:
@@ -316,6 +345,17 @@ def _newest(accelerator: Any, folder: RunFolder, log: Log) -> Saved | None:
     return found
 
 
+def _other_pictures(saved: Saved, pictures: Tensor | None) -> str:
+    """What changed among the pictures since a state, in words; empty for nothing, and for states that noted none."""
+    if pictures is None or PICTURES not in saved.note["files"]:
+        return ""
+    file = TensorReader(saved.folder / PICTURES)
+    try:
+        return changes(file.read("digests"), pictures)
+    finally:
+        file.close()
+
+
 def _onto(given: Sequence[Any], device: torch.device) -> list[Any]:
     return [one.to(device) if hasattr(one, "to") else one for one in given]
 
@@ -357,23 +397,32 @@ def _mean(accelerator: Any, losses: list[float]) -> float:
     return float(accelerator.reduce(torch.tensor(mean, device=accelerator.device), "mean"))
 
 
-def _look(accelerator: Any, log: Log, step: int, validate: Any) -> None:
-    with accelerator.autocast():
-        values = validate()
+def _look(accelerator: Any, log: Log, step: int, validate: Any, *, together: bool) -> None:
+    """A validation that finds no memory is reported and costs no training; the processes of a split model end together."""
+    try:
+        with accelerator.autocast():
+            values = validate()
+    except (MemoryError, RuntimeError) as error:
+        if together or not out_of_memory(error):
+            raise
+        log.say(f"no validation at step {step}: memory ran out ({reason(error)})")
+        return
     if values is not None:
         log.event("validation", step, **values)
         log.plot()
 
 
-def _draw(log: Log, folder: RunFolder, step: int, draw: Any) -> None:
-    """A sheet that fails (no memory left, no disk) is reported and costs no training."""
+def _draw(log: Log, folder: RunFolder, step: int, draw: Any, *, together: bool) -> None:
+    """A sheet that fails (no memory, no disk, a model folder that is gone) is reported and costs no training."""
     try:
         sheet = draw()
         if sheet is None or not log.active:
             return
         path = save_sheet(sheet, folder.path, step)
-    except (RuntimeError, OSError) as error:
-        log.say(f"no sample sheet at step {step}: {error}")
+    except (MemoryError, RuntimeError, OSError, AdapterError) as error:
+        if together:
+            raise
+        log.say(f"no sample sheet at step {step}: {reason(error)}")
         return
     import numpy as np
 
@@ -381,30 +430,7 @@ def _draw(log: Log, folder: RunFolder, step: int, draw: Any) -> None:
     log.event("sheet", step, file=str(path))
 
 
-def _orphan_watch() -> Callable[[], bool]:
-    if os.name != "posix" or not os.environ.get(STOP_WITH_PARENT):
-        return lambda: False
-    parent = os.getppid()
-    return lambda: os.getppid() != parent
-
-
-@contextmanager
-def asked_to_stop() -> Generator[Any]:
-    """While inside, Ctrl-C and SIGTERM only leave a note; a second Ctrl-C is a Ctrl-C."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _let_go() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -32,10 +32,12 @@ from .objectives import objective_for
 from .optimizers import build_optimizer
 from .order import Draws, Order, draw
 from .rendezvous import init_method
+from .samples import digests
 from .shard import from_launcher, shard
 from .sources import Source, open_source
 from .state import AdapterFiles, RunFolder
 from .step import AdapterStep
+from .stopping import interruptible
 from .stream import Stream, StreamFeed
 from .watch import Sheets, Validation, reference_tiles
 
@@ -217,7 +219,8 @@ def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
     accelerator = build_accelerator(config)
     main: bool = accelerator.is_main_process
     seen = config.watch
-    with folder.alone() if main else nullcontext():
+    kept = "what is saved and cached is kept, and the same command goes on from there"
+    with interruptible(kept), folder.alone() if main else nullcontext():
         if main:
             folder.prepare()
             folder.stop_file.unlink(missing_ok=True)
@@ -232,7 +235,8 @@ def train(config: RunConfig, *, as_json: bool = False) -> Outcome:
         ) as log:
             run = prepare(config, log, accelerator=accelerator)
             files = AdapterFiles(folder, run.module.adapter, run.metadata, averaged=config.train.ema > 0)
-            return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, files)
+            seen_before = None if isinstance(run.feed, StreamFeed) else digests(run.collection.samples)
+            return fit(config, accelerator, run.module, run.feed, folder, log, run.looking, files, seen_before)
 
 
 def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
@@ -242,7 +246,11 @@ def build_cache(config: RunConfig, *, as_json: bool = False) -> Collection:
     config = from_launcher(config)
     accelerator = build_accelerator(config)
     root = RunFolder(config.output).path
-    with Log(root, steps=0, active=accelerator.is_main_process, as_json=as_json, tensorboard=False) as log:
+    kept = "the finished shards of the cache are kept, and the same command goes on after them"
+    with (
+        interruptible(kept),
+        Log(root, steps=0, active=accelerator.is_main_process, as_json=as_json, tensorboard=False) as log,
+    ):
         base = load_base(config.model.base, config.model.config)
         check_sides(config, base, base.latent_factor)
         source = open_source(config.data)

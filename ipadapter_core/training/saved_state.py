@@ -25,6 +25,9 @@ from .tensor_files import TensorReader, write_tensors
 TRAINING = "training.safetensors"
 """Weights, average, optimiser, schedule, scaler and counts; written by the first process."""
 
+PICTURES = "pictures.safetensors"
+"""Digests of the names and contents of the pictures that are trained on."""
+
 
 def random_file(rank: int) -> str:
     """The random generators of a process."""

@@ -257,9 +257,12 @@ def test_a_state_is_never_replaced_by_a_half_one(tmp_path: Path) -> None:
     assert [path.name for path in folder.path.iterdir()] == ["state-00000004"]
 
 
+@pytest.mark.parametrize("asks", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_saves_and_goes_on(
-    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+    model: Path, pictures: Path, tmp_path: Path, uninterrupted: tuple[Path, Path], capsys: pytest.CaptureFixture[str],
+    asks: signal.Signals,
+) -> None:  # fmt: skip
+    before = signal.getsignal(asks)
     whole, cache = uninterrupted
     config = resumable(model, pictures, tmp_path / "run", cache)
     write_config(config, tmp_path / "run.toml")
@@ -269,7 +272,7 @@ def test_a_stopped_run_saves_and_goes_on(
     def interrupting(self: AdapterStep, *args: Any) -> Tensor:
         calls[0] += 1
         if calls[0] == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), asks)
         return original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -287,7 +290,7 @@ def test_a_stopped_run_saves_and_goes_on(
     assert lines[-1]["event"] == "done"
     assert lines[-1]["steps"] == 6
     assert_same(state(tmp_path / "run"), state(whole))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(asks) is before
 
 
 def test_two_runs_do_not_write_to_one_folder(
