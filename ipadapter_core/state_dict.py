@@ -474,4 +474,11 @@ def _text_metadata(mapping: Mapping[str, object]) -> dict[str, str]:
 
 
 def _strings(mapping: Mapping[object, object]) -> dict[str, str]:
-    return {key: value for key, value in mapping.items() if isinstance(key, str) and isinstance(value, str)}
+    return {
+        _text(key): _text(value) for key, value in mapping.items() if isinstance(key, str) and isinstance(value, str)
+    }
+
+
+def _text(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can write and no file of ours could."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -252,6 +252,15 @@ def test_metadata_that_is_not_text_is_left_out(tmp_path: Path) -> None:
     assert describe_state_dict(path).metadata == {"a": "b"}
 
 
+def test_metadata_can_be_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    path.write_bytes(safetensors_bytes({"__metadata__": {"\ud800": "a\udc00b 猫"}, "w": entry}, b"abcd"))
+    opened = open_state_dict(path)
+    save_file(opened.tensors, path, opened.metadata)
+    assert open_state_dict(path).metadata == {"?": "a?b 猫"}
+
+
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.bin does not exist.*folder exists"):
         open_state_dict(tmp_path / "no.bin")
