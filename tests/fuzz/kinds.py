@@ -49,13 +49,14 @@ from ipadapter_core.lora import (  # fmt: skip
 from ipadapter_core.lora.convert import SPELLINGS
 from ipadapter_core.lora.factors import Smaller, combine, resize
 from ipadapter_core.lora.inspection import describe_facts, draw_heat_map, heat_map, lora_facts, verify
+from ipadapter_core.picture_files import decode_picture
 from ipadapter_core.projectors import pack_face
 from ipadapter_core.prompt import combine_prompts, prompt_from_features
 from ipadapter_core.report import describe_spec, spec_facts
 from ipadapter_core.schedule import parse_curve, parse_layers, parse_numbers, parse_site_factors
 from ipadapter_core.training.collection import collect, hold_out, look
 from ipadapter_core.training.config import DataConfig, OutputConfig, load_config, parse_overrides, write_config
-from ipadapter_core.training.pictures import cut_target, decode
+from ipadapter_core.training.pictures import cut_target
 from ipadapter_core.training.sources import open_source
 from ipadapter_core.training.state import TRAINING, RunFolder
 from tiny_models import FEATURE_DIM, adapter_state, call_unet, noise, tiny_unet
@@ -682,7 +683,7 @@ def make_picture(rng: Random, keep: Keep) -> Case:
 def use_picture(folder: Path, main: Path) -> None:
     problems: list[Exception] = []
     readers: tuple[Callable[[], object], ...] = (
-        lambda: cut_target(decode(main.read_bytes(), main.name), (32, 32)), lambda: read_image(main), lambda: read_mask(main),
+        lambda: cut_target(decode_picture(main.read_bytes(), main.name), (32, 32)), lambda: read_image(main), lambda: read_mask(main),
     )  # fmt: skip
     for read in readers:
         try:
