@@ -79,12 +79,14 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
     path = regular_file(path)
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            # as much as is there: asked for the limit, Python would set aside that much
+            content = file.read(min(limit, max(size, 2**16)) + 1) if size <= limit else b""
     except OSError as error:
         raise InvalidInputError(f"{quoted(path)} cannot be read ({error.strerror}): mend its permissions") from error
-    if len(content) > limit:
+    if max(size, len(content)) > limit:
         raise CorruptFileError(
-            f"{quoted(path)} has {path.stat().st_size:,} bytes, far more than the {limit:,} that such a file may have"
+            f"{quoted(path)} has {max(size, len(content)):,} bytes, far more than the {limit:,} that such a file may have"
         )
     return content
 
@@ -116,16 +118,17 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"{quoted(path)} does not exist: check the path and the spelling")
 
 
-def parse_json(text: str | bytes, name: str) -> Any:
+def parse_json(text: str | bytes, name: str, *, constants: bool = False) -> Any:
     """The value of a JSON text; of bytes in any encoding that ``decode_text`` reads.
 
-    ``NaN`` and ``Infinity``, which Python's reader would let through, are refused too. Raises CorruptFileError.
+    ``NaN`` and ``Infinity`` are no JSON; ``constants`` lets them through, for tables that were written with empty cells.
+    Raises CorruptFileError.
     """
     text = text if isinstance(text, str) else decode_text(text, name)
     if _deepest(text) > MAX_DEPTH:
         raise CorruptFileError(f"{quoted(name)} is nested more than {MAX_DEPTH} levels deep, which no real file is")
     try:
-        return json.loads(text, parse_int=_integer, parse_constant=_no_constant)
+        return json.loads(text, parse_int=_integer, parse_constant=float if constants else _no_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{quoted(name)} is not valid JSON ({reason(error)})") from None
 

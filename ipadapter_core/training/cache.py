@@ -180,7 +180,7 @@ def fill(
     for number, seen in enumerate(look(source, config, known, lambda n: n % world == rank)):
         if seen.sample is not None and seen.image is not None:
             writer.add(seen.sample, seen.image, seen.reference)
-        results.append(Seen(seen.sample, problem=seen.problem, tiny=seen.tiny))
+        results.append(seen.let_go())
         progress(number + 1, "" if seen.sample is None else seen.sample.name)
         if writer.full:
             writer.flush()

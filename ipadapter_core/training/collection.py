@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from PIL import Image
 
-from ..errors import CorruptFileError, InvalidInputError
-from ..picture_files import decode_picture
+from ..errors import AdapterError, InvalidInputError, reason
+from ..picture_files import decode_picture, shown
 from .config import DataConfig
 from .pictures import Size, bucket_for, bucket_sizes, digest
 from .sources import Record, Source
@@ -31,12 +32,15 @@ class Sample:
 
 @dataclass(slots=True)
 class Findings:
-    """What the lint pass saw; the first two kinds of pictures are left out."""
+    """What the lint pass saw; the first three kinds of pictures are left out."""
 
     unreadable: list[str] = field(default_factory=list[str])
+    captions: list[str] = field(default_factory=list[str])
     tiny: list[str] = field(default_factory=list[str])
     duplicates: list[str] = field(default_factory=list[str])
     uncaptioned: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
+    """What lies beside the pictures, from the source."""
     usable: int = 0
 
     def describe(self) -> str:
@@ -44,6 +48,7 @@ class Findings:
         lines = [f"{self.usable} usable pictures"]
         kinds = (
             ("unreadable, skipped", self.unreadable),
+            ("with a caption that cannot be used, skipped", self.captions),
             ("too small, skipped", self.tiny),
             ("duplicates, kept", self.duplicates),
             ("without a caption, trained with an empty one", self.uncaptioned),
@@ -52,7 +57,9 @@ class Findings:
             if names:
                 rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 lines.append(f"{len(names)} {what}: {'; '.join(names[:5])}{rest}")
-        return "\n".join(lines)
+        if any("is not UTF-8" in problem for problem in self.captions):
+            lines.append('captions that are all in one code page can be read: data.caption_encoding = "cp1252"')
+        return "\n".join(lines + self.notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,11 @@ class Seen:
     image: Image.Image | None = None
     reference: Image.Image | None = None
     problem: str = ""
-    tiny: bool = False
+    kind: Literal["unreadable", "captions", "tiny"] = "unreadable"
+
+    def let_go(self) -> Seen:
+        """The same without the pictures, which take much memory."""
+        return replace(self, image=None, reference=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +101,15 @@ def look(
         if before is not None and _still(before, record, config):
             yield Seen(before)
             continue
+        if record.problem:
+            yield Seen(None, problem=record.problem, kind="captions")
+            continue
         try:
             yield _open(source, record, config)
-        except CorruptFileError as error:
+        except (AdapterError, FileNotFoundError) as error:
             yield Seen(None, problem=str(error))
         except OSError as error:
-            yield Seen(None, problem=f"{record.name} cannot be read ({error})")
+            yield Seen(None, problem=f"{shown(record.name)} cannot be read ({reason(error)})")
 
 
 def _still(before: Sample, record: Record, config: DataConfig) -> bool:
@@ -113,8 +127,8 @@ def _open(source: Source, record: Record, config: DataConfig) -> Seen:
     content = record.content if record.content is not None else source.read(record.name)
     image = decode_picture(content, record.name)
     if min(image.size) < config.min_side:
-        problem = f"{record.name} ({image.width}x{image.height}; data.min_side is {config.min_side})"
-        return Seen(None, problem=problem, tiny=True)
+        problem = f"{shown(record.name)} ({image.width}x{image.height}; data.min_side is {config.min_side})"
+        return Seen(None, problem=problem, kind="tiny")
     reference, reference_key = None, ""
     if record.reference:
         content_of_reference = source.read(record.reference)
@@ -133,27 +147,29 @@ def _open(source: Source, record: Record, config: DataConfig) -> Seen:
     return Seen(sample, image, reference)
 
 
-def collect(seen: Iterator[Seen] | Sequence[Seen], config: DataConfig, where: str) -> Collection:
-    """Group what was seen. Raises InvalidInputError if nothing is usable."""
-    findings = Findings()
+def collect(
+    seen: Iterator[Seen] | Sequence[Seen], config: DataConfig, where: str, notes: Sequence[str] = ()
+) -> Collection:
+    """Group what was seen; `notes` are the source's. Raises InvalidInputError if nothing is usable."""
+    findings = Findings(notes=list(notes))
     samples: list[Sample] = []
     first_of: dict[str, str] = {}
     for one in seen:
         if one.sample is None:
-            (findings.tiny if one.tiny else findings.unreadable).append(one.problem)
+            getattr(findings, one.kind).append(one.problem)
             continue
         sample = one.sample
         if sample.key in first_of:
-            findings.duplicates.append(f"{sample.name} (as {first_of[sample.key]})")
+            findings.duplicates.append(f"{shown(sample.name)} (as {shown(first_of[sample.key])})")
         first_of.setdefault(sample.key, sample.name)
         if not sample.captioned:
-            findings.uncaptioned.append(sample.name)
+            findings.uncaptioned.append(shown(sample.name))
         samples.append(sample)
     findings.usable = len(samples)
     if not samples:
         why = findings.describe().split("\n", 1)
-        detail = f" ({why[1]})" if len(why) > 1 else ""
-        raise InvalidInputError(f"{where} holds no usable picture{detail}; check data.path and data.kind")
+        detail = f" ({why[1]})".replace("\n", "; ") if len(why) > 1 else ""
+        raise InvalidInputError(f"{shown(where)} holds no usable picture{detail}; check data.path and data.kind")
     return group(samples, findings, config)
 
 
@@ -171,12 +187,14 @@ def group(samples: Sequence[Sample], findings: Findings, config: DataConfig) -> 
 def hold_out(collection: Collection, count: int, config: DataConfig) -> tuple[Collection, Sequence[Sample], bool]:
     """Training part, validation samples, and whether the latter are really unseen.
 
-    The choice depends on the pictures' contents alone. Fewer than four times `count` pictures cannot spare any:
-    validation then looks at pictures that are also trained on.
+    The choice depends on the pictures' contents alone. Copies of a picture count once, and go together: fewer than four
+    times `count` different pictures cannot spare any, and validation then looks at pictures that are also trained on.
     """
-    ordered = sorted(collection.samples, key=lambda sample: (sample.key, sample.name))
-    chosen = ordered[:count]
-    if len(collection.samples) < 4 * count or not count:
+    different: dict[str, Sample] = {}
+    for sample in sorted(collection.samples, key=lambda sample: (sample.key, sample.name)):
+        different.setdefault(sample.key, sample)
+    chosen = list(different.values())[:count]
+    if len(different) < 4 * count or not count:
         return collection, chosen, False
     keys = {sample.key for sample in chosen}
     rest = [sample for sample in collection.samples if sample.key not in keys]

@@ -98,6 +98,8 @@ class DataConfig:
     path: str = ""
     kind: Kind = "auto"
     caption_key: str = "text"
+    caption_encoding: str = ""
+    """Code page of captions and lists that are not UTF-8 (cp1252, shift_jis, gb18030); without it they are left out."""
     resolution: int = 512
     buckets: bool = False
     bucket_step: int = 64

@@ -63,7 +63,9 @@ def prepare_lora(config: RunConfig, log: Log, accelerator: Any, *, use_cache: bo
     log.say(collection.findings.describe())
     training, chosen, unseen = hold_out(collection, config.watch.validation, config.data)
     if chosen and not unseen:
-        log.say(f"validation on pictures that are trained on too ({len(chosen)}): there are too few to hold any out")
+        log.say(
+            f"validation on pictures that are trained on too ({len(chosen)}): there are too few different ones to hold any out"
+        )
     if cache is not None and keep_text:
         base.text_encoders = ()  # every caption is encoded
     if not config.train.ignore_memory:

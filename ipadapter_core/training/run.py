@@ -177,7 +177,7 @@ def prepare(config: RunConfig, log: Log, *, accelerator: Any = None, use_cache: 
         training, chosen, unseen = hold_out(collection, config.watch.validation, config.data)
         if chosen and not unseen:
             log.say(
-                f"validation on pictures that are trained on too ({len(chosen)}): there are too few to hold any out"
+                f"validation on pictures that are trained on too ({len(chosen)}): there are too few different ones to hold any out"
             )
     else:
         training, chosen = collection, collection.samples
@@ -325,8 +325,8 @@ def home_of(config: RunConfig) -> str:
 
 def survey(config: RunConfig, source: Source) -> Collection:
     """The lint pass alone; pictures are let go as soon as they were looked at."""
-    seen = (Seen(one.sample, problem=one.problem, tiny=one.tiny) for one in look(source, config.data))
-    return collect(seen, config.data, config.data.path)
+    seen = (one.let_go() for one in look(source, config.data))
+    return collect(seen, config.data, config.data.path, source.notes)
 
 
 def cached(
@@ -379,7 +379,7 @@ def cached(
         accelerator.wait_for_everyone()
     cache.refresh()
     everything = _in_order(mine, accelerator)
-    return collect(everything, config.data, config.data.path), cache
+    return collect(everything, config.data, config.data.path, source.notes), cache
 
 
 def _in_order(mine: Sequence[Seen], accelerator: Any) -> list[Seen]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CorruptFileError, InvalidInputError
-from ..picture_files import decode_picture
+from ..picture_files import decode_picture, shown
 from .batches import Batch, Item, assemble
 from .collection import Collection, Findings, Sample, group
 from .config import RunConfig
@@ -25,7 +25,7 @@ from .log import Log
 from .objectives import Objective
 from .order import Draws, draw, seeded
 from .pictures import cut_target, digest, see_reference
-from .sources import Record, StreamSource
+from .sources import Record, StreamSource, expand_urls
 
 
 class Stream:
@@ -42,10 +42,9 @@ class Stream:
                 f"switch data.{name} off"
             )
         self.config, self.encoders, self.tokenize, self.rank, self.world = config, encoders, tokenize, rank, world
-        shards: Any = importlib.import_module("webdataset.shardlists").expand_urls(data.path)
-        self.shards: list[str] = list(shards)
+        self.shards = expand_urls(data.path)
         self._held_out: dict[str, tuple[Record, Sample]] = {}
-        for record in StreamSource(self.shards, data.caption_key):
+        for record in StreamSource(self.shards, data.caption_key, data.caption_encoding):
             if len(self._held_out) == config.watch.validation:
                 break
             try:
@@ -75,7 +74,9 @@ class Stream:
             order = torch.randperm(len(self.shards), generator=seeded(self.config.train.seed, "shards", epoch)).tolist()
             by_shard = len(self.shards) >= self.world
             mine = order[self.rank :: self.world] if by_shard else order
-            read: Any = StreamSource([self.shards[i] for i in mine], self.config.data.caption_key)
+            read: Any = StreamSource(
+                [self.shards[i] for i in mine], self.config.data.caption_key, self.config.data.caption_encoding
+            )
             if not by_shard:
                 read = itertools.islice(read, self.rank, None, self.world)
             read = (record for record in read if record.name not in self._held_out)
@@ -94,10 +95,12 @@ class Stream:
         """One record prepared for the encoders; its picture is its own reference. Raises CorruptFileError."""
         config = self.config.data
         assert record.content is not None
+        if record.problem:
+            raise CorruptFileError(record.problem)
         image = decode_picture(record.content, record.name)
         if min(image.size) < config.min_side:
             raise CorruptFileError(
-                f"{record.name} ({image.width}x{image.height}; data.min_side is {config.min_side}) is tiny"
+                f"{shown(record.name)} ({image.width}x{image.height}; data.min_side is {config.min_side}) is tiny"
             )
         looks = self.encoders.looks
         assert looks is not None, "streams feed adapters, and those have references"
@@ -114,6 +117,8 @@ class Stream:
 
     def _sample(self, record: Record) -> Sample:
         assert record.content is not None
+        if record.problem:
+            raise CorruptFileError(record.problem)
         image = decode_picture(record.content, record.name)
         return Sample(record.name, digest(record.content), record.caption or "", (image.height, image.width))
 

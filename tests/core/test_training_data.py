@@ -116,8 +116,17 @@ def test_remote_shards_are_streamed_once(tmp_path: Path) -> None:
         (lambda p: "https://host/list.json", "only webdataset shards"),
         (lambda p: _write(p / "a.json", "[1"), "not valid JSON"),
         (lambda p: _write(p / "a.json", "{}"), "should hold a list"),
-        (lambda p: _write(p / "a.json", '[{"text": "a"}]'), "entry 0 has no image_file"),
-        (lambda p: _write(p / "a.json", '[{"image_file": "a.png", "text": 3}]'), "text was expected"),
+        (lambda p: _write(p / "a.json", '[{"text": "a"}]'), "entry 0 of a.json' has no image_file"),
+        (lambda p: _write(p / "a.json", '[{"text": "api-key-SECRET"}]'), "^(?!.*SECRET)"),
+        (lambda p: _write(p / "a.json", '["api-key-SECRET"]'), r"^'entry 0 of a\.json' is no table(?!.*SECRET)"),
+        (
+            lambda p: _write(p / "a.json", '[{"image_file": "a.png", "reference_file": 3}]'),
+            "reference_file that is no text",
+        ),
+        (lambda p: _write(p / "a.json", "[" * 200_000), "nested more than"),
+        (lambda p: _write(p / "a.jsonl", '{"image_file": "a.png"}\n{'), "line 2 of a.jsonl' is not valid JSON"),
+        (lambda p: p / "a\0b", "NUL"),
+        (lambda p: p / "{0..99999999999}.tar", "more than 1,000,000 shards"),
         (lambda p: _write(p / "a.tar", "no tar"), "not a readable webdataset shard"),
         (lambda p: "", "data.path is empty"),
     ],
@@ -146,9 +155,9 @@ def test_lint_names_counts_and_skips(tmp_path: Path) -> None:
     found = collection.findings
     assert len(collection.samples) == found.usable == 5
     assert [name.split()[0] for name in found.unreadable] == ["'broken.png'", "'empty.jpg'"]
-    assert found.tiny == ["strip.png (300x12; data.min_side is 16)"]
-    assert found.duplicates == ["subject0/0.png (as again.png)"]
-    assert found.uncaptioned == ["again.png"]
+    assert found.tiny == ["'strip.png' (300x12; data.min_side is 16)"]
+    assert found.duplicates == ["'subject0/0.png' (as 'again.png')"]
+    assert found.uncaptioned == ["'again.png'"]
     text = found.describe()
     assert "2 unreadable, skipped: 'broken.png' cannot be read" in text
     assert "1 without a caption" in text
