@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .console import file_argument
-from .errors import InvalidInputError
+from .errors import InvalidInputError, quoted
 from .lora.convert import SPELLINGS
 from .lora.extract import extract
 from .lora.factors import Smaller, combine, resize
 from .lora.formats import load_lora
 from .lora.inspection import describe_facts, draw_heat_map, heat_map, lora_facts, verify
 from .lora.saving import DTYPES, save_lora
-from .lora.weights import LoRAWeights
+from .lora.weights import LoRAWeights, left_out_lines
 from .schedule import parse_numbers
+
+_log = logging.getLogger(__name__)
 
 
 def add_lora(commands: Any) -> None:
@@ -25,7 +29,12 @@ def add_lora(commands: Any) -> None:
     parser = commands.add_parser("lora", help="look at, convert, resize, merge and extract LoRA files")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
-    p = _action(actions, "inspect", "what a file is, from its header alone", run_inspect)
+    p = _action(
+        actions,
+        "inspect",
+        "what a file is: names, algorithms, ranks, alphas and scales, and what of it is not applied",
+        run_inspect,
+    )
     p.add_argument("file", type=file_argument, help="LoRA file")
 
     p = _action(actions, "heatmap", "how strongly each block and layer is changed, as a PNG", run_heatmap)
@@ -76,6 +85,14 @@ def _add_output(p: argparse.ArgumentParser) -> None:
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
+def _loaded(file: Path) -> LoRAWeights:
+    """A LoRA, with a warning about everything in its file that is no part of it."""
+    weights = load_lora(file)
+    if weights.left_out:
+        _log.warning("%s: not taken: %s", quoted(weights.name), "; ".join(left_out_lines(weights.left_out)))
+    return weights
+
+
 def _saved(args: argparse.Namespace, weights: LoRAWeights, errors: Mapping[str, float] | None = None) -> None:
     facts = save_lora(weights, args.out, spelling=args.spelling, dtype=args.dtype, overwrite=args.overwrite)
     text = f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
@@ -93,7 +110,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def run_heatmap(args: argparse.Namespace) -> None:
-    heat = heat_map(load_lora(args.file))
+    heat = heat_map(_loaded(args.file))
     out = args.out or args.file.with_suffix(".heatmap.png")
     draw_heat_map(heat, args.file.name).save(out)
     if args.json:
@@ -117,17 +134,17 @@ def run_verify(args: argparse.Namespace) -> None:
 
 
 def run_resize(args: argparse.Namespace) -> None:
-    _saved(args, *resize(load_lora(args.file), Smaller(args.rank, args.energy)))
+    _saved(args, *resize(_loaded(args.file), Smaller(args.rank, args.energy)))
 
 
 def run_merge(args: argparse.Namespace) -> None:
     strengths = parse_numbers(args.strengths) or [1.0] * len(args.files)
     smaller = None if args.rank is None and args.energy == 1.0 else Smaller(args.rank, args.energy)
-    _saved(args, *combine([load_lora(file) for file in args.files], strengths, smaller))
+    _saved(args, *combine([_loaded(file) for file in args.files], strengths, smaller))
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    _saved(args, load_lora(args.file))
+    _saved(args, _loaded(args.file))
 
 
 def run_extract(args: argparse.Namespace) -> None:

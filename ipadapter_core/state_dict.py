@@ -12,7 +12,7 @@ import json
 import math
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -134,10 +134,14 @@ class StoredTensors:
         self.described = _open(source, name, remember)
 
     def read(self, key: str) -> Tensor:
+        return self.read_some((key,))[key]
+
+    def read_some(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Several tensors, the file opened once."""
         if isinstance(self._source, Mapping):
-            return self.described.tensors[key]
+            return {key: self.described.tensors[key] for key in keys}
         with _opened(Path(self._source)) as file:
-            return _in_memory(file, {key: self._stored[key]}, self.described.name)[key]
+            return _in_memory(file, {key: self._stored[key] for key in keys}, self.described.name)
 
 
 def open_tensors(source: str | os.PathLike[str]) -> list[tuple[Tensor, bool]]:

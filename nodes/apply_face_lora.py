@@ -22,8 +22,11 @@ class ApplyFaceLoRA(io.ComfyNode):
                 strength_input("strength", "The adapter was trained with 1; 0.6 leaves more of the model's own look."),
             ],
             outputs=[io.Model.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: object, adapter: host.ManagedAdapter, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(host.apply_face_lora(model, adapter, strength))
+        model, shown = host.apply_face_lora(model, adapter, strength)
+        host.show_in_node(shown, cls.hidden.unique_id)
+        return io.NodeOutput(model)

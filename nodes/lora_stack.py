@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..ipadapter_core.lora import Partial
 from ..ipadapter_core.lora.patch import MODES
 from . import host
-from .sockets import LORA_CATEGORY, MODE_TOOLTIP, STRENGTH_TOOLTIP
+from .sockets import LORA_CATEGORY, MODE_TOOLTIP, STRENGTH_TOOLTIP, partial_input
 
 ROWS = 5
 NONE = "none"
@@ -35,12 +36,14 @@ class LoRAStack(io.ComfyNode):
                 io.Combo.Input("mode", options=list(MODES), tooltip=MODE_TOOLTIP),
                 *rows,
                 io.Clip.Input("clip", optional=True, tooltip="The text encoders, at the same strengths."),
+                partial_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip"),
                 io.String.Output(display_name="report"),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -48,11 +51,17 @@ class LoRAStack(io.ComfyNode):
         return host.lora_fingerprint(*(file for file, _ in _rows(inputs)))
 
     @classmethod
-    def execute(cls, model: object, mode: str, clip: object | None = None, **inputs: object) -> io.NodeOutput:
+    def execute(
+        cls, model: object, mode: str, clip: object | None = None, partial: Partial = "refuse", **inputs: object
+    ) -> io.NodeOutput:
         reports: list[str] = []
+        shown: list[str] = []
         for file, strength in _rows(inputs):
-            model, clip, report = host.apply_lora(model, clip, host.load_lora_file(file), mode, strength=strength)
+            loaded = host.load_lora_file(file)
+            model, clip, report, part = host.apply_lora(model, clip, loaded, mode, partial, strength=strength)
             reports.append(report)
+            shown.append(part)
+        host.show_in_node("\n".join(shown), cls.hidden.unique_id)
         return io.NodeOutput(model, clip, "\n".join(reports) or "no row is on")
 
 

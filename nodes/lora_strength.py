@@ -8,10 +8,19 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..ipadapter_core import RegionMask, WeightSchedule
+from ..ipadapter_core.lora import Partial
 from ..ipadapter_core.lora.block_vectors import parse_where
 from ..ipadapter_core.lora.patch import MODES
 from . import host
-from .sockets import LORA_CATEGORY, MODE_TOOLTIP, SELECTOR_TOOLTIP, Schedule, strength_input, window_inputs
+from .sockets import (
+    LORA_CATEGORY,
+    MODE_TOOLTIP,
+    SELECTOR_TOOLTIP,
+    Schedule,
+    partial_input,
+    strength_input,
+    window_inputs,
+)
 
 
 class LoRAStrength(io.ComfyNode):
@@ -50,12 +59,14 @@ class LoRAStrength(io.ComfyNode):
                     tooltip="Strength on the negative prompt's side as a share of the strength: 1 the same, 0 none; other than 1 "
                     "is live only.",
                 ),
+                partial_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip"),
                 io.String.Output(display_name="report"),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -77,6 +88,7 @@ class LoRAStrength(io.ComfyNode):
         mask: Tensor | None = None,
         schedule: WeightSchedule | None = None,
         negative_strength: float = 1.0,
+        partial: Partial = "refuse",
     ) -> io.NodeOutput:
         lora = host.load_lora_file(file)
         settings = {
@@ -87,4 +99,6 @@ class LoRAStrength(io.ComfyNode):
             "schedule": replace(schedule or WeightSchedule(), strength=1.0, start_percent=start, end_percent=end),
             "mask": None if mask is None else RegionMask.from_tensor(mask),
         }
-        return io.NodeOutput(*host.apply_lora(model, clip, lora, mode, **settings))
+        *outputs, shown = host.apply_lora(model, clip, lora, mode, partial, **settings)
+        host.show_in_node(shown, cls.hidden.unique_id)
+        return io.NodeOutput(*outputs)

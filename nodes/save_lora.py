@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..ipadapter_core.lora.convert import SPELLINGS
 from ..ipadapter_core.lora.factors import Smaller, resize
 from ..ipadapter_core.lora.saving import DTYPES, save_lora
+from ..ipadapter_core.lora.weights import left_out_lines
 from . import host
 from .sockets import LORA_CATEGORY
 
@@ -51,4 +52,5 @@ class SaveLoRA(io.ComfyNode):
             weights, _ = resize(weights, Smaller(rank))
         facts = save_lora(weights, Path(host.output_file(filename_prefix)), spelling=spelling, dtype=dtype)
         text = f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
+        text = "\n".join((text, *(f"not written: {line}" for line in left_out_lines(weights.left_out))))
         return io.NodeOutput(facts["file"], ui=ui.PreviewText(text))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ipadapter_core import COMPATIBILITIES, PRESETS, SCALINGS
+from ..ipadapter_core.lora import PARTIAL
 
 CATEGORY = "image prompt"
 LORA_CATEGORY = "image prompt/lora"
@@ -42,6 +43,17 @@ MODE_TOOLTIP = (
     "live: beside the layers, no weight is written, a changed strength costs nothing; needed for schedules, masks and the "
     "negative strength. merged: into the weights, costs nothing per step. auto: merged where possible and cheap."
 )
+
+
+def partial_input() -> io.Input:
+    return io.Combo.Input(
+        "partial",
+        options=list(PARTIAL),
+        default="refuse",
+        optional=True,
+        tooltip="What happens with a file of which much has no place in the model (more than 6 % of a part's modules, or all of a "
+        "kind of layer). refuse: the node stops and says what is missing. allow: the rest is applied.",
+    )
 
 
 def strength_input(name: str, what: str) -> io.Input:

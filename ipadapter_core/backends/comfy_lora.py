@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import IncompatibleAdapterError
 from ..lora.live import LiveLayer, LiveStack, ModelCall, mask_like
 from ..lora.patch import LoRAPatch
-from ..lora.placement import PlacedLoRA, Placement, place_lora
+from ..lora.placement import Partial, PlacedLoRA, Placement, place_lora
 from ..lora.targets import TargetTable, targets_of
 from ..lora.update import wide
 from ..lora.weights import Component, LoRAWeights
@@ -65,12 +65,17 @@ def tables_of(model: LoRAPatcherLike | None, clip_model: nn.Module | None = None
     return tables
 
 
-def place(weights: LoRAWeights, model: LoRAPatcherLike | None, clip_model: nn.Module | None = None) -> PlacedLoRA:
-    """A LoRA on a MODEL and a CLIP; the parts of what is None are left out."""
+def place(
+    weights: LoRAWeights,
+    model: LoRAPatcherLike | None,
+    clip_model: nn.Module | None = None,
+    partial: Partial = "refuse",
+) -> PlacedLoRA:
+    """A LoRA on a MODEL and a CLIP; the parts of what is None are left out. Raises as ``place_lora`` does."""
     tables = tables_of(model, clip_model)
     text: tuple[Component, ...] = ("te1", "te2", "te3") if clip_model is None else ()
     unet: tuple[Component, ...] = ("unet",) if model is None else ()
-    return place_lora(weights, tables, (*unet, *text))
+    return place_lora(weights, tables, (*unet, *text), partial)
 
 
 # --- live ------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InvalidInputError
 from ..lora.live import LiveLayer, LiveStack, ModelCall, mask_like
 from ..lora.patch import LoRAPatch
-from ..lora.placement import Placement, place_lora
-from ..lora.targets import targets_of
+from ..lora.placement import Partial, Placement, place_lora
+from ..lora.targets import TargetTable, targets_of
 from ..lora.update import wide
 from ..lora.weights import Component, LoRAWeights
 
@@ -27,13 +27,14 @@ Branch = Literal["uncond", "cond"]
 Branches = Sequence[Branch] | Callable[[], Sequence[Branch]]
 
 
-def place(pipeline: Any, weights: LoRAWeights) -> LoRAPatch:
+def place(pipeline: Any, weights: LoRAWeights, *, partial: Partial = "refuse") -> LoRAPatch:
     """A LoRA on a pipeline's UNet or transformer and its text encoders, at strength 1.
 
-    Raises IncompatibleAdapterError if it belongs to another base model.
+    ``partial``: "allow" applies what fits of a file of which much has no place. Raises IncompatibleAdapterError if it
+    belongs to another base model or would be applied in part only.
     """
-    parts = parts_of(pipeline)
-    return LoRAPatch(place_lora(weights, {c: targets_of(module, c) for c, module in parts.items()}))
+    tables: dict[Component, TargetTable] = {c: targets_of(module, c) for c, module in parts_of(pipeline).items()}
+    return LoRAPatch(place_lora(weights, tables, partial=partial))
 
 
 def parts_of(pipeline: Any) -> dict[Component, nn.Module]:

@@ -33,6 +33,7 @@ from .format import (
     Unconditional,
     check_finite,
     check_tensors,
+    checkpoint_key,
     empty_module,
     few,
 )
@@ -85,7 +86,7 @@ def load_adapter(
     try:
         spec, format, tensors, lora = _read(file)
         module = empty_module(format, spec, BARE if operations is TORCH else operations)
-        check_finite(tensors)
+        check_finite({checkpoint_key(key): tensor for key, tensor in tensors.items()} | lora)
     except AdapterError as error:
         raise _named(error, file.name) from error
     if dtype is None:
@@ -178,8 +179,8 @@ def _read(file: TensorFile) -> tuple[AdapterSpec, Format, dict[str, Tensor], dic
     state = normalise(file.tensors)
     format = _claim(state)
     state, lora = take_lora(state)
-    check_lora(lora)
     spec = replace(_told_apart(format.parse(state), file), left_out=left_out(file.tensors))
+    check_lora(lora, spec.layer_channels, spec.token_dim)
     try:
         module = empty_module(format, spec, BARE)
     except (RuntimeError, OverflowError, TypeError) as error:

@@ -6,6 +6,7 @@ A file numbers every attention of the UNet in the order down, up, mid: even numb
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -40,8 +41,12 @@ def take_lora(state: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {key: tensor for key, tensor in state.items() if key not in lora}, lora
 
 
-def check_lora(lora: StateDict) -> None:
-    """Raise CorruptFileError unless every down has an up of the same rank."""
+def check_lora(lora: StateDict, channels: Sequence[int], token_dim: int) -> None:
+    """Raise CorruptFileError unless every down has an up of the same rank and both fit their layer.
+
+    ``channels`` are the widths of the adapter's cross-attentions by number, which the self-attentions before them share;
+    ``token_dim`` is the width of the text. No number is read here; ``format.check_finite`` does that.
+    """
     for key, tensor in lora.items():
         other = key.replace(".down.", ".up.") if ".down." in key else key.replace(".up.", ".down.")
         axis = 0 if ".down." in key else 1
@@ -53,6 +58,24 @@ def check_lora(lora: StateDict) -> None:
         ):
             raise CorruptFileError(
                 f"the LoRA inside has '{key}' without a '{other}' that fits: the file is incomplete."
+            )
+        if not tensor.is_floating_point():
+            raise CorruptFileError(
+                f"the LoRA inside has '{key}' stored as {tensor.dtype}; use a file in float16 or float32."
+            )
+        match = LORA_KEY.fullmatch(key)
+        assert match is not None
+        number, part = int(match[1]), match[2]
+        if number // 2 >= len(channels):
+            continue  # kohya_lora says so by the number of layers
+        wanted = channels[number // 2]
+        if axis == 0 and number % 2 and part in ("k", "v"):
+            wanted = token_dim
+        found = int(tensor.shape[1 - axis])
+        if found != wanted:
+            raise CorruptFileError(
+                f"the LoRA inside has '{key}' of the shape {list(tensor.shape)} for a layer of {wanted}: the file is damaged, or "
+                "its parts are of different adapters."
             )
 
 

@@ -295,8 +295,8 @@ def check_tensors(module: AdapterModule, state: StateDict) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: StateDict) -> None:
-    """Raise CorruptFileError naming the first tensors that hold NaN or infinity; one pass, no copy."""
-    bad = [checkpoint_key(key) for key, tensor in tensors.items() if not _is_finite(tensor)]
+    """Raise CorruptFileError naming the first tensors, by their keys in the file, that hold NaN or infinity; no copy."""
+    bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
     if bad:
         raise CorruptFileError(
             f"NaN or infinite numbers in {few(bad)}. The training diverged or the file was "

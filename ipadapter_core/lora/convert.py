@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, quoted
 from .base_names import by_name, dotted, is_ldm, text_path
 from .decomposed import Decomposed
 from .difference import Difference, Replacement
@@ -49,7 +50,7 @@ def to_tensors(
     Raises InvalidInputError for what a spelling cannot say.
     """
     if spelling not in SPELLINGS:
-        raise InvalidInputError(f"unknown spelling {spelling!r}; choose one of: {', '.join(SPELLINGS)}")
+        raise InvalidInputError(f"unknown spelling {quoted(spelling)}; choose one of: {', '.join(SPELLINGS)}")
     tensors: dict[str, Tensor] = {}
     known = by_name(weights.base_model)
     if any(m.component == "unet" and m.name not in known for m in weights.modules):
@@ -60,9 +61,18 @@ def to_tensors(
         parts = _peft(module) if spelling == "diffusers" else _parts(module)
         for role, tensor in parts.items():
             keep = dtype is None or role == ".alpha" or not tensor.is_floating_point()
-            tensors[stem + role] = (tensor if keep else tensor.to(dtype)).contiguous()
+            tensors[stem + role] = (tensor if keep else _cast(tensor, dtype, module.stem)).contiguous()
     metadata = {key: value for key, value in weights.metadata.items() if key != "lora_adapter_metadata"}
     return tensors, metadata
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None, stem: str) -> Tensor:
+    cast = tensor.to(dtype)
+    if not bool(torch.isfinite(cast).all()):
+        raise InvalidInputError(
+            f"{quoted(stem)} has numbers too large for {str(dtype).removeprefix('torch.')}; write bfloat16 or float32"
+        )
+    return cast
 
 
 def stem_of(module: LoRAModule, pair: tuple[str, str] | None, spelling: Spelling, *, sdxl: bool = False) -> str:
@@ -78,7 +88,7 @@ def stem_of(module: LoRAModule, pair: tuple[str, str] | None, spelling: Spelling
         wants_ldm = spelling == "generic"
         if pair is None and is_ldm(module.name) != wants_ldm:
             raise InvalidInputError(
-                f"'{module.stem}' is in no table of full-size models, so its name in the spelling '{spelling}' is unknown; "
+                f"{quoted(module.stem)} is in no table of full-size models, so its name in the spelling '{spelling}' is unknown; "
                 f"write '{'diffusers' if wants_ldm else 'generic'}' or 'kohya'"
             )
         prefix = _GENERIC if wants_ldm else _DIFFUSERS
@@ -88,7 +98,9 @@ def stem_of(module: LoRAModule, pair: tuple[str, str] | None, spelling: Spelling
         prefix = "lora_te_" if component == "te1" and not sdxl else _KOHYA[component]
         return prefix + (path or module.name).replace(".", "_")
     if path is None:
-        raise InvalidInputError(f"'{module.stem}' is no known layer of a CLIP text encoder; use the spelling 'kohya'")
+        raise InvalidInputError(
+            f"{quoted(module.stem)} is no known layer of a CLIP text encoder; use the spelling 'kohya'"
+        )
     return (_DIFFUSERS if spelling == "diffusers" else _GENERIC)[component] + path
 
 
@@ -96,7 +108,7 @@ def _parts(module: LoRAModule) -> dict[str, Tensor]:
     parts = {} if module.weight is None else _tensors_of(module.weight)
     if module.bias is not None:
         if not isinstance(module.bias, Difference):
-            raise InvalidInputError(f"the bias of '{module.stem}' cannot be written")
+            raise InvalidInputError(f"the bias of {quoted(module.stem)} cannot be written")
         norm = isinstance(module.weight, Difference) and module.weight.diff.ndim == 1
         parts[".b_norm" if norm else ".diff_b"] = module.bias.diff
     return parts
@@ -114,6 +126,9 @@ def _tensors_of(update: Update) -> dict[str, Tensor]:
             return _named(update, "hada_", names) | _alpha(update.scale, update.rank)
         case Kronecker():
             names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+            if update.rank is None and update.scale != 1:  # of a PEFT config; LyCORIS has no alpha for whole factors
+                assert update.w1 is not None
+                update = replace(update, w1=wide(update.w1) * update.scale)
             parts = _named(update, "lokr_", names)
             return parts | (_alpha(update.scale, update.rank) if update.rank is not None else {})
         case Generalized():
@@ -154,7 +169,7 @@ def _peft(module: LoRAModule) -> dict[str, Tensor]:
     if not isinstance(update, LowRank) or update.mid is not None or module.bias is not None:
         title = "a change of the bias" if update is None or module.bias is not None else update.title
         raise InvalidInputError(
-            f"'{module.stem}' is {title}, which PEFT's spelling cannot say; write 'kohya' or 'generic', or resize it first"
+            f"{quoted(module.stem)} is {title}, which PEFT's spelling cannot say; write 'kohya' or 'generic', or resize it first"
         )
     up = update.up if update.scale == 1 else (wide(update.up) * update.scale).to(update.up.dtype)
     parts = {".lora_A.weight": update.down, ".lora_B.weight": up}

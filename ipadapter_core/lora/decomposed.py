@@ -36,7 +36,11 @@ class Decomposed(Update):
         return self.inner.rank
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return self.inner.fits(shape) and self.magnitude.shape[0] == shape[0 if self.axis == "out" else 1]
+        axis = 0 if self.axis == "out" else 1
+        return self.inner.fits(shape) and len(shape) > axis and self.magnitude.shape[0] == shape[axis]
+
+    def on(self, shape: tuple[int, ...]) -> Update:
+        return replace(self, inner=self.inner.on(shape))
 
     def describe_shape(self) -> str:
         return self.inner.describe_shape()

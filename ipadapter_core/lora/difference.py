@@ -22,7 +22,7 @@ class Difference(Update):
     diff: Tensor
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return flat(tuple(self.diff.shape)) == flat(shape)
+        return self.diff.ndim > 0 and flat(tuple(self.diff.shape)) == flat(shape)
 
     def describe_shape(self) -> str:
         return shape_text(*self.diff.shape)
@@ -50,7 +50,7 @@ class Replacement(Update):
     new: Tensor
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return flat(tuple(self.new.shape)) == flat(shape)
+        return self.new.ndim > 0 and flat(tuple(self.new.shape)) == flat(shape)
 
     def describe_shape(self) -> str:
         return shape_text(*self.new.shape)

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import IncompatibleAdapterError
+from ..errors import CorruptFileError, IncompatibleAdapterError, quoted
 from ..state_dict import Source, StoredTensors
 from .base_names import text_path
 from .factors import Smaller, decompose, low_rank_module
 from .names import to_name
+from .update import alike
 from .weights import Component, LoRAModule, LoRAWeights
 
 PREFIXES: tuple[tuple[str, Component], ...] = (
@@ -42,7 +43,11 @@ def extract(
     keys = [
         key
         for key, t in first.tensors.items()
-        if key.endswith(".weight") and t.ndim in (2, 4) and key in second.tensors and _module(key) is not None
+        if key.endswith(".weight")
+        and t.ndim in (2, 4)
+        and t.numel()
+        and key in second.tensors
+        and _module(key) is not None
     ]
     if not keys:
         raise IncompatibleAdapterError(
@@ -54,9 +59,9 @@ def extract(
         a, b = first.tensors[key], second.tensors[key]
         if a.shape != b.shape:
             raise IncompatibleAdapterError(
-                f"'{key}' is {list(a.shape)} in {first.name} and {list(b.shape)} in {second.name}: they are different base models"
+                f"{quoted(key)} is {list(a.shape)} in {first.name} and {list(b.shape)} in {second.name}: they are different base models"
             )
-        difference = _difference(read_first.read(key), read_second.read(key))
+        difference = _difference(read_first.read(key), read_second.read(key), key)
         module = _module(key)
         if float(difference.abs().max()) >= smallest and module is not None:
             up, down, errors[module.stem] = decompose(difference.flatten(1), smaller)
@@ -68,9 +73,19 @@ def extract(
     return LoRAWeights(name, tuple(modules), "extracted", {}), errors
 
 
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(wide) - b.to(wide)
+def _difference(a: Tensor, b: Tensor, key: str) -> Tensor:
+    for tensor in (a, b):
+        if not tensor.is_floating_point():
+            raise CorruptFileError(
+                f"{quoted(key)} is stored as {str(tensor.dtype).removeprefix('torch.')}; give checkpoints in 16 or 32 bits"
+            )
+    wider, base = alike(a, b)
+    difference = wider - base
+    if not bool(torch.isfinite(difference).all()):
+        raise CorruptFileError(
+            f"{quoted(key)} has NaN or infinite numbers in one of the checkpoints; use another version"
+        )
+    return difference
 
 
 def _module(key: str) -> LoRAModule | None:

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, quoted, reason
+from .difference import Difference, Replacement
 from .hadamard import Hadamard
+from .kronecker import Kronecker
 from .low_rank import LowRank
-from .update import Update, wide
+from .update import Update, alike, product_norm
 from .weights import LoRAModule, LoRAWeights
 
 
@@ -27,23 +30,26 @@ def factors_of(update: Update) -> tuple[Tensor, Tensor] | None:
         update = found
     if not isinstance(update, LowRank):
         return None
-    down = wide(update.down)
+    up, down = alike(update.up.flatten(1), update.down.flatten(1))
     if update.mid is not None:
-        down = torch.einsum("rs...,si->ri...", wide(update.mid), down.flatten(1))
-    return wide(update.up).flatten(1) * update.scale, down.flatten(1)
+        up, down, mid = alike(up, down, update.mid)
+        down = torch.einsum("rs...,si->ri...", mid, down)
+    return up * update.scale, down.flatten(1)
 
 
 def frobenius(update: Update) -> float | None:
-    """‖ΔW‖ at strength 1; None for updates that depend on the weight."""
-    if update.reads_weight:
+    """‖ΔW‖ at strength 1; None for updates that depend on the weight. No more memory than the file's tensors justify."""
+    if isinstance(update, (Kronecker, Hadamard)):
+        return update.norm()
+    if isinstance(update, Difference):
+        return float(torch.linalg.vector_norm(update.diff.double()))
+    if isinstance(update, Replacement):
         return None
     factors = factors_of(update)
-    if factors is None:
-        sizes = update.describe_shape().split("×")
-        ghost = torch.empty(1).expand([int(size) for size in sizes])
-        return float(torch.linalg.vector_norm(update.delta(ghost)))
-    up, down = factors
-    return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
+    return None if factors is None else product_norm(*factors)
+
+
+MAX_STRENGTH = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +75,44 @@ class Smaller:
 
 def compress(up: Tensor, down: Tensor, smaller: Smaller) -> tuple[Tensor, Tensor, float]:
     """The best factors of the allowed rank, and the relative error ‖difference‖ / ‖ΔW‖ (0 if nothing is lost)."""
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.T)
-    u, values, vh = torch.linalg.svd(r_up @ r_down.T)
+    sizes = [float(t.abs().amax()) or 1.0 for t in (up, down)]
+    q_up, r_up = torch.linalg.qr(up / sizes[0])  # at sizes whose squares fit float32
+    q_down, r_down = torch.linalg.qr(down.T / sizes[1])
+    u, values, vh = _svd(r_up @ r_down.T)
     rank = smaller.of(values)
-    root = values[:rank].sqrt()
+    root = values[:rank].sqrt() * math.sqrt(sizes[0]) * math.sqrt(sizes[1])
     lost = values[rank:].square().sum() / values.square().sum().clamp_min(1e-30)
     return q_up @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ q_down.T, float(lost.sqrt())
 
 
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64 where float32 does not converge."""
+    try:
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        try:
+            u, values, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        except torch.linalg.LinAlgError as error:
+            raise InvalidInputError(f"a module's singular values cannot be computed ({reason(error)})") from None
+    return u.to(matrix.dtype), values.to(matrix.dtype), vh.to(matrix.dtype)
+
+
 def decompose(matrix: Tensor, smaller: Smaller) -> tuple[Tensor, Tensor, float]:
     """Factors of a dense change. With a rank far below the size by randomised SVD, else exactly."""
+    size = float(matrix.abs().amax()) or 1.0
+    matrix = matrix / size
     shortest = min(matrix.shape)
     if smaller.rank is not None and smaller.rank + 16 < shortest // 2:
         u, values, v = torch.svd_lowrank(matrix, q=smaller.rank + 16, niter=4)
     else:
-        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        u, values, vh = _svd(matrix)
         v = vh.T
     rank = smaller.of(values)
     root = values[:rank].sqrt()
     up, down = u[:, :rank] * root, root[:, None] * v[:, :rank].T
     norm = torch.linalg.vector_norm(matrix)
     error = torch.linalg.vector_norm(matrix - up @ down) / norm.clamp_min(1e-30)
-    return up, down, float(error)
+    return up * math.sqrt(size), down * math.sqrt(size), float(error)
 
 
 def low_rank_module(module: LoRAModule, up: Tensor, down: Tensor, kernel: tuple[int, ...]) -> LoRAModule:
@@ -134,6 +155,9 @@ def combine(
         raise InvalidInputError(
             f"{len(loras)} LoRAs and {len(strengths)} strengths were given; one strength each is needed"
         )
+    for strength in strengths:
+        if not abs(strength) <= MAX_STRENGTH:
+            raise InvalidInputError(f"a strength is {strength:g}; at most ±{MAX_STRENGTH:g} can be used")
     grouped: dict[tuple[str, str], list[tuple[LoRAModule, float]]] = {}
     for lora, strength in zip(loras, strengths, strict=True):
         for module in lora.modules:
@@ -143,7 +167,9 @@ def combine(
     for found in grouped.values():
         first = found[0][0]
         if any(module.bias is not None for module, _ in found):
-            raise InvalidInputError(f"'{first.stem}' changes a bias, which cannot be merged into one LoRA file yet")
+            raise InvalidInputError(
+                f"{quoted(first.stem)} changes a bias, which cannot be merged into one LoRA file yet"
+            )
         ups: list[Tensor] = []
         downs: list[Tensor] = []
         kernel: tuple[int, ...] = ()
@@ -152,16 +178,17 @@ def combine(
             if factors is None or module.weight is None:
                 title = "nothing" if module.weight is None else module.weight.title
                 raise InvalidInputError(
-                    f"'{module.stem}' is {title}, not a product of factors; only LoRA and LoHa can be summed"
+                    f"{quoted(module.stem)} is {title}, not a product of factors; only LoRA and LoHa can be summed"
                 )
             kernel = kernel or kernel_of(module.weight)
             ups.append(factors[0] * strength)
             downs.append(factors[1])
         if len({(len(up), down.shape[1]) for up, down in zip(ups, downs, strict=True)}) > 1:
             raise InvalidInputError(
-                f"'{first.stem}' has different shapes in these files: they are for different base models"
+                f"{quoted(first.stem)} has different shapes in these files: they are for different base models"
             )
-        up, down = torch.cat(ups, 1), torch.cat(downs)
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*ups, *downs)) else torch.float32
+        up, down = torch.cat([t.to(dtype) for t in ups], 1), torch.cat([t.to(dtype) for t in downs])
         if smaller is not None:
             up, down, errors[first.stem] = compress(up, down, smaller)
         modules.append(low_rank_module(first, up, down, kernel))

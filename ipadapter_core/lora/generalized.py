@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from .update import Change, Layer, Update, flat, near, shape_text
 class Generalized(Update):
     """``W A`` is ``W · a_first · a_second`` over input channels, ``B`` is ``b_up · b_down``: ``i r``, ``r i``, ``o r``, ``r i``.
 
-    The two axis orders that files have are told apart when the file is read (``formats.py``).
+    Files have two axis orders. ``other`` is the second reading where both are possible; the layer's shape tells.
     """
 
     algorithm: ClassVar[str] = "GLoRA"
@@ -26,6 +26,7 @@ class Generalized(Update):
     b_down: Tensor
     scale: float = 1.0
     b_mid: Tensor | None = None
+    other: Generalized | None = None
 
     @property
     def rank(self) -> int:
@@ -35,7 +36,17 @@ class Generalized(Update):
         return self.b_down.flatten(1).shape[1] * (1 if self.b_mid is None else self.b_mid[0, 0].numel())
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return flat(shape) == (self.b_up.shape[0], self._columns()) and self.a_first.shape[0] == shape[1]
+        own = (
+            len(shape) > 1
+            and flat(shape) == (self.b_up.shape[0], self._columns())
+            and self.a_first.shape[0] == shape[1]
+            and (self.b_mid is None or tuple(self.b_mid.shape[2:]) == shape[2:])
+        )
+        return own or (self.other is not None and self.other.fits(shape))
+
+    def on(self, shape: tuple[int, ...]) -> Update:
+        mine = replace(self, other=None)
+        return self.other if self.other is not None and not mine.fits(shape) and self.other.fits(shape) else mine
 
     def describe_shape(self) -> str:
         return shape_text(int(self.b_up.shape[0]), self._columns())

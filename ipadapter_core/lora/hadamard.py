@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .low_rank import LowRank
-from .update import Change, Layer, Update, flat, near, shape_text, wide
+from .update import Change, Layer, Update, alike, flat, near, shape_text
+
+MAX_FACTORS = 2**27
+"""Numbers of the factors that stand for a LoHa; more than r² of them are no shorter way."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,13 +36,31 @@ class Hadamard(Update):
     def rank(self) -> int:
         return int(self.w1_b.shape[0])
 
+    def norm(self) -> float:
+        """‖ΔW‖ in blocks of rows, so that no more than a few million numbers are there at once."""
+        rows, columns = self._flat_shape()
+        a_axis = 0 if self.t1 is None else 1
+        step = max(1, 2**22 // max(columns, 1))
+        total = 0.0
+        for start in range(0, rows, step):
+            length = min(step, rows - start)
+            part = replace(
+                self, w1_a=self.w1_a.narrow(a_axis, start, length), w2_a=self.w2_a.narrow(a_axis, start, length)
+            )
+            kernel = () if self.t1 is None else tuple(self.t1.shape[2:])
+            width = columns if self.t1 is None else int(self.w1_b.shape[1])
+            ghost = torch.empty(1, dtype=torch.float64).expand(length, width, *kernel)
+            total += float(torch.linalg.vector_norm(part.delta(ghost))) ** 2
+        return math.sqrt(total)
+
     def _flat_shape(self) -> tuple[int, int]:
         if self.t1 is None:
             return int(self.w1_a.shape[0]), self.w1_b.flatten(1).shape[1]
         return int(self.w1_a.shape[1]), int(self.w1_b.shape[1]) * self.t1[0, 0].numel()
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return self._flat_shape() == flat(shape)
+        kernel = self.t1 is None or tuple(self.t1.shape[2:]) == shape[2:]
+        return len(shape) > 1 and kernel and self._flat_shape() == flat(shape)
 
     def describe_shape(self) -> str:
         return shape_text(*self._flat_shape())
@@ -49,11 +71,13 @@ class Hadamard(Update):
         return (first * second).reshape(weight.shape) * self.scale
 
     def factors(self) -> LowRank | None:
-        """The same as one product of rank r²: (a1 ∘ a2)(b1 ∘ b2), columns and rows multiplied pairwise; None with cores."""
-        if self.t1 is not None:
+        """The same as one product of rank r²: (a1 ∘ a2)(b1 ∘ b2), columns and rows multiplied pairwise; None with cores, or too wide."""
+        rows, columns = self._flat_shape()
+        if self.t1 is not None or (rows + columns) * self.rank**2 > MAX_FACTORS:
             return None
-        up = torch.einsum("or,os->ors", wide(self.w1_a), wide(self.w2_a)).flatten(1)
-        down = torch.einsum("ri,si->rsi", wide(self.w1_b).flatten(1), wide(self.w2_b).flatten(1)).flatten(0, 1)
+        w1_a, w1_b, w2_a, w2_b = alike(self.w1_a, self.w1_b.flatten(1), self.w2_a, self.w2_b.flatten(1))
+        up = torch.einsum("or,os->ors", w1_a, w2_a).flatten(1)
+        down = torch.einsum("ri,si->rsi", w1_b, w2_b).flatten(0, 1)
         return LowRank(down, up, self.scale)
 
     def live(self, layer: Layer, like: Tensor) -> Change:

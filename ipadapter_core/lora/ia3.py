@@ -1,4 +1,7 @@
-"""IA3: ``W' = W (1 + w)`` along input or output channels. arXiv 2205.05638; as in LyCORIS, where w starts at 0."""
+"""IA3: ``W' = W (1 + w)`` along input or output channels. arXiv 2205.05638; as in LyCORIS, where w starts at 0.
+
+PEFT's starts at 1 and multiplies the bias too where it acts on outputs; ``formats.py`` makes a second update of that.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ class ChannelScale(Update):
     on_input: bool
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) > 1 and self.factor.numel() == shape[1 if self.on_input else 0]
+        axis = 1 if self.on_input else 0
+        return len(shape) > axis and self.factor.numel() == shape[axis]
 
     def describe_shape(self) -> str:
         return f"any×{self.factor.numel()}" if self.on_input else f"{self.factor.numel()}×any"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -12,13 +11,17 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..errors import CorruptFileError, quoted
 from ..state_dict import Source
+from ..text_files import parse_json
 from .base_names import by_name, unet_paths
+from .decomposed import Decomposed
 from .factors import frobenius
 from .formats import describe_lora, load_lora
 from .selector import TYPES
 from .targets import Target
-from .weights import LoRAModule, LoRAWeights
+from .update import Update
+from .weights import LoRAModule, LoRAWeights, left_out_lines
 
 COLUMNS = (
     "attn1 q",
@@ -38,7 +41,7 @@ COLUMNS = (
 
 
 def lora_facts(source: Source, *, name: str | None = None) -> dict[str, object]:
-    """Plain values for JSON, from a safetensors file's header alone (alphas, which are tensors, are not read)."""
+    """Plain values for JSON; of the numbers only alphas are read."""
     return facts_of(describe_lora(source, name=name))
 
 
@@ -57,10 +60,43 @@ def facts_of(weights: LoRAWeights) -> dict[str, object]:
         "biases": sum(m.bias is not None for m in weights.modules),
         "parameters": sum(u.numel() for m in weights.modules for u in (m.weight, m.bias) if u is not None),
         "unknown_keys": list(weights.ignored[:20]),
+        "left_out": [{"name": item.name, "why": item.why} for item in weights.left_out[:LISTED]],
+        "left_out_count": len(weights.left_out),
+        "not_applied": left_out_lines(weights.left_out),
+        "notes": list(weights.notes),
+        "alpha_from": dict(Counter(m.alpha_from for m in weights.modules if m.alpha_from)),
+        "module_table": [module_facts(module) for module in weights.modules],
         "trigger_words": trigger_words(weights.metadata),
         "tags": dict(training_tags(weights.metadata, 20)),
         "training": {key: weights.metadata[key] for key in TRAINING_KEYS if key in weights.metadata},
     }
+
+
+LISTED = 1000
+"""Of what is left out, entries that are listed one by one."""
+
+
+def module_facts(module: LoRAModule) -> dict[str, object]:
+    """One module: its name in the file, part, algorithm, rank, alpha, the scale that they make, what decided the alpha."""
+    update = module.weight
+    scale = scale_of(update)
+    return {
+        "module": module.stem,
+        "component": module.component,
+        "algorithm": "bias" if update is None else update.title,
+        "rank": None if update is None else update.rank,
+        "alpha": module.alpha,
+        "scale": scale,
+        "alpha_from": module.alpha_from,
+        "bias": module.bias is not None,
+    }
+
+
+def scale_of(update: Update | None) -> float | None:
+    """What the product of an update's factors is multiplied by; None for algorithms that have no such number."""
+    if isinstance(update, Decomposed):
+        return scale_of(update.inner)
+    return getattr(update, "scale", None)
 
 
 TRAINING_KEYS = (
@@ -91,10 +127,14 @@ def training_tags(metadata: Mapping[str, str], count: int) -> list[tuple[str, in
     return tags.most_common(count)
 
 
+MAX_TABLE = 16 * 2**20
+"""Characters of a table in a header; those of the largest training sets have a tenth of that."""
+
+
 def _table(text: str | None) -> dict[str, Any]:
     try:
-        value: object = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
+        value: object = parse_json(text, "ss_tag_frequency") if text and len(text) <= MAX_TABLE else {}
+    except CorruptFileError:
         return {}
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
@@ -114,18 +154,45 @@ def describe_facts(facts: Mapping[str, object]) -> str:
         f"  ranks          {pairs('ranks')}",
         f"  modules        {pairs('modules')}" + (f", {facts['biases']} biases" if facts["biases"] else ""),
         f"  parameters     {facts['parameters']:,}",
+        f"  alpha from     {pairs('alpha_from')}",
     ]
     words = cast("list[str]", facts["trigger_words"])
     if words:
-        lines.append(f"  trigger words  {', '.join(words)}")
+        lines.append(f"  trigger words  {_shown(', '.join(words[:50]))}")
     tags = cast("dict[str, int]", facts["tags"])
     if tags:
-        lines.append(f"  training tags  {', '.join(f'{tag} ({n})' for tag, n in list(tags.items())[:12])}")
-    lines += [f"  {key:<22} {value}" for key, value in cast("dict[str, str]", facts["training"]).items()]
-    unknown = cast("list[str]", facts["unknown_keys"])
-    if unknown:
-        lines.append(f"  unknown keys   {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}")
-    return "\n".join(lines)
+        lines.append(f"  training tags  {', '.join(f'{_shown(tag, 60)} ({n})' for tag, n in list(tags.items())[:12])}")
+    lines += [f"  {key:<22} {_shown(value)}" for key, value in cast("dict[str, str]", facts["training"]).items()]
+    lines += [f"  not applied    {line}" for line in cast("list[str]", facts["not_applied"])]
+    lines += [f"  note           {line}" for line in cast("list[str]", facts["notes"])]
+    return "\n".join([*lines, *_module_lines(cast("list[dict[str, Any]]", facts["module_table"]))])
+
+
+def _shown(text: str, limit: int = 300) -> str:
+    """Somebody's text on one line, not longer than people read."""
+    return quoted(text, limit)[1:-1]
+
+
+TABLE_ROWS = 40
+
+
+def _module_lines(modules: list[dict[str, Any]]) -> list[str]:
+    """Scale, alpha and rank: modules that agree in all of it are one row."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for module in modules:
+        key = tuple(module[name] for name in ("component", "algorithm", "rank", "alpha", "scale", "alpha_from"))
+        groups.setdefault(key, []).append(module["module"])
+    rows = [f"  {'part':<6}{'algorithm':<14}{'rank':>5}{'alpha':>9}{'scale':>9}  {'alpha from':<20} modules"]
+    for (part, algorithm, rank, alpha, scale, origin), names in list(groups.items())[:TABLE_ROWS]:
+        numbers = "".join(
+            f"{'-' if value is None else format(value, 'g'):>{width}}"
+            for value, width in ((rank, 5), (alpha, 9), (scale, 9))
+        )
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        rows.append(f"  {part:<6}{algorithm:<14}{numbers}  {origin or '-':<20} {_shown(names[0], 80)}{more}")
+    if len(groups) > TABLE_ROWS:
+        rows.append(f"  … and {len(groups) - TABLE_ROWS} more rows; --json has every module")
+    return rows
 
 
 # --- strength by block and layer -------------------------------------------------------------------------------------
@@ -183,10 +250,11 @@ def heat_map(weights: LoRAWeights) -> HeatMap:
         cell[0] += norm**2
         cell[1] += numel
     blocks = sorted({block for block, _ in sums}, key=_order)
+    rows = {block: row for row, block in enumerate(blocks)}
     columns = [c for c in (*COLUMNS, "other") if any(column == c for _, column in sums)]
     values = np.full((len(blocks), len(columns)), math.nan)
     for (block, column), (square, numel) in sums.items():
-        values[blocks.index(block), columns.index(column)] = math.sqrt(square / numel)
+        values[rows[block], columns.index(column)] = math.sqrt(square / numel)
     return HeatMap(tuple(blocks), tuple(columns), values)
 
 
@@ -198,15 +266,21 @@ def _order(block: str) -> tuple[int, int]:
     return kinds.index(kind) if kind in kinds else len(kinds), int(block[len(kind) :] or 0)
 
 
+MAX_ROWS = 300
+"""Blocks that are drawn; Flux, the deepest model, has 57."""
+
+
 def draw_heat_map(heat: HeatMap, title: str, cell: tuple[int, int] = (74, 22)) -> Any:
     """The map as a Pillow picture: dark is weak, bright is strong, grey is absent; numbers in 1/1000."""
     from PIL import Image, ImageDraw
 
     width, height = cell
     left, top = 64, 46
+    if len(heat.blocks) > MAX_ROWS:
+        heat = HeatMap(heat.blocks[:MAX_ROWS], heat.columns, heat.values[:MAX_ROWS])
     picture = Image.new("RGB", (left + width * len(heat.columns) + 8, top + height * len(heat.blocks) + 8), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((6, 4), f"{title}: RMS of ΔW × 1000".encode("latin-1", "replace").decode("latin-1"), fill="black")
+    draw.text((6, 4), f"{title[:200]}: RMS of ΔW × 1000".encode("latin-1", "replace").decode("latin-1"), fill="black")
     top_value = float(np.nanmax(heat.values)) if heat.values.size and not np.isnan(heat.values).all() else 1.0
     for x, column in enumerate(heat.columns):
         draw.text((left + x * width + 4, top - 16), column, fill="black")
@@ -250,11 +324,11 @@ def verify(source: Source) -> Verdict:
         lost = [m.stem for m in weights.modules if m.component == "unet" and m.name not in known]
         lost = [stem for stem in lost if not stem.split(".")[0].isdigit() and "ip_adapter" not in stem]
         if lost:
-            problems.append(f"{len(lost)} modules are no layers of {base}, such as {lost[0]!r}")
+            problems.append(f"{len(lost)} modules are no layers of {base}, such as {quoted(lost[0])}")
     if base == "unknown":
         remarks.append("the base model cannot be told from the names")
-    if weights.ignored:
-        remarks.append(f"{len(weights.ignored)} keys belong to nothing known, such as {weights.ignored[0]!r}")
+    remarks += [f"not applied: {line}" for line in left_out_lines(weights.left_out)]
+    remarks += weights.notes
     norms = {
         m.stem: norm for m in weights.modules if m.weight is not None and (norm := frobenius(m.weight)) is not None
     }
@@ -262,7 +336,7 @@ def verify(source: Source) -> Verdict:
     if zero and len(zero) == len(norms):
         problems.append("all its updates are zero: it changes nothing")
     elif zero:
-        remarks.append(f"{len(zero)} of {len(norms)} updates are zero, such as {zero[0]!r}")
+        remarks.append(f"{len(zero)} of {len(norms)} updates are zero, such as {quoted(zero[0])}")
     for module in weights.modules:
         rank, sizes = (
             (None, []) if module.weight is None else (module.weight.rank, module.weight.describe_shape().split("×"))
@@ -273,6 +347,6 @@ def verify(source: Source) -> Verdict:
             and all(s.isdigit() for s in sizes)
             and rank > min(int(sizes[0]), math.prod(map(int, sizes[1:])))
         ):
-            remarks.append(f"'{module.stem}' has rank {rank}, more than its layer can use; resize it")
+            remarks.append(f"{quoted(module.stem)} has rank {rank}, more than its layer can use; resize it")
             break
     return Verdict(tuple(problems), tuple(remarks))

@@ -8,15 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .update import Change, Layer, Update, flat, near, shape_text
+from .update import Change, Layer, Update, flat, near, product_norm, shape_text, wide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kronecker(Update):
     """``ΔW = scale · (w1 ⊗ w2)``; each factor whole, or as ``a b``; ``t2`` (``r r y x``) is a core for w2's kernel.
 
-    w1 is ``p q``; w2 is ``m n`` or ``m n y x``; the weight is ``(p m) (q n) y x``. ``scale`` is 1 where both factors are
-    whole, whatever alpha says (LyCORIS lokr.py).
+    w1 is ``p q``; w2 is ``m n`` or ``m n y x``; the weight is ``(p m) (q n) y x``. Where both factors are whole, ``scale`` is
+    1 in LyCORIS, whatever alpha says (lokr.py), and alpha by the configured rank in PEFT.
     """
 
     algorithm: ClassVar[str] = "LoKr"
@@ -34,6 +34,18 @@ class Kronecker(Update):
         if self.w2_b is not None:
             return int(self.w2_b.shape[0])
         return None if self.w1_b is None else int(self.w1_b.shape[0])
+
+    def norm(self) -> float:
+        """‖ΔW‖ without the product: that of a Kronecker product is the product of the norms."""
+        first = product_norm(self.w1_a, self.w1_b) if self.w1 is None else _norm(self.w1)
+        if self.w2 is None and self.t2 is None:
+            second = product_norm(self.w2_a, self.w2_b)
+        elif self.w2 is None:
+            assert self.w2_a is not None
+            second = _norm(self.factors(wide(self.w2_a))[1])
+        else:
+            second = _norm(self.w2)
+        return abs(self.scale) * first * second
 
     def _shapes(self) -> tuple[tuple[int, int], tuple[int, ...]]:
         """Shapes of w1 and w2, nothing computed."""
@@ -56,7 +68,13 @@ class Kronecker(Update):
         return p * m, q * torch.Size(n).numel()
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return self._flat_shape() == flat(shape)
+        """Its w1 has no more columns than the layer has channels: kernels belong to w2."""
+        if len(shape) < 2 or self._flat_shape() != flat(shape):
+            return False
+        (_, q), (_, _, *kernel) = self._shapes()
+        return shape[1] % q == 0 and (
+            not kernel or tuple(kernel) == shape[2:] or (not shape[2:] and set(kernel) == {1})
+        )
 
     def describe_shape(self) -> str:
         return shape_text(*self._flat_shape())
@@ -95,12 +113,17 @@ class Kronecker(Update):
                 return torch.einsum("pq,...qm->...pm", first, inner).flatten(-2) * s
 
             return linear
+        second = second.reshape(second.shape[0], layer.shape[1] // first.shape[1], *layer.shape[2:])
 
         def convolution(x: Tensor, y: Tensor, s: float) -> Tensor:
             inner = layer.apply(x.unflatten(1, (first.shape[1], -1)).flatten(0, 1), second)  # (b q) m y x
             return torch.einsum("pq,bqm...->bpm...", first, inner.unflatten(0, (x.shape[0], -1))).flatten(1, 2) * s
 
         return convolution
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.double()))
 
 
 def _product(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:

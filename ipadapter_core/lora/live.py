@@ -120,7 +120,7 @@ class LiveLayer:
             call.inputs[self.path] = x
         if not low and not others:
             return y
-        x = x.to(y.dtype) if x.dtype != y.dtype else x
+        x = x.to(y.dtype) if x.dtype != y.dtype and x.is_floating_point() else x  # an embedding reads ids
         base = y
         if low:
             y = self._add_low_rank(module, x, y, low, call, patches)

@@ -29,10 +29,9 @@ class LowRank(Update):
         return int(self.down.shape[0])
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        kernel = torch.Size(shape[2:]).numel()
         columns = self.down.flatten(1).shape[1] * (1 if self.mid is None else self.mid[0, 0].numel())
-        ranks = self.up.shape[1] == self.rank if self.mid is None else self.up.shape[1] == self.mid.shape[0]
-        return ranks and (self.up.shape[0], columns) == flat(shape) and (self.mid is None or kernel > 1)
+        kernel = self.mid is None or tuple(self.mid.shape[2:]) == shape[2:]
+        return len(shape) > 1 and kernel and (self.up.shape[0], columns) == flat(shape)
 
     def describe_shape(self) -> str:
         kernel = () if self.mid is None else tuple(self.mid.shape[2:])

@@ -10,35 +10,54 @@ import re
 
 from .weights import Component
 
-# What follows the module's name → the tensor's role. Checked in order; the first that matches wins.
-SUFFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), role)
-    for pattern, role in (
-        (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$", "magnitude"),  # PEFT
-        (r"\.dora_scale$", "dora_scale"),  # LyCORIS, kohya, OneTrainer
-        (r"\.lora_([AB])(?:\.(?!bias)[^.]+)?\.bias$", "lora_bias"),  # PEFT with lora_bias, BFL control
-        (r"\.lora_A(?:\.[^.]+)?(?:\.weight)?$", "down"),  # PEFT, with or without an adapter name
-        (r"\.lora_B(?:\.[^.]+)?(?:\.weight)?$", "up"),
-        (r"\.lora_down\.weight$", "down"),  # kohya
-        (r"\.lora_up\.weight$", "up"),
-        (r"\.lora_mid\.weight$", "mid"),
-        (r"(?:\.lora_linear_layer|\.lora|_lora)\.down\.weight$", "down"),  # diffusers, old and oldest
-        (r"(?:\.lora_linear_layer|\.lora|_lora)\.up\.weight$", "up"),
-        (r"(?:\.lora_linear_layer|\.lora|_lora)\.alpha$", "alpha"),
-        (r"(?<=_lora[12])\.down\.weight$", "down"),  # XLabs: the number says picture or text, so it stays in the name
-        (r"(?<=_lora[12])\.up\.weight$", "up"),
-        (r"\.alpha$", "alpha"),
-        (r"\.hada_(w1_a|w1_b|w2_a|w2_b|t1|t2)$", r"hada_\1"),
-        (r"\.lokr_(w1|w1_a|w1_b|w2|w2_a|w2_b|t1|t2)$", r"lokr_\1"),
-        (r"\.(a1|a2|b1|b2|bm)\.weight$", r"glora_\1"),
-        (r"\.oft_blocks$", "oft_blocks"),
-        (r"\.rescale$", "rescale"),
-        (r"\.diff$", "diff"),
-        (r"\.diff_b$", "diff_b"),
-        (r"\.set_weight$", "set_weight"),
-        (r"\.w_norm$", "w_norm"),
-        (r"\.b_norm$", "b_norm"),
-        (r"\.on_input$", "on_input"),
+MAX_KEY = 500
+"""Characters of a key that are looked at; the longest of a real file has 120."""
+
+_ADAPTER = r"(?:\.(?!bias$)[^.]+)?"
+"""Name of the adapter, which PEFT keeps in the keys of a model's state dict and drops in files."""
+
+# A part of the key, what follows the module's name → the tensor's role. Checked in order; the first that matches wins.
+SUFFIXES: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
+    (part, re.compile(pattern), role)
+    for part, pattern, role in (
+        (".lora_magnitude_vector", rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$", "magnitude"),  # PEFT
+        (".dora_scale", r"\.dora_scale$", "dora_scale"),  # LyCORIS, kohya, OneTrainer
+        (".lora_B", r"\.lora_B(?:\.(?!bias)[^.]+)?\.bias$", "lora_bias"),  # PEFT with lora_bias, BFL control
+        (".lora_A", rf"\.lora_A(?:_\d+)?{_ADAPTER}(?:\.weight)?$", "down"),  # PEFT, with or without an adapter name
+        (".lora_B", rf"\.lora_B(?:_\d+)?{_ADAPTER}(?:\.weight)?$", "up"),
+        (".lora_E", rf"\.lora_E{_ADAPTER}$", "singular"),  # PEFT's AdaLoRA
+        (".lora_embedding_A", rf"\.lora_embedding_A{_ADAPTER}$", "embedding_down"),
+        (".lora_embedding_B", rf"\.lora_embedding_B{_ADAPTER}$", "embedding_up"),
+        (".lora_down", r"\.lora_down\.weight$", "down"),  # kohya
+        (".lora_up", r"\.lora_up\.weight$", "up"),
+        (".lora_mid", r"\.lora_mid\.weight$", "mid"),
+        (".down.", r"(?:\.lora_linear_layer|\.lora|_lora)\.down\.weight$", "down"),  # diffusers, old and oldest
+        (".up.", r"(?:\.lora_linear_layer|\.lora|_lora)\.up\.weight$", "up"),
+        ("lora.alpha", r"(?:\.lora|_lora)\.alpha$", "alpha"),
+        ("lora_linear_layer.alpha", r"\.lora_linear_layer\.alpha$", "alpha"),
+        (
+            ".down.",
+            r"(?<=_lora[12])\.down\.weight$",
+            "down",
+        ),  # XLabs: the number says picture or text, it stays in the name
+        (".up.", r"(?<=_lora[12])\.up\.weight$", "up"),
+        (".alpha", r"\.alpha$", "alpha"),
+        (".hada_", rf"\.hada_(w1_a|w1_b|w2_a|w2_b|t1|t2){_ADAPTER}$", r"hada_\1"),
+        (".lokr_", rf"\.lokr_(w1|w1_a|w1_b|w2|w2_a|w2_b|t1|t2){_ADAPTER}$", r"lokr_\1"),
+        (".weight", r"\.(a1|a2|b1|b2|bm)\.weight$", r"glora_\1"),
+        (".oft_blocks", r"\.oft_blocks$", "oft_blocks"),
+        (".scaled_oft", rf"\.oft_R{_ADAPTER}\.scaled_oft$", "oft_scaled"),  # OneTrainer
+        (".oft_R", rf"\.oft_R{_ADAPTER}\.weight$", "oft_r"),  # PEFT, OneTrainer
+        (".boft_", rf"\.boft_([Rs]){_ADAPTER}$", r"boft_\1"),  # PEFT
+        (".ia3_l", rf"\.ia3_l{_ADAPTER}$", "ia3_l"),
+        (".hra_u", rf"\.hra_u{_ADAPTER}$", "hra_u"),
+        (".rescale", r"\.rescale$", "rescale"),
+        (".diff", r"\.diff$", "diff"),
+        (".diff_b", r"\.diff_b$", "diff_b"),
+        (".set_weight", r"\.set_weight$", "set_weight"),
+        (".w_norm", r"\.w_norm$", "w_norm"),
+        (".b_norm", r"\.b_norm$", "b_norm"),
+        (".on_input", r"\.on_input$", "on_input"),
     )
 )
 
@@ -50,30 +69,45 @@ PREFIXES: tuple[tuple[str, Component], ...] = (
     ("lora_unet_", "unet"),
     ("lora_transformer_", "unet"),
     ("lycoris_", "unet"),
-    ("text_encoders.clip_l.transformer.", "te1"),
-    ("text_encoders.clip_h.transformer.", "te1"),
-    ("text_encoders.clip_g.transformer.", "te2"),
-    ("text_encoders.t5xxl.transformer.", "te3"),
+    ("text_encoders.clip_l.", "te1"),
+    ("text_encoders.clip_h.", "te1"),
+    ("text_encoders.clip_g.", "te2"),
+    ("text_encoders.t5xxl.", "te3"),
     ("text_encoder_2.", "te2"),
     ("text_encoder_3.", "te3"),
     ("text_encoder.", "te1"),
     ("te1.", "te1"),
     ("te2.", "te2"),
+    ("clip_l.", "te1"),  # the open model initiative's names, OneTrainer's until 2026
+    ("clip_h.", "te1"),
+    ("clip_g.", "te2"),
+    ("t5xxl.", "te3"),
+    ("t5.", "te3"),
     ("unet.", "unet"),
     ("transformer.", "unet"),
+    ("model.diffusion_model.", "unet"),
     ("diffusion_model.", "unet"),
 )
 
-_WRAPPERS = ("base_model.model.", "model.diffusion_model.", "unet.base_model.model.")
+_WRAPPERS = ("base_model.model.", "module.")
+"""What PEFT and distributed training put in front of a model's names."""
+
+_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and checkpointing put before the name of any part they wrap."""
+
 _NUMBERED = re.compile(r"^(?:ip_adapter\.)?(\d+)\.(to_[qkv]|to_out)$")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
     """Module and role of a tensor's key; None if no algorithm has such a tensor."""
-    for pattern, role in SUFFIXES:
+    if len(key) > MAX_KEY:
+        return None
+    for part, pattern, role in SUFFIXES:
+        if part not in key:
+            continue
         match = pattern.search(key)
         if match is not None:
-            return key[: match.start()], match.expand(role)
+            return key[: match.start()].removesuffix(".base_layer"), match.expand(role)
     return None
 
 
@@ -82,14 +116,36 @@ def canonical(stem: str) -> tuple[Component, str]:
     numbered = _NUMBERED.match(stem)
     if numbered is not None:  # in FaceID files: a number in the order of diffusers' attention processors
         return "unet", to_name(f"processor.{numbered[1]}.{numbered[2]}")
-    component: Component = "unet"
-    for wrapper in _WRAPPERS:
-        stem = stem.removeprefix(wrapper)
-    for prefix, part in PREFIXES:
-        if stem.startswith(prefix):
-            component, stem = part, stem.removeprefix(prefix)
-            break
-    return component, to_name(stem.removeprefix("base_model.model."))
+    component, path = part_and_path(stem)
+    name = to_name(path)
+    if component is None:  # saved from a bare text encoder
+        if name.startswith(("text_model_", "encoder_layers_")):
+            return "te1", name
+        return ("te3" if name.startswith("encoder_block_") else "unet"), name
+    if component == "te2" and name.startswith(("encoder_block_", "shared")):
+        return "te3", name  # Flux has T5 in the second place
+    return component, name
+
+
+def part_and_path(stem: str) -> tuple[Component | None, str]:
+    """The part that a prefix names, None without one, and the module's path in it, without what wrapped the model."""
+    for wrapped in _INSIDE:
+        if wrapped in stem:
+            stem = stem.replace(f"{wrapped}.", "").replace(f"{wrapped}_", "")
+    component: Component | None = None
+    found: tuple[str, Component] | None
+    while True:
+        for wrapper in _WRAPPERS:
+            if stem.startswith(wrapper):
+                stem = stem[len(wrapper) :]
+                break
+        else:
+            if component in ("te1", "te2", "te3"):
+                return component, stem.removeprefix("transformer.")
+            found = next(((prefix, part) for prefix, part in PREFIXES if stem.startswith(prefix)), None)
+            if found is None or (component == "unet" and found[1] != "unet"):
+                return component, stem
+            component, stem = found[1], stem[len(found[0]) :]
 
 
 def to_name(path: str) -> str:
@@ -99,8 +155,14 @@ def to_name(path: str) -> str:
     return name + "_0" if name.endswith("_to_out") else name
 
 
+_OMI = ("clip_l.", "clip_g.", "t5.", "bundle_emb.")
+_OMI_PARTS = (".qkv.0.", ".linear1.0.", ".attn.qkv.1.")
+
+
 def spelling_of(keys: list[str]) -> str:
     """A name for how a file spells its keys, for people."""
+    if any(key.startswith(_OMI) or any(part in key for part in _OMI_PARTS) for key in keys):
+        return "OneTrainer (OMI)"
     for sign, spelling in (
         ("ip_adapter.", "inside an IP-Adapter file"),
         ("_lora1.down", "XLabs"),

@@ -20,11 +20,16 @@ def rotations(blocks: Tensor, limit: float) -> Tensor:
     """Cayley transform of ``… n n`` blocks; computed in float32 or wider."""
     wide = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
     q = wide - wide.transpose(-1, -2)
-    if limit > 0:
-        norm = torch.linalg.vector_norm(q)
-        q = q * (limit / norm.clamp_min(limit))
+    q = _shortened(q, limit)
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     return torch.linalg.solve(identity - q, identity + q)  # the factors commute
+
+
+def _shortened(q: Tensor, limit: float) -> Tensor:
+    """At a norm of at most ``limit``; 0 and numbers that no norm reaches are no limit."""
+    if not 0 < limit < torch.finfo(q.dtype).max:
+        return q
+    return q * (limit / torch.linalg.vector_norm(q).clamp_min(limit))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,8 +89,7 @@ class Orthogonal(Update):
         limit = self.constraint * self._rows
         if limit > 0:  # the norm is of all blocks together
             wide = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
-            norm = torch.linalg.vector_norm(wide - wide.transpose(-1, -2))
-            blocks = wide * (limit / norm.clamp_min(limit))
+            blocks = _shortened(wide - wide.transpose(-1, -2), limit) / 2  # whose antisymmetric part it is again
         rescale = None if self.rescale is None else self.rescale.flatten()[start : start + length]
         return replace(self, blocks=blocks[start // n : (start + length) // n], constraint=0.0, rescale=rescale)
 

@@ -1,18 +1,24 @@
-"""From a file and a model to placed updates, or to a message that says what the file is instead. Never half of a LoRA."""
+"""From a file and a model to placed updates, or to a message that says what the file is instead. Never half of a LoRA unsaid."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Literal
+from typing import Literal, NoReturn
 
+import torch
 from torch import Tensor
 
-from ..errors import IncompatibleAdapterError
+from ..errors import IncompatibleAdapterError, InvalidInputError, quoted
+from .embedding import Lookup
+from .ia3 import ChannelScale
+from .losses import Module, lost_part
+from .names import canonical
 from .targets import Place, Target, TargetTable
 from .update import Update, shape_text
-from .weights import Component, LoRAModule, LoRAWeights
+from .weights import Component, LeftOut, LoRAModule, LoRAWeights, left_out_lines
 
 LONGEST_NAME = 200
 """Characters of a file's name that are compared with a model's; those have about 80."""
@@ -37,7 +43,14 @@ class Placement:
     def change(self, weight: Tensor, total: Tensor, strength: float) -> None:
         """Add the change of the pristine ``weight`` to ``total``: itself changed by others, or zeros."""
         start, length = self.rows or (0, weight.shape[0])
-        self.update.change(weight[start : start + length], total[start : start + length], strength)
+        part = weight[start : start + length]
+        changed = total[start : start + length]
+        self.update.change(part, changed, strength)
+        if not _is_finite(changed) and _is_finite(part):
+            raise IncompatibleAdapterError(
+                f"the change of {self.key} at strength {strength:g} is not finite, so it was not written; use a smaller strength "
+                "or another version of the LoRA"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,77 +63,136 @@ class Unmatched:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedLoRA:
-    """A LoRA on one model: everything it changes there, and what found no place."""
+    """A LoRA on one model: everything it changes there, what found no place, and all that is left out, each with a reason."""
 
     weights: LoRAWeights
     placements: tuple[Placement, ...]
     unmatched: tuple[Unmatched, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def of(self, component: Component) -> tuple[Placement, ...]:
         """What it changes in one part."""
         return tuple(p for p in self.placements if p.target.component == component)
 
     def summary(self) -> str:
-        """One line: how much was placed, and what was not and why."""
+        """How much was placed in one line, and one for each reason why something was not."""
         counts: dict[Component, int] = {}
         for placement in self.placements:
             counts[placement.target.component] = counts.get(placement.target.component, 0) + 1
         placed = ", ".join(f"{n} in {component}" for component, n in counts.items())
         text = f"{self.weights.name}: {len(self.placements)} updates placed ({placed})"
-        if not self.unmatched:
-            return text
-        first = self.unmatched[0]
-        hint = f", nearest name {first.nearest!r}" if first.nearest else ""
-        return f"{text}; {len(self.unmatched)} modules have no place, such as {first.module.stem!r}{hint}"
+        if self.unmatched:
+            first = self.unmatched[0]
+            hint = f", nearest name {quoted(first.nearest)}" if first.nearest else ""
+            text += f"; {len(self.unmatched)} modules have no place, such as {quoted(first.module.stem)}{hint}"
+        return text
+
+    def report(self) -> list[str]:
+        """Lines about what is not applied and how the file was read; none if all is as usual."""
+        lines = left_out_lines(self.left_out)
+        return [*([f"not applied: {line}" for line in lines]), *self.weights.notes]
+
+
+Partial = Literal["refuse", "allow"]
+PARTIAL: tuple[Partial, ...] = ("refuse", "allow")
+
+NO_PLACE = "modules that the model does not have"
+NO_BIAS = "changes of a bias that the model's layer does not have"
+NOT_THERE: Mapping[Component, str] = {
+    "unet": "modules of a UNet or transformer, which is not given here",
+    "te1": "modules of the first text encoder (CLIP-L or OpenCLIP-H), which is not given here",
+    "te2": "modules of the second text encoder (CLIP-G), which is not given here",
+    "te3": "modules of the third text encoder (T5), which is not given here",
+}
+MISFIT = "modules of another shape than the model's layer"
+
+_log = logging.getLogger(__name__)
 
 
 def place_lora(
-    weights: LoRAWeights, tables: Mapping[Component, TargetTable], absent: Iterable[Component] = ()
+    weights: LoRAWeights,
+    tables: Mapping[Component, TargetTable],
+    absent: Iterable[Component] = (),
+    partial: Partial = "refuse",
 ) -> PlacedLoRA:
     """Find every module's layer. ``tables`` are the model's parts, ``absent`` parts that the caller leaves out on purpose.
 
-    Raises IncompatibleAdapterError if the LoRA belongs to another base model: one shape that does not fit is enough, so
-    is a part of which nothing is found.
+    Whatever is not applied is in the result's ``left_out`` and logged in one warning. ``partial``: "allow" places what fits
+    of a file that would be refused for what it loses.
+
+    Raises IncompatibleAdapterError if the LoRA belongs to another base model (one shape that does not fit is enough), if
+    nothing is found, or if what is lost matters (``losses.py``).
     """
-    placements: list[Placement] = []
-    unmatched: list[Unmatched] = []
-    misfits: list[str] = []
-    widened: list[str] = []
+    if partial not in PARTIAL:
+        raise InvalidInputError(f"partial is {quoted(partial)}; choose one of: {', '.join(PARTIAL)}")
+    found = _Found([], [], [], [], list(weights.left_out))
     skipped = set(absent)
+    searched = False
     for module in weights.modules:
-        if module.component in skipped:
+        table = None if module.component in skipped else tables.get(module.component)
+        if table is None:
+            found.left_out.append(LeftOut(module.stem, NOT_THERE[module.component]))
+            if module.component not in skipped:
+                found.unmatched.append(Unmatched(module, None))
             continue
-        table = tables.get(module.component)
-        places = () if table is None else table.names.get(module.name, ())
-        if table is None or not places:
+        places = table.names.get(module.name, ())
+        if not places:
             # only the first is shown, and one look-up of a similar name costs as much as placing the whole file
-            similar = None if unmatched or table is None else _nearest(module.name, table)
-            unmatched.append(Unmatched(module, similar))
+            nearest = None if searched else _nearest(module.name, table)
+            searched = True
+            found.unmatched.append(Unmatched(module, nearest))
+            found.left_out.append(LeftOut(module.stem, NO_PLACE, nearest))
             continue
         for place in places:
-            for found in _placed(module, place, table.targets[place.path]):
-                if found.update.fits(_shape(found)):
-                    placements.append(found)
-                else:
-                    if _widens(found):
-                        widened.append(found.key)
-                    misfits.append(
-                        f"{module.stem} is for {found.update.describe_shape()}, {found.key} is {shape_text(*_shape(found))}"
-                    )
-    if widened and len(widened) == len(misfits):
-        raise IncompatibleAdapterError(
-            f"{weights.name} is a control LoRA (Flux Canny or Depth): it gives {widened[0]} twice its inputs, which takes a "
-            "wider layer and a control picture beside the latent. Load it with the host's own loader (ComfyUI: LoraLoader and "
-            "InstructPixToPixConditioning; diffusers: FluxControlPipeline.load_lora_weights)"
-        )
-    _refuse(weights, tables, placements, unmatched, misfits)
-    return PlacedLoRA(weights, tuple(placements), tuple(unmatched))
+            found.add(module, place, table.targets[place.path], weights.name)
+    if found.misfits and partial == "allow" and found.placements:
+        found.misfits.clear()
+    _refuse(weights, tables, found, partial)
+    placed = PlacedLoRA(weights, tuple(found.placements), tuple(found.unmatched), tuple(found.left_out))
+    if placed.left_out:
+        _log.warning("%s: %s", quoted(weights.name), "; ".join(placed.report()))
+    return placed
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the search has come to."""
+
+    placements: list[Placement]
+    unmatched: list[Unmatched]
+    misfits: list[str]
+    widened: list[str]
+    left_out: list[LeftOut]
+
+    def add(self, module: LoRAModule, place: Place, target: Target, file: str) -> None:
+        for update in _placed(module, place, target):
+            shape = _shape(update)
+            if update.parameter == "bias" and not target.has_bias:
+                if not isinstance(update.update, ChannelScale):  # which has nothing to multiply
+                    self.left_out.append(LeftOut(module.stem, NO_BIAS))
+            elif update.update.fits(shape):
+                own = update.update.on(shape)
+                self.placements.append(replace(update, update=Lookup(own) if target.is_embedding else own))
+            else:
+                if _widens(update):
+                    self.widened.append(update.key)
+                self.misfits.append(
+                    f"{quoted(module.stem)} is for {update.update.describe_shape()}, {update.key} is {shape_text(*shape)}"
+                )
+                self.left_out.append(LeftOut(module.stem, MISFIT))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By the sum, which is NaN or infinite if a number is; a fraction of the cost of testing each."""
+    return tensor.is_meta or bool(
+        torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.device.type == "cpu" else None))
+    )
 
 
 def _placed(module: LoRAModule, place: Place, target: Target) -> Iterable[Placement]:
     parameters: tuple[tuple[Parameter, Update | None], ...] = (("weight", module.weight), ("bias", module.bias))
     for parameter, update in parameters:
-        if update is None or (parameter == "bias" and not target.has_bias):
+        if update is None:
             continue
         rows = place.rows
         if rows is None:
@@ -157,38 +229,82 @@ def _nearest(name: str, table: TargetTable) -> str | None:
     return next(iter(get_close_matches(name[:LONGEST_NAME], table.names, 1, 0.6)), None)
 
 
-def _refuse(
-    weights: LoRAWeights,
-    tables: Mapping[Component, TargetTable],
-    placements: Sequence[Placement],
-    unmatched: Sequence[Unmatched],
-    misfits: Sequence[str],
-) -> None:
+def _refuse(weights: LoRAWeights, tables: Mapping[Component, TargetTable], found: _Found, partial: Partial) -> None:
+    if found.widened and len(found.widened) == len(found.misfits):
+        raise IncompatibleAdapterError(
+            f"{weights.name} is a control LoRA (Flux Canny or Depth): it gives {found.widened[0]} twice its inputs, which takes a "
+            "wider layer and a control picture beside the latent. Load it with the host's own loader (ComfyUI: LoraLoader and "
+            "InstructPixToPixConditioning; diffusers: FluxControlPipeline.load_lora_weights)"
+        )
     base, unet = weights.base_model, tables.get("unet")
     model = unet.family if unet is not None else "unknown"
     foreign = "unknown" not in (base, model) and model not in base
     diagnosis = f"this is a LoRA for {base}, the model is {model}" if foreign else ""
-    if misfits:
-        total = len(misfits) + len(placements)
+    if found.misfits:
+        total = len(found.misfits) + len(found.placements)
         raise IncompatibleAdapterError(
-            f"{weights.name} does not fit: {len(misfits)} of {total} updates have other shapes, such as {misfits[0]}; "
+            f"{weights.name} does not fit: {len(found.misfits)} of {total} updates have other shapes, such as "
+            f"{found.misfits[0]}; "
             + (
                 f"{diagnosis}. Choose a LoRA for {model}"
                 if foreign
                 else "it was made for another variant of this model"
             )
         )
-    components = {found.module.component for found in unmatched}
-    lost = [c for c in components if c in tables and not any(p.target.component == c for p in placements)]
-    if not placements or "unet" in lost or (foreign and unmatched):
-        first = unmatched[0] if unmatched else None
-        example = f", such as {first.module.stem!r}" if first else ""
-        nearest = f" (nearest name in the model: {first.nearest!r})" if first and first.nearest else ""
+    if not found.placements:
+        _no_place(weights, found, diagnosis or _looks(base, model), model)
+    if partial == "allow":
+        return
+    if foreign and found.unmatched:
+        _no_place(weights, found, diagnosis, model)
+    lost = lost_part(_modules_of(weights, found), _lost(weights, tables, found), tables)
+    if lost is not None:
+        first = next((u for u in found.unmatched if u.nearest), found.unmatched[0] if found.unmatched else None)
+        example = "" if first is None else f", such as {quoted(first.module.stem)}"
+        nearest = f" (nearest name in the model: {quoted(first.nearest)})" if first and first.nearest else ""
         raise IncompatibleAdapterError(
-            f"{weights.name} does not fit: {len(unmatched)} of {len(weights.modules)} modules have no place in the model"
-            f"{example}{nearest}; " + (f"{diagnosis}. Choose a LoRA for {model}" if foreign else _advice(base, model))
+            f"{weights.name} would be applied in part only: {lost}{example}{nearest}; {_looks(base, model)}. Choose a LoRA made "
+            "for this model, or set partial to 'allow' to apply the rest"
         )
 
 
-def _advice(base: str, model: str) -> str:
-    return f"the file looks like a LoRA for {base}, the model like {model}; choose a LoRA made for this model"
+def _no_place(weights: LoRAWeights, found: _Found, diagnosis: str, model: str) -> NoReturn:
+    first = found.unmatched[0] if found.unmatched else None
+    example = f", such as {quoted(first.module.stem)}" if first else ""
+    nearest = f" (nearest name in the model: {quoted(first.nearest)})" if first and first.nearest else ""
+    if not found.unmatched:  # all of it is for parts that are left out
+        why = left_out_lines(found.left_out)
+        raise IncompatibleAdapterError(f"{weights.name} changes nothing here: {'; '.join(why) or 'it has no modules'}")
+    raise IncompatibleAdapterError(
+        f"{weights.name} does not fit: {len(found.unmatched)} of {len(weights.modules)} modules have no place in the model"
+        f"{example}{nearest}; {diagnosis}. Choose a LoRA for {model if model != 'unknown' else 'this model'}"
+    )
+
+
+def _modules_of(weights: LoRAWeights, found: _Found) -> list[Module]:
+    """Modules that have all their places."""
+    lost = {u.module.stem for u in found.unmatched} | {item.name for item in found.left_out if item.why == MISFIT}
+    return [(m.component, m.name) for m in weights.modules if m.stem not in lost]
+
+
+def _lost(weights: LoRAWeights, tables: Mapping[Component, TargetTable], found: _Found) -> list[Module]:
+    """Modules without a place, and layers of the model of which the file has tensors that nothing is known of."""
+    known = {(m.component, m.name) for m in weights.modules}
+    lost: list[Module] = [(u.module.component, u.module.name) for u in found.unmatched]
+    for item in weights.left_out:
+        stem = item.name
+        for _ in range(3):  # the tensor's name has up to three parts: .x, .x.weight, .x.default.weight
+            stem, dot, _ = stem.rpartition(".")
+            if not dot:
+                break
+            component, name = canonical(stem)
+            table = tables.get(component)
+            if table is not None and name in table.names:
+                if (component, name) not in known:
+                    lost.append((component, name))
+                break
+    return lost
+
+
+def _looks(base: str, model: str) -> str:
+    return f"the file looks like a LoRA for {base}, the model like {model}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, quoted, reason
 from .convert import to_tensors
 from .weights import LoRAWeights
 
@@ -19,16 +20,28 @@ def save_lora(
 ) -> dict[str, object]:
     """Write a LoRA file whole or not at all; returns what was written. Raises InvalidInputError if it exists."""
     if path.suffix != ".safetensors":
-        raise InvalidInputError(f"{path} does not end in .safetensors, the only kind of file that is written")
-    if path.exists() and not overwrite:
-        raise InvalidInputError(f"{path} exists already; choose another name or overwrite it")
+        raise InvalidInputError(
+            f"{quoted(path, 300)} does not end in .safetensors, the only kind of file that is written"
+        )
+    if _exists(path) and not overwrite:
+        raise InvalidInputError(f"{quoted(path, 300)} exists already; choose another name or overwrite it")
     wanted = None if dtype == "keep" else getattr(torch, dtype)
     tensors, metadata = to_tensors(weights, spelling, wanted)  # pyright: ignore[reportArgumentType]
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        save_file({key: t.clone() for key, t in tensors.items()}, unfinished, {"format": "pt", **metadata})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({key: t.clone() for key, t in tensors.items()}, unfinished, {"format": "pt", **metadata})
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except (OSError, SafetensorError, ValueError) as error:  # a full disk, a forbidden folder, names that are no text
+        raise InvalidInputError(f"{quoted(path, 300)} cannot be written ({reason(error)})") from None
     return {"file": str(path), "modules": len(weights.modules), "bytes": path.stat().st_size, "spelling": spelling}
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{quoted(path)} is no name of a file ({reason(error)})") from None

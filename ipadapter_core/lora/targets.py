@@ -36,6 +36,7 @@ class Target:
     block: str
     shape: tuple[int, ...]
     has_bias: bool
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +208,8 @@ class _Link:
     diffusers: str
     rows: tuple[int, int, int] | None = None
     """First row in the original, first row in diffusers, number."""
+    open_name: str = ""
+    """The same in the open model initiative's names, which number the parts of a fused layer."""
 
 
 FLUX_DOUBLE = (
@@ -261,7 +264,7 @@ def _flux_links(double: int, single: int, width: int, mlp: int) -> Iterator[_Lin
     for i in range(single):
         original, diffusers = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
         yield from _fused(f"{original}.linear1", f"{diffusers}.attn.to_{{}}", width)
-        yield _Link(f"{original}.linear1", f"{diffusers}.proj_mlp", (3 * width, 0, mlp))
+        yield _Link(f"{original}.linear1", f"{diffusers}.proj_mlp", (3 * width, 0, mlp), f"{original}.linear1.3")
         yield _Link(f"{original}.linear2", f"{diffusers}.proj_out")
         yield _Link(f"{original}.modulation.lin", f"{diffusers}.norm.linear")
     yield from (_Link(a, b) for a, b in FLUX_ENDS)
@@ -285,7 +288,7 @@ def _sd3_links(blocks: int, width: int) -> Iterator[_Link]:
 
 def _fused(original: str, diffusers: str, width: int) -> Iterator[_Link]:
     for i, part in enumerate("qkv"):
-        yield _Link(original, diffusers.format(part), (i * width, 0, width))
+        yield _Link(original, diffusers.format(part), (i * width, 0, width), f"{original}.{i}")
 
 
 def _swapped(original: str, diffusers: str, width: int) -> Iterator[_Link]:
@@ -312,7 +315,11 @@ def _transformer(model: nn.Module) -> TargetTable:
             rows = Rows(second, first, length) if is_original else Rows(first, second, length)
             names[_name(other)] = (*names.get(_name(other), ()), Place(own, rows))
             labels.setdefault(own, own if is_original else link.diffusers)
+        if link.open_name:
+            names[_name(link.open_name)] = names[_name(link.diffusers)]
     if family == "Flux":
+        if "img_in" in names:
+            names["img_in_proj"] = names["img_in"]  # the open model initiative's name
         names.update(_xlabs_names(names, _flux_width(layers)))
     for path, module in layers.items():
         targets[path] = _target(path, module, "unet", labels.get(path, path), _transformer_block(path, family))
@@ -340,7 +347,7 @@ def _xlabs_names(names: Mapping[str, tuple[Place, ...]], width: int) -> dict[str
         if layer == "linear2":
             found[stem + "proj"] = places
         if layer == "linear1":
-            found[stem + "qkv"] = tuple(
+            found[stem + "qkv"] = found[f"{name}_qkv"] = tuple(
                 replace(place, rows=place.rows or Rows(0, 0, 3 * width))
                 for place in places
                 if place.rows is None or place.rows.source < 3 * width
@@ -427,7 +434,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _target(path: str, module: nn.Module, component: Component, label: str, block: str) -> Target:
-    return Target(path, component, label, block, Layer(module).shape, getattr(module, "bias", None) is not None)
+    layer = Layer(module)
+    has_bias = getattr(module, "bias", None) is not None
+    return Target(path, component, label, block, layer.shape, has_bias, layer.kind == "embedding")
 
 
 def _name(path: str) -> str:

@@ -175,5 +175,5 @@ class TrainableLoRA(nn.Module):
 
 
 def trainable(targets: Iterable[Target]) -> list[Target]:
-    """Those that can carry a LoRA layer: linear layers and convolutions, no norms."""
-    return [t for t in targets if len(t.shape) in (2, 4)]
+    """Those that can carry a LoRA layer: linear layers and convolutions, no norms and embeddings."""
+    return [t for t in targets if len(t.shape) in (2, 4) and not t.is_embedding]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import IncompatibleAdapterError
 
-Kind = Literal["linear", "conv", "norm", "other"]
+Kind = Literal["linear", "conv", "norm", "embedding", "other"]
 Change = Callable[[Tensor, Tensor, float], Tensor]
 """A prepared side path: input of the layer, its output, strength → what to add to the output."""
 
@@ -25,7 +25,7 @@ _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 class Layer:
-    """The layer that a side path stands beside: linear, convolution or norm. Nothing of it is ever written."""
+    """The layer that a side path stands beside: linear, convolution, norm or embedding. Nothing of it is ever written."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -40,6 +40,8 @@ class Layer:
             return "linear"
         if hasattr(self._module, "num_groups") or hasattr(self._module, "normalized_shape"):
             return "norm"
+        if hasattr(self._module, "num_embeddings"):
+            return "embedding"
         return "other"
 
     @property
@@ -145,6 +147,10 @@ class Update:
         """Whether it can act on a weight of this shape."""
         raise NotImplementedError
 
+    def on(self, shape: tuple[int, ...]) -> Update:
+        """The same for a weight of this shape; another reading where the file's tensors can be read in two ways."""
+        return self
+
     def describe_shape(self) -> str:
         """The weight shape it was made for, for messages."""
         raise NotImplementedError
@@ -210,7 +216,12 @@ class Rows(Update):
         return self.inner.title
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return shape[0] == self.length and not self.inner.reads_weight
+        """A part of a change that reads the weight would read rows that are elsewhere."""
+        if self.inner.reads_weight or shape[0] != self.length:
+            return False
+        rows = self.inner.describe_shape().split("×")[0]
+        whole = (int(rows), *shape[1:]) if rows.isdigit() else shape
+        return whole[0] >= self.start + self.length and self.inner.fits(whole)
 
     def describe_shape(self) -> str:
         return f"rows {self.start}..{self.start + self.length} of {self.inner.describe_shape()}"
@@ -243,6 +254,22 @@ def flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], torch.Size(shape[1:]).numel()
 
 
+def product_norm(a: Tensor | None, b: Tensor | None) -> float:
+    """‖a b‖ for ``o r`` and ``r i`` (further axes of b count as i), by whichever is smaller: the product or r×r."""
+    assert a is not None
+    assert b is not None
+    left, right = a.flatten(1).double(), b.flatten(1).double()  # squares of what float32 holds can overflow it
+    if left.shape[0] * right.shape[1] <= left.shape[1] ** 2:
+        return float(torch.linalg.vector_norm(left @ right))
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())
+
+
+def alike(*tensors: Tensor) -> list[Tensor]:
+    """All in float32, or in float64 if one of them is."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return [t.to(dtype) for t in tensors]
+
+
 def near(tensor: Tensor, like: Tensor) -> Tensor:
     """On the device and in the dtype of ``like``."""
     return tensor.to(like.device, like.dtype)
@@ -250,4 +277,4 @@ def near(tensor: Tensor, like: Tensor) -> Tensor:
 
 def wide(tensor: Tensor) -> Tensor:
     """In float32, or what it is already if that is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..errors import quoted
 from .update import Update
 
 Component = Literal["unet", "te1", "te2", "te3"]
@@ -13,11 +14,21 @@ Component = Literal["unet", "te1", "te2", "te3"]
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A key or module of a file that is not applied, and why; ``nearest`` is the most similar name in the model."""
+
+    name: str
+    why: str
+    nearest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LoRAModule:
     """The change of one module: of its weight, its bias, or both.
 
     ``stem`` is the module as the file spells it, ``name`` the same in one spelling: the path of the module in the model
-    that the file was made for, dots as underscores, no prefix.
+    that the file was made for, dots as underscores, no prefix. ``alpha`` is what the update's scale was made from, None for
+    algorithms without one; ``alpha_from`` says what decided it: ``tensor``, ``header``, ``adapter_config.json``, ``default``.
     """
 
     stem: str
@@ -25,17 +36,25 @@ class LoRAModule:
     name: str
     weight: Update | None
     bias: Update | None = None
+    alpha: float | None = None
+    alpha_from: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoRAWeights:
-    """All modules of one file, its text metadata, its spelling, and the keys that belong to nothing known."""
+    """All modules of one file, its text metadata, its spelling, what of it is no update, and notes on how it was read."""
 
     name: str
     modules: tuple[LoRAModule, ...]
     spelling: str
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    ignored: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Keys that are no part of any update."""
+        return tuple(found.name for found in self.left_out)
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -47,6 +66,20 @@ class LoRAWeights:
     def base_model(self) -> str:
         """What it was made for, from names and widths: ``SD1.5``, ``SD2``, ``SDXL``, ``SD3``, ``Flux`` or ``unknown``."""
         return guess_base_model(self.modules)
+
+
+def left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
+    """What is left out, a line per reason: how many, examples, why."""
+    groups: dict[str, list[LeftOut]] = {}
+    for found in left_out:
+        groups.setdefault(found.why, []).append(found)
+    lines: list[str] = []
+    for why, items in groups.items():
+        named = ", ".join(quoted(item.name) for item in items[:3]) + (", …" if len(items) > 3 else "")
+        nearest = next((item.nearest for item in items if item.nearest), None)
+        hint = f" (nearest name {quoted(nearest)})" if nearest else ""
+        lines.append(f"{len(items)} × {why}: {named}{hint}")
+    return lines
 
 
 TEXT_WIDTHS = {768: "SD1.5", 1024: "SD2", 2048: "SDXL", 1280: "SDXL refiner"}

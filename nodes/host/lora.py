@@ -22,7 +22,7 @@ from ...ipadapter_core.backends.comfy import comfy_layout
 from ...ipadapter_core.checkpoints import kohya_lora
 from ...ipadapter_core.entries import some
 from ...ipadapter_core.errors import quoted
-from ...ipadapter_core.lora import LoRAWeights, load_lora
+from ...ipadapter_core.lora import LoRAWeights, Partial, load_lora
 from ...ipadapter_core.lora.live import LiveStack
 from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
 from .adapters import ManagedAdapter, attention
@@ -50,10 +50,10 @@ class LoadedLoRA:
     weights: LoRAWeights
 
 
-def apply_face_lora(model: Any, adapter: ManagedAdapter, strength: float) -> Any:
-    """The model with the LoRA inside a FaceID adapter's file, by ComfyUI's own loader.
+def apply_face_lora(model: Any, adapter: ManagedAdapter, strength: float) -> tuple[Any, str]:
+    """The model with the LoRA inside a FaceID adapter's file, by ComfyUI's own loader, and what was placed.
 
-    Raises InvalidInputError for an adapter without one.
+    Raises InvalidInputError for an adapter without one, IncompatibleAdapterError where it would act in part only.
     """
     weights = adapter.weights
     if not weights.lora:
@@ -62,9 +62,11 @@ def apply_face_lora(model: Any, adapter: ManagedAdapter, strength: float) -> Any
             "none and need none. Remove this node, or load the adapter's *_lora.safetensors with LoRA Strength"
         )
     if strength == 0:
-        return model
+        return model, "strength 0: the model is as it was"
     check_adapter(weights, comfy_layout(model))
-    return apply_lora_by_host(model, kohya_lora(weights.lora, len(weights.spec.layer_channels)), strength)
+    lora = kohya_lora(weights.lora, len(weights.spec.layer_channels))
+    placed = backend.place(load_lora(lora, name=weights.name), model)  # refuses what the host would leave out unsaid
+    return apply_lora_by_host(model, lora, strength), "\n".join((placed.summary(), *placed.report()))
 
 
 _LORAS: WeakValueDictionary[Version, LoadedLoRA] = WeakValueDictionary()
@@ -138,12 +140,21 @@ class LiveFactors(nn.Module):
 
 
 def apply_lora(
-    model: Any | None, clip: Any | None, loaded: LoadedLoRA, mode: Mode, **settings: Any
-) -> tuple[Any | None, Any | None, str]:
-    """A LoRA on clones of MODEL and CLIP, and a text that says what was done. ``settings`` are those of LoRAPatch."""
-    placed = backend.place(loaded.weights, model, None if clip is None else clip.cond_stage_model)
+    model: Any | None,
+    clip: Any | None,
+    loaded: LoadedLoRA,
+    mode: Mode,
+    partial: Partial = "refuse",
+    **settings: Any,
+) -> tuple[Any | None, Any | None, str, str]:
+    """A LoRA on clones of MODEL and CLIP, a text that says what was done, and the part of it that belongs into the node.
+
+    ``settings`` are those of LoRAPatch.
+    """
+    placed = backend.place(loaded.weights, model, None if clip is None else clip.cond_stage_model, partial)
     patch = LoRAPatch(placed, **settings)
-    lines = [placed.summary()]
+    lines = [placed.summary(), *placed.report()]
+    shown = "\n".join(lines)
     if model is not None and patch.strength != 0:
         choice = choose_mode([patch], mode, quantised=_quantised(model), offloaded=_offloaded(model))
         lines.append(f"runs {choice.mode}: {choice.reason}")
@@ -164,7 +175,7 @@ def apply_lora(
     if clip is not None and patch.strength_for("te1") != 0:
         clip = clip.clone()
         clip.patcher = backend.apply_merged(clip.patcher, patch, ("te1", "te2", "te3"), MergedUpdates.of)
-    return model, clip, "\n".join(lines)
+    return model, clip, "\n".join(lines), shown
 
 
 def _quantised(model: Any) -> bool:
