@@ -27,7 +27,7 @@ from .ia3 import ChannelScale
 from .input_rotation import InputButterfly, InputOrthogonal, Reflections, butterfly_is_possible
 from .kronecker import Kronecker
 from .low_rank import LowRank
-from .names import MAX_KEY, canonical, spelling_of, split_key
+from .names import canonical, spelling_of, split_key
 from .orthogonal import Butterfly, Orthogonal
 from .peft_config import METHODS, PeftConfig, belongs, config_beside, config_in_header, path_of, refuse_method
 from .update import Update
@@ -47,7 +47,6 @@ NO_WEIGHTS = "modules of which only an alpha or the like is there"
 UNUSED = "tensors that their module's algorithm has no use for"
 BUNDLED = "embeddings that OneTrainer put beside the LoRA; save them as textual inversions and load those"
 SCALAR = "LyCORIS scalars, which its own loader multiplies into the factors; merge or convert the file with LyCORIS"
-LONG = f"keys of more than {MAX_KEY} characters"
 
 _SAVED = re.compile(r"^(.+?)(?:\.modules_to_save(?:\.[^.]+)?)?\.(weight|bias)$")
 _PEFT_ROOT = re.compile(r"^(?:module\.)?(?:(?:unet|transformer|text_encoder(?:_[23])?)\.)?base_model\.model\.")
@@ -140,9 +139,7 @@ def describe_lora(source: Source, *, name: str | None = None) -> LoRAWeights:
         key: numbers[key] if key in numbers else torch.empty(t.shape, dtype=t.dtype, device="meta")
         for key, t in file.tensors.items()
     }
-    return parse_lora(
-        TensorFile(shapes, file.metadata, file.name), source if isinstance(source, (str, Path)) else None
-    )
+    return parse_lora(TensorFile(shapes, file.metadata, file.name), source if isinstance(source, (str, Path)) else None)
 
 
 def parse_lora(file: TensorFile, path: str | Path | None = None) -> LoRAWeights:
@@ -179,7 +176,7 @@ def parse_lora(file: TensorFile, path: str | Path | None = None) -> LoRAWeights:
     if not modules:
         some = ", ".join(quoted(found.name) for found in left_out[:3])
         raise UnknownFormatError(f"{file.name} has alphas but no weights of a LoRA: {some}")
-    spelling = spelling_of([key for key in file.tensors if len(key) <= MAX_KEY])
+    spelling = spelling_of(list(file.tensors))
     return LoRAWeights(file.name, tuple(modules), spelling, file.metadata, tuple(left_out), tuple(notes))
 
 
@@ -210,7 +207,7 @@ def _grouped(file: TensorFile) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
 def _is_peft(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a config of PEFT could belong to such keys; kohya's and LyCORIS's own have their alphas inside."""
     signs = (".lora_A", ".lora_B", ".lora_embedding_", ".oft_R", ".boft_", ".ia3_l", ".hra_u")
-    return any(_PEFT_ROOT.match(key[:MAX_KEY]) or any(sign in key for sign in signs) for key in tensors)
+    return any(_PEFT_ROOT.match(key) or any(sign in key for sign in signs) for key in tensors)
 
 
 def _ranks(grouped: Mapping[str, Mapping[str, Tensor]]) -> dict[str, int]:
@@ -244,9 +241,6 @@ def _take_saved(
     wanted = tuple(m for config in configs.values() for m in _texts(config.table.get("modules_to_save")))
     left_out: list[LeftOut] = []
     for key, tensor in left.items():
-        if len(key) > MAX_KEY:
-            left_out.append(LeftOut(key[:MAX_KEY], LONG))
-            continue
         match = _SAVED.match(key)
         if match is not None and (_PEFT_ROOT.match(key) or path_of(match[1]).endswith(wanted)):
             stem = match[1].removesuffix(".base_layer")

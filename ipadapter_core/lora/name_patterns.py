@@ -18,7 +18,7 @@ from ..errors import CorruptFileError, quoted
 MAX_PATTERNS = 5_000
 MAX_LENGTH = 500
 MAX_STATES = 1_000
-MAX_WORK = 5_000_000
+MAX_WORK = 10_000_000
 """Patterns of a table, characters of one, states of its automaton, and steps taken for all names of a file."""
 
 Test = Callable[[str], bool]
@@ -50,7 +50,8 @@ class NamePatterns:
             raise CorruptFileError(
                 f"{file}: its PEFT config has {len(patterns):,} patterns in one table; at most {MAX_PATTERNS:,} can be used"
             )
-        self._plain: dict[int, list[tuple[int, str]]] = {}  # by length, written backwards; \0 is any character
+        # by length, and by the places of dots, which stand for any character and are written as \0
+        self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         self._automata: list[tuple[int, _Automaton]] = []
         for place, pattern in enumerate(patterns):
             if len(pattern) > MAX_LENGTH:
@@ -62,7 +63,8 @@ class NamePatterns:
             if plain is None:
                 self._automata.append((place, _Automaton(pattern, file)))
             else:
-                self._plain.setdefault(len(plain), []).append((place, plain[::-1]))
+                dots = tuple(i for i, c in enumerate(plain) if c == "\0")
+                self._plain.setdefault(len(plain), {}).setdefault(dots, {}).setdefault(plain, place)
 
     def first(self, name: str) -> int | None:
         """Place of the first pattern that matches a module's name, None if none does."""
@@ -76,19 +78,18 @@ class NamePatterns:
         return best
 
     def _first_plain(self, name: str) -> int | None:
-        best: int | None = None
+        found: list[int] = []
         starts = [0, *(i + 1 for i, c in enumerate(name) if c == ".")]
-        for start in starts:
-            tail = name[start:][::-1]
-            same_length = self._plain.get(len(tail), ())
-            self._count(len(same_length))
-            for place, pattern in same_length:
-                if best is not None and place > best:
-                    break
-                if pattern == tail or all(p in ("\0", c) for p, c in zip(pattern, tail, strict=True)):
-                    best = place
-                    break
-        return best
+        for tail in (name[start:] for start in starts):
+            for dots, texts in self._plain.get(len(tail), {}).items():
+                self._count(len(tail))
+                masked = list(tail)
+                for i in dots:
+                    masked[i] = "\0" if masked[i] != "\n" else "\n"
+                place = texts.get("".join(masked))
+                if place is not None:
+                    found.append(place)
+        return min(found, default=None)
 
     def _count(self, steps: int) -> None:
         self._work += steps

@@ -10,9 +10,6 @@ import re
 
 from .weights import Component
 
-MAX_KEY = 500
-"""Characters of a key that are looked at; the longest of a real file has 120."""
-
 _ADAPTER = r"(?:\.(?!bias$)[^.]+)?"
 """Name of the adapter, which PEFT keeps in the keys of a model's state dict and drops in files."""
 
@@ -100,8 +97,6 @@ _NUMBERED = re.compile(r"^(?:ip_adapter\.)?(\d+)\.(to_[qkv]|to_out)$")
 
 def split_key(key: str) -> tuple[str, str] | None:
     """Module and role of a tensor's key; None if no algorithm has such a tensor."""
-    if len(key) > MAX_KEY:
-        return None
     for part, pattern, role in SUFFIXES:
         if part not in key:
             continue

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import AdapterError, CorruptFileError, UnknownFormatError, quoted
-from ..text_files import parse_json, read_json
+from ..text_files import parse_json, read_bytes
 from .name_patterns import NamePatterns, full_match
 from .names import part_and_path
 
@@ -211,13 +211,14 @@ def config_in_header(metadata: Mapping[str, str], file: str) -> tuple[dict[str, 
 
 
 def config_beside(path: Path, file: str) -> PeftConfig | None:
-    """The ``adapter_config.json`` in a file's folder, which may belong to another file there. Raises as ``read_json``."""
+    """The ``adapter_config.json`` in a file's folder, which may belong to another file there. Raises as ``read_bytes`` and ``parse_json``."""
     beside = path.parent / CONFIG_FILE
     if not beside.exists():
         return None
-    value = read_json(beside)
+    name = f"{CONFIG_FILE} beside {file}"
+    value = parse_json(read_bytes(beside), name)
     if not isinstance(value, dict):
-        raise CorruptFileError(f"{quoted(beside)} is no PEFT config: a table of options was expected")
+        raise CorruptFileError(f"{quoted(name)} is no PEFT config: a table of options was expected")
     return PeftConfig(cast("dict[str, Any]", value), CONFIG_FILE, file)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ from torch.testing import assert_close
 
 from host.shrunk import UNETS, unet_shapes
 from ipadapter_core.backends import diffusers_lora as backend
-from ipadapter_core.errors import CorruptFileError, IncompatibleAdapterError, UnknownFormatError
+from ipadapter_core.errors import CorruptFileError, IncompatibleAdapterError, InvalidInputError, UnknownFormatError
 from ipadapter_core.lora import (
+    Layer,
     PlacedLoRA,
     TargetTable,
     describe_lora,
@@ -27,6 +28,8 @@ from ipadapter_core.lora import (
     placement,
     targets_of,
 )
+from ipadapter_core.lora.losses import lost_part
+from ipadapter_core.lora.trainable import trainable
 from tiny_loras import ALGORITHMS
 from tiny_models import SD15, SDXL, noise, tiny_unet
 
@@ -544,7 +547,7 @@ def test_a_refusal_looks_for_one_similar_name(monkeypatch: pytest.MonkeyPatch) -
         return []
 
     monkeypatch.setattr(placement, "get_close_matches", close)
-    strangers = [f"lora_unet_{'x' * 10_000}_{i}_to_q" for i in range(50)]
+    strangers = [f"lora_unet_{'x' * 400}_{i}_to_q" for i in range(50)]
     foreign = {key: value for name in strangers for key, value in lora_for(name, (8, 8)).items()}
     with pytest.raises(IncompatibleAdapterError, match="50 of 50 modules have no place"):
         placed(foreign, tiny_unet(SD15))
@@ -555,6 +558,281 @@ def test_a_refusal_looks_for_one_similar_name(monkeypatch: pytest.MonkeyPatch) -
 def test_keys_of_nothing_known_are_listed() -> None:
     state = whole(tiny_unet(SD15)) | {"some.random.key": noise(1), "lora_unet_conv_in.alpha": torch.tensor(1.0)}
     assert load_lora(state).ignored == ("some.random.key", "lora_unet_conv_in (alpha)")
+
+
+# --- OneTrainer's open names (OMI) -----------------------------------------------------------------------------------
+
+CLIP_LAYERS = {"text_model.encoder.layers.0.mlp.fc1": (H, H), "text_projection": (H, H)}
+T5_LAYERS = {"encoder.block.0.layer.0.SelfAttention.q": (H, H), "encoder.block.0.layer.1.DenseReluDense.wi_0": (MLP, H)}
+
+
+def composite(*parts: tuple[str, Shapes]) -> Skeleton:
+    """ComfyUI's text encoders in one module."""
+    return Skeleton({f"{name}.transformer.{path}": shape for name, shapes in parts for path, shape in shapes.items()})
+
+
+def test_open_names_of_an_sdxl_file_are_those_of_kohya() -> None:
+    """UNet by LDM names, CLIP-L and CLIP-G under their own prefixes: every tensor where kohya's names put it."""
+    unet = ldm("sdxl")
+    clip = composite(("clip_l", CLIP_LAYERS), ("clip_g", CLIP_LAYERS))
+    tables = {"unet": targets_of(unet), **{c: targets_of(clip, c) for c in ("te1", "te2")}}
+    block = "output_blocks.0.1.transformer_blocks.0.attn2.to_k"
+    layers = {("unet", block): tables["unet"].targets[block].shape}
+    layers |= {(te, path): shape for te in ("te1", "te2") for path, shape in CLIP_LAYERS.items()}
+    opened, kohya = (
+        {"unet": "unet.", "te1": "clip_l.", "te2": "clip_g."},
+        {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_"},
+    )
+    for algorithm in ("LoRA", "DoRA out", "LoHa", "LoKr"):
+        one: Weights = {"bundle_emb.tok.clip_l": noise(1, 8)}
+        two: Weights = {}
+        for seed, ((component, path), shape) in enumerate(layers.items()):
+            tensors = ALGORITHMS[algorithm](shape, 2, seed)
+            one |= {f"{opened[component]}{path}.{key}": t for key, t in tensors.items()}
+            two |= {f"{kohya[component]}{under(path)}.{key}": t for key, t in tensors.items()}
+        first, second = (place_lora(load_lora(state), tables) for state in (one, two))
+        assert len(first.placements) == len(second.placements) == 5
+        assert first.weights.spelling == "OneTrainer (OMI)"
+        for a, b in zip(first.placements, second.placements, strict=True):
+            assert a.key == b.key
+            assert a.update.tensors().keys() == b.update.tensors().keys()
+            assert all(torch.equal(t, b.update.tensors()[key]) for key, t in a.update.tensors().items())
+        assert [(item.name, "textual inversions" in item.why) for item in first.left_out] == [
+            ("bundle_emb.tok.clip_l", True)
+        ]
+
+
+@pytest.mark.parametrize("family", ["Flux", "SD3"])
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_open_names_number_the_parts_of_fused_layers(family: str, naming: str) -> None:
+    """``img_attn.qkv.1`` is diffusers' ``to_k``; the same places as diffusers' names have."""
+    pairs = {
+        "Flux": {
+            **{f"double_blocks.0.img_attn.qkv.{i}": f"transformer_blocks.0.attn.to_{n}" for i, n in enumerate("qkv")},
+            **{
+                f"double_blocks.0.txt_attn.qkv.{i}": f"transformer_blocks.0.attn.add_{n}_proj"
+                for i, n in enumerate("qkv")
+            },
+            **{f"single_blocks.0.linear1.{i}": f"single_transformer_blocks.0.attn.to_{n}" for i, n in enumerate("qkv")},
+            "single_blocks.0.linear1.3": "single_transformer_blocks.0.proj_mlp",
+            "single_blocks.0.linear2": "single_transformer_blocks.0.proj_out",
+            "double_blocks.0.img_attn.proj": "transformer_blocks.0.attn.to_out.0",
+            "double_blocks.0.img_mlp.0": "transformer_blocks.0.ff.net.0.proj",
+        },
+        "SD3": {
+            **{
+                f"joint_blocks.0.x_block.attn.qkv.{i}": f"transformer_blocks.0.attn.to_{n}" for i, n in enumerate("qkv")
+            },
+            **{
+                f"joint_blocks.0.context_block.attn.qkv.{i}": f"transformer_blocks.0.attn.add_{n}_proj"
+                for i, n in enumerate("qkv")
+            },
+            "joint_blocks.0.x_block.attn.proj": "transformer_blocks.0.attn.to_out.0",
+        },
+    }[family]
+    sd3 = {
+        "transformer_blocks.0.attn." + n: (H, H)
+        for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+    }
+    separate = FLUX_DIFFUSERS if family == "Flux" else sd3
+    model = Skeleton({"Flux": FLUX_ORIGINAL, "SD3": SD3_ORIGINAL}[family] if naming == "original" else separate)
+    opened: Weights = {}
+    usual: Weights = {}
+    for i, (name, diffusers) in enumerate(pairs.items()):
+        module = lora_for("x", separate[diffusers], i)
+        opened |= {key.replace("x.", f"transformer.{name}.", 1): t for key, t in module.items()}
+        usual |= {key.replace("x.", f"transformer.{diffusers}.", 1): t for key, t in module.items()}
+    first, second = placed(opened, model), placed(usual, model)
+    assert not first.left_out
+    assert len(first.placements) == len(pairs)
+    one, two = changes(first), changes(second)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(delta, two[key]) for key, delta in one.items())
+
+
+def test_t5_in_the_second_and_third_place() -> None:
+    clip = composite(("clip_l", CLIP_LAYERS), ("t5xxl", T5_LAYERS))
+    table = {"te3": targets_of(clip, "te3")}
+    for prefix in ("t5.", "lora_te2_", "lora_te3_", "text_encoder_2.", "text_encoders.t5xxl.transformer."):
+        path = "encoder.block.0.layer.0.SelfAttention.q"
+        stem = prefix + (path if prefix.endswith(".") else under(path))
+        (found,) = place_lora(load_lora(lora_for(stem, (H, H))), table).placements
+        assert found.target.path == f"t5xxl.transformer.{path}"
+
+
+# --- what training wrapped around a model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "unet._orig_mod.", "module.unet.", "unet.module.",
+        "base_model.model._orig_mod.", "_orig_mod.base_model.model.", "unet.base_model.model.", "base_model.model.unet.",
+        "diffusion_model.", "model.diffusion_model.", "base_model.model.diffusion_model.", "diffusion_model._orig_mod.",
+        "_fsdp_wrapped_module.unet.", "lora_unet__orig_mod_", "module.transformer._orig_mod.",
+    ],
+)  # fmt: skip
+def test_wrappers_in_front_are_no_part_of_a_name(prefix: str) -> None:
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    inside = "mid_block._orig_mod.attentions.0.transformer_blocks.0._orig_mod.attn2.to_q"
+    unet = tiny_unet(SD15)
+    for spelled in (path, inside):
+        stem = prefix + (spelled if prefix.endswith(".") else under(spelled))
+        found = placed(lora_for(stem, targets_of(unet).targets[path].shape), unet)
+        assert [p.target.path for p in found.placements] == [path]
+
+
+def test_a_bare_text_encoder_is_known_by_its_names() -> None:
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    for prefix in ("base_model.model.", "base_model.model.module.", ""):
+        assert load_lora(lora_for(prefix + layer, (H, H))).components == ("te1",)
+
+
+def test_comfyui_saves_embeddings_of_text_encoders() -> None:
+    """LoraSave: ``text_encoders.`` before the model's own path; tables as factors or as whole differences."""
+    layers: Shapes = {"text_model.encoder.layers.0.self_attn.q_proj": (H, H)}
+    clip = composite(("clip_l", layers))
+    inner: Any = clip.get_submodule("clip_l.transformer.text_model")
+    inner.embeddings = nn.Module()
+    inner.embeddings.token_embedding = nn.Embedding(20, H)
+    inner.embeddings.position_embedding = nn.Embedding(7, H)
+    table = targets_of(clip, "te1")
+    stem = "text_encoders.clip_l.transformer.text_model.embeddings."
+    state = lora_for(f"{stem}token_embedding", (20, H)) | {f"{stem}position_embedding.diff": noise(7, H)}
+    found = place_lora(load_lora(state), {"te1": table})
+    assert not found.left_out
+    token, position = found.placements
+    weight = noise(20, H, seed=5)
+    assert_close(token.update.delta(weight), product(state, f"{stem}token_embedding"))
+    assert_close(position.update.delta(noise(7, H)), state[f"{stem}position_embedding.diff"])
+    embedding = inner.embeddings.token_embedding
+    ids = torch.tensor([[3, 19]])
+    y = embedding(ids)
+    live = token.update.live(Layer(embedding), y)(ids, y, 0.5)
+    assert_close(live, 0.5 * product(state, f"{stem}token_embedding")[ids])
+    assert not trainable([t for t in table.targets.values() if t.is_embedding])
+
+
+# --- GLoRA's two orders ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(8, 8, 4), (8, 12, 4), (12, 8, 3), (4, 4, 2)])
+def test_the_layer_tells_glora_s_order(old: bool, rows: int, columns: int, rank: int) -> None:
+    new = {"a1": (columns, rank), "a2": (rank, columns), "b1": (rows, rank), "b2": (rank, columns)}
+    tensors = {name: noise(*shape, seed=i) for i, (name, shape) in enumerate(new.items())}
+    stored = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"} if old else {name: name for name in new}
+    state = {f"lora_unet_x.{stored[name]}.weight": t for name, t in tensors.items()} | {
+        "lora_unet_x.alpha": torch.tensor(2.0)
+    }
+    found = placed(state, Skeleton({"x": (rows, columns)}))
+    weight = noise(rows, columns, seed=9)
+    expected = (weight @ tensors["a1"] @ tensors["a2"] + tensors["b1"] @ tensors["b2"]) * 2 / rank
+    assert_close(found.placements[0].update.delta(weight), expected)
+
+
+# --- what is lost ----------------------------------------------------------------------------------------------------
+
+
+def named(*counts: tuple[str, int]) -> list[tuple[Any, str]]:
+    return [("unet", f"down_blocks_{i}_{kind}") for kind, n in counts for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("there", "lost", "matters"),
+    [
+        (named(("attn1_to_q", 16)), [], None),
+        (named(("attn1_to_q", 16)), [("unet", "time_embed_7")], None),
+        (named(("attn1_to_q", 15)), [("unet", "time_embed_7")], "1 of 16"),
+        (named(("attn1_to_q", 100)), named(("attn1_to_k", 1)), None),
+        (named(("attn1_to_q", 100)), named(("attn1_to_k", 2)), "all 2 modules of the kind 'attn1_to_k'"),
+        (named(("attn1_to_q", 100)), [("unet", f"down_blocks_{i}_attn1_to_q") for i in range(100, 106)], None),
+        (named(("attn1_to_q", 100)), [("unet", f"down_blocks_{i}_attn1_to_q") for i in range(100, 107)], "7 of 107"),
+        (named(("attn1_to_q", 2)), [("te1", "encoder_layers_0_mlp_fc1")], None),
+        (named(("attn1_to_q", 1)), named(("attn1_to_k", 5)), "5 of 6"),
+        ([], [("unet", "x")], "1 of 1"),
+    ],
+)
+def test_what_loss_matters(there: list[Any], lost: list[Any], matters: str | None) -> None:
+    found = lost_part(there, lost, {"unet"})
+    assert found is None if matters is None else found is not None and matters in found
+
+
+def test_half_a_file_is_refused_or_allowed(caplog: pytest.LogCaptureFixture) -> None:
+    unet = tiny_unet(SD15)
+    state = whole(unet) | {key.replace("to_k", "to_kk"): t for key, t in whole(unet).items()}
+    with pytest.raises(
+        IncompatibleAdapterError, match=r"in part only: 16 of 32 modules of unet.*nearest name.*'allow'"
+    ):
+        placed(state, unet)
+    caplog.clear()
+    found = place_lora(load_lora(state, name="half"), {"unet": targets_of(unet)}, partial="allow")
+    assert len(found.placements) == len(found.unmatched) == len(found.left_out) == 16
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "'half': not applied: 16 × modules that the model does not have" in caplog.text
+    with pytest.raises(InvalidInputError, match="partial is 'maybe'"):
+        place_lora(load_lora(state), {"unet": targets_of(unet)}, partial="maybe")  # type: ignore[arg-type]
+
+
+def test_layers_with_tensors_of_nothing_known_are_lost_too() -> None:
+    unet = tiny_unet(SD15)
+    keys = whole(unet, only="attn1.to_q")
+    state = whole(unet) | {
+        key.replace("lora_up.weight", "new_thing_a"): t for key, t in keys.items() if "lora_up" in key
+    }
+    with pytest.raises(IncompatibleAdapterError, match="16 of 32 modules of unet"):
+        placed(state, unet)
+    assert len(place_lora(load_lora(state), {"unet": targets_of(unet)}, partial="allow").placements) == 16
+
+
+def test_other_shapes_are_left_out_where_that_is_allowed() -> None:
+    unet = tiny_unet(SD15)
+    state = whole(unet) | lora_for("lora_unet_time_embedding_linear_1", (7, 7))
+    found = place_lora(load_lora(state), {"unet": targets_of(unet)}, partial="allow")
+    assert len(found.placements) == 16
+    assert [item.why for item in found.left_out] == ["modules of another shape than the model's layer"]
+
+
+def test_files_that_lose_nothing_that_matters() -> None:
+    """Text encoders without a CLIP, Flux files with both encoders, stray keys, layers that one variant has not."""
+    unet = tiny_unet(SD15)
+    text = {f"lora_te_text_model_encoder_layers_{i}_mlp_fc1": (8, 8) for i in range(12)}
+    state = whole(unet)
+    for stem, shape in text.items():
+        state |= lora_for(stem, shape)
+    found = place_lora(load_lora(state | {"epoch": noise(1)}), {"unet": targets_of(unet)}, ("te1",))
+    assert len(found.placements) == 16
+    assert len(found.left_out) == 13
+    assert sum("first text encoder" in item.why for item in found.left_out) == 12
+    assert not found.unmatched
+    flux = lora_for("lora_unet_double_blocks_0_img_attn_qkv", (3 * H, H)) | lora_for(
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1", (H, H)
+    )
+    flux |= lora_for("lora_te2_encoder_block_0_layer_0_SelfAttention_q", (H, H))
+    assert len(place_lora(load_lora(flux), {"unet": targets_of(Skeleton(FLUX_ORIGINAL))}).placements) == 1
+
+
+def test_everything_left_out_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    model = Skeleton({f"blocks.{i}.to_q": (H, H) for i in range(20)})
+    for i in range(20):
+        cast(Any, model.get_submodule(f"blocks.{i}.to_q")).bias = None
+    state: Weights = {"bundle_emb.x.t5": noise(1), "stray\u200bkey": noise(1), "blocks.0.to_q.hada_t1": noise(1)}
+    state |= {
+        "blocks.1.to_q.scalar": noise(1),
+        "blocks.2.to_q.diff_b": noise(H),
+        "blocks.3.to_q.on_input": torch.tensor(1),
+    }
+    for i in range(20):
+        state |= lora_for(f"blocks.{i}.to_q", (H, H))
+    found = placed(state, model)
+    assert len(found.placements) == 20
+    whys = {item.name: item.why for item in found.left_out}
+    assert len(whys) == 6
+    assert "LyCORIS scalars" in whys["blocks.1.to_q.scalar"]
+    assert whys["blocks.2.to_q"] == "changes of a bias that the model's layer does not have"
+    assert "no use for" in whys["blocks.0.to_q (hada_t1)"]
+    assert len(caplog.records) == 1
+    assert "\u200b" not in caplog.text
 
 
 def test_files_that_are_no_lora() -> None:
