@@ -368,9 +368,8 @@ def test_patterns_take_no_longer_than_the_file_is_long() -> None:
     names = [f"down_blocks.{i}.attentions.{j}.to_q" for i in range(40) for j in range(40)]
     table = NamePatterns(names, "f")
     assert [table.first(name) for name in names] == list(range(len(names)))
-    slow = NamePatterns([f"({'a?' * 200}){i}" for i in range(300)], "f")
     with pytest.raises(CorruptFileError, match="too long to match"):
-        slow.first("a" * 300)
+        NamePatterns([f"({'a?' * 200}){i}" for i in range(5000)], "f")
     with pytest.raises(CorruptFileError, match="at most 5,000"):
         NamePatterns(["a"] * 5_001, "f")
     assert time.process_time() - started < 60
