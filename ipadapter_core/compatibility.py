@@ -38,12 +38,14 @@ class Rules:
 
     host_pixels: bool = False
     """References are resized by ComfyUI's ``clip_preprocess`` (one bicubic pass, rounded to 8 bits) instead of as the
-    encoders' own processor does it; masks on references are cut and resized apart and multiply normalised pixels."""
+    encoders' own processor does it; masks on references are cut and resized apart and multiply normalised pixels. Values
+    outside 0..1 (HDR) are clipped, where the correct mode refuses those far outside: they are no picture as users see it."""
 
     stretched_masks: Literal["", "bilinear", "bicubic"] = ""
     """A region mask is stretched straight to a guessed size of each attention's token grid (old: V2 bilinear, V1
     bicubic), padded or cut as a flat row where the guess is wrong, and stretched over the crop where only an area is
-    sampled. Correct: averaged over exactly the cells that a token covers, in the picture's own coordinates."""
+    sampled. NaN in it is 0 (the old pack painted black). Correct: averaged over exactly the cells that a token covers, in the
+    picture's own coordinates, and NaN is refused."""
 
     branches_by_index: bool = False
     """A chunk of a model call is the negative prompt if its index is 1. True for plain guidance; with dual guidance

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import InvalidInputError, quoted, reason
+from .image_encoder import check_finite
 from .text_files import regular_file
 
 
@@ -107,10 +108,11 @@ def find_faces(
     Nth. With a ``mask`` only faces whose centre lies inside (above 0.5) count: ``h w`` for all pictures, or ``m h w``,
     one per picture; of one picture and several masks every mask chooses its own face.
 
-    Raises InvalidInputError that names the picture without such a face, or masks that do not fit the pictures.
+    Raises InvalidInputError that names the picture without such a face, or NaN, or masks that do not fit the pictures.
     """
     embeddings: list[Tensor] = []
     crops: list[Tensor] = []
+    check_finite(pictures)
     eight_bits = pictures[..., :3].detach().cpu().mul(255).clamp(0, 255).byte().float() / 255  # as face models see them
     for index, region in _paired(len(pictures), mask):
         picture = eight_bits[index]

@@ -50,6 +50,9 @@ LONGEST_STRIP = 8
 """Sides' ratio past which a picture is cut near its crop before it is resized: a 20000 x 10 strip would else become
 448,000 pixels long at 224."""
 
+FAR = 1e30
+"""Values past it overflow when they are resized."""
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderSpec:
@@ -403,12 +406,13 @@ def preprocess(images: Tensor, encoder: ImageEncoder, *, crop: Crop = "center", 
 def preprocess_as_host(images: Tensor, encoder: ImageEncoder, *, mask: Tensor | None = None) -> Tensor:
     """Pixel values ``b 3 y x`` as ComfyUI's ``clip_preprocess`` makes them, see Rules.host_pixels.
 
-    The short side is resized in one bicubic pass, the centre cut out, values rounded to 8 bits. A mask ``b|1 h w`` of
-    any size is cut and resized apart and multiplies the normalised pixels.
+    The short side is resized in one bicubic pass, the centre cut out, values clipped to 0..1 (HDR pictures too) and rounded
+    to 8 bits. A mask ``b|1 h w`` of any size is cut and resized apart and multiplies the normalised pixels; NaN in it is 0.
     """
-    _check_images(images)
+    _check_images(images, clipped=True)
     size = encoder.image_size
     pixels = images.detach().to(torch.float32)[..., :3].movedim(-1, 1).expand(-1, 3, -1, -1)
+    pixels = pixels.clamp(-FAR, FAR)
     h, w = pixels.shape[-2:]
     if (h, w) != (size, size):
         scale = size / min(h, w)
@@ -420,6 +424,7 @@ def preprocess_as_host(images: Tensor, encoder: ImageEncoder, *, mask: Tensor | 
     pixels = (pixels - mean) / std
     if mask is None:
         return pixels
+    mask = mask.nan_to_num(0, 1, 0)
     if tuple(mask.shape[-2:]) != (size, size):
         mask = F.interpolate(center_square(mask[:, None]), (size, size), mode="bicubic", antialias=True)[:, 0]
     return pixels * mask[:, None].to(pixels)
@@ -456,7 +461,17 @@ def _resize(pixels: Tensor, h: int, w: int) -> Tensor:
     return pixels
 
 
-def _check_images(images: Tensor) -> None:
+def check_finite(images: Tensor) -> tuple[float, float]:
+    """Lowest and highest value. Raises InvalidInputError if there is NaN or infinity among them."""
+    if not images.numel():
+        return 0.0, 0.0
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        raise InvalidInputError("the images hold NaN or infinite values; look at the node or file they come from")
+    return low, high
+
+
+def _check_images(images: Tensor, *, clipped: bool = False) -> None:
     shape = tuple(images.shape)
     if images.ndim != 4:
         hint = "; add the batch dimension with image[None]" if images.ndim == 3 else ""
@@ -472,10 +487,8 @@ def _check_images(images: Tensor) -> None:
         raise InvalidInputError(
             f"images must be floating point in 0..1, got {images.dtype}; divide 8-bit images by 255"
         )
-    low, high = (value.item() for value in torch.aminmax(images.detach()))
-    if not (abs(low) < float("inf") and abs(high) < float("inf")):
-        raise InvalidInputError("the images hold NaN or infinite values; look at the node or file they come from")
-    if low < -0.5 or high > 2:
+    low, high = check_finite(images)
+    if not clipped and (low < -0.5 or high > 2):
         raise InvalidInputError(
             f"images must lie in 0..1, got values from {low:.3g} to {high:.3g}; rescale or clamp them"
         )

@@ -32,7 +32,10 @@ class RegionMask:
 
     @classmethod
     def from_tensor(cls, mask: Tensor, *, clamp: bool = True) -> RegionMask:
-        """Check a mask ``y x``, ``m y x`` or ``m 1 y x``; values are clamped to 0..1 unless told otherwise."""
+        """Check a mask ``y x``, ``m y x`` or ``m 1 y x``; values are clamped to 0..1.
+
+        ``clamp=False`` takes them as they are, as ComfyUI_IPAdapter_plus did, but for NaN, which is 0 then.
+        """
         if mask.ndim == 4 and mask.shape[1] == 1:
             mask = mask[:, 0]
         if mask.ndim == 2:
@@ -42,9 +45,12 @@ class RegionMask:
                 f"a region mask has the shape (height, width) or (count, height, width), got {tuple(mask.shape)}"
             )
         mask = mask.detach().to(torch.float32)
-        if not bool(torch.isfinite(mask).all()):
-            raise InvalidInputError("the region mask holds NaN or infinite values")
-        return cls(mask.clamp(0, 1) if clamp else mask)
+        finite = all(math.isfinite(value.item()) for value in torch.aminmax(mask))  # one pass, and no copies of it
+        if clamp:
+            if not finite:
+                raise InvalidInputError("the region mask holds NaN or infinite values")
+            return cls(mask.clamp(0, 1))
+        return cls(mask if finite else mask.nan_to_num(0, 1, 0))
 
     def grid(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .compatibility import CORRECT, Rules
 from .errors import InvalidInputError
-from .image_encoder import center_square
+from .image_encoder import center_square, check_finite
 
 Interpolation = Literal["LANCZOS", "BICUBIC", "HAMMING", "BILINEAR", "BOX", "NEAREST"]
 Position = Literal["top", "bottom", "left", "right", "center", "pad"]
@@ -328,3 +328,4 @@ def _check(images: Tensor) -> None:
         raise InvalidInputError(
             f"pictures have the shape (count, height, width, 1, 3 or 4 channels), got {tuple(images.shape)}"
         )
+    check_finite(images)

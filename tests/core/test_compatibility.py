@@ -18,7 +18,7 @@ import ipadapter_core.backends.comfy as backend
 from ipadapter_core.batch import Frames, fit_batch
 from ipadapter_core.compatibility import CORRECT, IPADAPTER_PLUS, IPADAPTER_PLUS_V1, Rules, rules_for
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
-from ipadapter_core.image_encoder import preprocess_as_host
+from ipadapter_core.image_encoder import preprocess, preprocess_as_host
 from ipadapter_core.masks import RegionMask
 from ipadapter_core.patch import COND, UNCOND, SiteCall, bake
 from ipadapter_core.prompt import combine_features, merge_tiles, prompt_from_features, split_tiles
@@ -202,6 +202,37 @@ def test_host_pixels_equal_comfyuis_formula(shape: tuple[int, int]) -> None:
     x = torch.clip(255.0 * x, 0, 255).round() / 255.0
     expected = (x - torch.tensor(Encoder.mean).view(3, 1, 1)) / torch.tensor(Encoder.std).view(3, 1, 1)
     assert_close(preprocess_as_host(image, Encoder()), expected)  # pyright: ignore[reportArgumentType]
+
+
+def test_pictures_and_masks_outside_their_range_are_clipped_as_the_old_node_did() -> None:
+    """HDR references and masks with NaN ran there; the correct mode says what is wrong with them."""
+    image = noise(1, 40, 40, 3, seed=5) * 100
+    clipped = preprocess_as_host(image.clamp(0, 1), Encoder())  # pyright: ignore[reportArgumentType]
+    at_size = noise(1, 28, 28, 3, seed=5) * 100
+    assert torch.equal(preprocess_as_host(at_size, Encoder()), preprocess_as_host(at_size.clamp(0, 1), Encoder()))  # pyright: ignore[reportArgumentType]
+    for factor in (1.0, 1e35):
+        got = preprocess_as_host(image * factor, Encoder())  # pyright: ignore[reportArgumentType]
+        assert got.isfinite().all()
+        assert got.min() >= clipped.min() - 1
+    with pytest.raises(InvalidInputError, match=r"must lie in 0\.\.1"):
+        preprocess(image, Encoder())  # pyright: ignore[reportArgumentType]
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        broken = image.clone()
+        broken[0, 3, 3] = bad
+        for read in (preprocess, preprocess_as_host):  # the old pack painted black
+            with pytest.raises(InvalidInputError, match="NaN or infinite"):
+                read(broken, Encoder())  # pyright: ignore[reportArgumentType]
+        mask = torch.ones(1, 40, 40)
+        mask[0, :20] = bad
+        masked = preprocess_as_host(image.clamp(0, 1), Encoder(), mask=mask)  # pyright: ignore[reportArgumentType]
+        assert masked.isfinite().all()
+        model = tiny_host()
+        q = noise(2, 256, backend.comfy_layout(model).sites[0].channels, seed=1)
+        call = site_call(q, backend.comfy_layout(model).sites[0].heads, size=(16, 16))
+        old = patch(model, IPADAPTER_PLUS, mask=mask).add_to(torch.zeros_like(q), 0, call)
+        assert old.isfinite().all()
+        with pytest.raises(InvalidInputError, match="NaN or infinite"):
+            patch(model, mask=mask)
 
 
 def test_a_mask_on_a_reference_multiplies_normalised_pixels() -> None:

@@ -140,6 +140,20 @@ def test_all_faces_and_those_from_the_left() -> None:
         Nth(0)
 
 
+def test_pictures_with_nan_show_no_face() -> None:
+    from ipadapter_core.picture_prep import noise_picture, prepare_square
+
+    picture = torch.zeros(1, 50, 50, 3)
+    picture[0, 1, 1, 1] = torch.nan
+    for read in (
+        lambda: find_faces(Known("three", 4, 36, 16), picture, 224),
+        lambda: prepare_square(picture),
+        lambda: noise_picture("fade", 0.5, images=picture),
+    ):
+        with pytest.raises(InvalidInputError, match="NaN or infinite values"):
+            read()
+
+
 def test_every_mask_chooses_its_own_person() -> None:
     picture = torch.zeros(1, 50, 50, 3)
     analyzer = Known("three", 4, 36, 16)

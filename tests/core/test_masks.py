@@ -201,3 +201,21 @@ def test_values_are_clamped_and_must_be_finite() -> None:
     for bad in (float("nan"), float("inf")):
         with pytest.raises(InvalidInputError, match="NaN"):
             RegionMask.from_tensor(torch.tensor([[bad]]))
+
+
+def test_a_mask_is_checked_and_clamped_with_one_copy_of_it() -> None:
+    """Masks of 16,384² took four times their own memory."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes: list[int] = []
+
+    class Outputs(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
+            return out
+
+    mask = torch.rand(1, 64, 64)
+    with Outputs():
+        RegionMask.from_tensor(mask)
+    assert sum(size >= mask.numel() for size in sizes) <= 2, "detach, which copies nothing, and clamp"
