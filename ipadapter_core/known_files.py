@@ -94,13 +94,18 @@ CLIP_VISION_PATTERNS: dict[str, str] = {
 """Names under which people have an encoder, by its name in ENCODERS."""
 
 
+def preset_of(title: str) -> str:
+    """The preset behind a loader's option: ``PLUS`` of ``PLUS (high strength)``."""
+    # without what the old pack wrote behind it: " (high strength)", " - SDXL only"
+    return " ".join(takewhile(lambda word: word != "-", title.split("(", 1)[0].split())).upper()
+
+
 def known_file(preset: str, base: str) -> KnownFile:
     """The entry for a loader's preset such as ``PLUS (high strength)``.
 
     Raises InvalidInputError for a preset that does not exist for this base model.
     """
-    # without what the old pack wrote behind it: " (high strength)", " - SDXL only"
-    wanted = " ".join(takewhile(lambda word: word != "-", preset.split("(", 1)[0].split())).upper()
+    wanted = preset_of(preset)
     found = [entry for entry in KNOWN_FILES if entry.preset == wanted]
     if not found:
         names = ", ".join(dict.fromkeys(entry.preset for entry in KNOWN_FILES))

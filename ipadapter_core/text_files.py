@@ -121,8 +121,8 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
 def parse_json(text: str | bytes, name: str, *, constants: bool = False) -> Any:
     """The value of a JSON text; of bytes in any encoding that ``decode_text`` reads.
 
-    ``NaN`` and ``Infinity`` are no JSON; ``constants`` lets them through, for tables that were written with empty cells.
-    Raises CorruptFileError.
+    ``NaN`` and ``Infinity`` are no JSON; ``constants`` lets them through, for tables that were written with empty cells and
+    for the prompts in ComfyUI's pictures. Raises CorruptFileError.
     """
     text = text if isinstance(text, str) else decode_text(text, name)
     if _deepest(text) > MAX_DEPTH:

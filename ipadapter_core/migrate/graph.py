@@ -1,107 +1,258 @@
-"""A saved workflow while it is rewritten: nodes, and what every input is fed from."""
+"""A graph while it is rewritten: its nodes, and what every input is fed from. Where it came from, its format knows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from ..compatibility import COMPATIBILITIES
-from .names import SWITCH, WIDGETS
+from ..errors import quoted
+from ..legacy import todays_option
+from .names import DEFAULTS, OPTIONS, SETTINGS, SWITCH, TEXTS
 
 Json = dict[str, Any]
-Edge = tuple[int, int, str]  # source node, its output, type
+NodeId = int | str
+Target = tuple[NodeId, str]
+"""A node and one of its inputs."""
+
+REROUTE = "Reroute"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """What an input is fed from: a node, which of its outputs, the type, and the saved link's own number."""
+
+    source: NodeId
+    output: int
+    type: str
+    link: NodeId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node: widgets by name, or in order as most files have them; sockets (name to type) of those that we made."""
+
+    id: NodeId
+    type: str
+    widgets: Mapping[str, Any] | tuple[Any, ...] = ()
+    place: tuple[float, float] = (0.0, 0.0)
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    outputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    pinned: str = ""
+    """Why it cannot change, where something outside of the node says so."""
+
+    def named(self, names: tuple[str, ...]) -> Json:
+        """Its widgets by name; old files may have fewer."""
+        if isinstance(self.widgets, Mapping):
+            return {name: self.widgets[name] for name in names if name in self.widgets}
+        return dict(zip(names, self.widgets, strict=False))
+
+    @property
+    def switch(self) -> str:
+        """The last widget that our old nodes have and the old pack's have not."""
+        widgets = self.widgets
+        last = widgets.get("compatibility") if isinstance(widgets, Mapping) else widgets[-1] if widgets else None
+        return last if isinstance(last, str) and last in COMPATIBILITIES else SWITCH
+
+
+class Wires:
+    """Which output feeds which input, found from both ends."""
+
+    def __init__(self) -> None:
+        self._into: dict[NodeId, dict[str, Edge]] = {}
+        self._from: dict[tuple[NodeId, int], dict[Target, None]] = {}
+
+    def __getitem__(self, target: Target) -> Edge:
+        return self._into[target[0]][target[1]]
+
+    def get(self, target: Target) -> Edge | None:
+        return self._into.get(target[0], {}).get(target[1])
+
+    def __setitem__(self, target: Target, edge: Edge) -> None:
+        self.pop(target)
+        self._into.setdefault(target[0], {})[target[1]] = edge
+        self._from.setdefault((edge.source, edge.output), {})[target] = None
+
+    def pop(self, target: Target) -> Edge | None:
+        edge = self._into.get(target[0], {}).pop(target[1], None)
+        if edge is not None:
+            self._from[edge.source, edge.output].pop(target)
+        return edge
+
+    def into(self, number: NodeId) -> dict[str, Edge]:
+        """What feeds a node, by its inputs."""
+        return dict(self._into.get(number, {}))
+
+    def consumers(self, number: NodeId, output: int) -> list[Target]:
+        return list(self._from.get((number, output), {}))
+
+    def items(self) -> Iterator[tuple[Target, Edge]]:
+        for number, edges in self._into.items():
+            for name, edge in edges.items():
+                yield (number, name), edge
+
+    def copy(self) -> Wires:
+        new = Wires()
+        for target, edge in self.items():
+            new[target] = edge
+        return new
 
 
 @dataclass
 class Migration:
-    """A workflow being rewritten: its nodes, what every input is fed from, and what is to be told."""
+    """A graph being rewritten: its nodes, what every input is fed from, and what is to be told.
 
-    workflow: Json
-    nodes: dict[int, Json]
-    edges: dict[tuple[int, str], Edge]
-    base: str
+    ``fresh`` gives numbers that no node has, ``base_for`` the model family that a loader's preset is for, or why it is
+    not known.
+    """
+
+    nodes: dict[NodeId, Node]
+    edges: Wires
+    fresh: Callable[[], NodeId]
+    base_for: Callable[[NodeId], tuple[str, str]]
+    changed: set[NodeId] = field(default_factory=set[NodeId])
+    rewritten: int = 0
     report: list[str] = field(default_factory=list[str])
 
     def add(
-        self, kind: str, pos: list[float], inputs: Mapping[str, str], outputs: Mapping[str, str], widgets: list[Any]
-    ) -> int:
-        number = max(self.nodes) + 1
-        self.nodes[number] = {"id": number, "pos": pos, "size": [320, 200], "flags": {}, "order": 0, "mode": 0}
-        self.become(number, kind, inputs, outputs, widgets)
+        self,
+        kind: str,
+        place: tuple[float, float],
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        widgets: list[Any],
+    ) -> NodeId:
+        number = self.fresh()
+        self.nodes[number] = Node(number, kind, tuple(widgets), place, inputs, outputs)
+        self.changed.add(number)
         return number
 
     def become(
-        self, number: int, kind: str, inputs: Mapping[str, str], outputs: Mapping[str, str], widgets: list[Any]
+        self, number: NodeId, kind: str, inputs: Mapping[str, str], outputs: Mapping[str, str], widgets: list[Any]
     ) -> None:
         node = self.nodes[number]
-        node |= {
-            "type": kind,
-            "inputs": [{"name": name, "type": type_, "link": None} for name, type_ in inputs.items()],
-            "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in outputs.items()],
-            "properties": {"Node name for S&R": kind},
-            "widgets_values": widgets,
-        }
+        self.nodes[number] = replace(node, type=kind, widgets=tuple(widgets), inputs=inputs, outputs=outputs)
+        self.changed.add(number)
+        self.rewritten += 1
 
-    def consumers(self, number: int, slot: int) -> list[tuple[int, str]]:
-        return [target for target, (source, output, _) in self.edges.items() if (source, output) == (number, slot)]
+    def type_of(self, number: NodeId) -> str:
+        return self.nodes[number].type if number in self.nodes else ""
 
-    def finished(self) -> Json:
-        """The workflow with links numbered anew."""
-        links: list[list[Any]] = []
-        for node in self.nodes.values():
-            for output in node.get("outputs") or ():
-                output["links"] = []
-        for number, node in self.nodes.items():
-            for slot, entry in enumerate(node.get("inputs") or ()):
-                edge = self.edges.get((number, entry["name"]))
-                entry["link"] = None
-                if edge is not None:
-                    source, output, type_ = edge
-                    entry["link"] = len(links) + 1
-                    self.nodes[source]["outputs"][output]["links"].append(entry["link"])
-                    links.append([entry["link"], source, output, number, slot, type_])
-        last = {"last_node_id": max(self.nodes), "last_link_id": len(links)}
-        return {**self.workflow, "nodes": list(self.nodes.values()), "links": links, **last}
+    def feed(self, target: Target, source: NodeId, output: int, kind: str) -> None:
+        """Connect an input; what is connected already keeps the number of its link."""
+        old = self.edges.get(target)
+        self.edges[target] = Edge(source, output, kind, None if old is None else old.link)
 
+    def move(self, old: Target, new: Target, kind: str = "") -> None:
+        """Let another input have what feeds this one, if anything does, by the same link."""
+        edge = self.edges.pop(old)
+        if edge is not None:
+            self.edges[new] = replace(edge, type=kind or edge.type)
 
-def read_workflow(workflow: Json, base: str | None) -> Migration:
-    """A workflow as saved, with links as lists or as objects; ``base`` None: told by the checkpoint's name."""
-    nodes: dict[int, Json] = {node["id"]: node for node in workflow["nodes"]}
-    sources: dict[int, Edge] = {}
-    for link in workflow["links"]:
-        row = (
-            [link[k] for k in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")]
-            if isinstance(link, dict)
-            else link
-        )
-        sources[row[0]] = (row[1], row[2], row[5])
-    edges = {
-        (number, entry["name"]): sources[entry["link"]]
-        for number, node in nodes.items()
-        for entry in node.get("inputs") or ()
-        if entry.get("link") in sources
-    }
-    if base is None:
-        names = [
-            str(v) for node in nodes.values() if "Checkpoint" in node["type"] for v in node.get("widgets_values") or ()
-        ]
-        base = "sdxl" if any("xl" in name.lower() for name in names) else "sd15"
-    return Migration(workflow, nodes, edges, base)
+    def origin(self, edge: Edge) -> Edge:
+        """What feeds an edge, seen through reroute nodes."""
+        seen: set[NodeId] = set()
+        while self.type_of(edge.source) == REROUTE and edge.source not in seen:
+            seen.add(edge.source)
+            into = list(self.edges.into(edge.source).values())
+            if len(into) != 1:
+                break
+            edge = into[0]
+        return edge
 
+    def uses(self, number: NodeId, output: int) -> list[Target]:
+        """Inputs that an output feeds, seen through reroute nodes."""
+        found: list[Target] = []
+        todo, seen = [(number, output)], {number}
+        while todo:
+            for target in self.edges.consumers(*todo.pop()):
+                if self.type_of(target[0]) != REROUTE:
+                    found.append(target)
+                elif target[0] not in seen:
+                    seen.add(target[0])
+                    todo.append((target[0], 0))
+        return found
 
-def values_of(node: Json) -> Json:
-    """Widgets of a node of WIDGETS by name; old files may have fewer."""
-    return dict(zip(WIDGETS[node["type"]], node.get("widgets_values") or [], strict=False))
+    def follow_reroutes(self) -> None:
+        """Give what leaves a reroute node the type of what enters it."""
+        todo = [(t, e) for t, e in self.edges.items() if self.type_of(t[0]) == REROUTE and e.source in self.changed]
+        seen: set[NodeId] = set()
+        while todo:
+            (number, _), edge = todo.pop()
+            if number in seen:
+                continue
+            seen.add(number)
+            for target in self.edges.consumers(number, 0):
+                self.edges[target] = replace(self.edges[target], type=edge.type)
+                if self.type_of(target[0]) == REROUTE:
+                    todo.append((target, self.edges[target]))
 
 
-def switch_of(node: Json) -> str:
-    """The last widget that our old nodes have and the old pack's have not."""
-    last = (node.get("widgets_values") or [None])[-1]
-    return last if last in COMPATIBILITIES else SWITCH
+def label(number: NodeId) -> str:
+    """A node's number as a message may show it."""
+    return str(number) if isinstance(number, int) else quoted(number, 40)
 
 
-def place_of(node: Json) -> tuple[float, float]:
-    """Left and top on the canvas."""
-    pos = node.get("pos") or [0, 0]
-    return (float(pos["0"]), float(pos["1"])) if isinstance(pos, dict) else (float(pos[0]), float(pos[1]))
+def shown(names: Iterable[str]) -> str:
+    """Names of inputs as a message may show them."""
+    return ", ".join(name if re.fullmatch(r"\w{1,40}", name) else quoted(name, 40) for name in sorted(names)[:5])
+
+
+def settings_of(node: Node) -> tuple[Json, str]:
+    """The widgets of an old node by name, under today's names of options; and what is wrong with one, if anything is."""
+    values: Json = {}
+    for name, value in node.named(SETTINGS[node.type]).items():
+        value = todays_option(name, value)
+        if name in OPTIONS:
+            options = OPTIONS[name](node.type)
+            if not isinstance(value, str) or value not in options:
+                return {}, f"its {name} is {quoted(value)}, which the old pack has not"
+        elif name in TEXTS:
+            if not isinstance(value, str):
+                return {}, f"its {name} is {quoted(value)}, which is no text"
+        else:
+            value = number_in(value)
+            if value is None:
+                return {}, f"its {name} is no number"
+        values[name] = value
+    return {**DEFAULTS.get(node.type, {}), **values}, ""
+
+
+def fed_besides(made: Migration, number: NodeId, sockets: Collection[str]) -> str:
+    """What is wrong where a node has another input connected than those that ours has too; empty if nothing is."""
+    others = made.edges.into(number).keys() - set(sockets)
+    return f"{shown(others)} comes from another node" if others else ""
+
+
+def number_in(value: Any) -> float | int | None:
+    """A number, also one that is written as a text; None for anything else."""
+    if isinstance(value, str) and len(value) < 40:
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if abs(value) < 2**53 and math.isfinite(value) else None
+
+
+def number_of(value: Any) -> NodeId | None:
+    """What JavaScript takes for the same key: 5, 5.0 and "5" are one node. None for what can be no key."""
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"0|-?[1-9]\d{0,14}", value, re.ASCII) else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**53:
+        return None
+    return int(value) if value == int(value) else None
+
+
+def table(value: Any) -> Json:
+    """A JSON object; empty for anything else."""
+    return cast("Json", value) if isinstance(value, dict) else {}
+
+
+def row(value: Any) -> list[Any]:
+    """A JSON array; empty for anything else."""
+    return cast("list[Any]", value) if isinstance(value, list) else []

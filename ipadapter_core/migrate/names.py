@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from typing import Any
+
+from ..legacy import COMBINE_METHODS, SIMPLE_WEIGHT_TYPES, WEIGHT_TYPES
+from ..schedule import SCALINGS
+
 ADAPTER = "IMAGE_PROMPT_ADAPTER"
 SWITCH = "IPAdapter_plus"
 
@@ -26,9 +32,13 @@ PRECISE: dict[str, str] = {
     "IPAdapterPreciseComposition": "composition precise", "IPAdapterPreciseCompositionBatch": "composition precise",
 }  # fmt: skip
 """Every one of these has a preset and becomes a schedule, an encode and an apply node."""
-PRECISE_WIDGETS: dict[str, tuple[str, ...]] = dict.fromkeys(
-    PRECISE, ("weight", "boost", "combine_embeds", "start_at", "end_at", "embeds_scaling")
-)
+PRECISE_WIDGETS: dict[str, tuple[str, ...]] = {
+    name: (
+        "weight", "style_boost" if "Style" in name else "composition_boost", "combine_embeds", "start_at", "end_at",
+        "embeds_scaling",
+    )
+    for name in PRECISE
+}  # fmt: skip
 WIDGETS = APPLY_WIDGETS | FACE_WIDGETS | TILED_WIDGETS | PRECISE_WIDGETS
 NEW_NAMES = {
     "ipadapter": "adapter", "image_negative": "negative", "attn_mask": "mask", "weight": "strength",
@@ -51,6 +61,89 @@ EMBEDS: dict[str, set[str]] = {
     "IPAdapterEmbedsBatch": {"model", "ipadapter", "pos_embed", "neg_embed", "attn_mask", "clip_vision"},
 }
 """Nodes that hand encoded references to one another, with their sockets. All that are connected change, or none does."""
+
+EMBED_SOCKETS = {"pos_embed", "neg_embed", "embeds", *EMBEDS["IPAdapterCombineEmbeds"]}
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    **WIDGETS,
+    "IPAdapterModelLoader": ("ipadapter_file",),
+    "IPAdapterUnifiedLoader": ("preset",),
+    "IPAdapterUnifiedLoaderCommunity": ("preset",),
+    FACE_LOADER: ("preset", "lora_strength", "provider"),
+    "IPAdapterInsightFaceLoader": ("provider", "model_name"),
+    "InsightFaceLoader": ("provider",),
+    NOISE: ("type", "strength", "blur"),
+    "IPAdapterEncoder": ("weight",),
+    "IPAdapterCombineEmbeds": ("method",),
+    "IPAdapterSaveEmbeds": ("filename_prefix",),
+    "IPAdapterLoadEmbeds": ("embeds",),
+    "IPAdapterEmbeds": ("weight", "weight_type", "start_at", "end_at", "embeds_scaling"),
+    "IPAdapterEmbedsBatch": ("weight", "weight_type", "start_at", "end_at", "embeds_scaling"),
+}
+"""Old nodes that are rewritten, with their widgets in order."""
+
+STAYING = (
+    "IPAdapterFaceIDKolors", "IPAdapterStyleComposition", "IPAdapterStyleCompositionBatch", "IPAdapterMS",
+    "IPAdapterClipVisionEnhancer", "IPAdapterClipVisionEnhancerBatch", "IPAdapterFromParams", "PrepImageForClipVision",
+    "IPAdapterWeights", "IPAdapterCombineWeights", "IPAdapterWeightsFromStrategy",
+    "IPAdapterPromptScheduleFromWeightsStrategy", "IPAdapterRegionalConditioning", "IPAdapterCombineParams",
+    "IPAdapterApply", "IPAdapterApplyFaceID", "IPAdapterApplyEncoded", "IPAdapterTilesMasked", "IPAdapterBatchEmbeds",
+    "PrepImageForInsightFace", "IPAdapterCLIPVisionEncode",
+)  # fmt: skip
+"""Old nodes for which there is none of ours; they run under their old names."""
+OLD_TYPES = frozenset((*SETTINGS, *STAYING))
+
+
+def _weight_types(kind: str) -> Collection[str]:
+    return SIMPLE_WEIGHT_TYPES if kind == "IPAdapter" else WEIGHT_TYPES
+
+
+def _any_of(*options: str) -> Callable[[str], Collection[str]]:
+    return lambda _: options
+
+
+OPTIONS: dict[str, Callable[[str], Collection[str]]] = {
+    "weight_type": _weight_types,
+    "combine_embeds": _any_of(*COMBINE_METHODS),
+    "embeds_scaling": _any_of(*SCALINGS),
+    "provider": _any_of("CPU", "CUDA", "ROCM", "DirectML", "OpenVINO", "CoreML"),
+    "model_name": _any_of("buffalo_l", "antelopev2"),
+    "type": _any_of("fade", "dissolve", "gaussian", "shuffle"),
+    "method": _any_of(*COMBINE_METHODS, "max", "min"),
+}
+"""Options of an old widget, by its name and the class type."""
+TEXTS = ("preset", "ipadapter_file", "embeds", "filename_prefix")
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    **{name: {"style_boost": 1.0} if "Style" in name else {"composition_boost": 0.0} for name in PRECISE},
+    FACE_LOADER: {"lora_strength": 0.6, "provider": "CPU"},
+    "IPAdapterInsightFaceLoader": {"provider": "CPU", "model_name": "buffalo_l"},
+    "InsightFaceLoader": {"provider": "CPU", "model_name": "buffalo_l"},
+    NOISE: {"type": "fade", "strength": 1.0, "blur": 0},
+    "IPAdapterEncoder": {"weight": 1.0},
+    "IPAdapterCombineEmbeds": {"method": "concat"},
+    "IPAdapterSaveEmbeds": {"filename_prefix": "IP_embeds"},
+}
+"""What widgets that a file does not have stand at."""
+
+OUR_WIDGETS: dict[str, tuple[str, ...]] = {
+    "ImagePromptLoadAdapter": ("file",),
+    "CLIPVisionLoader": ("clip_name",),
+    "ImagePromptLoadFaceModel": ("pack", "provider"),
+    "ImagePromptApplyFaceLoRA": ("strength",),
+    "ImagePromptNoise": ("kind", "strength", "blur"),
+    "ImagePromptEncode": ("crop", "combine", "strengths", "unconditional", "per_latent", "compatibility"),
+    "ImagePromptEncodeFace": ("face", "number", "combine", "picture_strength", "per_latent", "compatibility"),
+    "ImagePromptApply": ("strength", "preset", "scaling", "start", "end", "compatibility"),
+    "ImagePromptApplyTiled": (
+        "strength", "preset", "scaling", "start", "end", "combine", "per_latent", "sharpening", "compatibility",
+    ),
+    "ImagePromptSchedule": ("curve", "sites", "separate_composition", "composition_strength", "boost"),
+    "ImagePromptCombine": ("combine", *(f"strength_{i}" for i in range(1, 6))),
+    "ImagePromptSave": ("filename_prefix",),
+    "ImagePromptLoad": ("file", "per_latent", "compatibility"),
+}  # fmt: skip
+"""Widgets of the nodes that take an old one's place, in order."""
 
 ENCODE_INPUTS = {
     "adapter": ADAPTER,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
-from .graph import Json
+from .graph import Json, table
 from .names import APPLY_WIDGETS, NEW_NAMES, NOISE, SWITCH, TILED
 
 
@@ -63,10 +63,11 @@ def replace_in_prompt(prompt: Mapping[str, Any], known: Collection[str]) -> None
     a replaced node feeds another one.)
     """
     missing = {entry.old: entry for entry in REPLACEMENTS if entry.old not in known and entry.new in known}
-    for value in prompt.values():
-        node = cast("Json", value) if isinstance(value, dict) else {}
-        entry = missing.get(node.get("class_type", ""))
+    for value in table(prompt).values():
+        node = table(value)
+        kind = node.get("class_type")
+        entry = missing.get(kind) if isinstance(kind, str) else None
         if entry is not None:
-            given: Json = node.get("inputs") or {}
+            given: Json = table(node.get("inputs"))
             inputs = {new: given[old] for new, old in entry.inputs.items() if old in given}
             node |= {"class_type": entry.new, "inputs": {**inputs, **entry.values}}

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ipadapter_core.cli import main
-from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.migrate import REPLACEMENTS, migrate, replace_in_prompt
+from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
+from ipadapter_core.migrate import REPLACEMENTS, migrate, migrate_graph, replace_in_prompt
+from ipadapter_core.migrate.bases import base_of_name
+from ipadapter_core.migrate.files import read_graph
+from ipadapter_core.migrate.names import OLD_TYPES
 
 OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 
@@ -360,3 +370,577 @@ def test_the_old_packs_examples_migrate() -> None:
         changed += any(n["type"] == "ImagePromptApply" for n in made["nodes"])
         assert report
     assert changed >= 8
+
+
+# --- subgraphs, group nodes, prompts ----------------------------------------------------------------------------------
+
+OUTER = "11111111-2222-4333-8444-555555555555"
+
+
+def in_a_subgraph(old: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A workflow whose apply node and loader are in a subgraph; checkpoint, picture and sampler are outside."""
+    old = copy.deepcopy(old)
+    inner = [n for n in old["nodes"] if n["id"] in (2, 4)]
+    for n in inner:
+        for entry in n["inputs"]:
+            entry["link"] = {1: 11, 4: 14, 5: 15}.get(entry["link"], entry["link"])
+    inner[-1]["outputs"][0]["links"] = [16]
+    rows = [
+        (11, -10, 0, 2, 0, "MODEL"),
+        (2, 2, 0, 4, 0, "MODEL"),
+        (3, 2, 1, 4, 1, "IPADAPTER"),
+        (14, -10, 1, 4, 2, "IMAGE"),
+    ]
+    rows += [(15, -10, 2, 4, 3, "MASK"), (16, 4, 0, -20, 0, "MODEL")]
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    sockets = [("model", "MODEL", 11), ("image", "IMAGE", 14), ("mask", "MASK", 15)]
+    subgraph = {
+        "id": OUTER, "name": "inside", "state": {"lastNodeId": 4, "lastLinkId": 16}, "inputNode": {"id": -10},
+        "outputNode": {"id": -20}, "nodes": inner, "links": [dict(zip(names, r, strict=True)) for r in rows],
+        "inputs": [{"id": n, "name": n, "type": t, "linkIds": [link]} for n, t, link in sockets],
+        "outputs": [{"id": "o", "name": "model", "type": "MODEL", "linkIds": [16]}],
+    }  # fmt: skip
+    whole = node(7, OUTER, {"model": ("MODEL", 1), "image": ("IMAGE", 4), "mask": ("MASK", 5)}, ["MODEL"], [])
+    old["nodes"] = [*(n for n in old["nodes"] if n["id"] not in (2, 4)), whole | more]
+    old["links"] = [
+        [1, 1, 0, 7, 0, "MODEL"],
+        [4, 3, 0, 7, 1, "IMAGE"],
+        [5, 3, 1, 7, 2, "MASK"],
+        [6, 7, 0, 5, 0, "MODEL"],
+    ]
+    return old | {"definitions": {"subgraphs": [subgraph]}}
+
+
+def test_nodes_inside_a_subgraph_are_rewritten() -> None:
+    old = in_a_subgraph(workflow())
+    before = copy.deepcopy(old)
+    made = migrate_graph(old)
+    assert old == before, "the caller's graph stays as it is"
+    assert (made.found, made.rewritten) == (2, 2)
+    assert made.report[0].startswith("in the subgraph 'inside': IPAdapterUnifiedLoader (node 2, PLUS")
+    assert "SD1.5" in made.report[0], "as the checkpoint outside says"
+    fed_by(made.graph)
+    (inner,) = made.graph["definitions"]["subgraphs"]
+    links = {link["id"]: link for link in inner["links"]}
+    ids = {n["type"]: n["id"] for n in inner["nodes"]}
+    assert len(ids) == len(inner["nodes"]) == 4
+    assert min(ids["ImagePromptEncode"], ids["CLIPVisionLoader"]) > 7, "numbers that no graph of the file has"
+    assert [links[16]["origin_id"], links[16]["target_id"]] == [4, -20]
+    # what comes from outside kept its link, or has the one that the loader handed on; the sockets know them
+    assert {slot: entry["linkIds"] for slot, entry in enumerate(inner["inputs"])} == {0: [2], 1: [14], 2: [15]}
+    assert [(links[i]["origin_id"], links[i]["target_id"]) for i in (2, 14, 15)] == [
+        (-10, 4), (-10, ids["ImagePromptEncode"]), (-10, 4)
+    ]  # fmt: skip
+    assert 11 not in links
+    assert inner["state"] == {"lastNodeId": max(ids.values()), "lastLinkId": max(links)}
+    assert next(n for n in made.graph["nodes"] if n["id"] == 7)["type"] == OUTER
+
+
+def test_a_subgraph_in_a_subgraph_is_reached() -> None:
+    old = in_a_subgraph(workflow())
+    deep = {"nodes": [], "links": [], "definitions": {"subgraphs": [{"nodes": [], "definitions": old["definitions"]}]}}
+    assert migrate_graph(deep, "sd15").rewritten == 2
+
+
+def test_a_widget_shown_on_the_subgraphs_node_keeps_its_node() -> None:
+    made = migrate_graph(in_a_subgraph(workflow(), properties={"proxyWidgets": [["4", "weight"]]}))
+    assert made.rewritten == 0
+    assert "the subgraph's node shows its 'weight'" in " ".join(made.report)
+
+
+def test_old_nodes_in_group_nodes_are_told() -> None:
+    inner = [{"type": "IPAdapterAdvanced"}, {"type": "IPAdapterModelLoader"}, {"type": "KSampler"}]
+    old = workflow() | {"extra": {"groupNodes": {"mine\x1b": {"nodes": inner, "links": [[None, 0]]}}}}
+    made = migrate_graph(old)
+    assert made.graph["extra"] == old["extra"]
+    assert (made.found, made.rewritten) == (4, 2)
+    assert any(line.startswith("2 old nodes inside the group node 'mine\\x1b'") for line in made.report)
+
+
+def prompt_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """The API format of the workflow above."""
+    return {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd15.safetensors"}},
+        "2": {"class_type": "IPAdapterUnifiedLoader", "inputs": {"preset": "PLUS (high strength)", "model": ["1", 0]}},
+        "3:1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+        "4": {
+            "class_type": "IPAdapterAdvanced",
+            "inputs": {
+                "weight": 0.8, "weight_type": "style transfer (SDXL)", "combine_embeds": "average", "start_at": 0.1,
+                "end_at": 0.9, "model": ["2", 0], "ipadapter": ["2", 1], "image": ["3:1", 0], "attn_mask": ["3:1", 1],
+            },
+            "_meta": {"title": "mine"},
+        },
+        "5": {"class_type": "KSampler", "inputs": {"seed": 1, "model": ["4", 0], "list": [1, 2]}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_prompt_is_rewritten_too(wrapped: bool) -> None:
+    old = prompt_of(workflow())
+    made = migrate_graph({"prompt": old, "client_id": "x"} if wrapped else old)
+    graph = made.graph["prompt"] if wrapped else made.graph
+    assert (made.found, made.rewritten) == (2, 2)
+    assert graph["1"] == old["1"]
+    assert graph["5"] == old["5"]
+    assert graph["4"] == {
+        "class_type": "ImagePromptApply",
+        "inputs": {
+            "strength": 0.8, "preset": "style transfer", "scaling": "V only", "start": 0.1, "end": 0.9,
+            "compatibility": "IPAdapter_plus", "model": ["1", 0], "adapter": ["2", 0], "image_prompt": ["7", 0],
+            "mask": ["3:1", 1],
+        },
+        "_meta": {"title": "mine"},
+    }  # fmt: skip
+    assert graph["7"]["inputs"]["clip_vision"] == ["6", 0]
+    assert graph["6"] == {
+        "class_type": "CLIPVisionLoader",
+        "inputs": {"clip_name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"},
+    }
+
+
+# --- links and dots ---------------------------------------------------------------------------------------------------
+
+
+def test_links_keep_their_numbers_and_dots_their_wires() -> None:
+    old = workflow() | {
+        "last_link_id": 40,
+        "extra": {
+            "reroutes": [
+                {"id": 1, "pos": [0, 0], "linkIds": [6]},
+                {"id": 2, "linkIds": [1, 4]},
+                {"id": 3, "linkIds": 7},
+            ],
+            "linkExtensions": [{"id": 6, "parentId": 1}, {"id": 1, "parentId": 2}, {"id": 4, "parentId": 2}],
+            "ds": {"scale": 1},
+        },
+        "floatingLinks": [[30, 4, 0, -1, -1, "MODEL"], [31, 5, 0, -1, 0, "LATENT"]],
+    }
+    made, _ = migrate(old)
+    nodes = {n["id"]: n["type"] for n in made["nodes"]}
+    links = {link[0]: [nodes[link[1]], nodes[link[3]], link[5]] for link in made["links"]}
+    assert links[6] == ["ImagePromptApply", "KSampler", "MODEL"]
+    assert links[4] == ["LoadImage", "ImagePromptEncode", "IMAGE"]
+    assert links[2] == ["CheckpointLoaderSimple", "ImagePromptApply", "MODEL"]
+    assert links[3] == ["ImagePromptLoadAdapter", "ImagePromptApply", "IMAGE_PROMPT_ADAPTER"]
+    assert sorted(links)[-1] == made["last_link_id"] > 40
+    assert min(number for number in links if number > 6) > 40
+    assert made["last_node_id"] == max(nodes)
+    assert made["extra"] == {
+        "reroutes": [{"id": 1, "pos": [0, 0], "linkIds": [6]}, {"id": 2, "linkIds": [4]}, {"id": 3, "linkIds": 7}],
+        "linkExtensions": [{"id": 6, "parentId": 1}, {"id": 4, "parentId": 2}],
+        "ds": {"scale": 1},
+    }
+    assert made["floatingLinks"] == [[30, 4, 0, -1, -1, "MODEL"], [31, 5, 0, -1, 0, "LATENT"]]
+
+
+def test_links_as_objects_keep_what_else_they_say() -> None:
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    old = workflow()
+    old["links"] = [{**dict(zip(names, link, strict=True)), "parentId": link[0] + 100} for link in old["links"]]
+    made, _ = migrate(old)
+    (moved,) = [link for link in made["links"] if link["id"] == 4]
+    assert moved["parentId"] == 104
+    assert [n["type"] for n in made["nodes"] if n["id"] == moved["target_id"]] == ["ImagePromptEncode"]
+    assert all(isinstance(link, dict) for link in made["links"])
+
+
+def test_reroute_nodes_are_seen_through() -> None:
+    old = workflow()
+    old["nodes"].append(node(8, "Reroute", {"": ("*", 3)}, ["IPADAPTER"], []))
+    old["links"][2] = [3, 2, 1, 8, 0, "IPADAPTER"]
+    old["links"].append([9, 8, 0, 4, 1, "IPADAPTER"])
+    old["nodes"][3]["inputs"][1]["link"] = 9
+    made, report = migrate(old)
+    edges = {(link[1], link[3]): link[5] for link in made["links"]}
+    assert edges[2, 8] == edges[8, 4] == "IMAGE_PROMPT_ADAPTER"
+    assert not any("stays" in line for line in report)
+    old["nodes"][-1]["inputs"][0]["link"] = 9  # a reroute that feeds itself
+    assert any("stays" in line for line in migrate(old)[1])
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "names"),
+    [
+        (
+            "sdxl",
+            "waiNSFWIllustrious_v140 ponyRealism_v22 animagine-xl-3.1 noobaiXLNAIXL_vPred10 sd_xl_base_1.0 dreamshaperXL_v21 "
+            "juggernautXL_version8 sdxl/ProteusV0.3 cosxl_edit Illustrious-XL-v2.0 realvisxlV40 novaAnimeXL_ilV120 WAI_ANI "
+            "hassakuXLIllustrious cyberrealisticPony_v110 Kolors playground-v2.5-1024px autismmixSDXL epicrealismXL_v1.5",
+        ),
+        (
+            "sd15",
+            "sd15 dreamshaper_8 realisticVisionV51_v51VAE v1-5-pruned-emaonly-fp16 epicrealism_naturalSinRC1 majicmixRealistic_v7 "
+            "sd15/juggernaut_reborn sd-v1-4 stable-diffusion-v1-5 AnythingV5_v5 absolutereality_v181 cyberrealistic_v40",
+        ),
+        ("", "flux1-dev-fp8 sd3.5_large v2-1_768-ema-pruned stable-diffusion-2-1 svd_xt hunyuan3d-dit-v2 ltx-2-19b-dev"),
+        (None, "mymodel merge_final hawaii_v2 model-10 checkpoint"),
+    ],
+)  # fmt: skip
+def test_the_family_is_told_by_the_name_or_not_at_all(base: str | None, names: str) -> None:
+    assert {name: base_of_name(f"{name}.safetensors") for name in names.split()} == dict.fromkeys(names.split(), base)
+
+
+def test_where_the_name_does_not_tell_only_that_loader_stays() -> None:
+    old = workflow()
+    old["nodes"][0]["widgets_values"] = ["mymerge_v3.safetensors"]
+    old["nodes"].append(node(9, "IPAdapterNoise", {}, ["IMAGE"], ["fade", 1.0, 0]))
+    made = migrate_graph(old)
+    assert (made.found, made.rewritten) == (3, 1)
+    assert "'mymerge_v3.safetensors' does not tell SD1.5 from SDXL: add --base sd15 or --base sdxl" in " ".join(
+        made.report
+    )
+    assert migrate_graph(old, "sdxl").rewritten == 3
+    old["nodes"][1]["widgets_values"] = ["FULL FACE - SD1.5 only (portraits stronger)"]
+    assert migrate_graph(old).rewritten == 3, "that preset itself is for one family only"
+
+
+def test_a_preset_that_a_family_has_not_keeps_its_loader() -> None:
+    old = workflow()
+    old["nodes"][0]["widgets_values"] = ["juggernautXL.safetensors"]
+    old["nodes"][1]["widgets_values"] = ["FULL FACE - SD1.5 only (portraits stronger)"]
+    old["nodes"].append(node(9, "IPAdapterModelLoader", {}, ["IPADAPTER"], ["a.bin"]))
+    made = migrate_graph(old)
+    assert made.rewritten == 1
+    assert "there is no 'FULL FACE" in " ".join(made.report)
+
+
+def test_two_checkpoints_each_for_its_own_loader() -> None:
+    old = workflow()
+    old["nodes"].append(node(11, "CheckpointLoaderSimple", {}, ["MODEL"], ["sdxl/some.safetensors"]))
+    old["nodes"].append(node(12, "LoraLoader", {"model": ("MODEL", 21)}, ["MODEL"], ["sd15_lora.safetensors"]))
+    second = node(
+        13, "IPAdapterUnifiedLoader", {"model": ("MODEL", 22)}, ["MODEL", "IPADAPTER"], ["VIT-G (medium strength)"]
+    )
+    old["nodes"].append(second)
+    old["links"] += [[21, 11, 0, 12, 0, "MODEL"], [22, 12, 0, 13, 0, "MODEL"]]
+    made, _ = migrate(old)
+    files = {n["id"]: n["widgets_values"] for n in made["nodes"]}
+    assert (files[2], files[13]) == (["ip-adapter-plus_sd15.safetensors"], ["ip-adapter_sdxl.safetensors"])
+
+
+# --- damaged graphs ---------------------------------------------------------------------------------------------------
+
+
+def test_the_names_are_those_that_the_old_pack_ever_had() -> None:
+    facts = json.loads((Path(__file__).parent / "old_pack.json").read_text())
+    assert set(facts) == OLD_TYPES
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("0.5", ""), (True, "its weight is no number"), ([1, 2], "its weight is no number"), (None, "its weight is no number"),
+        (float("nan"), "its weight is no number"), (2**60, "its weight is no number"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_none_keeps_its_node(value: Any, told: str) -> None:
+    made, report = migrate(workflow(widgets=[value, "ease in", "average", 0.1, 0.9, "K+V"]))
+    assert told in " ".join(report)
+    widgets = {n["id"]: n["widgets_values"] for n in made["nodes"]}[4]
+    assert widgets[0] == value or (told == "" and widgets[0] == 0.5) or value != value
+
+
+def test_widgets_as_a_table_and_options_of_other_packs() -> None:
+    table = {"weight": 0.3, "weight_type": "composition (SDXL)", "start_at": 0, "compatibility": "correct"}
+    old = workflow()
+    old["nodes"][3]["widgets_values"] = table
+    made, _ = migrate(old)
+    widgets = {n["type"]: n["widgets_values"] for n in made["nodes"]}
+    assert widgets["ImagePromptApply"] == [0.3, "composition", "V only", 0, 1.0, "correct"]
+    old["nodes"][3]["widgets_values"] = [0.3, "a fork's own"]
+    assert "its weight_type is 'a fork's own', which the old pack has not" in " ".join(migrate(old)[1])
+
+
+def test_what_is_damaged_stays_and_the_rest_is_rewritten() -> None:
+    old = workflow()
+    strange: list[Any] = [
+        None,
+        5,
+        "x",
+        [1],
+        {"id": 9, "pos": [0, 0]},
+        {"id": "note-1", "type": "Note"},
+        {"id": 20, "type": 3},
+    ]
+    twins = [{"id": 30, "type": "IPAdapterNoise", "which": i} for i in range(2)]
+    rows: list[Any] = [None, [], [1], [9, 8, 7, 6], [9, 8, 7, 6, 5], {"id": 3}, [50, 1, -1, 4, 0, "MODEL"], "x", 2**70]
+    old["nodes"] += [*strange, *twins]
+    old["links"] = rows + old["links"]
+    old |= {"groups": 7, "extra": [1], "config": None}
+    made = migrate_graph(old)
+    assert (made.found, made.rewritten) == (4, 2)
+    assert "2 x IPAdapterNoise stays: its number is missing or another node has it too" in made.report
+    assert [n for n in made.graph["nodes"] if n in strange + twins] == strange + twins
+    assert [link for link in made.graph["links"] if link in rows] == rows
+    assert [made.graph[key] for key in ("groups", "extra", "config")] == [7, [1], None]
+
+
+@pytest.mark.parametrize("empty", [{"nodes": [], "links": []}, {"nodes": []}, {"nodes": [{}], "links": [[1]]}])
+def test_empty_workflows_are_workflows(empty: dict[str, Any]) -> None:
+    made = migrate_graph(empty)
+    assert made.graph == empty
+    assert made.report == ["no nodes of ComfyUI_IPAdapter_plus found"]
+
+
+@pytest.mark.parametrize("value", [None, [], [{}], 5, "x", {}, {"nodes": {}}, {"1": 2}, {"prompt": []}])
+def test_other_values_are_no_workflow(value: Any) -> None:
+    with pytest.raises(InvalidInputError, match="this is no workflow"):
+        migrate_graph(value)
+
+
+def test_a_graph_beyond_any_real_one_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="20,001 nodes"):
+        migrate_graph({"nodes": [{}] * 20_001, "links": []})
+
+
+VALUES = st.sampled_from(
+    [
+        None,
+        0,
+        -1,
+        1,
+        5,
+        2**60,
+        1e300,
+        1.5,
+        True,
+        "",
+        "x",
+        "5",
+        "note-1",
+        [],
+        [[]],
+        {},
+        [1],
+        "\ud800",
+        float("nan"),
+        [None, 0],
+    ]
+)
+
+
+def places(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every part of a JSON value but itself."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [way for key, part in parts for way in ((*before, key), *places(part, (*before, key)))]
+
+
+def part_of(value: Any, way: tuple[Any, ...]) -> Any:
+    for key in way:
+        value = value[key]
+    return value
+
+
+SOUND: list[Callable[[], dict[str, Any]]] = [
+    workflow, embeds_workflow, lambda: in_a_subgraph(workflow()), lambda: prompt_of(workflow())
+]  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_damage_is_one_sentence_or_leaves_the_rest_alone(data: st.DataObject) -> None:
+    """Parts dropped, doubled, or replaced by others and by odd values."""
+    graph = data.draw(st.sampled_from(SOUND))()
+    for _ in range(data.draw(st.integers(1, 4))):
+        *way, key = data.draw(st.sampled_from(places(graph)))
+        holder = part_of(graph, tuple(way))
+        match data.draw(st.sampled_from(["drop", "double", "swap", "value"])):
+            case "drop":
+                del holder[key]
+            case "double":
+                holder[f"{key} again" if isinstance(holder, dict) else slice(key, key)] = (
+                    copy.deepcopy(holder[key]) if isinstance(holder, dict) else [copy.deepcopy(holder[key])]
+                )
+            case "swap":
+                holder[key] = copy.deepcopy(part_of(graph, data.draw(st.sampled_from(places(graph)))))
+            case _:
+                holder[key] = copy.deepcopy(data.draw(VALUES))
+        if not places(graph):
+            break
+    before = json.dumps(graph)
+    try:
+        made = migrate_graph(graph, data.draw(st.sampled_from([None, "sd15", "sdxl"])))
+    except AdapterError:
+        return
+    assert json.dumps(graph) == before
+    if isinstance(graph.get("nodes"), list):
+        assert len(made.graph["nodes"]) >= len(graph["nodes"])
+        for was, now in zip(graph["nodes"], made.graph["nodes"], strict=False):
+            if not isinstance(was, dict) or was.get("type") not in [*OLD_TYPES]:
+                assert without_links(now) == without_links(was)
+        assert {k: v for k, v in made.graph.items() if k not in CHANGING} == {
+            k: v for k, v in json.loads(before).items() if k not in CHANGING
+        } or "NaN" in before
+    else:
+        assert all(made.graph[k] == v for k, v in graph.items() if k in ("1", "3:1")) or "NaN" in before
+
+
+CHANGING = ("nodes", "links", "definitions", "last_node_id", "last_link_id", "state", "prompt")
+
+
+def without_links(raw: Any) -> str:
+    """A node but for the numbers of links."""
+    if not isinstance(raw, dict):
+        return json.dumps(raw)
+    sockets = {
+        key: [{**s, "link": 0, "links": 0} if isinstance(s, dict) else s for s in raw[key]]
+        for key in ("inputs", "outputs")
+        if isinstance(raw.get(key), list)
+    }
+    return json.dumps({**raw, **sockets}, sort_keys=True)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def carriers(folder: Path, text: str) -> dict[str, Path]:
+    """Files that carry a workflow, in the ways in which programs write them."""
+    files: dict[str, Path] = {}
+    for name, encoding in (("bom", "utf-8-sig"), ("utf16", "utf-16"), ("utf16be", "utf-16-be")):
+        files[name] = folder / f"{name}.json"
+        files[name].write_bytes(text.encode(encoding))
+    picture = Image.new("RGB", (4, 4))
+    for name in ("tEXt", "zTXt", "iTXt", "packed iTXt", "prompt"):
+        info = PngInfo()
+        if "iTXt" in name:
+            info.add_itxt("workflow", text, zip=name != "iTXt")
+        else:
+            info.add_text("prompt", '{"3": 1}')
+            info.add_text("Workflow" if name == "zTXt" else "workflow", text, zip=name == "zTXt")
+        files[name] = folder / f"{name}.png"
+        picture.save(files[name], pnginfo=info)
+    exif = Image.Exif()
+    exif[0x0110], exif[0x010F] = "prompt:{}", f"workflow:{text}"
+    comment = Image.Exif()
+    comment.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + json.dumps({"workflow": json.loads(text)}).encode("utf-16-be")
+    for name, block in (("webp", exif), ("jpg", exif), ("comment.webp", comment), ("comment.jpg", comment)):
+        files[name] = folder / f"a.{name}"
+        picture.save(files[name], exif=block)
+    header = json.dumps(
+        {"__metadata__": {"workflow": text}, "a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+    )
+    files["latent"] = folder / "a.latent"
+    files["latent"].write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    return files
+
+
+def test_workflows_are_read_from_wherever_programs_put_them(tmp_path: Path) -> None:
+    old = workflow()
+    for name, file in carriers(tmp_path, json.dumps(old)).items():
+        assert read_graph(file) == old, name
+
+
+def test_a_picture_with_a_prompt_alone_has_that(tmp_path: Path) -> None:
+    """ComfyUI wrote NaN into prompts."""
+    info = PngInfo()
+    info.add_text(
+        "prompt",
+        json.dumps(prompt_of(workflow()) | {"9": {"class_type": "A", "inputs": {}, "is_changed": [float("nan")]}}),
+    )
+    file = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(file, pnginfo=info)
+    assert main(["migrate", str(file)]) == 0
+    made = json.loads((tmp_path / "a.migrated.json").read_text())
+    assert made["4"]["class_type"] == "ImagePromptApply"
+
+
+def chunk(kind: bytes, content: bytes, length: int | None = None) -> bytes:
+    return (len(content) if length is None else length).to_bytes(4, "big") + kind + content + bytes(4)
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (PNG, "no workflow of ComfyUI"),
+        (PNG + chunk(b"tEXt", b"parameters\0a cat"), "settings of another program"),
+        (PNG + chunk(b"tEXt", b"workflow\0{"), "not valid JSON"),
+        (PNG + chunk(b"tEXt", b"workflow\0{}", 2**31), "more than a workflow or this file can have"),
+        (PNG + chunk(b"zTXt", b"workflow\0\0" + b"not packed"), "is damaged"),
+        (PNG + chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(65 * 2**20))), "unpacks to over"),
+        (b"RIFF\0\0\0\0WEBPEXIF\x10\0\0\0II*\0\x08\0\0\0\xff\xff\0\0", "no workflow of ComfyUI"),
+        (b"\xff\xd8\xff\xe1\0\x10Exif\0\0MM\0*\xff\xff\xff\xff", "no workflow of ComfyUI"),
+        (b"\xff\xff\xff\xff\0\0\0\0{\"a\": 1}", "more than a workflow or this file can have"),
+        (b"\0\0\0\x18ftypmp42", "drop it onto ComfyUI"),
+        (b"fLaC\0", "is a sound"),
+        (b"", "is no JSON file"),
+        (b"[" * 5000, "nested more than"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "a number of"),
+        (b'{"nodes": "\xe9"}', "is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_file_without_a_workflow_is_one_sentence(tmp_path: Path, content: bytes, told: str) -> None:
+    file = tmp_path / "a.file"
+    file.write_bytes(content)
+    with pytest.raises((InvalidInputError, CorruptFileError), match=told) as raised:
+        read_graph(file)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pipe_is_no_workflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "", "missing.json", "a\0b", "x" * 400):
+        assert main(["migrate", str(tmp_path / name)]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_workflow_itself_is_not_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "猫.json"
+    file.write_text(json.dumps(workflow()))
+    before = file.read_bytes()
+    (tmp_path / "link.json").symlink_to(file)
+    for out in (file, tmp_path / "link.json"):
+        assert main(["migrate", str(file), "--out", str(out)]) == 1
+        assert "is the workflow itself" in capsys.readouterr().err
+    assert main(["migrate", str(file), "--out", str(tmp_path)]) == 1
+    assert main(["migrate", str(file), "--out", str(tmp_path / "none" / "a.json")]) == 1
+    assert file.read_bytes() == before
+    assert main(["migrate", str(file), "--out", str(file), "--overwrite", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["found"], told["rewritten"]) == (2, 2)
+    assert b"ImagePromptApply" in file.read_bytes()
+
+
+def test_a_console_of_another_code_page_shows_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import sys
+
+    old = workflow()
+    old["nodes"][0]["widgets_values"] = ["猫.safetensors"]
+    file = tmp_path / "é猫.json"
+    file.write_text(json.dumps(old))
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="cp1252", errors="strict"))
+    assert main(["migrate", str(file)]) == 0
+    sys.stdout.flush()
+    assert b"\\u732b" in screen.getvalue()
+
+
+TEMPLATES = sorted(
+    file
+    for root in (Path.home() / "comfy", *map(Path, filter(None, os.environ.get("COMFYUI_PATH", "").split(":"))))
+    for file in root.glob("**/site-packages/comfyui_workflow_templates*/**/*.json")
+)
+SHIPPED = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
+
+
+@pytest.mark.parametrize("files", [SHIPPED, TEMPLATES], ids=["ours", "ComfyUI's templates"])
+def test_every_workflow_at_hand_goes_through_as_it_was(files: list[Path]) -> None:
+    """They hold no nodes of the old pack, so nothing may change. The templates' package is where a ComfyUI is."""
+    through = 0
+    for file in files:
+        graph = read_graph(file)
+        if not isinstance(graph, dict) or "nodes" not in graph:
+            continue  # an index
+        made = migrate_graph(graph)
+        assert made.rewritten == 0
+        assert (made.graph == graph) or made.found, file.name
+        through += 1
+    assert through == len(files) or len(files) > 30
+    print(f"{through} of {len(files)} files are workflows")

@@ -13,6 +13,8 @@ from host.shrunk import build_checkpoint
 from host.test_legacy_nodes import WIDGETS, sampled
 from host.tiny_adapters import build_adapter
 from ipadapter_core.migrate import REPLACEMENTS
+from ipadapter_core.migrate.names import OUR_WIDGETS
+from workflows.graph import widget_names
 
 
 def replacements(server: ComfyServer) -> dict[str, Any]:
@@ -34,6 +36,13 @@ def test_the_host_knows_what_replaces_an_old_node(server: ComfyServer) -> None:
             assert names <= {*inputs["required"], *inputs.get("optional", {})}, kind
         given = {*entry.inputs, *entry.values}
         assert set(info[entry.new]["input"]["required"]) <= given, "a required input would stay empty"
+
+
+def test_the_widgets_that_migrate_sets_are_our_nodes_widgets(server: ComfyServer) -> None:
+    """In their order, by which saved graphs give them, and with no other behind them."""
+    info = server.object_info()
+    for kind, names in OUR_WIDGETS.items():
+        assert tuple(widget_names(info[kind])) == names, kind
 
 
 def old_graph(checkpoint: str, adapter: str, ours: bool) -> tuple[Graph, str]:

@@ -1,0 +1,68 @@
+"""Graphs as ComfyUI runs them (exported as API): a table of nodes, each with its inputs by name, without places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .graph import Edge, Json, Migration, Node, NodeId, Target, Wires, number_of, row, table
+from .names import OUR_WIDGETS
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether it is a table of nodes that say what they are."""
+    entries = [table(entry) for entry in table(value).values()]
+    return bool(entries) and all(
+        isinstance(entry.get("class_type"), str) and isinstance(entry.get("inputs"), dict) for entry in entries
+    )
+
+
+class Prompt:
+    """A prompt as nodes and edges."""
+
+    def __init__(self, raw: Json) -> None:
+        self.raw = raw
+        self.nodes: dict[NodeId, Node] = {}
+        self.edges = Wires()
+        self.lost: list[tuple[Target, str]] = []
+        self.unclear: list[str] = []
+        self._keys: dict[NodeId, str] = {}
+        for key in raw:
+            number = number_of(key)
+            if number is not None and number not in self._keys:
+                self._keys[number] = key
+        for number, key in self._keys.items():
+            inputs = table(table(raw[key]).get("inputs"))
+            widgets = {name: value for name, value in inputs.items() if self._edge(value) is None}
+            self.nodes[number] = Node(number, table(raw[key])["class_type"], widgets)
+        for number, key in self._keys.items():
+            for name, value in table(table(raw[key]).get("inputs")).items():
+                edge = self._edge(value)
+                if edge is not None:
+                    self.edges[number, name] = edge
+        self._before = self.edges.copy()
+
+    def _edge(self, value: Any) -> Edge | None:
+        if len(row(value)) != 2 or isinstance(value[1], bool) or not isinstance(value[1], int) or value[1] < 0:
+            return None
+        source = number_of(value[0])
+        return Edge(source, value[1], "*") if source in self._keys else None
+
+    def written(self, made: Migration) -> Json:
+        """The prompt with what changed in it; other nodes as they were."""
+        out: Json = {}
+        for number, node in made.nodes.items():
+            key = self._keys.get(number, str(number))
+            into = {
+                name: [self._keys.get(e.source, str(e.source)), e.output] for name, e in made.edges.into(number).items()
+            }
+            if number not in made.changed:
+                before = self._before.into(number)
+                if made.edges.into(number) == before:
+                    out[key] = self.raw[key]
+                    continue
+                inputs = {n: v for n, v in table(self.raw[key].get("inputs")).items() if n in into or n not in before}
+                out[key] = {**self.raw[key], "inputs": {**inputs, **into}}
+                continue
+            widgets = dict(zip(OUR_WIDGETS[node.type], node.widgets, strict=True))
+            out[key] = {**table(self.raw.get(key)), "class_type": node.type, "inputs": {**widgets, **into}}
+        return out
