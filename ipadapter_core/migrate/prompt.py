@@ -23,7 +23,7 @@ class Prompt:
         self.raw = raw
         self.nodes: dict[NodeId, Node] = {}
         self.edges = Wires()
-        self.lost: list[tuple[Target, str]] = []
+        self.lost: list[Target] = []
         self.unclear: list[str] = []
         self._keys: dict[NodeId, str] = {}
         for key in raw:
