@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def run_migrate(args: argparse.Namespace) -> None:
     out: Path = args.out or file.with_suffix(".migrated.json")
     _check_out(out, file, args.overwrite)
     if not args.json:
-        _print("\n".join(f"  {line}" for line in made.report))
+        print("\n".join(f"  {line}" for line in made.report))
     # ASCII with escapes: a lone half of a character, which JavaScript lets pass, has no UTF-8
     text = json.dumps(made.graph, indent=2) + "\n"
     try:
@@ -44,7 +43,7 @@ def run_migrate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"file": str(out), "report": made.report, "found": made.found, "rewritten": made.rewritten}))
         return
-    _print(f"written to {out}" if made.rewritten else f"written to {out} as it was: nothing could be rewritten")
+    print(f"written to {out}" if made.rewritten else f"written to {out} as it was: nothing could be rewritten")
 
 
 def _check_out(out: Path, file: Path, overwrite: bool) -> None:
@@ -57,9 +56,3 @@ def _check_out(out: Path, file: Path, overwrite: bool) -> None:
         raise InvalidInputError(f"{quoted(out)} is the workflow itself: name another file, or add --overwrite")
     if other:
         raise InvalidInputError(f"{quoted(out)} is no plain file: name another one")
-
-
-def _print(text: str) -> None:
-    """Print what the console's code page may not have."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
