@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core.image_encoder import check_finite
 from ...ipadapter_core.picture_files import read_picture, to_tensor
 from ...ipadapter_core.training.config import parse_config, parse_overrides
 from ...ipadapter_core.training.job import run_job
@@ -99,11 +100,12 @@ def pictures_folder(path: str) -> str:
 
 
 def save_pictures(images: Tensor, captions: list[str], folder: Path) -> str:
-    """Images `b y x c` from the graph as a folder that a training reads."""
+    """Images `b y x c` from the graph, grey or in colours, as a folder that a training reads. Raises InvalidInputError for NaN."""
+    check_finite(images)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for i, image in enumerate(images):
-        pixels = (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        pixels = (image[..., :3].expand(-1, -1, 3).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
         Image.fromarray(pixels).save(folder / f"{i:06d}.png")
         (folder / f"{i:06d}.txt").write_text(captions[i if len(captions) > 1 else 0], encoding="utf-8")
     return str(folder)
