@@ -9,7 +9,6 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import InvalidInputError
 from . import host
 from .sockets import CATEGORY, Adapter
 
@@ -38,8 +37,8 @@ def run_inputs(samples: str) -> list[io.Input]:
         io.String.Input(
             "pictures",
             default="",
-            tooltip="Folder of pictures with .txt captions, a .json list or .tar shards; inside ComfyUI's input folder or "
-            "anywhere. Empty: the images input.",
+            tooltip="Folder of pictures with .txt captions, a .json list or .tar shards, inside ComfyUI's input folder; behind "
+            "other folders that its owner allows (SECURITY.md), as a whole path. Empty: the images input.",
         ),
         io.String.Input(
             "captions",
@@ -47,12 +46,12 @@ def run_inputs(samples: str) -> list[io.Input]:
             multiline=True,
             tooltip="For the images input: one line per image, or one line for all of them.",
         ),
-        io.Int.Input("steps", default=1000, min=1, max=10_000_000, tooltip="Training steps in all, 1 or more."),
+        io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Training steps in all, 1 or more."),
         io.Int.Input(
             "batch",
             default=4,
             min=1,
-            max=1024,
+            max=256,
             tooltip="Pictures per step, 1 or more; the memory needed grows with it.",
         ),
         io.Int.Input(
@@ -94,12 +93,13 @@ def run_inputs(samples: str) -> list[io.Input]:
             "settings",
             default="",
             multiline=True,
-            tooltip="Any other setting of ipadapter train, one per line, such as loss.min_snr=5 or train.checkpointing=true.",
+            tooltip="Other settings of how ipadapter train learns, one per line, such as loss.min_snr=5 or train.checkpointing=true.",
         ),
         io.Boolean.Input(
             "start_over",
             default=False,
-            tooltip="On: drop what an earlier run of this name had learned. Off: go on with it.",
+            tooltip="On: set aside what an earlier run of this name had learned, as <name>.earlier-1, and begin anew. Off: go on "
+            "with it.",
         ),
         io.Image.Input("images", optional=True, tooltip="Training pictures from the graph, if no folder is given."),
     ]
@@ -157,18 +157,17 @@ class TrainIPAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         encoder = host.image_encoder(image_encoder, base_model)
         folder = host.training_folder(name, "ipadapter", start_over=start_over)
-        values = run_values(name, base_model, folder, **run)
+        values = run_values(name, folder, **run)
         values["model"]["image_encoder"] = encoder
         values["adapter"] = {"family": family}
         if start_from != FRESH:
             values["adapter"]["start_from"] = host.adapter_path(start_from)
-        file = host.train(values, settings, name, "ipadapter", cls.hidden.unique_id)
+        file, _ = host.train(values, settings, name, host.FOLDER, base_model, cls.hidden.unique_id)
         return io.NodeOutput(host.load_ip_adapter(file), *host.training_pictures(folder))
 
 
 def run_values(
     name: str,
-    base_model: str,
     folder: Path,
     *,
     pictures: str,
@@ -184,20 +183,10 @@ def run_values(
     images: Tensor | None = None,
 ) -> dict[str, dict[str, object]]:
     """The sections of a training's config that every training node fills."""
-    lines = [line.strip() for line in captions.splitlines() if line.strip()] or [""]
-    if pictures.strip():
-        path = host.pictures_folder(pictures.strip())
-    elif images is None:
-        raise InvalidInputError("give a folder in pictures, or connect images")
-    elif len(lines) not in (1, len(images)):
-        raise InvalidInputError(
-            f"captions has {len(lines)} lines for {len(images)} images; one for all or one for each"
-        )
-    else:
-        path = host.save_pictures(images, lines, folder / "pictures")
+    source = host.training_data(pictures, images, captions, folder / "pictures")
     return {
-        "model": host.base_model(base_model, folder),
-        "data": {"path": path, "resolution": resolution, "cache": str(folder / "cache")},
+        "model": {},
+        "data": {**source, "resolution": resolution, "cache": str(folder / "cache")},
         "train": {"steps": steps, "batch": batch, "lr": learning_rate, "precision": precision, "seed": seed},
         "watch": {"validate_every": sample_every, "sample_every": sample_every, "sample_prompts": [sample_prompt]},
         "output": {

@@ -92,11 +92,11 @@ class TrainLoRA(io.ComfyNode):
         **run: Any,
     ) -> io.NodeOutput:
         folder = host.training_folder(name, "lora", start_over=start_over)
-        values = run_values(name, base_model, folder, **run)
+        values = run_values(name, folder, **run)
         values["lora"] = {
             "algorithm": algorithm, "rank": rank, "alpha": alpha, "targets": targets, "text_encoders": text_encoders,
             "start_from": "" if start_from == FRESH else host.lora_path(start_from),
         }  # fmt: skip
         values["output"]["trigger"] = trigger
-        file = host.train(values, settings, name, "loras", cls.hidden.unique_id)
-        return io.NodeOutput(file, *host.training_pictures(folder))
+        _, path = host.train(values, settings, name, "loras", base_model, cls.hidden.unique_id)
+        return io.NodeOutput(str(path), *host.training_pictures(folder))

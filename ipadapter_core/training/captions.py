@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 
+from ..access import Allowed
 from ..errors import CorruptFileError, InvalidInputError
 from ..picture_files import EXTENSIONS, shown
 from ..text_files import decode_text, read_bytes
@@ -58,8 +59,8 @@ def decode_caption(content: bytes, name: str, encoding: str) -> str:
 class CaptionFiles:
     """The caption files beside pictures, found whatever the case of their names; folders are listed once."""
 
-    def __init__(self, encoding: str) -> None:
-        self.encoding = encoding
+    def __init__(self, encoding: str, allowed: Allowed = str) -> None:
+        self.encoding, self._allowed = encoding, allowed
         self._folders: dict[str, tuple[dict[str, list[str]], set[str]]] = {}
 
     def beside(self, picture: str) -> str | None:
@@ -82,7 +83,7 @@ class CaptionFiles:
         file = self.beside(picture)
         if file is None:
             return None
-        return decode_caption(read_bytes(file, MAX_CAPTION_FILE), os.path.basename(file), self.encoding)
+        return decode_caption(read_bytes(self._allowed(file), MAX_CAPTION_FILE), os.path.basename(file), self.encoding)
 
 
 def _texts_and_pictures(folder: str) -> tuple[dict[str, list[str]], set[str]]:

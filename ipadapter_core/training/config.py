@@ -120,6 +120,9 @@ class DataConfig:
     """Remote shards without a cache: so many pictures are held in memory and drawn from at random."""
     encode_batch: int = 8
     workers: int = 0
+    roots: tuple[str, ...] = ()
+    """Folders that every picture, caption, list and shard must lie in, links followed; empty: anywhere, and remote shards too.
+    ComfyUI's nodes set it, for graphs come from strangers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,15 +242,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_overrides(overrides, config)
 
 
-def parse_overrides(overrides: Sequence[str], config: RunConfig) -> RunConfig:
-    """Put `section.key=value` texts over a config. Raises InvalidInputError as `load_config` does."""
+def absolute(config: RunConfig) -> RunConfig:
+    """The config with whole paths instead of relative ones, which mean the working directory; addresses stay."""
+    for name in PATHS:
+        section, key = name.split(".")
+        value: str = getattr(getattr(config, section), key)
+        if value and not is_remote(value):
+            config = _with(config, section, {key: os.path.abspath(value)})
+    return config
+
+
+def parse_overrides(
+    overrides: Sequence[str], config: RunConfig, allowed: Mapping[str, frozenset[str]] | None = None
+) -> RunConfig:
+    """Put `section.key=value` texts over a config; keys that are not `allowed` (by section) are refused.
+
+    Raises InvalidInputError as `load_config` does.
+    """
     changes: dict[str, dict[str, Any]] = {}
     for override in overrides:
         name, equals, text = check_length(override, "an override", MAX_TEXT).partition("=")
-        section, dot, key = name.strip().partition(".")
+        section, dot, key = (part.strip() for part in name.partition("."))
         if not equals or not dot:
             raise InvalidInputError(
                 f"override {quoted(override)} should be section.key=value, such as train.steps=2000"
+            )
+        if allowed is not None and key in KEYS.get(section, ()) and key not in allowed.get(section, ()):
+            raise InvalidInputError(
+                f"{section}.{key} cannot be set from a graph, which sets how a run learns and not where it reads and writes; "
+                "the command ipadapter train takes it"
             )
         try:
             value = _parse_toml(f"x = {text}", "an override")["x"]

@@ -16,10 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, cast
 from urllib.parse import urlparse
 
+from ..access import Allowed, Places, check_local
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, reason
 from ..picture_files import EXTENSIONS, MAX_FILE, shown
 from ..text_files import NotUnicodeError, decode_text, parse_json, read_bytes
@@ -89,14 +91,14 @@ class FolderSource:
 
     random_access = True
 
-    def __init__(self, folder: Path, encoding: str = "") -> None:
-        self.folder = folder
-        self._captions = CaptionFiles(encoding)
+    def __init__(self, folder: Path, encoding: str = "", allowed: Allowed = str) -> None:
+        self.folder, self._allowed = folder, allowed
+        self._captions = CaptionFiles(encoding, allowed)
         self.names: list[str] = []
         texts: list[str] = []
         others: Counter[str] = Counter()
         self.notes: list[str] = []
-        for name in _walk(folder, self.notes):
+        for name in _walk(folder, self.notes, allowed):
             extension = os.path.splitext(name)[1].lower()
             if extension in EXTENSIONS:
                 self.names.append(name)
@@ -123,7 +125,7 @@ class FolderSource:
             yield Record(name, caption, name.rpartition("/")[0], stamp=_stamp(self._path(name)), problem=problem)
 
     def read(self, name: str) -> bytes:
-        return read_bytes(self._path(name), MAX_FILE)
+        return read_bytes(self._allowed(self._path(name)), MAX_FILE)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -141,10 +143,10 @@ class ListSource:
 
     random_access = True
 
-    def __init__(self, file: Path, caption_key: str, encoding: str = "") -> None:
-        self.folder = file.parent
+    def __init__(self, file: Path, caption_key: str, encoding: str = "", allowed: Allowed = str) -> None:
+        self.folder, self._allowed = file.parent, allowed
         self.notes: list[str] = []
-        self._captions = CaptionFiles(encoding)
+        self._captions = CaptionFiles(encoding, allowed)
         self.records: list[Record] = []
         for number, values in enumerate(_entries(file, encoding)):
             entry = f"entry {number} of {file.name}"
@@ -154,7 +156,9 @@ class ListSource:
         if file.name in METADATA:
             listed = {os.path.normpath(record.name) for record in self.records}
             more = [
-                n for n in _walk(self.folder, []) if os.path.splitext(n)[1].lower() in EXTENSIONS and n not in listed
+                n
+                for n in _walk(self.folder, [], allowed)
+                if os.path.splitext(n)[1].lower() in EXTENSIONS and n not in listed
             ]
             if more:
                 self.notes.append(
@@ -188,7 +192,9 @@ class ListSource:
     def _path(self, name: str) -> str:
         path = os.path.join(self.folder, os.path.expanduser(name))
         # lists are written on Windows too
-        return path if "\\" not in name or os.path.exists(path) else path.replace("\\", "/")
+        path = path if "\\" not in name or os.path.exists(path) else path.replace("\\", "/")
+        self._allowed(path)
+        return path
 
 
 class TarSource:
@@ -362,13 +368,18 @@ def open_source(config: DataConfig) -> Source:
     path = Path(config.path if remote else os.path.expanduser(config.path))
     if "\0" in config.path:
         raise InvalidInputError(f"data.path is {shown(path)}, which is no path: it has a NUL character")
+    allowed: Allowed = str
+    if config.roots:
+        check_local(config.path, "data.path")
+        allowed = partial(Places(config.roots).check, what="file")
+        allowed(str(path))
     kind = config.kind if config.kind != "auto" else _guess(path, remote)
     if kind == "webdataset" and remote:
         return StreamSource(config.path, config.caption_key, encoding)
     if remote:
         raise InvalidInputError(f"{shown(config.path)} is remote; only webdataset shards (.tar) can be read from there")
     if kind == "webdataset":
-        shards = _shards(path)
+        shards = _shards(path, allowed)
         if not shards:
             raise InvalidInputError(f"{shown(path)} matches no .tar shard")
         return TarSource(shards, config.caption_key, encoding)
@@ -376,9 +387,10 @@ def open_source(config: DataConfig) -> Source:
         raise InvalidInputError(f"{shown(path)} does not exist")
     if kind == "huggingface" and path.is_dir():
         path = next((path / name for name in METADATA if (path / name).is_file()), path)
+        allowed(str(path))
     if kind == "json" or (path.name in METADATA and path.is_file()):
         try:
-            return ListSource(path, config.caption_key, encoding)
+            return ListSource(path, config.caption_key, encoding, allowed)
         except NotUnicodeError as error:
             raise NotUnicodeError(f'{error}, or name the code page: data.caption_encoding = "cp1252"') from None
         except FileNotFoundError as error:
@@ -387,9 +399,14 @@ def open_source(config: DataConfig) -> Source:
         raise InvalidInputError(
             f"{shown(path)} is no folder; a folder of pictures, a list ({', '.join(LISTS)}) or .tar shards were expected"
         )
+    if kind == "huggingface" and config.roots:
+        raise InvalidInputError(
+            f"{shown(path)} is a saved dataset, whose files name others; a graph may give a folder of pictures, a list or .tar "
+            "shards, and the command ipadapter train reads the rest"
+        )
     if kind == "huggingface":
         return HuggingFaceSource(path, config.caption_key, encoding)
-    return FolderSource(path, encoding)
+    return FolderSource(path, encoding, allowed)
 
 
 def _guess(path: Path, remote: bool) -> str:
@@ -404,18 +421,28 @@ def _guess(path: Path, remote: bool) -> str:
     return "webdataset" if ".tar" in path.name.lower() else "folder"
 
 
-def _shards(path: Path) -> list[Path]:
+def _shards(path: Path, allowed: Allowed) -> list[Path]:
+    """The shards of a folder or pattern, each allowed; what is not is not looked for."""
     if os.path.isdir(path):
-        return sorted(path.glob("*.tar"))
+        shards = sorted(path.glob("*.tar"))
+        for shard in shards:
+            allowed(str(shard))
+        return shards
     from braceexpand import braceexpand
 
     _check_braces(str(path))
     try:
         found = [Path(name) for name in braceexpand(str(path))]
+        for one in found:
+            allowed(str(one))
         matches = [sorted(one.parent.glob(one.name)) if "*" in one.name else [one] for one in found]
+    except AdapterError:
+        raise
     except (ValueError, OSError, NotImplementedError) as error:
         raise InvalidInputError(f"{shown(path)} is no pattern of shards: {reason(error)}") from None
     shards = [shard for group in matches for shard in group]
+    for shard in shards:
+        allowed(str(shard))
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     if missing:
         raise InvalidInputError(f"{len(missing)} shards do not exist, the first is {shown(missing[0])}")
@@ -438,8 +465,8 @@ def _check_braces(pattern: str) -> None:
 # --- what lies in a folder ---------------------------------------------------------------------------------------------
 
 
-def _walk(folder: Path, notes: list[str]) -> Iterator[str]:
-    """Names of the files below a folder, hidden ones left out. Links to folders are followed, each folder is read once.
+def _walk(folder: Path, notes: list[str], allowed: Allowed) -> Iterator[str]:
+    """Names of the files below a folder, hidden ones left out. Links to allowed folders are followed, each folder is read once.
 
     Real folders come before links, so that a linked folder inside keeps its own name; a link to where it lies in is a loop.
     """
@@ -453,7 +480,11 @@ def _walk(folder: Path, notes: list[str]) -> Iterator[str]:
             continue
         seen.add(path)
         try:
+            allowed(str(folder / inside))
             entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
+        except AdapterError as error:
+            notes.append(f"{error}; what is in it is left out")
+            continue
         except OSError as error:
             notes.append(f"{shown(inside or folder)} cannot be read ({error.strerror}); what is in it is left out")
             continue

@@ -32,7 +32,7 @@ SHAPING = {("watch", "validation")}
 EXTENDABLE = {
     ("train", "steps"), ("train", "device"), ("train", "ignore_memory"), ("train", "shard"),
     ("data", "cache"), ("data", "workers"),
-    ("data", "encode_batch"), ("data", "path"), ("model", "base"), ("model", "config"),
+    ("data", "encode_batch"), ("data", "path"), ("data", "roots"), ("model", "base"), ("model", "config"),
     ("model", "image_encoder"), ("adapter", "start_from"),
     ("lora", "start_from"),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,28 @@ from PIL import Image
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core.access import plain_name
+from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.image_encoder import check_finite
 from ...ipadapter_core.picture_files import read_picture, to_tensor
-from ...ipadapter_core.training.config import parse_config, parse_overrides
+from ...ipadapter_core.text_files import check_length
+from ...ipadapter_core.training.config import parse_config
 from ...ipadapter_core.training.job import run_job
+from ...ipadapter_core.training.limits import graph_settings
 from ...ipadapter_core.training.model_configs import write_model_configs
-from .files import FOLDER
+from ...ipadapter_core.training.results import publish, set_aside
+from .access import readable, readable_folders, writable
 from .frontend import show_in_node
 
 INSIDE = "inside the base model's folder"
 
 TRAIN_PYTHON = "IPADAPTER_TRAIN_PYTHON"
 """Environment variable: the Python that trains, where ComfyUI's own lacks diffusers and accelerate."""
+
+CAPTIONS = 1_000_000
+"""Characters of a graph's captions."""
+IMAGES = 10_000
+"""Pictures that a graph may hand over as images, which are written to the disk."""
 
 
 def model_folders(marker: str, *kinds: str) -> dict[str, Path]:
@@ -56,15 +67,23 @@ def image_encoders() -> dict[str, Path]:
     return model_files("clip_vision") | model_folders("config.json", "clip_vision", "diffusers")
 
 
-def base_model(name: str, folder: Path) -> dict[str, object]:
-    """Settings for a base model of base_models(); the configs of a checkpoint are written into a training's folder."""
-    path = base_models()[name]
+def base_model(name: str, folder: Path) -> dict[str, str]:
+    """Settings for a base model of base_models(); the configs of a checkpoint are written into `folder`.
+
+    Raises InvalidInputError for another name.
+    """
+    path = _chosen(base_models(), name, "base_model")
     if path.is_dir():
         return {"base": str(path)}
-    configs = write_model_configs(
-        path, Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer", folder / "model configs"
-    )
+    configs = write_model_configs(path, Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer", folder)
     return {"base": str(path), "config": str(configs)}
+
+
+def _chosen(models: dict[str, Path], name: str, what: str) -> Path:
+    """A model by a name of its list, which a link may not have given. Raises InvalidInputError."""
+    if name not in models:
+        raise InvalidInputError(f"{what} is {quoted(name)}, which is none of the models that the list offers")
+    return models[name]
 
 
 def image_encoder(name: str, base: str) -> str:
@@ -73,30 +92,44 @@ def image_encoder(name: str, base: str) -> str:
     Raises InvalidInputError for the latter if the base model is a checkpoint.
     """
     if name != INSIDE:
-        return str(image_encoders()[name])
-    if base_models()[base].is_file():
+        return str(_chosen(image_encoders(), name, "image_encoder"))
+    if _chosen(base_models(), base, "base_model").is_file():
         raise InvalidInputError(
-            f"the checkpoint {base} has no image encoder inside; choose one in image_encoder, such as "
+            f"the checkpoint {quoted(base)} has no image encoder inside; choose one in image_encoder, such as "
             "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors from models/clip_vision"
         )
     return ""
 
 
 def training_folder(name: str, kind: str, *, start_over: bool) -> Path:
-    """Where a training of that name and kind keeps its states: beside, not inside, the folder that loaders list."""
-    if not name or Path(name).name != name or name.startswith("."):
-        raise InvalidInputError(f"name is {name!r}; it must be a plain file name such as my-adapter")
-    folder = Path(folder_paths.get_output_directory()) / f"{kind}_training" / name
+    """Where a training of that name and kind keeps its states: beside, not inside, the folder that loaders list.
+
+    `start_over` sets aside what an earlier run of that name has learned.
+    """
+    folder = Path(writable(f"{kind}_training", plain_name(name)))
     if start_over:
-        shutil.rmtree(folder, ignore_errors=True)
+        set_aside(folder)
     return folder
 
 
-def pictures_folder(path: str) -> str:
-    """A folder, list or shards as given, or inside ComfyUI's input directory."""
-    if "://" in path or path.startswith("pipe:") or os.path.isabs(path):
-        return path
-    return os.path.join(folder_paths.get_input_directory(), path)
+def training_data(pictures: str, images: Tensor | None, captions: str, folder: Path) -> dict[str, str]:
+    """The source of a training's pictures: what a graph names, or images of the graph, which are written into `folder`.
+
+    Raises InvalidInputError for places that a graph may not read, and captions that fit no images.
+    """
+    check_length(captions, "captions", CAPTIONS)
+    if pictures.strip():
+        return {"path": readable(pictures.strip(), "pictures")}
+    if images is None:
+        raise InvalidInputError("give a folder in pictures, or connect images")
+    lines = [line.strip() for line in captions.splitlines() if line.strip()] or [""]
+    if len(lines) not in (1, len(images)):
+        raise InvalidInputError(
+            f"captions has {len(lines)} lines for {len(images)} images; one for all or one for each"
+        )
+    if len(images) > IMAGES:
+        raise InvalidInputError(f"images are {len(images):,}; give more than {IMAGES:,} as a folder in pictures")
+    return {"path": save_pictures(images, lines, folder), "kind": "folder"}
 
 
 def save_pictures(images: Tensor, captions: list[str], folder: Path) -> str:
@@ -111,29 +144,33 @@ def save_pictures(images: Tensor, captions: list[str], folder: Path) -> str:
     return str(folder)
 
 
-def train(values: dict[str, dict[str, Any]], settings: str, name: str, kind: str, node_id: str) -> str:
-    """Run a training in another process, with this node's progress bar and previews.
+def train(
+    values: dict[str, dict[str, Any]], settings: str, name: str, kind: str, base: str, node_id: str
+) -> tuple[str, Path]:
+    """Run a training on the base model `base` in another process, with this node's progress bar and previews.
 
     `settings` has an override per line, `kind` is the folder below output that takes the result: `ipadapter`, whose files
-    are loaded by the name that is returned, or `loras`, for which the path is returned.
+    are loaded by name, or `loras`. Returns the name and the path of the result.
     """
-    changes = [line.strip() for line in settings.splitlines() if line.strip()]
-    config = parse_overrides(changes, parse_config(values, "this node"))
-    comfy.model_management.unload_all_models()
-    comfy.model_management.soft_empty_cache()
     report = _training_progress(node_id)
-    result = run_job(
-        config,
-        python=os.environ.get(TRAIN_PYTHON) or sys.executable,
-        on_event=report,
-        check=comfy.model_management.throw_exception_if_processing_interrupted,
-    )
-    target = Path(folder_paths.get_output_directory()) / kind / f"{name}.safetensors"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".unfinished")
-    shutil.copyfile(result, unfinished)
-    os.replace(unfinished, target)
-    return target.name if kind == FOLDER else str(target)
+    with tempfile.TemporaryDirectory(prefix="ipadapter-model-") as configs:
+        model = base_model(base, Path(configs)) | values["model"]
+        data = values["data"] | {"roots": readable_folders()}
+        config = graph_settings(settings, parse_config({**values, "model": model, "data": data}, "this node"))
+        target = Path(writable(kind, f"{name}.safetensors"))
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
+        result = run_job(
+            config,
+            python=os.environ.get(TRAIN_PYTHON) or sys.executable,
+            on_event=report,
+            check=comfy.model_management.throw_exception_if_processing_interrupted,
+        )
+    place = publish(result, target, Path(config.output.folder))
+    if place != target:
+        text = f"{target.name} is not of this training and stays as it is; the result is {place.name}"
+        report({"event": "note", "text": text})
+    return place.name, place
 
 
 def _training_progress(node_id: str) -> Callable[[dict[str, Any]], None]:

@@ -141,6 +141,7 @@ FORBIDDEN = {
     "errors": sorted(all_rooms() - {"errors", "__init__"}),
     "text_files": sorted(all_rooms() - EVERYWHERE | {"entries"}),
     "entries": sorted(all_rooms() - EVERYWHERE),
+    "access": sorted(all_rooms() - {"access", *EVERYWHERE}),
     "sites": sorted(all_rooms() - {"sites", *EVERYWHERE}),
     "layouts": sorted(all_rooms() - {"layouts", "sites", *EVERYWHERE}),
     "schedule": sorted(all_rooms() - {"schedule", "sites", *EVERYWHERE}),

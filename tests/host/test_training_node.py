@@ -111,9 +111,7 @@ def test_checkpoints_and_encoders_of_one_file_are_offered(server: ComfyServer, m
         server.run(training(server, sd15_small, "alone")[0])
     with pytest.raises(ExecutionFailed, match=r"text encoder, autoencoder and UNet must all be in the file"):
         server.run(training(server, sd15_small, "part", "ImagePromptTrainLoRA")[0])
-    configs = server.base / "output/lora_training/part/model configs"
-    assert json.loads((configs / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
-    assert (configs / "tokenizer/vocab.json").is_file()
+    assert not (server.base / "output/lora_training/part/model configs").exists(), "a client could upload others there"
 
 
 def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> None:
