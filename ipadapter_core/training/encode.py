@@ -116,7 +116,7 @@ def target_settings(
         "vae": files_stamp(model.base, "vae"),
         "tokenizer": files_stamp(model_home(model.base, model.config), "tokenizer", "tokenizer_2"),
         "text_lengths": [int(tokenizer.model_max_length) for tokenizer in base.tokenizers],
-        "layout": 1,
+        "layout": 2,  # 1 had grey of 16 bits as white, and odd EXIF not turned
     }
 
 
