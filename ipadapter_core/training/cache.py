@@ -1,8 +1,11 @@
 """Latents, features, token ids and text embeddings on disk, computed once.
 
-`<cache>/<digest of the settings>/` holds shards of safetensors, each with a JSON file that lists its keys and appears
-after it: a shard without its list was cut off and is made again. `samples-<rank>.jsonl` says which picture (by name and
-stamp) has which content, so that nothing is opened twice.
+`<cache>/<digest of the settings>/` holds shards of safetensors, each with a JSON file that lists its keys with their checksums
+and appears after it: a shard without its list was cut off and is made again. `samples-<rank>.jsonl` says which picture (by
+name and stamp) has which content, so that nothing is opened twice.
+
+Every tensor is compared with its checksum whenever it is read. Measured on one CPU core: a read by place takes what a mapped
+one does (SD1.5 latents of 32 kB 19 us, plus features of 658 kB 68 us), the checksum 10 and 123 us more per picture.
 """
 
 from __future__ import annotations
@@ -10,23 +13,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CorruptFileError
+from ..errors import AdapterError, CorruptFileError, quoted
+from ..text_files import parse_json, read_json
 from .collection import Collection, Sample, Seen, collect, look
 from .config import DataConfig
 from .encode import TargetEncoders
 from .pictures import bucket_for, bucket_sizes, cut_target, see_reference
 from .sources import Source
+from .tensor_files import TensorReader, bytes_of, write_tensors
 
 SHARD = 1024
 """Pictures per shard: what a killed caching run has to encode again at most."""
@@ -37,6 +41,12 @@ OPEN_SHARDS = 256
 NEUTRAL = "neutral.features"
 """The features that stand for no image, kept with the rest so that a full cache needs no encoder."""
 
+LONGEST_ROW = 1 << 20
+"""Bytes of a line about a sample; captions are a hundredth of that."""
+
+CHECKSUMS = {"checksums": "crc32"}
+"""Part of a cache's settings: caches of older versions have none, and new ones begin beside them."""
+
 Progress = Callable[[int, str], None]
 
 
@@ -44,14 +54,15 @@ class Cache:
     """A folder of shards for one set of settings."""
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        settings = {**settings, **CHECKSUMS}
         text = json.dumps(settings, sort_keys=True)
         self.root = Path(folder)
         self.folder = self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.settings = settings
         self.keeps_features, self.keeps_text = "feature" in settings, "text_encoders" in settings
         self._shards: list[Path] = []
-        self._places: dict[str, int] = {}
-        self._open: dict[int, Any] = {}
+        self._places: dict[str, tuple[int, int]] = {}  # number of the shard, checksum
+        self._open: dict[int, TensorReader] = {}
 
     def prepare(self) -> str:
         """Make the folder; says in what it differs from the caches of other settings that lie beside it."""
@@ -65,33 +76,42 @@ class Cache:
 
     def refresh(self) -> None:
         """Read the lists of all finished shards."""
-        self._shards, self._places, self._open = [], {}, {}
+        self._close()
+        self._shards, self._places = [], {}
         for listing in sorted(self.folder.glob("shard-*.json")):
             shard = listing.with_suffix(".safetensors")
             try:
-                keys: list[str] = json.loads(listing.read_text(encoding="utf-8"))
-            except ValueError:
+                checksums = read_json(listing)
+            except (AdapterError, OSError):
                 continue
-            if shard.is_file():
-                self._places.update(dict.fromkeys(keys, len(self._shards)))
+            if shard.is_file() and isinstance(checksums, dict):
+                entries = cast("dict[str, Any]", checksums).items()
+                self._places.update({key: (len(self._shards), one) for key, one in entries if isinstance(one, int)})
                 self._shards.append(shard)
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
     def read(self, key: str) -> Tensor:
-        """One tensor. Raises CorruptFileError if its shard is damaged."""
-        number = self._places[key]
+        """One tensor. Raises CorruptFileError if it is not what was written."""
+        if key not in self._places:
+            raise CorruptFileError(f"{quoted(self.folder)} lacks {key}; start again, the cache fills the gap by itself")
+        number, wanted = self._places[key]
+        shard = self._shards[number]
         try:
             if number not in self._open:
                 if len(self._open) >= OPEN_SHARDS:
-                    self._open.pop(next(iter(self._open)))
-                self._open[number] = safe_open(self._shards[number], framework="pt")
-            return self._open[number].get_tensor(key)
-        except Exception as error:  # safetensors raises its own kind without a public name
+                    self._open.pop(next(iter(self._open))).close()
+                self._open[number] = TensorReader(shard)
+            tensor = self._open[number].read(key)
+            if checksum(tensor) != wanted:
+                raise CorruptFileError(f"{key} is not what was written")
+        except (AdapterError, OSError) as error:
             raise CorruptFileError(
-                f"{self._shards[number]} is damaged ({error}); delete it and its .json, the cache fills the gap by itself"
+                f"{shard.name} in {quoted(self.folder)} was changed or is damaged ({error}); delete it and its .json, the cache "
+                "fills the gap by itself"
             ) from error
+        return tensor
 
     def write(self, tensors: dict[str, Tensor], rank: int) -> None:
         """Add a shard: first the tensors, then the list that makes it count."""
@@ -99,17 +119,21 @@ class Cache:
         number = next(i for i in range(10**6) if f"shard-{rank}-{i:06d}" not in taken)
         path = self.folder / f"shard-{rank}-{number:06d}.safetensors"
         unfinished = path.with_suffix(".tmp")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished)
+        write_tensors(unfinished, tensors)
         os.replace(unfinished, path)
-        write_whole(path.with_suffix(".json"), json.dumps(list(tensors)).encode())
-        self._places.update(dict.fromkeys(tensors, len(self._shards)))
+        checksums = {key: checksum(tensor) for key, tensor in tensors.items()}
+        write_whole(path.with_suffix(".json"), json.dumps(checksums).encode())
+        self._places.update({key: (len(self._shards), one) for key, one in checksums.items()})
         self._shards.append(path)
+
+    def _close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open = {}
 
     def known(self) -> dict[str, Sample]:
         """Samples seen before whose tensors are all there, by name."""
-        return {
-            sample.name: sample for _, sample in self._rows() if sample is not None and self.holds(sample)
-        }  # fmt: skip
+        return {sample.name: sample for sample in self._rows() if self.holds(sample)}
 
     def holds(self, sample: Sample) -> bool:
         keys = [f"{sample.key}.latents", f"{sample.key}.sizes", tokens_key(sample.caption)]
@@ -123,12 +147,19 @@ class Cache:
         """A caption's context `l d` and, for SDXL, its pooled embedding `d`; nothing where text is not kept."""
         return tuple(self.read(key) for key in text_keys(caption) if key in self)
 
-    def _rows(self) -> Iterator[tuple[int, Sample | None]]:
+    def _rows(self) -> Iterator[Sample]:
+        """What is noted of samples; lines that were cut or changed are left out, and those pictures are opened again."""
         for file in sorted(self.folder.glob("samples-*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                row["size"] = tuple(row["size"])
-                yield row.pop("number"), Sample(**row)
+            if not file.is_file():
+                continue
+            with file.open("rb") as lines:
+                while line := lines.readline(LONGEST_ROW):
+                    try:
+                        row = parse_json(line, file.name)
+                        if isinstance(row, dict) and row.pop("checksum", None) == _row_checksum(row):
+                            yield Sample(**{**row, "size": tuple(row["size"])})
+                    except (AdapterError, TypeError, KeyError):
+                        continue
 
     def _differences(self) -> str:
         others = list(self.root.glob("*/settings.json")) if self.root.is_dir() else []
@@ -136,11 +167,24 @@ class Cache:
             return ""
         newest = max(others, key=lambda path: path.stat().st_mtime)
         try:
-            before = json.loads(newest.read_text(encoding="utf-8"))
-        except ValueError:
+            before = read_json(newest)
+        except (AdapterError, OSError):
             return ""
-        changed = [f"{k}: {before.get(k)} → {v}" for k, v in self.settings.items() if before.get(k) != v]
+        if not isinstance(before, dict):
+            return ""
+        was = cast("dict[str, Any]", before)
+        changed = [f"{k}: {was.get(k)} → {v}" for k, v in self.settings.items() if was.get(k) != v]
         return f"the cache in {newest.parent.name} was made with other settings, a new one begins ({'; '.join(changed)[:300]})"
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor on the CPU: its type, its shape and its numbers."""
+    kind = f"{tensor.dtype} {list(tensor.shape)}".encode()
+    return zlib.crc32(bytes_of(tensor.contiguous()), zlib.crc32(kind))
+
+
+def _row_checksum(row: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row, sort_keys=True).encode())
 
 
 def tokens_key(caption: str) -> str:
@@ -153,7 +197,7 @@ def text_keys(caption: str) -> tuple[str, str]:
 
 
 def _caption_key(caption: str) -> str:
-    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def fill(
@@ -184,9 +228,9 @@ def fill(
         progress(number + 1, "" if seen.sample is None else seen.sample.name)
         if writer.full:
             writer.flush()
-            _write_samples(cache, results, rank, world)
+            _write_samples(cache, results, rank)
     writer.flush()
-    _write_samples(cache, results, rank, world)
+    _write_samples(cache, results, rank)
     return results
 
 
@@ -195,11 +239,10 @@ def finish(cache: Cache, seen: Sequence[Seen], config: DataConfig, where: str) -
     return collect(seen, config, where)
 
 
-def _write_samples(cache: Cache, results: Sequence[Seen], rank: int, world: int) -> None:
+def _write_samples(cache: Cache, results: Sequence[Seen], rank: int) -> None:
     rows = [
-        json.dumps({"number": number * world + rank, **asdict(one.sample)})
-        for number, one in enumerate(results)
-        if one.sample is not None and cache.holds(one.sample)
+        json.dumps({**row, "checksum": _row_checksum(row)})
+        for row in (asdict(one.sample) for one in results if one.sample is not None and cache.holds(one.sample))
     ]
     write_whole(cache.folder / f"samples-{rank}.jsonl", "".join(row + "\n" for row in rows).encode())
 

@@ -39,7 +39,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(_bytes_of(tensors[name].detach().cpu().contiguous()))
+            file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
 
 
 class TensorReader:
@@ -89,7 +89,7 @@ class TensorReader:
             tensor = torch.empty(shape, dtype=dtype)
         except (RuntimeError, OverflowError, TypeError):  # no bytes, and yet no tensor: 0 x 2^63
             raise self._damaged(f"the tensor {quoted(name)} has an impossible shape") from None
-        self._fill(_bytes_of(tensor), self._start + self._places[name][2], name)
+        self._fill(bytes_of(tensor), self._start + self._places[name][2], name)
         return tensor
 
     def close(self) -> None:
@@ -127,6 +127,6 @@ class TensorReader:
         return CorruptFileError(f"{quoted(self.path)} is damaged: {why}")
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
