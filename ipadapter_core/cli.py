@@ -203,6 +203,7 @@ def run_generate(args: argparse.Namespace) -> None:
         PromptSettings,
         generate,
         grid_of,
+        hold_in_memory,
         load_image_encoder,
         load_pipeline,
         prepare_patch,
@@ -235,6 +236,8 @@ def run_generate(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     started = time.perf_counter()
     pipeline = load_pipeline(args.model, dtype=dtype, device=args.device)
+    for part in (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)):
+        hold_in_memory(part)
     patches = []
     adapter_file = args.adapter or (WORLD / "adapters" / "ip-adapter-plus.safetensors" if args.model == WORLD else None)
     if images:

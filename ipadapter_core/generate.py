@@ -11,11 +11,11 @@ from typing import Any, Literal, cast
 
 import torch
 from PIL import Image, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backends.diffusers import apply_to_pipeline
 from .checkpoints import AdapterWeights
-from .errors import CorruptFileError, InvalidInputError
+from .errors import CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
 from .image_encoder import Crop, TransformersImageEncoder
 from .layouts import layout_of
 from .masks import RegionMask
@@ -24,7 +24,7 @@ from .picture_files import MAX_FILE, decode_grey, read_picture, to_tensor
 from .prompt import Combine, Unconditional, encode_image_prompt
 from .quiet import quietly
 from .schedule import WeightSchedule
-from .text_files import read_bytes
+from .text_files import read_bytes, read_json, regular_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,18 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32, dev
     """
     if not (Path(folder) / "model_index.json").is_file():
         raise InvalidInputError(f"{folder} is not a diffusers model folder: it has no model_index.json")
+    check_configs(Path(folder))
     try:
         with quietly("diffusers", "transformers"):
             from diffusers import DiffusionPipeline
 
             pipeline: Any = DiffusionPipeline.from_pretrained(folder, **{_dtype_name(): dtype}, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CorruptFileError(f"{folder} cannot be loaded as a diffusers pipeline: {error}") from error
+    except Exception as error:  # diffusers and transformers let every kind through
+        if out_of_memory(error):
+            raise
+        raise CorruptFileError(
+            f"{quoted(folder)} cannot be loaded as a diffusers pipeline ({reason(error)}): download it again"
+        ) from error
     for part in ("unet", "vae", "text_encoder"):
         if getattr(pipeline, part, None) is None:
             raise InvalidInputError(
@@ -60,6 +65,44 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32, dev
     if hasattr(pipeline, "safety_checker"):
         pipeline.safety_checker = None
     return pipeline.to(device)
+
+
+CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+"""What diffusers and transformers read of a model's parts before any weights."""
+
+MAX_TIMESTEPS = 100_000
+"""Of a scheduler, which makes tables of as many numbers; published models have 1000."""
+
+
+def check_configs(folder: Path) -> None:
+    """Read the configs of a diffusers folder before diffusers does, whose readers hang at pipes and fail in many ways.
+
+    Raises InvalidInputError for what is no plain file, CorruptFileError for what is no table of JSON.
+    """
+    for path in sorted(folder.glob("*/*")):
+        if path.exists() and not path.is_dir():
+            regular_file(path)
+    for path in (folder / "model_index.json", *(path for name in CONFIGS for path in sorted(folder.glob(f"*/{name}")))):
+        config = read_table(path)
+        steps = config.get("num_train_timesteps", 0)
+        if not isinstance(steps, int) or not 0 <= steps <= MAX_TIMESTEPS:
+            raise CorruptFileError(f"{quoted(path)}: num_train_timesteps is {quoted(steps)}; 1000 is usual")
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a JSON file. Raises as `text_files.read_json`, and CorruptFileError for any other value."""
+    table = read_json(path)
+    if not isinstance(table, dict):
+        raise CorruptFileError(f"{quoted(path)} holds no table of settings; download it again")
+    return cast("dict[str, Any]", table)
+
+
+def hold_in_memory(module: nn.Module) -> None:
+    """Copy weights on the CPU, which may be mapped from their files: a file that is replaced then kills no process."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
 
 
 def _dtype_name() -> str:

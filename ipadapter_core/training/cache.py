@@ -155,9 +155,10 @@ class Cache:
             with file.open("rb") as lines:
                 while line := lines.readline(LONGEST_ROW):
                     try:
-                        row = parse_json(line, file.name)
-                        if isinstance(row, dict) and row.pop("checksum", None) == _row_checksum(row):
-                            yield Sample(**{**row, "size": tuple(row["size"])})
+                        row: Any = parse_json(line, file.name)
+                        if isinstance(row, dict) and row.pop("checksum", None) == _row_checksum(cast(Any, row)):
+                            row["size"] = tuple(row["size"])
+                            yield Sample(**cast(Any, row))
                     except (AdapterError, TypeError, KeyError):
                         continue
 

@@ -14,7 +14,7 @@ from ..checkpoints import AdapterSpec
 from ..errors import IncompatibleEncoderError
 from ..image_encoder import TransformersImageEncoder, check_encoder
 from .config import DataConfig, ModelConfig
-from .frozen import EncoderLooks, FrozenBase, files_stamp, looks_of, model_home
+from .frozen import EncoderLooks, FrozenBase, files_stamp, looks_of, model_home, onto
 
 
 class TargetEncoders:
@@ -29,11 +29,9 @@ class TargetEncoders:
     def __init__(self, base: FrozenBase, config: DataConfig, device: torch.device, *, keep_text: bool = False) -> None:
         self.base, self.config, self.device, self.keep_text = base, config, device, keep_text
         self.dtype: torch.dtype = getattr(torch, config.cache_dtype)
-        if base.vae is not None:
-            base.vae.to(device)
-        if keep_text:
-            for encoder in base.text_encoders:
-                encoder.to(device)
+        for module in (base.vae, *(base.text_encoders if keep_text else ())):
+            if module is not None:
+                onto(module, device)
 
     @torch.no_grad()
     def latents(self, pixels: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import CorruptFileError, InvalidInputError
-from ..generate import load_pipeline
+from ..errors import CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
+from ..generate import check_configs, hold_in_memory, load_pipeline, read_table
 from ..image_encoder import ImageEncoder, TransformersImageEncoder, vision_config
 from .adapter import EncoderSizes, freeze
 
@@ -97,11 +96,17 @@ class FrozenBase:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """UNet and text encoders to the compute device and dtype; the VAE keeps its dtype (SDXL's overflows in fp16)."""
-        self.unet.to(device, dtype)
-        for encoder in self.text_encoders:
-            encoder.to(device, dtype)
+        for module in (self.unet, *self.text_encoders):
+            onto(module, device, dtype)
         if self.vae is not None:
-            self.vae.to(device)
+            onto(self.vae, device)
+
+
+def onto(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Move a model; one that stays on the CPU gets memory of its own, apart from its files."""
+    module.to(device, dtype)
+    if device.type == "cpu":
+        hold_in_memory(module)
 
 
 def model_home(base: str, config: str) -> str:
@@ -130,11 +135,12 @@ def model_home(base: str, config: str) -> str:
                 else ""
             )
         )
+    check_configs(home)
     try:
-        unet: dict[str, Any] = json.loads((home / "unet" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{home} has no readable unet/config.json ({error})") from error
-    told = (unet["block_out_channels"][0], unet["cross_attention_dim"])
+        unet = read_table(home / "unet" / "config.json")
+        told = (unet["block_out_channels"][0], unet["cross_attention_dim"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise InvalidInputError(f"{home} has no readable unet/config.json ({reason(error)})") from error
     if told != (width, text):
         raise InvalidInputError(
             f"{path.name} holds an {kind} whose UNet begins with {width} channels, but model.config {home} describes "
@@ -167,7 +173,7 @@ def _single_file_widths(path: Path) -> tuple[int, int]:
             if text and first in keys:
                 return file.get_slice(first).get_shape()[0], file.get_slice(text).get_shape()[1]
     except Exception as error:  # safetensors raises its own kind without a public name
-        raise CorruptFileError(f"{path} is not a readable safetensors file: {error}") from error
+        raise CorruptFileError(f"{path} is not a readable safetensors file ({reason(error)})") from error
     raise InvalidInputError(
         f"{path} is no whole SD1.5, SD2 or SDXL checkpoint: it lacks {prefix}input_blocks… with cross-attention (it has "
         f"{', '.join(sorted({key.split('.')[0] for key in keys})[:6])})"
@@ -179,14 +185,16 @@ def open_single_file(path: Path, config: Path, **parts: Any) -> Any:
     import diffusers
 
     try:
-        index: dict[str, Any] = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
+        index = read_table(config / "model_index.json")
         made: Any = getattr(diffusers, index["_class_name"])
         # no base model's file holds these, whatever the folder lists
         left_out = {part: None for part in ("image_encoder", "feature_extractor", "safety_checker") if part in index}
         pipeline: Any = made.from_single_file(str(path), config=str(config), local_files_only=True, **left_out, **parts)
     except Exception as error:  # diffusers lets KeyErrors and its own kinds through
+        if out_of_memory(error):
+            raise
         raise InvalidInputError(
-            f"{path} cannot be loaded as {config} describes it ({type(error).__name__}: {str(error)[:300]}); text encoder, "
+            f"{path} cannot be loaded as {config} describes it ({reason(error)}); text encoder, "
             "autoencoder and UNet must all be in the file, and model.config must be of its architecture"
         ) from error
     for part, module in pipeline.components.items():
@@ -261,12 +269,20 @@ def _vision_config(base: str, folder: str) -> dict[str, int]:
     if path.is_file():
         return vision_config(path)
     try:
-        values: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = read_table(path / "config.json")
         vision: dict[str, Any] = {**values, **(values.get("vision_config") or {})}
-        return {key: int(vision[key]) for key in ("image_size", "patch_size", "projection_dim", "hidden_size")}
+        sizes: dict[str, int] = {
+            key: vision[key] for key in ("image_size", "patch_size", "projection_dim", "hidden_size")
+        }
+        strange = [
+            f"{key} is {quoted(size)}" for key, size in sizes.items() if type(size) is not int or not 0 < size < 2**16
+        ]
+        if strange:
+            raise CorruptFileError(strange[0])
+        return sizes
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(
-            f"{path} holds no readable config.json of a CLIP image encoder ({error}); set model.image_encoder to one, "
+            f"{path} holds no readable config.json of a CLIP image encoder ({reason(error)}); set model.image_encoder to one, "
             "e.g. models/image_encoder of h94/IP-Adapter"
         ) from error
 
@@ -301,7 +317,7 @@ def files_stamp(folder: str, *parts: str) -> str:
     for part in parts:
         whole = Path(folder)
         for path in [whole] if whole.is_file() else sorted((whole / part).glob("*")):
-            if path.suffix not in (".safetensors", ".bin", ".json"):
+            if path.suffix not in (".safetensors", ".bin", ".json") or not path.is_file():
                 continue
             size = path.stat().st_size
             digest.update(f"{part}/{path.name} {size}".encode())
