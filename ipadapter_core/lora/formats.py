@@ -224,7 +224,10 @@ def _config_for(configs: Mapping[str, PeftConfig], stem: str) -> PeftConfig | No
     if not configs:
         return None
     found = configs.get(stem.split(".", 1)[0]) or configs.get("")
-    return found or (next(iter(configs.values())) if len(configs) == 1 else None)
+    if found is None and len(configs) == 1:  # a module without the part's name in front
+        ((part, only),) = configs.items()
+        found = only if canonical(f"{part}.x")[0] == canonical(stem)[0] else None
+    return found
 
 
 def _refuse_methods(file: str, left: Mapping[str, Tensor]) -> None:

@@ -102,7 +102,8 @@ def split_key(key: str) -> tuple[str, str] | None:
             continue
         match = pattern.search(key)
         if match is not None:
-            return key[: match.start()].removesuffix(".base_layer"), match.expand(role)
+            stem = key[: match.start()].removesuffix(".base_layer")
+            return stem, match.expand(role) if "\\" in role else role
     return None
 
 

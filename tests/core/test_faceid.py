@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -285,3 +286,22 @@ def test_half_a_lora_is_refused() -> None:
         load_adapter(state)
     with pytest.raises(CorruptFileError, match="3 cross-attentions; 16 and 70 are known"):
         kohya_lora(load_adapter(tiny_state("faceid", lora_rank=2)).lora, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("1.to_q_lora.up", lambda t: t * float("nan"), "NaN or infinite numbers"),
+        ("0.to_k_lora.down", lambda t: t + float("inf"), "NaN or infinite numbers"),
+        ("1.to_q_lora.up", lambda t: torch.cat([t, t]), "for a layer of"),
+        ("1.to_k_lora.down", lambda t: torch.cat([t, t], 1), "for a layer of"),
+        ("0.to_out_lora.down", lambda t: t[:, :-1], "for a layer of"),
+        ("0.to_v_lora.up", lambda t: t.to(torch.complex64), "stored as"),
+        ("0.to_v_lora.up", lambda t: t.to(torch.int8), "stored as"),
+    ],
+)
+def test_a_lora_inside_that_would_fail_later_is_refused(key: str, change: Any, message: str) -> None:
+    state = tiny_state("faceid", lora_rank=2)
+    name = f"ip_adapter.{key}.weight"
+    with pytest.raises(CorruptFileError, match=message):
+        load_adapter(state | {name: change(state[name])})

@@ -290,6 +290,22 @@ def boft(w: Tensor, f: Weights, s: float) -> Tensor:
     return rows.reshape(w.shape)
 
 
+def onetrainer_oft_file(kernel: tuple[int, ...]) -> Weights:
+    """Vectors of 3 numbers for blocks of 3, and the mark of its scaled variant; no config says the rest."""
+    blocks = IN * torch.Size(kernel).numel() // 3
+    return {"oft_R.weight": made(blocks, 3, seed=1), "oft_R.scaled_oft": torch.tensor(True)}
+
+
+def onetrainer_oft(w: Tensor, f: Weights, s: float) -> Tensor:
+    """``W Rᵀ`` with the first five terms of R's series, the vectors divided by ``2 √(n-1)`` (modules/module/oft_utils.py)."""
+    turns: list[Tensor] = []
+    for a, b, c in f["oft_R.weight"] / (2 * 2**0.5):
+        zero = torch.zeros_like(a)
+        q = torch.stack([torch.stack([zero, a, b]), torch.stack([-a, zero, c]), torch.stack([-b, -c, zero])])
+        turns.append(torch.eye(3, dtype=w.dtype) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q)
+    return w + s * ((matrix(w) @ torch.block_diag(*turns).T).reshape(w.shape) - w)
+
+
 def full_file(kernel: tuple[int, ...]) -> Weights:
     return {"diff": made(OUT, IN, *kernel, seed=1)}
 
@@ -341,6 +357,7 @@ CASES: dict[str, tuple[Callable[[tuple[int, ...]], Weights], Formula, tuple[str,
     "OFT constrained": (oft_file(0.01), oft, ("linear",)),
     "OFT rescaled": (oft_file(0.0, True), oft, ("linear", "conv 3×3")),
     "BOFT": (boft_file, boft, tuple(KERNELS)),
+    "OFT of OneTrainer": (onetrainer_oft_file, onetrainer_oft, tuple(KERNELS)),
     "full": (full_file, full, tuple(KERNELS)),
     "set": (set_file, set_weight, tuple(KERNELS)),
     "IA3 out": (ia3_file(False), ia3, tuple(KERNELS)),

@@ -296,6 +296,48 @@ def test_verify(tmp_path: Path) -> None:
     assert any("more than its layer can use" in remark for remark in verify(wide | good).remarks)
 
 
+def test_inspection_shows_what_decides_the_strength(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Alpha, scale and rank of every module, where the alpha comes from, and what is not applied."""
+    tensors = {f"lora_unet_conv_in.{k}": t for k, t in low_rank(SHAPES["conv_in"], 4, 0).items()}
+    tensors |= {
+        f"unet.conv_out.{k}": noise(*s) for k, s in (("lora_A.weight", (2, 8, 3, 3)), ("lora_B.weight", (4, 2, 1, 1)))
+    }
+    tensors |= {f"text_encoder.x.{k}": noise(*s) for k, s in (("lora_A.weight", (2, 8)), ("lora_B.weight", (8, 2)))}
+    tensors |= {
+        "lora_unet_whole.lokr_w1": noise(2, 2),
+        "lora_unet_whole.lokr_w2": noise(2, 2),
+        "bundle_emb.a": noise(1),
+    }
+    header = {"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 6, "text_encoder.r": 2})}
+    save_file(tensors, tmp_path / "x.safetensors", header)
+    facts = json.loads(run(capsys, "inspect", tmp_path / "x.safetensors", "--json")[1])
+    rows = {
+        row["module"]: (row["rank"], row["alpha"], row["scale"], row["alpha_from"]) for row in facts["module_table"]
+    }
+    assert rows == {
+        "lora_unet_conv_in": (4, 2.0, 0.5, "tensor"),
+        "unet.conv_out": (2, 2.0, 1.0, "default"),
+        "text_encoder.x": (2, 6.0, 3.0, "header"),
+        "lora_unet_whole": (None, None, 1.0, ""),
+    }
+    assert facts["alpha_from"] == {"tensor": 1, "default": 1, "header": 1}
+    assert [item["name"] for item in facts["left_out"]] == ["bundle_emb.a"]
+    text = run(capsys, "inspect", tmp_path / "x.safetensors")[1]
+    assert "not applied    1 × embeddings that OneTrainer put beside the LoRA" in text
+    (line,) = (line for line in text.splitlines() if "text_encoder.x" in line)
+    assert line.split() == ["te1", "LoRA", "2", "6", "3", "header", "text_encoder.x"]
+
+
+def test_commands_say_what_they_do_not_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file(state() | {"stray.key": noise(1)}, tmp_path / "x.safetensors")
+    assert run(capsys, "convert", tmp_path / "x.safetensors", "--out", tmp_path / "y.safetensors")[0] == 0
+    assert [record.message for record in caplog.records] == [
+        "'x.safetensors': not taken: 1 × keys of nothing known: 'stray.key'"
+    ]
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
