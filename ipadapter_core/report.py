@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .checkpoints import AdapterSpec, AdapterWeights
+from .errors import one_line
 from .image_encoder import ENCODERS
 from .patch import AdapterPatch, check_adapter
 from .schedule import roles_of
@@ -51,7 +52,7 @@ def describe_spec(spec: AdapterSpec, name: str) -> str:
     files = ENCODERS[spec.encoder].files if spec.encoder in ENCODERS else ()
     tokens = spec.num_tokens or "as many as the encoder gives"
     lines = [
-        name,
+        one_line(name),
         f"  family         {FAMILIES.get(spec.family, spec.family)}",
         f"  base model     {spec.base_model} ({len(spec.layer_channels)} cross-attentions, text width {spec.token_dim})",
         f"  image tokens   {tokens}",
@@ -61,7 +62,9 @@ def describe_spec(spec: AdapterSpec, name: str) -> str:
     if files:
         lines.append(f"  encoder files  {', '.join(files)}")
     for group, count in spec.left_out.items():
-        lines.append(f"  left out       {group} ({count} tensors): {LEFT_OUT.get(group, 'no part of an adapter')}")
+        lines.append(
+            f"  left out       {one_line(group)} ({count} tensors): {LEFT_OUT.get(group, 'no part of an adapter')}"
+        )
     return "\n".join(lines)
 
 

@@ -17,6 +17,8 @@ def locked(folder: Path, busy: Callable[[], None]) -> Generator[None]:
         import fcntl
 
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / ".lock").is_fifo():
+            raise OSError("opening a pipe would wait for ever")
         file = (folder / ".lock").open("ab")
     except (ImportError, OSError):
         yield

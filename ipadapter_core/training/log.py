@@ -99,6 +99,8 @@ class Log:
             return
         row = {"event": kind, "step": step, **values}
         try:
+            if self.file.is_fifo():
+                raise OSError("it is a pipe, which would wait for ever")
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # a full disk must not end the training that is in memory

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, CorruptFileError, InvalidInputError, quoted, reason
+from ..errors import AdapterError, CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
 from ..text_files import parse_json
 from .tensor_files import TensorReader, write_tensors
 
@@ -77,6 +77,8 @@ class Training:
         except AdapterError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
             raise _other(file.path, reason(error)) from error
         finally:
             file.close()

@@ -28,6 +28,7 @@ from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.training import RunConfig, TrainingFailed, dry_run, train, write_config
 from ipadapter_core.training import loop as loop_module
 from ipadapter_core.training.adapter import fingerprint
+from ipadapter_core.training.config import OutputConfig
 from ipadapter_core.training.frozen import checkpoint_blocks, load_base, load_encoder
 from ipadapter_core.training.log import Log, curves
 from ipadapter_core.training.state import RunFolder, write_note
@@ -444,10 +445,33 @@ def test_a_watcher_that_is_gone_ends_no_run(tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "progress.jsonl").mkdir()
-    with Log(tmp_path, steps=1) as log:
-        log.event("step", 1, loss=1.0)
-    assert "progress.jsonl could not be written" in capsys.readouterr().err
+    for number, make in enumerate((Path.mkdir, os.mkfifo)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder / "progress.jsonl")
+        with Log(folder, steps=1) as log:
+            log.begin(0)
+            log.event("step", 1, loss=1.0)
+            log.plot()
+        assert "progress.jsonl could not be written" in capsys.readouterr().err
+    os.mkfifo(tmp_path / ".lock")
+    with RunFolder(RunConfig(output=OutputConfig(folder=str(tmp_path))).output).alone():
+        pass
+
+
+def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    lines = [b'{"event": "step", "step": 1, "loss": 2.0}', b"\xff\xfe", b"[]", b"3", b"[" * 100_000, b'{"loss": 1.0}']
+    lines += [
+        b'{"step": "x", "loss": 1.0}',
+        b'{"step": 2, "loss": "nan"}',
+        b'{"step": 3, "loss": 1.0}',
+        b'{"step": 4, "lo',
+    ]
+    (tmp_path / "progress.jsonl").write_bytes(b"\n".join(lines))
+    assert curves(tmp_path / "progress.jsonl") == {"loss": ([1, 3], [2.0, 1.0])}
+    with Log(tmp_path, steps=1, tensorboard=False) as log:
+        log.begin(1)
+    assert (tmp_path / "progress.jsonl").read_bytes() == lines[0] + b"\n"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its writer's thread dies
