@@ -393,7 +393,7 @@ def make_prompt(rng: Random, keep: Keep) -> Case:
                 [part, part],
                 (part,),
                 {"a": part},
-                part[:1].expand(10**6, *part.shape[1:]) if part.ndim else part,
+                part[:1].expand(10**6, *part.shape[1:]) if part.ndim and len(part) else part,
             )
         )
         return Case(

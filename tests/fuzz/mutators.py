@@ -375,9 +375,9 @@ def edit_zip(rng: Random, raw: bytes) -> bytes:
     with zipfile.ZipFile(made, "w", method) as file:
         for key, content in members.items():
             try:
-                file.writestr(key, content)
-            except (ValueError, UnicodeError):
-                file.writestr("odd", content)
+                file.writestr(zipfile.ZipInfo(key), content, method)  # of 1980: a seed repeats
+            except (ValueError, UnicodeError, IndexError):  # names that no archive can have
+                file.writestr(zipfile.ZipInfo("odd"), content)
     return made.getvalue()
 
 
@@ -586,4 +586,4 @@ def _save_legacy(state: Any, file: io.BytesIO, protocol: int) -> None:
     pickler.dump(state)
     pickle.dump([str(key) for key in range(len(pickler.storages))], file, protocol)
     for storage, count in pickler.storages:
-        file.write(struct.pack("<q", count) + bytes(storage.tolist()))
+        file.write(struct.pack("<q", count) + torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes())
