@@ -28,8 +28,9 @@ StateDict = Mapping[str, Tensor]
 Source = str | os.PathLike[str] | Mapping[str, object]
 
 MAX_DEPTH = 8
-MAX_ENTRIES = 200_000
-"""Levels and entries of nested dictionaries: a pickle of a kilobyte can hold a cycle, or a tree of 10^14 leaves."""
+MAX_ENTRIES = 50_000
+"""Levels and entries of tables: a pickle of a kilobyte can hold a cycle, or a tree of 10^14 leaves. Full checkpoints with their
+averages have five thousand entries; to look at fifty thousand takes a second."""
 
 LONGEST_KEY = 1000
 """Characters in the name of a tensor."""
@@ -125,6 +126,7 @@ class StoredTensors:
 
     def __init__(self, source: Source, *, name: str | None = None) -> None:
         self._source = source
+        self._before = None if isinstance(source, Mapping) else _stamp(Path(source))
         self._stored: dict[str, _Stored] = {}
 
         def remember(file: BinaryIO, stored: Mapping[str, _Stored], name: str) -> dict[str, Tensor]:
@@ -141,7 +143,17 @@ class StoredTensors:
         if isinstance(self._source, Mapping):
             return {key: self.described.tensors[key] for key in keys}
         with _opened(Path(self._source)) as file:
+            if _stamp(Path(self._source)) != self._before:
+                raise CorruptFileError(f"{self.described.name} was changed while it was read: load it again.")
             return _in_memory(file, {key: self._stored[key] for key in keys}, self.described.name)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):  # _opened says it better
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def open_tensors(source: str | os.PathLike[str]) -> list[tuple[Tensor, bool]]:

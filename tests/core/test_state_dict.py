@@ -353,6 +353,16 @@ def test_tensors_read_one_at_a_time(tmp_path: Path) -> None:
         assert equal({key: stored.read(key) for key in state}, state)
 
 
+def test_a_file_that_changes_between_two_tensors_is_no_mixture(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.ones(4)}, path)
+    stored = StoredTensors(path)
+    assert stored.read("a").sum() == 4
+    save_file({"a": torch.zeros(4), "b": torch.zeros(4), "c": torch.zeros(4)}, path)
+    with pytest.raises(CorruptFileError, match="was changed while it was read"):
+        stored.read("b")
+
+
 # --- pickles, read as data ---------------------------------------------------------------------------------------
 
 
