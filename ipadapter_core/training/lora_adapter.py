@@ -23,6 +23,7 @@ from ..errors import CorruptFileError, IncompatibleAdapterError, InvalidInputErr
 from ..lora import Component, Layer, LoRAModule, LoRAWeights, Target, Update, load_lora, parse_selector, targets_of
 from ..lora.decomposed import Decomposed
 from ..lora.hadamard import Hadamard
+from ..lora.input_rotation import InputRotation
 from ..lora.kronecker import Kronecker
 from ..lora.low_rank import LowRank
 from ..lora.placement import place_lora
@@ -267,6 +268,10 @@ def continued_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
             raise IncompatibleAdapterError(
                 f"{weights.name} changes the {placement.parameter} of {placement.target.path} in a way that cannot be trained on; "
                 "plain weights of whole layers are expected"
+            )
+        if placement.target.is_embedding or isinstance(placement.update, InputRotation):
+            raise IncompatibleAdapterError(
+                f"{weights.name} has {placement.update.title} on {placement.target.path}, which can be applied but not trained on"
             )
         updates[placement.target] = placement.update
     return TrainedLoRA(updates, config.dropout)
