@@ -161,7 +161,7 @@ def _write(state: dict[str, Tensor], path: Path, layout: Layout, texts: dict[str
     path.touch()
     mode = path.stat().st_mode
     if layout == "flat":
-        save_file(state, path, metadata=texts)
+        save_file(_apart(state), path, metadata=texts)
         path.chmod(mode)  # safetensors leaves files that only their owner can read
     else:
         groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
@@ -172,6 +172,17 @@ def _write(state: dict[str, Tensor], path: Path, layout: Layout, texts: dict[str
         torch.save(groups, path)
     with path.open("r+b") as file:
         os.fsync(file.fileno())
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those that share numbers (tied weights of a pickle) as copies: safetensors keeps each by itself."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def _read(file: TensorFile) -> tuple[AdapterSpec, Format, dict[str, Tensor], dict[str, Tensor]]:

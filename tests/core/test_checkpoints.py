@@ -479,6 +479,16 @@ def test_an_adapter_cut_off_while_in_use(tmp_path: Path) -> None:
         assert adapter.tokens(torch.ones(1, 24)).isfinite().all()
 
 
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+def test_tied_weights_are_saved_one_by_one(tmp_path: Path, layout: str) -> None:
+    state = tiny_state("base", channels=(8, 8))
+    state["ip_adapter.3.to_k_ip.weight"] = state["ip_adapter.1.to_k_ip.weight"]
+    torch.save(nested(state), tmp_path / "tied.bin")
+    path = tmp_path / ("a.safetensors" if layout == "flat" else "a.bin")
+    save_adapter(load_adapter(tmp_path / "tied.bin"), path, layout=layout)  # pyright: ignore
+    assert load_adapter(path).module.to_k_ip[1].weight.equal(state["ip_adapter.1.to_k_ip.weight"])
+
+
 @pytest.mark.parametrize("layers", ["ip_adapter", "resampler"])
 def test_more_layers_than_any_model_has(layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats_of_checkpoints, "MOST_LAYERS", 4)
