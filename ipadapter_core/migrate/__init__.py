@@ -192,7 +192,14 @@ def _group_nodes(raw: Json) -> tuple[int, list[str]]:
 
 def _rewrite(read: Saved | Prompt, fresh: Callable[[], NodeId], bases: Bases) -> Migration:
     """Change what can change in one graph."""
-    made = Migration(dict(read.nodes), read.edges, fresh, lambda number: bases.of(made, number))
+    told: dict[NodeId, tuple[str, str]] = {}
+
+    def base_for(number: NodeId) -> tuple[str, str]:  # as the graph was before anything changed
+        if number not in told:
+            told[number] = bases.of(made, number)
+        return told[number]
+
+    made = Migration(dict(read.nodes), read.edges, fresh, base_for)
     groups, kept = _kept(made)
     old = {n: node.type for n, node in made.nodes.items() if node.type in OLD_TYPES and n not in kept}
     made.report += [
@@ -224,7 +231,7 @@ def _kept(made: Migration) -> tuple[list[list[NodeId]], dict[NodeId, str]]:
     groups = components(embed_pairs(made))
     pairs = [(group[0], number) for group in groups for number in group]
     for group in groups:
-        reason = embeds_obstacle(made, group)
+        reason = embeds_obstacle(made, set(group))
         if reason:
             reasons |= dict.fromkeys(group, reason)
     old = [(number, node) for number, node in made.nodes.items() if node.type in OLD_TYPES]

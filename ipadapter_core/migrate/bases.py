@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ..errors import quoted
 from ..known_files import KNOWN_FILES, preset_of
-from .graph import REROUTE, Migration, Node, NodeId, table
+from .graph import FAR, REROUTE, Migration, Node, NodeId, table
 
 # The first that is found in a name (folders too) decides. Names of models, not of LoRAs or ControlNets.
 _SIGNS: tuple[tuple[str, str], ...] = (
@@ -79,10 +79,11 @@ class Bases:
 
     def _feeding(self, made: Migration, number: NodeId) -> list[str]:
         """The checkpoint that a node's model comes from, through whatever changes the model in between."""
-        todo, seen = [number], {number}
-        while todo:
-            into = made.edges.into(todo.pop())
-            for name, edge in into.items():
+        todo, seen, left = [number], {number}, FAR
+        while todo and left > 0:
+            into = made.edges.first(todo.pop(), left)
+            left -= max(len(into), 1)
+            for name, edge in into:
                 if edge.source in seen or edge.source not in made.nodes:
                     continue
                 if edge.type != "MODEL" and name != "model" and made.type_of(edge.source) != REROUTE:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from ..errors import quoted
 from .apply import Loaded, add_schedule, steering_widgets
-from .graph import Edge, Migration, NodeId, fed_besides, label, settings_of
+from .graph import FAR, Edge, Migration, NodeId, fed_besides, label, settings_of
 from .names import ADAPTER, APPLY_INPUTS, EMBED_SOCKETS, EMBEDS, ENCODE_INPUTS, FACE_LOADER, LOADERS, UNIFIED
 
 
@@ -77,7 +77,7 @@ def _is_single(made: Migration, edge: Edge) -> bool:
     if source is not None and source.type == "IPAdapterCombineEmbeds":
         return settings_of(source)[0].get("method") != "concat"
     seen: set[NodeId] = set()
-    while (
+    while len(seen) < FAR and (
         source is not None and source.type in ("IPAdapterEncoder", "PrepImageForClipVision") and source.id not in seen
     ):
         seen.add(source.id)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, cast
 
 from ..compatibility import COMPATIBILITIES
@@ -19,6 +20,8 @@ Target = tuple[NodeId, str]
 """A node and one of its inputs."""
 
 REROUTE = "Reroute"
+FAR = 500
+"""Nodes that are looked through from one to what feeds it; no real graph has so many in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,10 @@ class Wires:
     def into(self, number: NodeId) -> dict[str, Edge]:
         """What feeds a node, by its inputs."""
         return dict(self._into.get(number, {}))
+
+    def first(self, number: NodeId, count: int) -> list[tuple[str, Edge]]:
+        """At most so many of what feeds a node, by its inputs."""
+        return list(islice(self._into.get(number, {}).items(), count))
 
     def consumers(self, number: NodeId, output: int) -> list[Target]:
         return list(self._from.get((number, output), {}))
@@ -155,12 +162,12 @@ class Migration:
     def origin(self, edge: Edge) -> Edge:
         """What feeds an edge, seen through reroute nodes."""
         seen: set[NodeId] = set()
-        while self.type_of(edge.source) == REROUTE and edge.source not in seen:
+        while self.type_of(edge.source) == REROUTE and edge.source not in seen and len(seen) < FAR:
             seen.add(edge.source)
-            into = list(self.edges.into(edge.source).values())
+            into = self.edges.first(edge.source, 2)
             if len(into) != 1:
                 break
-            edge = into[0]
+            edge = into[0][1]
         return edge
 
     def uses(self, number: NodeId, output: int) -> list[Target]:

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ipadapter_core.cli import main
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
-from ipadapter_core.migrate import REPLACEMENTS, migrate, migrate_graph, replace_in_prompt
+from ipadapter_core.migrate import REPLACEMENTS, bases, graph, migrate, migrate_graph, replace_in_prompt
 from ipadapter_core.migrate.bases import base_of_name
 from ipadapter_core.migrate.files import read_graph
 from ipadapter_core.migrate.names import OLD_TYPES
@@ -695,6 +695,27 @@ def test_other_values_are_no_workflow(value: Any) -> None:
 def test_a_graph_beyond_any_real_one_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="20,001 nodes"):
         migrate_graph({"nodes": [{}] * 20_001, "links": []})
+
+
+def test_a_long_chain_is_followed_so_far_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each loader behind a row of reroutes, and each node that applies, would else walk the whole of it."""
+    count, far = 300, 10
+    walked: list[int] = []
+    real = graph.Wires.first
+    monkeypatch.setattr(graph.Wires, "first", lambda self, n, most: walked.append(0) or real(self, n, most))
+    monkeypatch.setattr(graph, "FAR", far)
+    monkeypatch.setattr(bases, "FAR", far)
+    nodes: list[Any] = [node(0, "IPAdapterModelLoader", {}, [], ["a"])]
+    nodes += [node(i, "Reroute", {"": ("*", i)}, [], []) for i in range(1, count)]
+    for i in range(count, 2 * count):
+        names = ("model",) if i % 2 else ("model", "ipadapter", "image")
+        sockets = dict.fromkeys(names, ("*", i))
+        nodes.append(
+            node(i, "IPAdapterUnifiedLoader" if i % 2 else "IPAdapter", sockets, [], [] if i % 2 == 0 else ["PLUS"])
+        )
+    links = [[i, min(i, count) - 1, 0, i, 0, "MODEL"] for i in range(1, 2 * count)]
+    migrate_graph({"nodes": nodes, "links": links})
+    assert count < len(walked) <= 2 * count * (far + 1)
 
 
 VALUES = st.sampled_from(
