@@ -25,8 +25,8 @@ Key = TypeVar("Key")
 
 def keep(cache: dict[Key, Tensor], key: Key, value: Tensor, limit: int = WINDOWS_KEPT) -> Tensor:
     """Put a value into a cache that forgets its oldest entries beyond ``limit``; returns the value."""
-    while len(cache) >= limit:
-        cache.pop(next(iter(cache)), None)
+    for oldest in list(cache)[: max(len(cache) - limit + 1, 0)]:  # a list: threads share the cache
+        cache.pop(oldest, None)
     cache[key] = value
     return value
 

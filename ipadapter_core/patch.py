@@ -86,7 +86,7 @@ class BakedSite:
 
     def release(self, device: torch.device) -> None:
         """Forget arrangements that live on other devices than ``device``."""
-        for key in [key for key, kv in self._prepared.items() if kv.k.device != device]:
+        for key in [key for key, kv in list(self._prepared.items()) if kv.k.device != device]:
             self._prepared.pop(key, None)
 
 
@@ -153,6 +153,9 @@ class AdapterPatch:
     weights: tuple[SiteWeight, ...]
     rules: Rules = CORRECT
     latent_weights: LatentWeights | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> AdapterPatch:
+        return self  # frozen: a copied model shares the keys and values
 
     def with_schedule(self, schedule: WeightSchedule) -> AdapterPatch:
         """The same image under another schedule."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 from uuid import uuid4
@@ -28,6 +30,7 @@ from ..layouts import layout_of
 from ..masks import Area
 from ..patch import COND, UNCOND, AdapterPatch, SiteCall
 from ..sites import CrossAttentionSite, ModelLayout
+from .calls import Hooks, uncompiled, watch_hooks
 
 KEY = "image_prompt"
 """Our entry in transformer_options and the key of our wrappers."""
@@ -65,6 +68,7 @@ def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None =
 
     ``attention`` is the host's ``(q, k, v, heads, attn_precision=, transformer_options=)`` for the text part.
     """
+    watch_hooks()
     layout = comfy_layout(model)
     if layout != patch.layout:
         raise IncompatibleAdapterError(
@@ -226,7 +230,37 @@ def note_chunks(
             chunks[entry.get("uuid")] = Chunk(UNCOND if negative else COND, _area(entry.get("area"), latent))
             copied.append(entry)
         distinct.append(None if entries is None else copied)
-    return executor(model, distinct, x, timestep, _with_note(model_options, CallNote(step, chunks, latent)))
+    noted = _with_note(model_options, CallNote(step, chunks, latent))
+    marker = _marker(model, noted) if "torch._dynamo" in sys.modules else nullcontext()
+    with marker:
+        return executor(model, distinct, x, timestep, noted)
+
+
+_MARKED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+"""Per UNet: a layer that runs in every call."""
+_MARKERS: dict[tuple[str, frozenset[object]], Hooks] = {}
+
+
+def _marker(model: Any, model_options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """A hook that does nothing, one for each set of slots in use: the host tells torch.compile not to look at the slots."""
+    unet = getattr(model, "diffusion_model", None)
+    if not isinstance(unet, nn.Module):
+        return nullcontext()
+    watch_hooks()
+    unet = uncompiled(unet)
+    if unet not in _MARKED:
+        _MARKED[unet] = next((name for name, _ in unet.named_modules() if name.endswith(".attn2.to_out")), None)
+    path = _MARKED[unet]
+    if path is None:
+        return nullcontext()
+    slots = frozenset(model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {}))
+    if (path, slots) not in _MARKERS:
+        _MARKERS[path, slots] = Hooks({path: _nothing()})
+    return _MARKERS[path, slots].on(unet)
+
+
+def _nothing() -> Callable[..., None]:
+    return lambda *_: None  # another object each time
 
 
 def _with_note(model_options: dict[str, Any], note: object) -> dict[str, Any]:

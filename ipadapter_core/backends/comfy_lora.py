@@ -23,6 +23,7 @@ from ..lora.update import wide
 from ..lora.weights import Component, LoRAWeights
 from ..patch import UNCOND
 from ..sites import CrossAttentionSite
+from .calls import Calls, Hooks, eagerly, uncompiled, watch_hooks
 from .comfy import (
     KEY,
     Attention,
@@ -83,6 +84,7 @@ def place(
 
 def apply_live(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention | None = None) -> LoRAPatcherLike:
     """A clone of ``model`` on which a LoRA runs beside the layers, besides all that is applied already."""
+    watch_hooks()
     clone = cast(LoRAPatcherLike, model.clone())
     stack = LiveStack((*live_patches(model), patch))
     clone.remove_wrappers_with_key("apply_model", LORA_KEY)
@@ -126,6 +128,9 @@ class LiveWrapper:
 
     def __init__(self, stack: LiveStack) -> None:
         self.stack = stack
+        self._calls: Calls[ModelCall] = Calls()
+        self._without = ModelCall(tuple(patch.with_strength(0.0) for patch in stack.patches))
+        self._hooks = Hooks({path: self._hook(layer) for path, layer in stack.layers.items()})
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -135,32 +140,43 @@ class LiveWrapper:
     def _run(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
         options: Options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
-        unet: nn.Module = executor.class_obj.diffusion_model
-        call = model_call(x, options)
+        unet = uncompiled(executor.class_obj.diffusion_model)
+        call = model_call(x, options, self.stack.patches)
         noted = {**options, LORA_KEY: _Running(self.stack, call, unet)}
         if len(args) > 4:
             args = (*args[:4], noted, *args[5:])
         else:
             kwargs["transformer_options"] = noted
-        handles = [
-            unet.get_submodule(path).register_forward_hook(self._hook(layer, call), prepend=True)
-            for path, layer in self.stack.layers.items()
-        ]
-        try:
-            return executor(x, *args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        watch_hooks()
+        with self._hooks.on(unet):
+            self._calls.begin(call)
+            output: Any = None
+            try:
+                output = executor(x, *args, **kwargs)
+            finally:
+                self._calls.end(output)
+        return output
 
-    def _hook(self, layer: LiveLayer, call: ModelCall) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        patches = self.stack.patches
-        return lambda module, args, output: layer.add(module, args[0], output, call, patches, "unet")
+    def _hook(self, layer: LiveLayer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():
+                return eagerly(run, module, args, output)
+            return run(module, args, output)
+
+        def run(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            call = self._calls.running() or self._calls.found(self._without, self._outside)
+            return layer.add(module, args[0], output, call)
+
+        return add
+
+    def _outside(self) -> ModelCall:
+        return self._without
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveWrapper:
         return self
 
 
-def model_call(x: Tensor, options: Options) -> ModelCall:
+def model_call(x: Tensor, options: Options, patches: tuple[LoRAPatch, ...]) -> ModelCall:
     """Translate ComfyUI's transformer_options of one model call."""
     note = options.get(KEY)
     order: Sequence[int] = options.get("cond_or_uncond") or (0,)
@@ -168,13 +184,13 @@ def model_call(x: Tensor, options: Options) -> ModelCall:
     negative = tuple(index == 1 for index in order)
     if not isinstance(note, CallNote):
         step = note if isinstance(note, StepNote) else None
-        return ModelCall(negative, step.percent if step is not None else _unknown, latent)
+        return ModelCall(patches, "unet", negative, step.percent if step is not None else _unknown, latent)
     uuids: Sequence[object] = options.get("uuids") or (None,) * len(order)
     chunks = [note.chunks.get(uuid) for uuid in uuids]
     negative = tuple(n if c is None else c.branch == UNCOND for n, c in zip(negative, chunks, strict=True))
     areas = tuple(None if c is None else c.area for c in chunks)
     percent = note.step.percent if note.step is not None else _unknown
-    return ModelCall(negative, percent, note.latent, areas if any(areas) else None)
+    return ModelCall(patches, "unet", negative, percent, note.latent, areas if any(areas) else None)
 
 
 def _unknown() -> float:
@@ -207,7 +223,7 @@ class RegionHook:
                 continue
             own_k, own_v = (old if new is None else new for old, new in zip((k, v), changed, strict=True))
             regional = self._attend(q, own_k, own_v, extra_options)
-            out = torch.addcmul(out, regional - base, mask_like(base, index, call, stack.patches))
+            out = torch.addcmul(out, regional - base, mask_like(base, index, call))
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -221,7 +237,7 @@ class RegionHook:
         layer = running.stack.layers.get(path)
         if layer is None:
             return None
-        return layer.masked_change(running.unet.get_submodule(path), index, t, running.call, running.stack.patches)
+        return layer.masked_change(running.unet.get_submodule(path), index, t, running.call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionHook:
         return self

@@ -22,6 +22,7 @@ from ..lora.placement import Partial, Placement, place_lora
 from ..lora.targets import TargetTable, targets_of
 from ..lora.update import wide
 from ..lora.weights import Component, LoRAWeights
+from .calls import Calls, eagerly, uncompiled, watch_hooks
 
 Branch = Literal["uncond", "cond"]
 Branches = Sequence[Branch] | Callable[[], Sequence[Branch]]
@@ -40,7 +41,7 @@ def place(pipeline: Any, weights: LoRAWeights, *, partial: Partial = "refuse") -
 def parts_of(pipeline: Any) -> dict[Component, nn.Module]:
     """The modules of a pipeline that a LoRA can change; a bare UNet or transformer counts as one."""
     if isinstance(pipeline, nn.Module):
-        return {"unet": pipeline}
+        return {"unet": uncompiled(pipeline)}
     names: Mapping[str, Component] = {
         "unet": "unet",
         "transformer": "unet",
@@ -52,36 +53,34 @@ def parts_of(pipeline: Any) -> dict[Component, nn.Module]:
     for name, component in names.items():
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
+            module = uncompiled(module)
             is_t5 = name == "text_encoder_2" and type(module).__name__.startswith("T5")  # Flux has no CLIP-G
             found["te3" if is_t5 else component] = module
     return found
 
 
 class LiveLoRAs:
-    """LoRAs beside the layers of a pipeline or a module, until ``remove()``; also a context manager that removes them."""
+    """LoRAs beside the layers of a pipeline or a module, until ``remove()``; also a context manager that removes them.
+
+    Any number of threads may call the models. A call sees one state: changes act from the next one on.
+    """
 
     def __init__(self, pipeline: Any, patches: Sequence[LoRAPatch], branches: Branches) -> None:
-        self._patches = list(patches)
+        self._patches = tuple(patches)
         self._branches = branches
-        self._call = ModelCall()
-        self._handles: list[RemovableHandle] = []
-        self._stacks: list[LiveStack] = []
-        for component, module in parts_of(pipeline).items():
-            stack = LiveStack(patches, component)
-            if stack.layers:
-                self._stacks.append(stack)
-                self._attach(module, stack)
+        stacks = [(module, LiveStack(patches, component)) for component, module in parts_of(pipeline).items()]
+        watch_hooks()
+        self._parts = [_LivePart(self, module, stack) for module, stack in stacks if stack.layers]
 
     @property
     def patches(self) -> tuple[LoRAPatch, ...]:
         """What is applied now, in order."""
-        return tuple(self._patches)
+        return self._patches
 
     def set_strength(self, strength: float, index: int | None = None) -> None:
         """Another strength for one LoRA, or for all, from the next call on. Writes no weight."""
-        for i in range(len(self._patches)) if index is None else (index,):
-            self._patches[i] = self._patches[i].with_strength(strength)
-        self._call.forget_strengths()
+        chosen = range(len(self._patches)) if index is None else (range(len(self._patches))[index],)
+        self._replace(tuple(p.with_strength(strength) if i in chosen else p for i, p in enumerate(self._patches)))
 
     def set_patch(self, patch: LoRAPatch, index: int = 0) -> None:
         """Another strength, schedule or mask for the same LoRA; a new selector needs a new ``apply``."""
@@ -93,27 +92,28 @@ class LiveLoRAs:
             raise InvalidInputError(
                 "a mask cannot be added or taken away while applied; remove the LoRA and apply it anew"
             )
-        self._patches[index] = patch
-        self._call.forget_strengths()
+        patches = list(self._patches)
+        patches[index] = patch
+        self._replace(tuple(patches))
 
     @contextmanager
     def strength(self, value: float, index: int | None = None) -> Generator[LiveLoRAs]:
         """``with lora.strength(0): …`` runs at another strength and returns to the former ones."""
-        before = list(self._patches)
+        before = self._patches
         self.set_strength(value, index)
         try:
             yield self
         finally:
-            self._patches = before
-            self._call.forget_strengths()
+            self._replace(before)
 
     def remove(self) -> None:
-        """Take every hook off; the model is then as it was. Calling it again does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for stack in self._stacks:
-            stack.release()
+        """Take every hook off; the model is then as it was. Calling it again does nothing.
+
+        Calls that other threads are inside of end as they began, and a gradient that a checkpoint with
+        ``use_reentrant=True`` still has to compute sees what its call saw: the hooks go when these are over.
+        """
+        for part in self._parts:
+            part.remove()
 
     def __enter__(self) -> LiveLoRAs:
         return self
@@ -123,45 +123,15 @@ class LiveLoRAs:
     ) -> None:
         self.remove()
 
-    def _attach(self, module: nn.Module, stack: LiveStack) -> None:
-        if stack.component == "unet":
-            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-        for path, layer in stack.layers.items():
-            # first in line: whoever reads the layer's output, an image prompt its q, sees it with the LoRA
-            hook = self._hook(layer, stack)
-            self._handles.append(module.get_submodule(path).register_forward_hook(hook, prepend=True))
-        for site in stack.text_sites:
-            attention = module.get_submodule(site)
-            self._handles.append(attention.register_forward_hook(self._regions(site, stack), with_kwargs=True))
+    def _replace(self, patches: tuple[LoRAPatch, ...]) -> None:
+        self._patches = patches
+        for part in self._parts:
+            part.calls.changed()
 
-    def _hook(self, layer: LiveLayer, stack: LiveStack) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        plain = ModelCall()
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if stack.component != "unet":
-                plain.forget_strengths()
-                return layer.add(module, args[0], output, plain, self._patches, stack.component)
-            return layer.add(module, args[0], output, self._call, self._patches, "unet")
-
-        return hook
-
-    def _regions(self, site: str, stack: LiveStack) -> Callable[..., Tensor]:
-        """Every region has text keys and values of its own; the attention runs once for each and they are blended."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            base = output
-            for index in stack.regions_at(site, self._call):
-                self._call.region = index
-                try:
-                    changed: Tensor = module.forward(*args, **kwargs)
-                finally:
-                    self._call.region = None
-                output = torch.addcmul(output, changed - base, mask_like(base, index, self._call, self._patches))
-            return output
-
-        return hook
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def call(self, component: Component, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        """A call that begins now with these inputs."""
+        if component != "unet":
+            return ModelCall(self._patches, component)
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else 0.0
         names = self._branches() if callable(self._branches) else self._branches
@@ -172,11 +142,99 @@ class LiveLoRAs:
                 "pass branches=('cond',) where classifier-free guidance is off"
             )
         latent = tuple(int(n) for n in sample.shape[-2:]) if isinstance(sample, Tensor) and sample.ndim == 4 else None
-        self._call = ModelCall(
+        return ModelCall(
+            self._patches,
+            component,
             tuple(name == "uncond" for name in names),
             lambda: _percent(timestep),
             (latent[0], latent[1]) if latent else None,
         )
+
+
+class _LivePart:
+    """The hooks on one module: around its calls, on its layers, and on attentions whose text changes by region."""
+
+    def __init__(self, owner: LiveLoRAs, module: nn.Module, stack: LiveStack) -> None:
+        self.owner, self.stack = owner, stack
+        self.calls: Calls[ModelCall] = Calls()
+        self._without = ModelCall(tuple(patch.with_strength(0.0) for patch in stack.patches), stack.component)
+        self._removed = False
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after, always_call=True),
+        ]
+        for path, layer in stack.layers.items():
+            # first in line: whoever reads the layer's output, an image prompt its q, sees it with the LoRA
+            hook = _LayerHook(self, layer)
+            self._handles.append(module.get_submodule(path).register_forward_hook(hook.add, prepend=True))
+        for site in stack.text_sites:
+            regions = _RegionHook(self, site)
+            attention = module.get_submodule(site)
+            self._handles.append(attention.register_forward_hook(regions.blend, with_kwargs=True))
+
+    def remove(self) -> None:
+        self._removed = True
+        self.calls.when_over(self._detach)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.stack.release()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        eagerly(self._begin, args, kwargs)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        eagerly(self.calls.end, output)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watch_hooks()
+        self.calls.begin(self._without if self._removed else self.owner.call(self.stack.component, args, kwargs))
+
+    def found(self) -> ModelCall:
+        """The call that a layer belongs to which runs outside of one."""
+        return self.calls.found(self._without, self._outside)
+
+    def _outside(self) -> ModelCall:
+        """A layer that runs on its own: a constant strength needs no more to be known."""
+        return ModelCall(self.owner.patches, self.stack.component)
+
+
+class _LayerHook:
+    """On one layer: its output with what the LoRAs add."""
+
+    def __init__(self, part: _LivePart, layer: LiveLayer) -> None:
+        self._part, self._calls, self._layer = part, part.calls, layer
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return eagerly(self._add, module, args, output)
+        return self._add(module, args, output)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self._layer.add(module, args[0], output, self._calls.running() or self._part.found())
+
+
+class _RegionHook:
+    """On one cross-attention: every region has text keys and values of its own; it runs once for each, and they are blended."""
+
+    def __init__(self, part: _LivePart, site: str) -> None:
+        self._part, self._site = part, site
+
+    def blend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return eagerly(self._blend, module, args, kwargs, output)
+
+    def _blend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        base, call = output, self._part.calls.running() or self._part.found()
+        for index in self._part.stack.regions_at(self._site, call):
+            call.region = index
+            try:
+                changed: Tensor = module.forward(*args, **kwargs)
+            finally:
+                call.region = None
+            output = torch.addcmul(output, changed - base, mask_like(base, index, call))
+        return output
 
 
 def _percent(timestep: Tensor | float) -> float:

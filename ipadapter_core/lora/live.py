@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,29 +27,28 @@ from .weights import Component
 
 @dataclass(slots=True)
 class ModelCall:
-    """One call of a model, as a backend sees it: the batch in equal chunks, each positive or negative.
+    """One call of a part of a model, as a backend sees it: the batch in equal chunks, each positive or negative.
 
-    ``percent`` is the sampling progress, asked only for windows and curves. ``latent`` is the whole latent's size,
+    ``patches`` are as they were when the call began. ``percent`` is the sampling progress, asked only for windows and curves. ``latent`` is the whole latent's size,
     ``areas`` what part of it each chunk sees (None: all). ``region`` is the masked patch whose text keys and values are
     wanted now, None for none. ``inputs`` keeps the text that the layers of masked patches saw.
     """
 
+    patches: tuple[LoRAPatch, ...] = ()
+    component: Component = "unet"
     negative: tuple[bool, ...] = (False,)
-    percent: Callable[[], float] = lambda: 0.0
+    percent: Callable[[], float] = float
     latent: tuple[int, int] | None = None
     areas: tuple[Area | None, ...] | None = None
     region: int | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     _strengths: dict[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])
 
-    def forget_strengths(self) -> None:
-        """Ask the patches again: their strength was changed within this call's life."""
-        self._strengths.clear()
-
-    def strengths(self, index: int, patch: LoRAPatch, component: Component) -> tuple[float, ...]:
+    def strengths(self, index: int) -> tuple[float, ...]:
         """Strength of a patch on every chunk; one entry if they are equal."""
         found = self._strengths.get(index)
         if found is None:
+            patch, component = self.patches[index], self.component
             cond = patch.strength_for(component)
             uncond = cond if patch.uncond_strength is None or component != "unet" else patch.uncond_strength
             if component == "unet":
@@ -95,71 +95,56 @@ class LiveLayer:
     @property
     def held_bytes(self) -> int:
         """Bytes of the factors that are kept for devices now."""
-        return sum(t.nbytes for fused in self._fused.values() for t in (fused.down, fused.up))
+        return sum(t.nbytes for fused in list(self._fused.values()) for t in (fused.down, fused.up))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was made for a device, or from a weight, is another model's in a copy."""
+        return self.__dict__ | {"_fused": {}, "_changes": {}, "_vectors": {}}
 
     def release(self) -> None:
         """Forget what was made for a device."""
         for kept in (self._fused, self._changes, self._vectors):
             kept.clear()
 
-    def add(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        call: ModelCall,
-        patches: Sequence[LoRAPatch],
-        component: Component,
-    ) -> Tensor:
+    def add(self, module: nn.Module, x: Tensor, y: Tensor, call: ModelCall) -> Tensor:
         """The layer's output with every LoRA that acts in this call; the same object if none does."""
-        low, others = (
-            [(p, s) for p in parts if any(s := self._strengths(p, call, patches, component))]
-            for parts in (self.low_rank, self.others)
-        )
-        if self.text and any(patches[i].mask is not None for i in self.indices):
+        low = [(p, s) for p in self.low_rank if any(s := self._strengths(p, call))]
+        others = [(p, s) for p in self.others if any(s := self._strengths(p, call))] if self.others else ()
+        if self.text and any(call.patches[i].mask is not None for i in self.indices):
             call.inputs[self.path] = x
         if not low and not others:
             return y
         x = x.to(y.dtype) if x.dtype != y.dtype and x.is_floating_point() else x  # an embedding reads ids
         base = y
         if low:
-            y = self._add_low_rank(module, x, y, low, call, patches)
+            y = self._add_low_rank(module, x, y, low, call)
         for part, strengths in others:
             change = self._change(module, part, y)
             rows, layer = part.placement.rows, Layer(module)
             added = self._changed(change, x, base if rows is None else _rows_of(base, rows, layer), strengths)
-            weight = self._mask(part, y, call, patches)
+            weight = self._mask(part, y, call)
             y = _placed_sum(y, added if weight is None else added * weight, rows, layer)
         return y
 
-    def masked_change(
-        self, module: nn.Module, index: int, y: Tensor, call: ModelCall, patches: Sequence[LoRAPatch]
-    ) -> Tensor | None:
+    def masked_change(self, module: nn.Module, index: int, y: Tensor, call: ModelCall) -> Tensor | None:
         """What masked patch ``index`` alone adds to a text layer's output; None if nothing."""
         if index not in self.indices or self.path not in call.inputs:
             return None
-        before, call.region = call.region, index
-        only = [patch if i == index else patch.with_strength(0.0) for i, patch in enumerate(patches)]
-        again = ModelCall(call.negative, call.percent, call.latent, call.areas, index)
-        try:
-            changed = self.add(module, call.inputs[self.path], y, again, only, "unet")
-        finally:
-            call.region = before
+        only = tuple(patch if i == index else patch.with_strength(0.0) for i, patch in enumerate(call.patches))
+        alone = ModelCall(only, "unet", call.negative, call.percent, call.latent, call.areas, index)
+        changed = self.add(module, call.inputs[self.path], y, alone)
         return None if changed is y else changed
 
-    def _strengths(
-        self, part: _Part, call: ModelCall, patches: Sequence[LoRAPatch], component: Component
-    ) -> tuple[float, ...]:
-        patch = patches[part.index]
-        if self.text and patch.mask is not None and call.region != part.index:
+    def _strengths(self, part: _Part, call: ModelCall) -> tuple[float, ...]:
+        if self.text and call.patches[part.index].mask is not None and call.region != part.index:
             return (0.0,)
-        return tuple(s * part.factor for s in call.strengths(part.index, patch, component))
+        strengths = call.strengths(part.index)
+        return strengths if part.factor == 1 else tuple(s * part.factor for s in strengths)
 
-    def _mask(self, part: _Part, y: Tensor, call: ModelCall, patches: Sequence[LoRAPatch]) -> Tensor | None:
-        mask = patches[part.index].mask
-        if mask is None or self.text:
+    def _mask(self, part: _Part, y: Tensor, call: ModelCall) -> Tensor | None:
+        if self.text or call.patches[part.index].mask is None:
             return None
-        return mask_like(y, part.index, call, patches)
+        return mask_like(y, part.index, call)
 
     def _add_low_rank(
         self,
@@ -168,13 +153,12 @@ class LiveLayer:
         y: Tensor,
         acting: Sequence[tuple[_Part, tuple[float, ...]]],
         call: ModelCall,
-        patches: Sequence[LoRAPatch],
     ) -> Tensor:
         layer = Layer(module)
         fused = self._prepare(layer, tuple(self.low_rank.index(part) for part, _ in acting), y)
         inner = layer.apply(x, fused.down)
         alpha = 1.0
-        masks = [self._mask(part, y, call, patches) for part, _ in acting]
+        masks = [self._mask(part, y, call) for part, _ in acting]
         strengths = [s for _, s in acting]
         if len(set(strengths)) == 1 and len(strengths[0]) == 1 and all(mask is None for mask in masks):
             alpha = strengths[0][0]
@@ -292,12 +276,12 @@ def _placed_sum(y: Tensor, added: Tensor, rows: tuple[int, int] | None, layer: L
     return y
 
 
-def mask_like(y: Tensor, index: int, call: ModelCall, patches: Sequence[LoRAPatch]) -> Tensor:
+def mask_like(y: Tensor, index: int, call: ModelCall) -> Tensor:
     """Region of a patch, shaped to multiply an output: ``b l 1`` of tokens, ``b 1 y x`` of pictures, ``b 1`` of embeddings.
 
     Layers without pixels (time embeddings) take the part of the picture that the region covers.
     """
-    mask = patches[index].mask
+    mask = call.patches[index].mask
     assert mask is not None
     chunks = len(call.negative)
     latents = y.shape[0] // chunks
@@ -354,11 +338,7 @@ class LiveStack:
     def regions_at(self, site: str, call: ModelCall) -> list[int]:
         """Masked patches that act on the text keys or values of one cross-attention now."""
         indices = {i for n in ("to_k", "to_v") if (layer := self.layers.get(f"{site}.{n}")) for i in layer.indices}
-        return [
-            i
-            for i in sorted(indices)
-            if self.patches[i].mask is not None and any(call.strengths(i, self.patches[i], self.component))
-        ]
+        return [i for i in sorted(indices) if call.patches[i].mask is not None and any(call.strengths(i))]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The files' tensors behind everything that acts. Low-rank ones are kept per device at about this size;

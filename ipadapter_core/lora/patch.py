@@ -43,6 +43,9 @@ class LoRAPatch:
             if value is not None and not math.isfinite(value):
                 raise InvalidInputError(f"{name} is {value}, which is not a finite number")
 
+    def __deepcopy__(self, memo: dict[int, object]) -> LoRAPatch:
+        return self  # frozen: a copied model shares the file's tensors
+
     @property
     def name(self) -> str:
         return self.placed.weights.name

@@ -347,8 +347,8 @@ def test_other_unets_are_not_touched(unet: UNet2DConditionModel) -> None:
 
 
 def test_live_changes(unet: UNet2DConditionModel) -> None:
-    """A handle follows new schedules and masks at once, and switching off takes its hooks away."""
-    before, plain = traces(unet), call_unet(unet, X, TEXT)
+    """A handle follows new schedules and masks at once; switched off, its hooks stay for torch.compile and do nothing."""
+    plain = call_unet(unet, X, TEXT)
     mask = torch.zeros(16, 16)
     mask[:8] = 1
     with backend.apply(unet, patch_for(unet)) as handle:
@@ -357,7 +357,6 @@ def test_live_changes(unet: UNet2DConditionModel) -> None:
         got = call_unet(unet, X, TEXT)
         handle.set_schedule(WeightSchedule(0.0))
         assert torch.equal(call_unet(unet, X, TEXT), plain)
-        assert sum(row[1] for row in traces(unet)[1]) == sum(row[1] for row in before[1])
         assert handle.patches[0].schedule.strength == 0.0
     assert_close(got, run_applied(unet, patch_for(unet, strength=0.3, preset="style transfer", mask=mask)), **TOLERANCE)
 

@@ -1,0 +1,301 @@
+"""torch.compile around and inside: the pictures of the model that is not compiled, whatever changes between calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from ipadapter_core import WeightSchedule, bake, layout_of
+from ipadapter_core.attention import split_heads
+from ipadapter_core.backends import diffusers as images
+from ipadapter_core.backends import diffusers_lora as loras
+from ipadapter_core.lora.patch import LoRAPatch, masked
+from ipadapter_core.patch import AdapterPatch
+from tiny_loras import tiny_lora
+from tiny_models import TOKEN_DIM, noise, tiny_adapter, tiny_prompt, tiny_unet
+
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 2e-5}  # aot_eager decomposes operations; outputs of size 1
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    import torch._dynamo.config as config
+
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    config.skip_nnmodule_hook_guards = True  # as torch starts
+    yield
+    torch.compiler.reset()
+
+
+class Attention(nn.Module):
+    def __init__(self, channels: int, context: int) -> None:
+        super().__init__()
+        self.heads = 2
+        self.to_q, self.to_k, self.to_v = (nn.Linear(n, channels) for n in (channels, context, context))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (split_heads(t, 2) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.to_out[1](self.to_out[0](out.transpose(1, 2).flatten(2)))
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attn1, self.attn2 = Attention(channels, channels), Attention(channels, TOKEN_DIM)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attn1(x, x)
+        return x + self.attn2(x, text)
+
+
+class Part(nn.Module):
+    def __init__(self, channels: int, depth: int = 1) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([nn.Identity()])
+        self.attentions = nn.ModuleList([nn.Module()])
+        self.attentions[0].transformer_blocks = nn.ModuleList(Block(channels) for _ in range(depth))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.attentions[0].transformer_blocks:
+            x = block(x, text)
+        return x
+
+
+class SmallUNet(nn.Module):
+    """Named and called like a diffusers UNet, and little besides attention: traced twenty times faster."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv_in, self.conv_out = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+        self.down_blocks = nn.ModuleList([Part(8, 2)])
+        self.mid_block = Part(8)
+        self.up_blocks = nn.ModuleList()
+        self.eval().requires_grad_(False)
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        tokens = self.conv_in(sample).flatten(2).transpose(1, 2) + timestep / 1000
+        tokens = self.mid_block(self.down_blocks[0](tokens, text), text)
+        return self.conv_out(tokens.transpose(1, 2).unflatten(2, sample.shape[-2:]))
+
+
+WAYS = ["wrapped", "in place", "blocks", "a function around"]
+
+
+def compiled(unet: Any, way: str) -> Any:
+    """What to call; the UNet itself is what adapters are applied on. Blocks are what compile_repeated_blocks compiles."""
+    if way == "wrapped":
+        return torch.compile(unet, backend="eager")
+    if way == "in place":
+        unet.compile(backend="eager")
+    elif way == "blocks":
+        for block in (m for m in unet.modules() if isinstance(m, Block)):
+            block.compile(backend="eager")
+    else:
+        return torch.compile(lambda *args: unet(*args), backend="eager")
+    return unet
+
+
+def call(model: Any, t: float = 500.0, batch: int = 2, size: int = 8) -> Tensor:
+    x, text = noise(batch, 4, size, size, seed=3), noise(batch, 7, TOKEN_DIM, seed=4)
+    with torch.no_grad():
+        found = model(x, torch.tensor(t), text)
+    return found if isinstance(found, Tensor) else found.sample
+
+
+def image_on(unet: nn.Module, *, seed: int = 0, mask: Tensor | None = None, **schedule: Any) -> AdapterPatch:
+    layout = layout_of(unet)
+    adapter = tiny_adapter(layout, seed=seed)
+    return bake(adapter, tiny_prompt(adapter, seed=seed), layout, WeightSchedule(**schedule), mask)
+
+
+def lora_on(unet: nn.Module, *, seed: int = 0, algorithm: str = "LoRA", **settings: Any) -> LoRAPatch:
+    return replace(loras.place(unet, tiny_lora(unet, "attn1: 1, attn2: 1", algorithm, seed=seed)), **settings)
+
+
+@pytest.fixture
+def unet() -> Any:
+    return SmallUNet()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_image_prompt_before_and_after_compiling(unet: Any, way: str) -> None:
+    """Off, on, weaker, a curve, a mask, another size and batch, another prompt, none: each as without compiling."""
+    plain = copy.deepcopy(unet)
+    first, second = image_on(unet), image_on(unet, seed=1, strength=0.6)
+    mask = torch.zeros(8, 8)
+    mask[:, :4] = 1
+    model = compiled(unet, way)
+
+    def same(**how: Any) -> Tensor:
+        expected = call(plain, **how)
+        assert_close(call(model, **how), expected, **CLOSE)
+        return expected
+
+    without = same()
+    with images.apply(unet, first) as ours, images.apply(plain, first) as theirs:
+        steered = same()
+        assert (steered - without).abs().max() > 0.01
+        for strength in (0.0, 1.0):
+            for handle in (ours, theirs):
+                handle.set_schedule(WeightSchedule(strength))
+            same()
+        same(batch=4)
+        for handle in (ours, theirs):
+            handle.set_schedule(WeightSchedule(curve=((0.0, 1.0), (1.0, 0.0)), end_percent=0.9))
+        for t in (999.0, 10.0):
+            same(t=t)
+        for handle in (ours, theirs):
+            handle.set_mask(mask)
+        same()
+        with images.apply(unet, second), images.apply(plain, second):
+            same()
+    assert torch.equal(same(), without)
+
+
+@pytest.mark.parametrize(("way", "algorithm"), [*((way, "LoRA") for way in WAYS), ("wrapped", "DoRA out")])
+def test_a_live_lora_before_and_after_compiling(unet: Any, way: str, algorithm: str) -> None:
+    plain = copy.deepcopy(unet)
+    patch, scheduled = (
+        lora_on(unet, algorithm=algorithm),
+        lora_on(unet, seed=1, schedule=WeightSchedule(curve=((0.0, 1.0), (1.0, 0.0)))),
+    )
+    mask = torch.zeros(8, 8)
+    mask[:, :4] = 1
+    regional = masked(lora_on(unet, seed=2), mask)
+    early = [loras.apply(m, scheduled, regional, branches=("uncond", "cond")) for m in (unet, plain)]
+    model = compiled(unet, way)
+
+    def same(**how: Any) -> Tensor:
+        expected = call(plain, **how)
+        assert_close(call(model, **how), expected, **CLOSE)
+        return expected
+
+    before = same()
+    same(t=900.0)
+    with ExitStack() as stack:
+        late = [stack.enter_context(loras.apply(m, patch)) for m in (unet, plain)]
+        on = same()
+        assert (on - before).abs().max() > 0.01
+        for strength in (0.0, 1.0):
+            for handle in late:
+                handle.set_strength(strength)
+            same()
+    assert torch.equal(same(), before)
+    for handle in early:
+        handle.remove()
+    assert (same() - before).abs().max() > 1e-3
+
+
+def test_the_wrapped_model_takes_adapters_as_the_model_inside(unet: Any) -> None:
+    """``pipe.unet = torch.compile(pipe.unet)``: image prompts, live and merged LoRAs on what the pipeline holds."""
+    plain = copy.deepcopy(unet)
+    without = call(plain)
+    model = torch.compile(unet, backend="eager")
+    image, lora = image_on(unet), lora_on(unet)
+    assert layout_of(unet) == image.layout
+    for apply, patch in ((images.apply, image), (loras.apply, lora), (loras.merge, lora)):
+        with apply(plain, patch):  # type: ignore[operator]
+            expected = call(plain)
+        with apply(model, patch):  # type: ignore[operator]
+            assert_close(call(model), expected, **CLOSE)
+        assert torch.equal(call(model), without)
+    assert loras.place(type("Pipeline", (), {"unet": model})(), tiny_lora(unet, "attn1")).placed.placements
+
+
+def test_another_dtype_between_calls(unet: Any) -> None:
+    dtype = torch.bfloat16
+    plain = copy.deepcopy(unet)
+    model = torch.compile(unet, backend="eager")
+    image, lora = image_on(unet), lora_on(unet)
+
+    def run(model: Any, dtype: torch.dtype) -> Tensor:
+        x, text = noise(2, 4, 8, 8).to(dtype), noise(2, 7, TOKEN_DIM).to(dtype)
+        with torch.no_grad():
+            return model(x, torch.tensor(500.0, dtype=dtype), text)
+
+    with ExitStack() as stack:
+        for m in (unet, plain):
+            stack.enter_context(images.apply(m, image))
+            stack.enter_context(loras.apply(m, lora))
+        for now in (torch.float32, dtype, torch.float32):
+            for m in (unet, plain):
+                m.to(now)
+            out = run(model, now)
+            assert out.dtype == now
+            assert_close(out, run(plain, now), **CLOSE)
+
+
+def test_a_lora_on_one_of_the_blocks_that_share_code(unet: Any) -> None:
+    """Compiled code of one block serves the next of its class, unless hooks are looked at."""
+    plain = copy.deepcopy(unet)
+    model = compiled(unet, "blocks")
+    assert_close(call(model), call(plain), **CLOSE)
+    for where in ("mid attn1", "in1.1 attn1"):
+        only = replace(loras.place(plain, tiny_lora(plain, where)), strength=2.0)
+        with loras.apply(unet, only), loras.apply(plain, only):
+            assert_close(call(model), call(plain), **CLOSE)
+
+
+def test_a_diffusers_unet() -> None:
+    unet = tiny_unet("one site")
+    plain = copy.deepcopy(unet)
+    model = torch.compile(unet, backend="aot_eager")
+    without = call(model)
+    image, lora = image_on(unet), lora_on(unet)
+    with images.apply(unet, image) as ours, images.apply(plain, image) as theirs:
+        for strength in (0.0, 1.0):
+            for handle in (ours, theirs):
+                handle.set_schedule(WeightSchedule(strength))
+            assert_close(call(model), call(plain), **CLOSE)
+        with loras.apply(unet, lora), loras.apply(plain, lora):
+            assert_close(call(model), call(plain), **CLOSE)
+    assert torch.equal(call(model), without)
+
+
+def test_gradients_through_a_compiled_checkpointed_model(unet: Any) -> None:
+    """Two forwards, one backward, each at its own progress."""
+    curve = WeightSchedule(curve=((0.0, 1.0), (1.0, 0.1)))
+    image = image_on(unet).with_schedule(curve)
+    lora = lora_on(unet, schedule=curve)
+
+    def gradients(model: Any) -> list[Tensor]:
+        inputs = [noise(2, 4, 8, 8, seed=i).requires_grad_() for i in (0, 1)]
+        text = noise(2, 7, TOKEN_DIM)
+        losses = [model(x, torch.tensor(t), text).square().mean() for x, t in zip(inputs, (900.0, 50.0), strict=True)]
+        (losses[0] + losses[1]).backward()
+        return [x.grad for x in inputs if x.grad is not None]
+
+    def checkpointed(model: nn.Module) -> Any:
+        def run(block: Any, x: Tensor, text: Tensor) -> Tensor:
+            return checkpoint(type(block).__call__, block, x, text, use_reentrant=False)  # type: ignore[return-value]
+
+        for part in (m for m in model.modules() if isinstance(m, Part)):
+            blocks = part.attentions[0].transformer_blocks
+
+            def forward(x: Tensor, text: Tensor, blocks: Any = blocks) -> Tensor:
+                for block in blocks:
+                    x = run(block, x, text)
+                return x
+
+            part.forward = forward  # type: ignore[method-assign]
+        return model
+
+    with images.apply(unet, image), loras.apply(unet, lora):
+        expected = gradients(unet)
+        assert (expected[0] - expected[1]).abs().max() > 1e-5
+        for way in ("wrapped", "blocks"):
+            for want, got in zip(expected, gradients(compiled(checkpointed(unet), way)), strict=True):
+                assert_close(got, want, rtol=1e-3, atol=1e-8)
