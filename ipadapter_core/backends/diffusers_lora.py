@@ -6,26 +6,31 @@ keep working, and removing the hooks restores the model exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import InvalidInputError
 from ..lora.live import LiveLayer, LiveStack, ModelCall, mask_like
 from ..lora.patch import LoRAPatch
 from ..lora.placement import Partial, Placement, place_lora
 from ..lora.targets import TargetTable, targets_of
-from ..lora.update import wide
+from ..lora.update import shape_text, wide
 from ..lora.weights import Component, LoRAWeights
 from .calls import Calls, eagerly, uncompiled, watch_hooks
 
 Branch = Literal["uncond", "cond"]
 Branches = Sequence[Branch] | Callable[[], Sequence[Branch]]
+Part = tuple[Placement, float]
 
 
 def place(pipeline: Any, weights: LoRAWeights, *, partial: Partial = "refuse") -> LoRAPatch:
@@ -255,39 +260,78 @@ def apply(pipeline: Any, *patches: LoRAPatch, branches: Branches = ("cond",)) ->
     return LiveLoRAs(pipeline, patches, branches)
 
 
+@dataclass(slots=True, eq=False)
+class _Merged:
+    """A parameter with LoRAs in it: its weight without them, who put in what, and a mark of what was written."""
+
+    pristine: Tensor
+    parts: Parts
+    mark: Tensor
+
+
+class _Owner:
+    """Stands for one merge; where it is gone, nobody can take that out any more."""
+
+
+Parts = dict[ref[_Owner], Sequence[Part]]
+_MERGED = WeakTensorKeyDictionary()
+"""By parameter. All merges of a parameter start from the same pristine weight, so they may go in any order."""
+_MERGING = Lock()
+
+
+def _forget_lasting(gone: ref[_Owner]) -> None:
+    """Free the pristine weights of parameters from which nobody can take anything out."""
+    for parameter, merged in list(_MERGED.items()):
+        if all(owner() is None for owner in cast(_Merged, merged).parts):
+            _MERGED.pop(parameter, None)
+
+
 class MergedLoRAs:
-    """LoRAs written into the weights, which are kept aside and come back with ``remove()``, bit for bit."""
+    """LoRAs written into the weights, which are kept aside and come back with ``remove()``, bit for bit.
+
+    Several may be on one model and go in any order. A weight is written only after all were checked, and after an error
+    all are as before.
+    """
 
     def __init__(self, pipeline: Any, patches: Sequence[LoRAPatch]) -> None:
         for patch in patches:
             if patch.needs_live:
                 raise InvalidInputError(f"{patch.name} cannot be merged: {patch.needs_live}; use apply()")
-        self._parameters: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        self.writes = 0
+        self._parameters: list[Tensor] = []
+        self._owner = _Owner()
+        me = ref(self._owner, _forget_lasting)
+        found: dict[int, tuple[str, Tensor, list[Part]]] = {}
         for component, module in parts_of(pipeline).items():
-            for path, found in _by_parameter(patches, component).items():
+            for path, parts in _by_parameter(patches, component).items():
                 owner, _, name = path.rpartition(".")
-                self._merge(getattr(module.get_submodule(owner), name), found)
-
-    def _merge(self, parameter: nn.Parameter, found: Sequence[tuple[Placement, float]]) -> None:
-        if not parameter.is_floating_point() or parameter.is_meta:
-            raise InvalidInputError(
-                f"a weight is stored as {parameter.dtype} on {parameter.device}, which cannot be merged; use apply(), the live mode"
-            )
-        original = parameter.data.detach().clone()
-        self._parameters[id(parameter)] = (parameter, original)
-        pristine = wide(original)
-        total = pristine.clone()
-        for placement, strength in found:
-            placement.change(pristine, total, strength)
-        parameter.data.copy_(total)
-        self.writes += 1
+                parameter: Tensor = getattr(module.get_submodule(owner), name)
+                found.setdefault(id(parameter), (path, parameter, []))[2].extend(parts)  # modules may share one
+        self.writes = len(found)
+        with _MERGING:
+            for path, parameter, parts in found.values():
+                _check_mergeable(path, parameter, parts)
+            _check_unchanged(parameter for _, parameter, _ in found.values())
+            changes: list[tuple[str, Tensor, Parts]] = []
+            for path, parameter, parts in found.values():
+                merged: _Merged | None = _MERGED.get(parameter)
+                changes.append((path, parameter, {**({} if merged is None else merged.parts), me: parts}))
+            _write(changes)
+            self._parameters = [parameter for _, parameter, _ in changes]
 
     def remove(self) -> None:
-        """Put the kept weights back."""
-        for parameter, original in self._parameters.values():
-            parameter.data.copy_(original)
-        self._parameters.clear()
+        """Take these LoRAs out again: the weights are as they were, or hold what others merged.
+
+        Raises InvalidInputError, and changes nothing, if a weight was changed by something else in the meantime.
+        """
+        with _MERGING:
+            _check_unchanged(self._parameters)
+            changes: list[tuple[str, Tensor, Parts]] = []
+            for parameter in self._parameters:
+                merged = cast(_Merged, _MERGED[parameter])
+                left = {owner: parts for owner, parts in merged.parts.items() if owner() is not self._owner}
+                changes.append(("a weight", parameter, left))
+            _write(changes)
+            self._parameters = []
 
     def __enter__(self) -> MergedLoRAs:
         return self
@@ -298,9 +342,94 @@ class MergedLoRAs:
         self.remove()
 
 
-def _by_parameter(patches: Sequence[LoRAPatch], component: Component) -> dict[str, list[tuple[Placement, float]]]:
+def _check_mergeable(path: str, parameter: Tensor, parts: Sequence[Part]) -> None:
+    plain = type(parameter) in (Tensor, nn.Parameter) and type(parameter.data) is Tensor
+    if not plain or parameter.dtype not in _MERGEABLE or parameter.is_meta:
+        raise InvalidInputError(
+            f"{path} is stored as {parameter.dtype} on {parameter.device} ({type(parameter).__name__}), which cannot be "
+            "merged; use apply(), the live mode"
+        )
+    if parameter.is_inference() and not torch.is_inference_mode_enabled():
+        raise InvalidInputError(
+            f"{path} was made in torch.inference_mode(), where alone it can be written; merge there, or use apply()"
+        )
+    for placement, _ in parts:
+        shape = placement.target.shape[: 1 if placement.parameter == "bias" else None]
+        if tuple(parameter.shape) != shape:
+            raise InvalidInputError(
+                f"{path} is {shape_text(*parameter.shape)} now and was {shape_text(*shape)} when the LoRA was placed; place it "
+                "again on this model"
+            )
+
+
+def _check_unchanged(parameters: Iterable[Tensor]) -> None:
+    """Weights with LoRAs in them must be what was written: else what was kept aside is not what they came from."""
+    merged = [(p, cast(_Merged, _MERGED[p])) for p in parameters if p in _MERGED]
+    changed = [
+        p for p, m in merged
+        if p.dtype != m.pristine.dtype or p.shape != m.pristine.shape or not torch.equal(_mark(p), m.mark.to(p.device))
+    ]  # fmt: skip
+    if changed:
+        raise InvalidInputError(
+            f"{len(changed)} of {len(merged)} weights with merged LoRAs were changed by something else since (weights loaded, "
+            "another dtype, another merge), so the kept ones no longer fit; load the model anew, and next time remove the "
+            "LoRAs first"
+        )
+
+
+def _mark(parameter: Tensor) -> Tensor:
+    """A number that any change of the weight's bits changes, but for a coincidence."""
+    return parameter.detach().contiguous().view(_INTEGERS[parameter.dtype.itemsize]).sum(dtype=torch.int64)
+
+
+_MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def _write(changes: Sequence[tuple[str, Tensor, Parts]]) -> None:
+    """Write every parameter from its pristine weight with these parts; after an error all are as before."""
+    former: list[tuple[Tensor, Tensor, _Merged | None]] = []
+    try:
+        for path, parameter, owners in changes:
+            merged: _Merged | None = _MERGED.get(parameter)
+            before = parameter.detach().clone()
+            pristine = before if merged is None else merged.pristine.to(parameter.device)
+            weight = _changed(path, pristine, [part for parts in owners.values() for part in parts])
+            former.append((parameter, before, merged))
+            parameter.data.copy_(weight)
+            if any(owner() is not None for owner in owners):
+                _MERGED[parameter] = _Merged(pristine, owners, _mark(parameter))
+            else:
+                _MERGED.pop(parameter, None)
+    except BaseException:
+        for parameter, before, merged in former:
+            parameter.data.copy_(before)
+            if merged is None:
+                _MERGED.pop(parameter, None)
+            else:
+                _MERGED[parameter] = merged
+        raise
+
+
+def _changed(path: str, pristine: Tensor, parts: Sequence[Part]) -> Tensor:
+    """A weight with LoRAs in it, each computed from the pristine one; in its dtype."""
+    if not parts:
+        return pristine
+    base = wide(pristine)
+    total = base.clone()
+    for placement, strength in parts:
+        placement.change(base, total, strength)
+    weight = total.to(pristine.dtype)
+    if not bool(torch.isfinite(weight).all()) and bool(torch.isfinite(pristine).all()):
+        raise InvalidInputError(
+            f"merging would make {path} infinite or NaN in {pristine.dtype}; lower the strength, or use apply(), the live mode"
+        )
+    return weight
+
+
+def _by_parameter(patches: Sequence[LoRAPatch], component: Component) -> dict[str, list[Part]]:
     """What acts on each parameter; every change is made from the pristine weight, so order does not matter."""
-    found: dict[str, list[tuple[Placement, float]]] = {}
+    found: dict[str, list[Part]] = {}
     for patch in patches:
         strength = patch.strength_for(component) * (patch.schedule.strength if component == "unet" else 1.0)
         for placement, factor in patch.acting(component):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from ipadapter_core.backends import diffusers_lora as backend
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.lora.live import LiveStack
 from ipadapter_core.lora.patch import LoRAPatch, choose_mode, masked
+from ipadapter_core.lora.placement import Placement
 from ipadapter_core.lora.selector import parse_selector
 from tiny_loras import ALGORITHMS, tiny_lora
 from tiny_models import SD15, SDXL, TOKEN_DIM, call_unet, noise, tiny_adapter, tiny_prompt, tiny_unet
@@ -195,6 +198,146 @@ def test_schedules_over_the_steps(unet: Any) -> None:
         expected = live(unet, replace(constant, strength=factor), t=t)
         assert_close(live(unet, patch, t=t), expected, **CLOSE)
     assert torch.equal(live(unet, patch, t=100.0), run(unet, t=100.0))
+
+
+# --- merged, several and with mishaps --------------------------------------------------------------------------------
+
+
+def same_weights(unet: nn.Module, expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, expected[name]) for name, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_merges_go_in_any_order(unet: Any, order: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Also such as read the weight; what stays is what merging it alone gives, bit for bit."""
+    unet = unet.to(dtype)
+    before = weights_of(unet)
+    patches = [patch_on(unet, algorithm=a, seed=i, strength=0.5) for i, a in enumerate(("LoRA", "DoRA out", "OFT"))]
+    handles = [backend.merge(unet, patch) for patch in patches]
+    everything = weights_of(unet)
+    for gone in range(1, 4):
+        handles[order[gone - 1]].remove()
+        left = [patches[i] for i in range(3) if i not in order[:gone]]
+        other = copy.deepcopy(unet)
+        other.load_state_dict(before)
+        if left:
+            backend.merge(other, *left)
+        assert same_weights(unet, weights_of(other))
+    assert same_weights(unet, before)
+    assert not same_weights(unet, everything)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_merge_that_fails_midway_changes_no_weight(
+    unet: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, merged_before: bool
+) -> None:
+    pristine = weights_of(unet)
+    first = backend.merge(unet, patch_on(unet)) if merged_before else None
+    before = weights_of(unet)
+    patch = patch_on(unet, seed=1)
+    real = Placement.change
+    count = iter(range(10**6))
+
+    def change(self: Placement, *args: Any) -> None:
+        if next(count) == 20:
+            raise error
+        real(self, *args)
+
+    monkeypatch.setattr(Placement, "change", change)
+    with pytest.raises(type(error)):
+        backend.merge(unet, patch)
+    monkeypatch.undo()
+    assert same_weights(unet, before)
+    again = backend.merge(unet, patch)
+    again.remove()
+    assert same_weights(unet, before)
+    if first is not None:
+        first.remove()
+    assert same_weights(unet, pristine)
+
+
+def weight_names(patch: LoRAPatch) -> list[str]:
+    return [placement.key for placement in patch.placed.placements]
+
+
+@pytest.mark.parametrize("stored", ["int8", "float8", "meta", "resized", "inference"])
+def test_weights_that_cannot_be_merged_are_named_before_any_is_written(unet: Any, stored: str) -> None:
+    patch = patch_on(unet)
+    name = weight_names(patch)[-1]
+    owner = unet.get_submodule(name.rpartition(".")[0])
+    weight = owner.weight.data
+    with torch.inference_mode():
+        made_there = weight.clone()
+    owner.weight = nn.Parameter(
+        {
+            "int8": lambda: weight.to(torch.int8),
+            "float8": lambda: weight.to(torch.float8_e4m3fn),
+            "meta": lambda: weight.to("meta"),
+            "resized": lambda: torch.cat([weight, weight]),
+            "inference": lambda: made_there,
+        }[stored](),
+        requires_grad=False,
+    )
+    before = {n: p for n, p in weights_of(unet).items() if n != name}
+    with pytest.raises(InvalidInputError, match=name):
+        backend.merge(unet, patch)
+    assert all(torch.equal(p, before[n]) for n, p in unet.state_dict().items() if n in before)
+
+
+def test_a_merge_beyond_the_dtype_is_refused(unet: Any) -> None:
+    unet = unet.to(torch.float16)
+    before = weights_of(unet)
+    with pytest.raises(InvalidInputError, match=r"infinite or NaN in torch\.float16"):
+        backend.merge(unet, patch_on(unet, strength=1e6))
+    assert same_weights(unet, before)
+
+
+@pytest.mark.parametrize("change", ["loaded", "cast", "added", "in .data"])
+def test_weights_changed_while_merged_are_named_and_left_alone(unet: Any, change: str) -> None:
+    """To put the kept weights back would undo the change in silence."""
+    patch = patch_on(unet)
+    loaded = {name: value + 0.01 for name, value in weights_of(unet).items()}
+    handle = backend.merge(unet, patch)
+    weight = unet.get_parameter(weight_names(patch)[0])
+    if change == "loaded":
+        unet.load_state_dict(loaded)
+    elif change == "cast":
+        unet.to(torch.bfloat16)
+    elif change == "added":
+        with torch.no_grad():
+            weight += 0.01
+    else:
+        weight.data.mul_(2)
+    now = weights_of(unet)
+    for act in (handle.remove, lambda: backend.merge(unet, patch)):
+        with pytest.raises(InvalidInputError, match="were changed by something else"):
+            act()
+        assert same_weights(unet, now)
+
+
+def test_a_lasting_merge_keeps_nothing_aside(unet: Any) -> None:
+    """Whoever drops the handle means the merge to stay; a later one starts from what is there."""
+    patch = patch_on(unet)
+    backend.merge(unet, patch)
+    gc.collect()
+    parameters = {id(p) for p in unet.parameters()}
+    assert not [p for p in backend._MERGED if id(p) in parameters]
+    stays = weights_of(unet)
+    backend.merge(unet, patch_on(unet, seed=1)).remove()
+    assert same_weights(unet, stays)
+
+
+def test_modules_that_share_a_weight(unet: Any) -> None:
+    """Two layers with one parameter: both changes are in it, and out of it again."""
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.attn2.to_q.weight = block.attn1.to_q.weight
+    before = weights_of(unet)
+    handle = backend.merge(unet, patch_on(unet, where="attn1 q: 1, attn2 q: 1"))
+    assert not same_weights(unet, before)
+    handle.remove()
+    assert same_weights(unet, before)
 
 
 # --- regions ---------------------------------------------------------------------------------------------------------
