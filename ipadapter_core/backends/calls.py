@@ -218,24 +218,25 @@ def watch_hooks() -> None:
 class Hooks:
     """Forward hooks that are on their modules while at least one call needs them, first in line and always the same.
 
-    A key that is always the same, unlike that of ``register_forward_hook``, lets compiled code serve the next call.
+    A key that is always the same, unlike that of ``register_forward_hook``, lets compiled code serve the next call; one
+    of its own for every layer keeps it from serving another layer.
     """
 
     def __init__(self, hooks: Mapping[str, Callable[..., Any]]) -> None:
-        self._key, self._hooks = RemovableHandle(OrderedDict()).id, hooks
+        self._hooks = {path: (RemovableHandle(OrderedDict()).id, hook) for path, hook in hooks.items()}
         self._lock = threading.Lock()
         self._users: dict[int, int] = {}
 
     @contextmanager
     def on(self, model: nn.Module) -> Generator[None]:
         """``with hooks.on(unet): …``; the hooks' names are paths in the model."""
-        places = [(cast(Any, model.get_submodule(path))._forward_hooks, hook) for path, hook in self._hooks.items()]
+        places = [(cast(Any, model.get_submodule(path))._forward_hooks, *hook) for path, hook in self._hooks.items()]
         with self._lock:
             users = self._users[id(model)] = self._users.get(id(model), 0) + 1
             if users == 1:
-                for hooks, hook in places:
-                    hooks[self._key] = hook
-                    hooks.move_to_end(self._key, last=False)
+                for hooks, key, hook in places:
+                    hooks[key] = hook
+                    hooks.move_to_end(key, last=False)
         try:
             yield
         finally:
@@ -243,5 +244,5 @@ class Hooks:
                 self._users[id(model)] -= 1
                 if not self._users[id(model)]:
                     del self._users[id(model)]
-                    for hooks, _ in places:
-                        hooks.pop(self._key, None)
+                    for hooks, key, _ in places:
+                        hooks.pop(key, None)

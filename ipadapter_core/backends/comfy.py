@@ -236,31 +236,36 @@ def note_chunks(
         return executor(model, distinct, x, timestep, noted)
 
 
-_MARKED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-"""Per UNet: a layer that runs in every call."""
-_MARKERS: dict[tuple[str, frozenset[object]], Hooks] = {}
+class _Mark:
+    """A hook that does nothing but to have a name, which compiled code is checked for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def look(self, *_: object) -> None:
+        assert self.name
+
+
+_MARKED: WeakKeyDictionary[nn.Module, dict[frozenset[object], Hooks]] = WeakKeyDictionary()
+"""Per UNet and set of slots in use: a mark on every cross-attention."""
 
 
 def _marker(model: Any, model_options: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """A hook that does nothing, one for each set of slots in use: the host tells torch.compile not to look at the slots."""
+    """What tells compiled code apart: the host keeps torch.compile from looking at the slots, and at which block it is in.
+
+    Code compiled for a block without image prompt, or for another block of its shape, would serve this one.
+    """
     unet = getattr(model, "diffusion_model", None)
     if not isinstance(unet, nn.Module):
         return nullcontext()
     watch_hooks()
     unet = uncompiled(unet)
-    if unet not in _MARKED:
-        _MARKED[unet] = next((name for name, _ in unet.named_modules() if name.endswith(".attn2.to_out")), None)
-    path = _MARKED[unet]
-    if path is None:
-        return nullcontext()
     slots = frozenset(model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {}))
-    if (path, slots) not in _MARKERS:
-        _MARKERS[path, slots] = Hooks({path: _nothing()})
-    return _MARKERS[path, slots].on(unet)
-
-
-def _nothing() -> Callable[..., None]:
-    return lambda *_: None  # another object each time
+    known = _MARKED.setdefault(unet, {})
+    if slots not in known:
+        paths = [name for name, _ in unet.named_modules() if slots and name.endswith(".attn2.to_q")]
+        known[slots] = Hooks({path: _Mark(f"{path} {sorted(map(repr, slots))}").look for path in paths})
+    return known[slots].on(unet)
 
 
 def _with_note(model_options: dict[str, Any], note: object) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class LiveWrapper:
         self.stack = stack
         self._calls: Calls[ModelCall] = Calls()
         self._without = ModelCall(tuple(patch.with_strength(0.0) for patch in stack.patches))
-        self._hooks = Hooks({path: self._hook(layer) for path, layer in stack.layers.items()})
+        self._hooks = Hooks({path: _LayerHook(self, layer).add for path, layer in stack.layers.items()})
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -157,23 +157,28 @@ class LiveWrapper:
                 self._calls.end(output)
         return output
 
-    def _hook(self, layer: LiveLayer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if torch.compiler.is_compiling():
-                return eagerly(run, module, args, output)
-            return run(module, args, output)
-
-        def run(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            call = self._calls.running() or self._calls.found(self._without, self._outside)
-            return layer.add(module, args[0], output, call)
-
-        return add
-
-    def _outside(self) -> ModelCall:
-        return self._without
+    def call(self) -> ModelCall:
+        """The call that a layer runs in; one without LoRAs where it runs in none of ours."""
+        return self._calls.running() or self._calls.found(self._without, lambda: self._without)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveWrapper:
         return self
+
+
+class _LayerHook:
+    """On one layer: its output with what the LoRAs add. Its name keeps code compiled for another layer from serving it."""
+
+    def __init__(self, wrapper: LiveWrapper, layer: LiveLayer) -> None:
+        self._wrapper, self._layer, self._name = wrapper, layer, f"{layer.path} {id(layer)}"
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            assert self._name
+            return eagerly(self._add, module, args, output)
+        return self._add(module, args, output)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self._layer.add(module, args[0], output, self._wrapper.call())
 
 
 def model_call(x: Tensor, options: Options, patches: tuple[LoRAPatch, ...]) -> ModelCall:

@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ipadapter_core import WeightSchedule, bake, layout_of
 from ipadapter_core.attention import split_heads
+from ipadapter_core.backends import comfy, comfy_lora
 from ipadapter_core.backends import diffusers as images
 from ipadapter_core.backends import diffusers_lora as loras
 from ipadapter_core.lora.patch import LoRAPatch, masked
 from ipadapter_core.patch import AdapterPatch
 from tiny_loras import tiny_lora
-from tiny_models import TOKEN_DIM, noise, tiny_adapter, tiny_prompt, tiny_unet
+from tiny_models import TOKEN_DIM, Guider, conditioning, noise, tiny_adapter, tiny_host, tiny_prompt, tiny_unet
 
 CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 2e-5}  # aot_eager decomposes operations; outputs of size 1
 
@@ -153,10 +154,11 @@ def test_an_image_prompt_before_and_after_compiling(unet: Any, way: str) -> None
                 handle.set_schedule(WeightSchedule(strength))
             same()
         same(batch=4)
-        for handle in (ours, theirs):
-            handle.set_schedule(WeightSchedule(curve=((0.0, 1.0), (1.0, 0.0)), end_percent=0.9))
-        for t in (999.0, 10.0):
-            same(t=t)
+        if way == "wrapped":  # a graph break at every site, which takes seconds to trace
+            for handle in (ours, theirs):
+                handle.set_schedule(WeightSchedule(curve=((0.0, 1.0), (1.0, 0.0)), end_percent=0.9))
+            for t in (999.0, 10.0):
+                same(t=t)
         for handle in (ours, theirs):
             handle.set_mask(mask)
         same()
@@ -243,7 +245,7 @@ def test_a_lora_on_one_of_the_blocks_that_share_code(unet: Any) -> None:
     plain = copy.deepcopy(unet)
     model = compiled(unet, "blocks")
     assert_close(call(model), call(plain), **CLOSE)
-    for where in ("mid attn1", "in1.1 attn1"):
+    for where in ("mid attn1", "*.transformer_blocks.1.*"):
         only = replace(loras.place(plain, tiny_lora(plain, where)), strength=2.0)
         with loras.apply(unet, only), loras.apply(plain, only):
             assert_close(call(model), call(plain), **CLOSE)
@@ -254,13 +256,11 @@ def test_a_diffusers_unet() -> None:
     plain = copy.deepcopy(unet)
     model = torch.compile(unet, backend="aot_eager")
     without = call(model)
-    image, lora = image_on(unet), lora_on(unet)
+    image = image_on(unet)
     with images.apply(unet, image) as ours, images.apply(plain, image) as theirs:
         for strength in (0.0, 1.0):
             for handle in (ours, theirs):
                 handle.set_schedule(WeightSchedule(strength))
-            assert_close(call(model), call(plain), **CLOSE)
-        with loras.apply(unet, lora), loras.apply(plain, lora):
             assert_close(call(model), call(plain), **CLOSE)
     assert torch.equal(call(model), without)
 
@@ -299,3 +299,42 @@ def test_gradients_through_a_compiled_checkpointed_model(unet: Any) -> None:
         for way in ("wrapped", "blocks"):
             for want, got in zip(expected, gradients(compiled(checkpointed(unet), way)), strict=True):
                 assert_close(got, want, rtol=1e-3, atol=1e-8)
+
+
+# --- ComfyUI ---------------------------------------------------------------------------------------------------------
+
+
+def test_clones_of_a_compiled_comfyui_model() -> None:
+    """The host compiles the module that all clones share and drops the guards on transformer_options, where prompts are."""
+    host = tiny_host()
+    layout = comfy.comfy_layout(host)
+    adapter = tiny_adapter(layout)
+    patch = bake(adapter, tiny_prompt(adapter), layout)
+    last = patch.with_schedule(WeightSchedule(preset="style transfer"))
+    weights = tiny_lora(host.get_model_object("diffusion_model"), "attn1: 1")
+    lora = LoRAPatch(comfy_lora.place(weights, host), schedule=WeightSchedule(end_percent=0.5))
+    models: list[tuple[Any, float]] = [(host, 0.2), (comfy.apply(host, patch), 0.2), (comfy.apply(host, last), 0.2)]
+    models += [(comfy_lora.apply_live(host, lora), percent) for percent in (0.2, 0.8)]
+    conds: Any = {
+        name: [conditioning(noise(1, 7, TOKEN_DIM, seed=i))] for i, name in enumerate(("positive", "negative"))
+    }
+    x = noise(1, 4, 8, 8)
+    expected = [Guider(model, conds)(x, percent) for model, percent in models]
+    module = host.model.diffusion_model
+    skip = {"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]}
+    code = torch.compile(module, backend="eager", options=skip)
+
+    def through_compiled(executor: Any, *args: Any) -> Any:
+        host.model.diffusion_model = code
+        try:
+            return executor(*args)
+        finally:
+            host.model.diffusion_model = module
+
+    for model, _ in models:
+        model.add_wrapper_with_key("apply_model", "torch.compile", through_compiled)
+    for i in (0, 1, 0, 2, 3, 4, 1, 0):
+        model, percent = models[i]
+        for name, out in Guider(model, conds)(x, percent).items():
+            assert_close(out, expected[i][name], rtol=0, atol=1e-4, msg=f"model {i}: {{}}".format)
+    assert not any(m._forward_hooks for m in module.modules())

@@ -20,7 +20,7 @@ from ipadapter_core.lora.selector import parse_selector
 from tiny_loras import ALGORITHMS, tiny_lora
 from tiny_models import TOKEN_DIM, FakePatcher, Guider, conditioning, noise, tiny_adapter, tiny_host, tiny_prompt
 
-CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 2e-5}
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 5e-5}  # outputs of size 10; processors differ in the order of sums
 X = noise(2, 4, 12, 16, seed=3)
 TEXTS = {name: noise(1, 7, TOKEN_DIM, seed=10 + i) for i, name in enumerate(("positive", "negative", "middle"))}
 

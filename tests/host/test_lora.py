@@ -446,3 +446,25 @@ def test_mistakes_get_one_sentence(scene: Callable[..., Scene]) -> None:
             bad.run()
         assert expected in failure.value.message
         assert failure.value.exception_type.rsplit(".", 1)[-1] in ("IncompatibleAdapterError", "InvalidInputError")
+
+
+def test_live_loras_on_a_compiled_model(scene: Callable[..., Scene]) -> None:
+    """Plain, two LoRAs, a window over the steps, beside an image prompt: each as without torch.compile."""
+    s = scene()
+    models = {
+        "plain": s.model,
+        "one": s.lora(),
+        "other": s.lora(seed=1, strength=0.5),
+        "late": s.lora(start=0.4),
+        "both": s.lora(s.lora(), seed=1),
+        "again": s.model,
+    }
+    runs = {name: s.sample(model) for name, model in models.items()}
+    runs |= {
+        f"compiled_{name}": s.sample(s.graph.add("TestCompile", model=model, backend="eager"))
+        for name, model in models.items()
+    }
+    found = s.compare(**runs)
+    for name in models:
+        same(found[f"compiled_{name}"], found[name])
+    assert min(apart(found["plain"], found[name]) for name in ("one", "other", "late", "both")) > 1e-3
