@@ -31,10 +31,9 @@ class Difference(Update):
         return near(self.diff, weight).reshape(weight.shape)
 
     def live(self, layer: Layer, like: Tensor) -> Change:
-        diff = near(self.diff, like)
+        weight = near(self.diff, like).reshape(layer.shape)
         if layer.kind == "norm":
-            return lambda x, y, s: layer.normalised(x) * layer.along(diff, x) * s
-        weight = diff.reshape(layer.shape)
+            return lambda x, y, s: layer.normalised(x) * layer.along(weight, x) * s
         return lambda x, y, s: layer.apply(x, weight) * s
 
     def rows(self, start: int, length: int) -> Update:
@@ -59,10 +58,9 @@ class Replacement(Update):
         return near(self.new, weight).reshape(weight.shape) - weight
 
     def live(self, layer: Layer, like: Tensor) -> Change:
-        new = near(self.new, like)
+        weight = near(self.new, like).reshape(layer.shape)
         if layer.kind == "norm":
-            return lambda x, y, s: (layer.normalised(x) * layer.along(new, x) - layer.without_bias(y)) * s
-        weight = new.reshape(layer.shape)
+            return lambda x, y, s: (layer.normalised(x) * layer.along(weight, x) - layer.without_bias(y)) * s
         return lambda x, y, s: (layer.apply(x, weight) - layer.without_bias(y)) * s
 
     def rows(self, start: int, length: int) -> Update:

@@ -95,8 +95,8 @@ class Kronecker(Update):
 
     def delta(self, weight: Tensor) -> Tensor:
         first, second = self.factors(weight, weight.ndim - 2)
-        first = first.reshape(*first.shape, *[1] * (second.ndim - 2))
-        return torch.kron(first, second.contiguous()).reshape(weight.shape) * self.scale
+        # torch.kron takes views, which fail for some layouts of a convolution's factors
+        return torch.einsum("pq,mn...->pmqn...", first, second).reshape(weight.shape) * self.scale
 
     def live(self, layer: Layer, like: Tensor) -> Change:
         kernel = len(layer.shape) - 2
@@ -107,6 +107,7 @@ class Kronecker(Update):
             raise AssertionError("a Kronecker product that does not fit was not refused")
         first = first * self.scale
         if layer.kind != "conv":
+            second = second.flatten(1)
 
             def linear(x: Tensor, y: Tensor, s: float) -> Tensor:
                 inner = x.unflatten(-1, (first.shape[1], -1)) @ second.T  # … q m

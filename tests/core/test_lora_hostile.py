@@ -49,16 +49,6 @@ ROLES = (
     "lora_E", "lora_embedding_A", "lora_embedding_B", "diff", "diff_b", "w_norm", "b_norm", "set_weight", "on_input", "weight",
     "scalar", "lora_A.0.weight", "x",
 )  # fmt: skip
-SETS = (
-    ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale"),
-    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "alpha", "dora_scale"),
-    ("lokr_w1", "lokr_w2", "alpha", "diff_b"),
-    ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha"),
-    ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "alpha"),
-    ("oft_blocks", "rescale", "alpha"),
-    ("boft_R", "boft_s"),
-    ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"),
-)
 DTYPES = (
     torch.float32, torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn,
     torch.float8_e5m2, torch.float8_e8m0fnu, torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint16,
@@ -82,25 +72,77 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return (ramp * value).to(torch.float32 if dtype.itemsize == 1 else dtype).to(dtype)
 
 
+SIZES = {"linear": (4, 4), "bare": (4, 2), "conv": (4, 4, 3, 3), "table": (4, 2), "norm": (4,), "other": (4, 4)}
+
+
+def whole(algorithm: str, shape: tuple[int, ...], rank: int) -> Weights:
+    """A module that is right for a layer of this shape, with numbers from 0 to 1."""
+    out, into, *kernel = (*shape, 1)[: max(len(shape), 2)]
+    columns = into * torch.Size(kernel).numel()
+    ones = [1] * len(kernel)
+    forms: dict[str, dict[str, tuple[int, ...]]] = {
+        "LoRA": {"lora_down.weight": (rank, into, *kernel), "lora_up.weight": (out, rank, *ones), "alpha": ()},
+        "LoCon": {"lora_down.weight": (rank, into, *ones), "lora_mid.weight": (rank, rank, *kernel), "lora_up.weight": (out, rank, *ones)},
+        "DoRA": {"lora_A.weight": (rank, columns), "lora_B.weight": (out, rank), "lora_magnitude_vector": (out,)},
+        "columns": {"lora_A.weight": (rank, columns), "lora_B.weight": (out, rank), "dora_scale": (1, into), "lora_B.bias": (out,)},
+        "LoHa": {"hada_w1_a": (out, rank), "hada_w1_b": (rank, columns), "hada_w2_a": (out, rank), "hada_w2_b": (rank, columns)},
+        "cores": {
+            **{f"hada_t{i}": (rank, rank, *kernel) for i in (1, 2)},
+            **{f"hada_w{i}_a": (rank, out) for i in (1, 2)},
+            **{f"hada_w{i}_b": (rank, into) for i in (1, 2)},
+        },
+        "LoKr": {"lokr_w1": (2, 2), "lokr_w2_a": (out // 2, rank), "lokr_w2_b": (rank, into // 2 * columns // into), "alpha": ()},
+        "LoKr whole": {"lokr_w1": (2, 2), "lokr_w2": (out // 2, into // 2, *kernel)},
+        "GLoRA": {"a1.weight": (into, rank), "a2.weight": (rank, into), "b1.weight": (out, rank), "b2.weight": (rank, columns)},
+        "OFT": {"oft_blocks": (out // 2, 2, 2), "rescale": (out, 1), "alpha": ()},
+        "BOFT": {"oft_blocks": (2, out // 2, 2, 2)},
+        "PEFT OFT": {"oft_R.weight": (columns // 2, 1)},
+        "PEFT BOFT": {"boft_R": (1, columns // 2, 2, 2), "boft_s": (out, 1)},
+        "PEFT IA3": {"ia3_l": (out, 1)},
+        "HRA": {"hra_u": (columns, rank)},
+        "IA3": {"weight": (out,), "on_input": ()},
+        "full": {"diff": shape, "diff_b": (out,)},
+        "set": {"set_weight": shape},
+        "norm": {"w_norm": (out,), "b_norm": (out,)},
+        "embedding": {"lora_embedding_A": (rank, out), "lora_embedding_B": (into, rank)},
+    }  # fmt: skip
+    sizes = {key: torch.Size(size) for key, size in forms[algorithm].items()}
+    return {key: (torch.arange(1, s.numel() + 1) / max(s.numel(), 1)).reshape(s) for key, s in sizes.items()}
+
+
+FORMS = (
+    "LoRA", "LoCon", "DoRA", "columns", "LoHa", "cores", "LoKr", "LoKr whole", "GLoRA", "OFT", "BOFT", "PEFT OFT", "PEFT BOFT",
+    "PEFT IA3", "HRA", "IA3", "full", "set", "norm", "embedding",
+)  # fmt: skip
+
+
 @st.composite
 def files(draw: st.DrawFn) -> Weights:
+    """Some whole modules, and up to three of their tensors changed, taken away or joined by others."""
     found: Weights = {}
-    for stem in draw(
-        st.lists(
-            st.sampled_from(["linear", "bare", "conv", "norm", "table", "lora_unet_linear", "other"]),
-            min_size=1,
-            max_size=3,
-            unique=True,
-        )
-    ):
-        roles = draw(
-            st.one_of(st.sampled_from(SETS), st.lists(st.sampled_from(ROLES), max_size=7, unique=True).map(tuple))
-        )
-        left = draw(st.integers(0, 3))
-        for n, role in enumerate(roles):
-            if left and n % (left + 1) == left:
-                continue
-            found[f"{stem}.{role}"] = draw(tensors())
+    for stem in draw(st.lists(st.sampled_from(list(SIZES)), min_size=1, max_size=3, unique=True)):
+        module = whole(draw(st.sampled_from(FORMS)), SIZES[stem], draw(st.integers(1, 3)))
+        found |= {f"{stem}.{role}": tensor for role, tensor in module.items()}
+    for _ in range(draw(st.integers(0, 3))):
+        key = draw(st.sampled_from(sorted(found)))
+        match draw(st.sampled_from(["tensor", "dtype", "value", "drop", "add", "shape"])):
+            case "tensor":
+                found[key] = draw(tensors())
+            case "dtype":
+                dtype = draw(st.sampled_from(DTYPES))
+                found[key] = found[key].real.to(dtype)
+            case "value":
+                found[key] = (found[key].real.double() * draw(st.sampled_from(VALUES))).float()
+            case "drop" if len(found) > 1:
+                del found[key]
+            case "shape":
+                found[key] = draw(
+                    st.sampled_from(
+                        [found[key].flatten(), found[key][None], found[key].T if found[key].ndim == 2 else found[key]]
+                    )
+                )
+            case _:
+                found[f"{key.split('.')[0]}.{draw(st.sampled_from(ROLES))}"] = draw(tensors())
     return found
 
 
@@ -214,6 +256,29 @@ def test_tools_allocate_no_more_than_the_file_has() -> None:
     assert values.shape == (1, 1)
     assert float(values.max()) >= float(expected) * 0.01
     assert time.process_time() - started < 30
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_lokr_factors_of_any_layout(layer: str) -> None:
+    """A kernel flattened into the second factor, as LyCORIS and PEFT write it, and ones behind a linear layer's."""
+    shape = SIZES[layer]
+    module = Layers().get_submodule(layer)
+    columns = torch.Size(shape[1:]).numel()
+    for w2 in (noise(2, 2) @ noise(2, columns // 2), noise(2, columns // 2)[..., None, None]):
+        state = {"x.lokr_w1": noise(2, 2), "x.lokr_w2": w2}
+        if w2.ndim == 2:
+            state = {"x.lokr_w1": noise(2, 2), "x.lokr_w2_a": noise(2, 2), "x.lokr_w2_b": noise(2, columns // 2)}
+        update = load_lora(state).modules[0].weight
+        assert update is not None
+        expected = torch.kron(noise(2, 2), w2.flatten(1)).reshape(shape)
+        if not update.fits(shape):
+            assert layer == "conv"
+            continue
+        torch.testing.assert_close(update.delta(noise(*shape)), expected)
+        x = noise(2, 4) if layer == "linear" else noise(1, 4, 5, 5)
+        y = module(x)
+        live = update.live(Layer(module), y)(x, y, 1.0)
+        torch.testing.assert_close(live, Layer(module).apply(x, expected), rtol=1e-4, atol=1e-4)
 
 
 def test_a_change_that_is_not_finite_is_not_written() -> None:
