@@ -128,6 +128,8 @@ class Saved:
 
     def written(self, made: Migration, numbers: Numbers) -> Json:
         """The graph with what changed in it; everything else as it was."""
+        if not any(node.type in OLD_TYPES for node in self.nodes.values()):
+            return self.raw
         before, after = dict(self._before.items()), dict(made.edges.items())
         ids: dict[Target, NodeId] = {
             target: edge.link
