@@ -7,6 +7,6 @@ from fuzz.kinds import KINDS
 
 
 def test_nothing_foreign_silent_large_or_slow() -> None:
-    results = fuzz(1, KINDS, cases=450)
+    results = fuzz(1, KINDS, cases=1200)
     told = [f"{f.verdict}: {f.kind} {f.number} ({f.note}): {f.detail}" for f in results.failures if f.files]
     assert not told, "\n".join((results.table(), *told))
