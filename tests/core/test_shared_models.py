@@ -232,17 +232,26 @@ def test_an_attention_on_its_own_is_named(unet: Any) -> None:
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def checkpointing(unet: Any, form: str) -> None:
-    """Gradient checkpointing in both of torch's forms, and of the model as a whole."""
-    if form == "diffusers":
+@pytest.fixture
+def checkpointing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
+    """Switches gradient checkpointing on, in either of torch's forms (diffusers has one of them) or of the model as a whole."""
+
+    def switch(unet: Any, form: str) -> None:
+        unet.train()
+        if form.startswith("whole"):
+            return
         unet.enable_gradient_checkpointing()
-    elif form in ("reentrant", "not reentrant"):
+        if form != "diffusers":
 
-        def run(function: Any, *args: Any) -> Any:
-            return checkpoint(function, *args, use_reentrant=form == "reentrant")
+            def run(function: Any, *args: Any, **settings: Any) -> Any:
+                return checkpoint(function, *args, **(settings | {"use_reentrant": form == "reentrant"}))
 
-        unet.enable_gradient_checkpointing(run)
-    unet.train()
+            monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", run)
+
+    return switch
+
+
+Switch = Callable[[Any, str], None]
 
 
 def loss_of(unet: Any, x: Tensor, t: float, form: str = "") -> Tensor:
@@ -273,7 +282,7 @@ def two_gradients(unet: Any, form: str, between: Callable[[], object] = lambda: 
 
 @pytest.mark.parametrize("kind", ["image", "lora"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_recomputed_call_sees_what_it_saw(unet: Any, kind: str, form: str) -> None:
+def test_a_recomputed_call_sees_what_it_saw(unet: Any, checkpointing: Switch, kind: str, form: str) -> None:
     with applied(kind, unet):
         expected = two_gradients(unet, "")
         assert (expected[0] - expected[1]).abs().max() > 1e-4
@@ -284,7 +293,9 @@ def test_a_recomputed_call_sees_what_it_saw(unet: Any, kind: str, form: str) -> 
 
 @pytest.mark.parametrize("kind", ["image", "lora"])
 @pytest.mark.parametrize("form", FORMS)
-def test_changes_before_the_backward_pass_do_not_reach_it(unet: Any, kind: str, form: str) -> None:
+def test_changes_before_the_backward_pass_do_not_reach_it(
+    unet: Any, checkpointing: Switch, kind: str, form: str
+) -> None:
     """Also where the calls go back to before the adapter was there; a whole model in a reentrant checkpoint says so."""
 
     def gradients(form: str) -> list[Tensor]:
@@ -316,7 +327,7 @@ def test_changes_before_the_backward_pass_do_not_reach_it(unet: Any, kind: str, 
 
 @pytest.mark.parametrize("kind", ["image", "lora"])
 @pytest.mark.parametrize("form", ["reentrant", "not reentrant"])
-def test_applied_or_removed_before_the_backward_pass(unet: Any, kind: str, form: str) -> None:
+def test_applied_or_removed_before_the_backward_pass(unet: Any, checkpointing: Switch, kind: str, form: str) -> None:
     """The gradient is that of the call, or torch says that the layers have changed; never another one in silence."""
 
     def apply() -> Any:
@@ -350,7 +361,7 @@ def test_applied_or_removed_before_the_backward_pass(unet: Any, kind: str, form:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
 
 
-def test_threads_that_train_through_one_model(unet: Any) -> None:
+def test_threads_that_train_through_one_model(unet: Any, checkpointing: Switch) -> None:
     """Each backward pass runs in the thread of its call, which tells the calls apart."""
 
     def gradient(i: int) -> Tensor:
