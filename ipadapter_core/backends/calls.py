@@ -29,14 +29,12 @@ _C = cast(Any, torch)._C  # autograd's own numbers have no public names
 class _Thread(threading.local):
     """What one thread is doing: the innermost call, and those around it."""
 
-    call: Any = None
-    task: int = -1
-    first: int = 0
-    grad: bool = False
-    reentrant: bool = False
-    known: bool = False
-
     def __init__(self) -> None:
+        # no class attributes: torch.compile would take them for the threads' own
+        self.call: Any = None
+        self.task = -1
+        self.first = 0
+        self.grad = self.reentrant = self.known = False
         self.outer: list[tuple[Any, int, int, bool, bool]] = []
 
 

@@ -211,12 +211,16 @@ class _SiteHook:
         self._handles, self._modules = [], None
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        call = self._calls.running() or self.owner.found()
+        call = self._calls.running()
+        if call is None:
+            call = self.owner.found()
         if call.sites[self.index]:
             call.q[self.index] = output
 
     def _extend(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        call = self._calls.running() or self.owner.found()
+        call = self._calls.running()
+        if call is None:
+            call = self.owner.found()
         if not call.sites[self.index]:
             return None
         q = call.q.pop(self.index, None)
