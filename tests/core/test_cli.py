@@ -153,7 +153,7 @@ def test_inspect(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--image", "{a}", "--adapter", "{a}"], "a.png"),
         (["--steps", "0"], "--steps is 0"),
         (["--sites", "everywhere"], "cannot read 'everywhere'"),
-        (["--image", "{a}", "--adapter", "{adapter}", "--sites", "t99: 1"], "t99 matches no site"),
+        (["--image", "{a}", "--adapter", "{adapter}", "--sites", "t99: 1"], "'t99' matches no site"),
         (["--curve", "0:1, x"], "cannot read 'x'"),
         (["--model", "/nowhere"], "no model_index.json"),
         (["--image", "{a}", "--adapter", "{adapter}", "--image-strengths", "1, 2"], "strengths"),
