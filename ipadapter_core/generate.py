@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .backends.diffusers import apply_to_pipeline
 from .checkpoints import AdapterWeights
-from .errors import CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
+from .errors import CorruptFileError, InvalidInputError, UnsafeFileError, out_of_memory, quoted, reason
 from .image_encoder import Crop, TransformersImageEncoder
 from .layouts import layout_of
 from .masks import RegionMask
@@ -70,6 +70,9 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32, dev
 CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 """What diffusers and transformers read of a model's parts before any weights."""
 
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
+"""Where the parts of pipelines come from; the third is where old folders have their safety checker."""
+
 MAX_TIMESTEPS = 100_000
 """Of a scheduler, which makes tables of as many numbers; published models have 1000."""
 
@@ -77,8 +80,16 @@ MAX_TIMESTEPS = 100_000
 def check_configs(folder: Path) -> None:
     """Read the configs of a diffusers folder before diffusers does, whose readers hang at pipes and fail in many ways.
 
-    Raises InvalidInputError for what is no plain file, CorruptFileError for what is no table of JSON.
+    Raises InvalidInputError for what is no plain file, CorruptFileError for what is no table of JSON, UnsafeFileError for a
+    folder that brings code, which older versions of diffusers run unasked.
     """
+    code = next((path for pattern in ("*.py", "*/*.py") for path in folder.glob(pattern)), None)
+    parts: list[Any] = [part for part in read_table(folder / "model_index.json").values() if isinstance(part, list)]
+    if code is not None or any(part[:1] and part[0] not in LIBRARIES for part in parts):
+        raise UnsafeFileError(
+            f"{quoted(folder)} brings code of its own ({quoted(code.name) if code else 'model_index.json names it'}), which is not run; "
+            "choose a folder whose parts are of diffusers and transformers"
+        )
     for path in sorted(folder.glob("*/*")):
         if path.exists() and not path.is_dir():
             regular_file(path)
