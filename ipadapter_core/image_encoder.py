@@ -410,6 +410,7 @@ def preprocess_as_host(images: Tensor, encoder: ImageEncoder, *, mask: Tensor | 
     to 8 bits. A mask ``b|1 h w`` of any size is cut and resized apart and multiplies the normalised pixels; NaN in it is 0.
     """
     _check_images(images, clipped=True)
+    check_aspect(images)
     size = encoder.image_size
     pixels = images.detach().to(torch.float32)[..., :3].movedim(-1, 1).expand(-1, 3, -1, -1)
     pixels = pixels.clamp(-FAR, FAR)
@@ -469,6 +470,19 @@ def check_finite(images: Tensor) -> tuple[float, float]:
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         raise InvalidInputError("the images hold NaN or infinite values; look at the node or file they come from")
     return low, high
+
+
+MOST_ASPECT = 200
+"""Long side to short side of a picture that is resized before it is cut: a line of 16,384 x 1 pixels would take 10 GB."""
+
+
+def check_aspect(images: Tensor) -> None:
+    """Raise InvalidInputError for pictures ``b h w c`` that are lines."""
+    h, w = images.shape[1:3]
+    if max(h, w) > MOST_ASPECT * min(h, w):
+        raise InvalidInputError(
+            f"a picture of {w}x{h} is a line: its sides may differ {MOST_ASPECT}-fold at most; cut it before"
+        )
 
 
 def _check_images(images: Tensor, *, clipped: bool = False) -> None:

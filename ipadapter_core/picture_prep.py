@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .compatibility import CORRECT, Rules
 from .errors import InvalidInputError
-from .image_encoder import center_square, check_finite
+from .image_encoder import center_square, check_aspect, check_finite
 
 Interpolation = Literal["LANCZOS", "BICUBIC", "HAMMING", "BILINEAR", "BOX", "NEAREST"]
 Position = Literal["top", "bottom", "left", "right", "center", "pad"]
@@ -254,6 +254,8 @@ def placed_tiles(
     return tiles, regions
 
 
+MOST_BYTES = 2**33
+"""Of the masks of all tiles together."""
 NEARLY_SQUARE, MOST_SQUARES = 4 / 3, 16
 
 
@@ -279,6 +281,10 @@ def masked_tiles(image: Tensor, short_side_tiles: int, weight: float) -> tuple[T
     tile, count = SIDE, max(short_side_tiles, 1)
     h, w = image.shape[1:3]
     height, width = (h * tile * count // w, tile * count) if w < h else (tile * count, w * tile * count // h)
+    if 4 * height * width * (height // tile + 1) * (width // tile + 1) > MOST_BYTES:
+        raise InvalidInputError(
+            f"a picture of {w}x{h} with {count} tiles along the short side needs too many masks of {width}x{height}; use fewer tiles"
+        )
     pixels = F.interpolate(image.movedim(-1, 1), (height, width), mode="bicubic").movedim(1, -1)
     counts: list[int] = []
     starts: list[int] = []
@@ -328,4 +334,5 @@ def _check(images: Tensor) -> None:
         raise InvalidInputError(
             f"pictures have the shape (count, height, width, 1, 3 or 4 channels), got {tuple(images.shape)}"
         )
+    check_aspect(images)
     check_finite(images)

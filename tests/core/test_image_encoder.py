@@ -27,7 +27,9 @@ from ipadapter_core.image_encoder import (
     check_encoder,
     find_encoder,
     preprocess,
+    preprocess_as_host,
 )
+from ipadapter_core.picture_prep import masked_tiles, prepare_square, region_tiles
 
 SIZE = 28
 PHOTO = Path(__file__).parents[1] / "host" / "photo.jpg"
@@ -491,3 +493,17 @@ def test_features_are_values() -> None:
     features = ImageFeatures(torch.zeros(1, 2), torch.zeros(1, 3, 4))
     with pytest.raises(AttributeError):
         features.image_embeds = torch.ones(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_lines_are_no_pictures() -> None:
+    """A PNG of 16,384 x 1 pixels has some bytes; resized before it is cut, it would take 10 GB."""
+    line = torch.zeros(1, 1, 16_384, 3)
+    for work in (
+        lambda: preprocess_as_host(line, fake_encoder()),
+        lambda: prepare_square(line, position="pad"),
+        lambda: region_tiles(line),
+        lambda: masked_tiles(line, 12, 0.5),
+        lambda: masked_tiles(torch.zeros(1, 8, 1200, 3), 12, 0.5),
+    ):
+        with pytest.raises(InvalidInputError, match=r"is a line|use fewer tiles"):
+            work()
