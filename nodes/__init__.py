@@ -53,6 +53,11 @@ NODES: list[type[io.ComfyNode]] = [
     TrainLoRA,
 ]
 
+for node in NODES:
+    host.check_inputs(node, "execute")
+for old_node, _ in LEGACY_NODES.values():
+    host.check_inputs(old_node, old_node.FUNCTION)
+
 
 class ImagePromptExtension(ComfyExtension):
     async def on_load(self) -> None:

@@ -54,7 +54,9 @@ class ExtractLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         paths = host.checkpoint_path(tuned), host.checkpoint_path(base)
         weights, errors = extract(*paths, Smaller(rank, energy), name=filename_prefix, progress=host.progress_bar())
-        facts = save_lora(weights, Path(host.output_file(filename_prefix)), spelling=spelling, dtype="float16")
+        facts = save_lora(
+            weights, Path(host.new_file(filename_prefix, "loras", ".safetensors")), spelling=spelling, dtype="float16"
+        )
         mean = sum(errors.values()) / len(errors)
         text = f"{facts['modules']} modules in {facts['file']}; relative error {mean:.2g} on average"
         return io.NodeOutput(facts["file"], ui=ui.PreviewText(text))

@@ -50,7 +50,9 @@ class SaveLoRA(io.ComfyNode):
         weights = host.load_lora_file(file).weights
         if rank:
             weights, _ = resize(weights, Smaller(rank))
-        facts = save_lora(weights, Path(host.output_file(filename_prefix)), spelling=spelling, dtype=dtype)
+        facts = save_lora(
+            weights, Path(host.new_file(filename_prefix, "loras", ".safetensors")), spelling=spelling, dtype=dtype
+        )
         text = f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
         text = "\n".join((text, *(f"not written: {line}" for line in left_out_lines(weights.left_out))))
         return io.NodeOutput(facts["file"], ui=ui.PreviewText(text))

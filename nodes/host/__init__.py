@@ -1,5 +1,6 @@
 """Everything this pack asks of ComfyUI; no other file of the pack imports its modules (``comfy_api``'s schema aside)."""
 
+from .access import new_file
 from .adapters import (
     ManagedAdapter,
     apply,
@@ -29,12 +30,10 @@ from .files import (
     lora_files,
     lora_fingerprint,
     lora_path,
-    output_file,
     prompt_files,
     prompt_fingerprint,
     prompt_path,
     register_model_folders,
-    unique_save_path,
 )
 from .frontend import (
     picture_tensor,
@@ -45,6 +44,7 @@ from .frontend import (
     show_in_node,
     wants_old_names,
 )
+from .inputs import check_inputs
 from .lora import LoadedLoRA, apply_face_lora, apply_lora, apply_lora_by_host, load_lora_file, load_lora_tensors
 from .training import (
     INSIDE,
@@ -75,6 +75,7 @@ __all__ = [
     "apply_lora_by_host",
     "attention",
     "base_models",
+    "check_inputs",
     "checkpoint_files",
     "checkpoint_path",
     "clip_vision_files",
@@ -97,8 +98,8 @@ __all__ = [
     "lora_fingerprint",
     "lora_path",
     "manage",
+    "new_file",
     "of_version",
-    "output_file",
     "picture_tensor",
     "progress_bar",
     "prompt_files",
@@ -113,6 +114,5 @@ __all__ = [
     "training_data",
     "training_folder",
     "training_pictures",
-    "unique_save_path",
     "wants_old_names",
 ]

@@ -52,6 +52,11 @@ def readable_folders() -> list[str]:
     return [*own, *owners_folders()]
 
 
+def marked(name: str) -> bool:
+    """Whether a name says by ComfyUI's marks which of its folders it is of."""
+    return bool(_PLACE.search(name))
+
+
 def readable(name: str, what: str) -> str:
     """The path of a file or folder that a graph names: below input, with ComfyUI's marks `[output]` and `[temp]` below
     these, or whole below a folder of ``readable_folders``.

@@ -7,19 +7,19 @@ from weakref import WeakValueDictionary
 
 import comfy.clip_vision
 import comfy.model_management
-import folder_paths
 import torch
 from torch import Tensor
 
 from ...ipadapter_core import AdapterError, ImageFeatures, InvalidInputError
 from ...ipadapter_core.state_dict import describe_state_dict
+from .access import listed
 from .files import Version, file_version
 
 
 def clip_vision_widths(file: str) -> tuple[int, int] | None:
     """Hidden size and projection width of an image encoder's file; None if it is none."""
     try:
-        shapes = describe_state_dict(folder_paths.get_full_path_or_raise("clip_vision", file)).tensors
+        shapes = describe_state_dict(listed("clip_vision", file)).tensors
     except (AdapterError, OSError):
         return None
     hidden = next((t.shape[0] for k, t in shapes.items() if k.endswith("class_embedding")), None)

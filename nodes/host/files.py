@@ -6,6 +6,8 @@ import os
 
 import folder_paths
 
+from .access import listed, marked, readable
+
 FOLDER = "ipadapter"
 PROMPT_FOLDER = "image_prompts"
 IN_INPUT = " [input]"
@@ -43,15 +45,6 @@ def clip_vision_files() -> list[str]:
     return folder_paths.get_filename_list("clip_vision")
 
 
-def unique_save_path(prefix: str, extension: str, folder: str = "") -> str:
-    """A new file ``<prefix>_00001<extension>`` in the output folder, or a folder below it."""
-    root = os.path.join(folder_paths.get_output_directory(), folder)
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-    while os.path.exists(path := os.path.join(folder, f"{name}_{counter:05}{extension}")):
-        counter += 1
-    return path
-
-
 def input_files(extensions: tuple[str, ...]) -> list[str]:
     """Files of these extensions anywhere below the input folder."""
     root = folder_paths.get_input_directory()
@@ -66,9 +59,7 @@ def prompt_files() -> list[str]:
 
 
 def prompt_path(file: str) -> str:
-    if file.endswith(IN_INPUT):
-        return folder_paths.get_annotated_filepath(file)
-    return folder_paths.get_full_path_or_raise(PROMPT_FOLDER, file)
+    return input_path(file) if marked(file) else listed(PROMPT_FOLDER, file)
 
 
 def prompt_fingerprint(file: str) -> str:
@@ -77,12 +68,12 @@ def prompt_fingerprint(file: str) -> str:
 
 
 def input_path(name: str) -> str:
-    return folder_paths.get_annotated_filepath(name)
+    return readable(name, "file")
 
 
 def file_version(kind: str, file: str) -> Version:
     """Path, time of change and size of a file below models/<kind>: what is loaded from it is shared under this key."""
-    path = folder_paths.get_full_path_or_raise(kind, file)
+    path = listed(kind, file)
     stat = os.stat(path)
     return path, stat.st_mtime_ns, stat.st_size
 
@@ -105,7 +96,7 @@ def lora_fingerprint(*files: str) -> str:
 
 
 def lora_path(file: str) -> str:
-    return folder_paths.get_full_path_or_raise("loras", file)
+    return listed("loras", file)
 
 
 def checkpoint_files() -> list[str]:
@@ -113,16 +104,8 @@ def checkpoint_files() -> list[str]:
 
 
 def checkpoint_path(file: str) -> str:
-    return folder_paths.get_full_path_or_raise("checkpoints", file)
-
-
-def output_file(prefix: str, folder: str = "loras") -> str:
-    """A new file name under output/loras, counted up as the host counts."""
-    path, name, counter, _, _ = folder_paths.get_save_image_path(
-        prefix, os.path.join(folder_paths.get_output_directory(), folder)
-    )
-    return os.path.join(path, f"{name}_{counter:05}_.safetensors")
+    return listed("checkpoints", file)
 
 
 def adapter_path(file: str) -> str:
-    return folder_paths.get_full_path_or_raise(FOLDER, file)
+    return listed(FOLDER, file)

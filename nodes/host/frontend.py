@@ -48,7 +48,8 @@ def progress_bar() -> Callable[[int, int], None]:
 
 def show_in_node(text: str, node_id: str) -> None:
     """Let the frontend write ``text`` into the node: of the ui output it shows texts of a few core nodes only."""
-    PromptServer.instance.send_progress_text(text, node_id)
+    # texts of files may hold halves of characters, which cannot be sent
+    PromptServer.instance.send_progress_text(text.encode("utf-8", "replace").decode(), node_id)
 
 
 OLD_NAMES = "IMAGE_PROMPT_OLD_NAMES"

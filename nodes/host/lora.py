@@ -12,7 +12,6 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
-import folder_paths
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.lora import LoRAWeights, Partial, load_lora
 from ...ipadapter_core.lora.live import LiveStack
 from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
+from .access import listed
 from .adapters import ManagedAdapter, attention
 from .files import Version, file_version
 
@@ -35,7 +35,7 @@ except ImportError:  # hosts before November 2025 have eight bits by dtype alone
 
 
 def load_lora_tensors(file: str) -> dict[str, Tensor]:
-    return comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", file), safe_load=True)
+    return comfy.utils.load_torch_file(listed("loras", file), safe_load=True)
 
 
 def apply_lora_by_host(model: Any, lora: dict[str, Tensor], strength: float) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...ipadapter_core import InvalidInputError, rules_for
+from ...ipadapter_core import rules_for
 from ...ipadapter_core.legacy import SIMPLE_WEIGHT_TYPES, LegacySettings, todays_option
 from .. import host
 from .encode import Reference, encode_reference
@@ -34,6 +34,7 @@ from .sockets import (
     weight_type,
     window,
 )
+from .weights import rows_of
 
 SOURCE: Inputs = {"model": MODEL, "ipadapter": ADAPTER, "image": IMAGE}
 TWO_SOURCES: Inputs = {"model": MODEL, "ipadapter": ADAPTER, "image_style": IMAGE, "image_composition": IMAGE}
@@ -129,11 +130,11 @@ class IPAdapterAdvanced(LegacyNode):
             weight_type = "strong style and composition" if expand_style else "style and composition"
             image_composition = image_style if image_composition is None else image_composition
         if ipadapter_params is None:
-            entries = [(image, weight, weight_type, start_at, end_at, attn_mask)]
+            entries = [(image, attn_mask, weight, weight_type, start_at, end_at)]
         else:
-            entries = _entries(ipadapter_params)
+            entries = rows_of(ipadapter_params)
         faces = None
-        for picture, strength, kind, start, end, mask in entries:
+        for picture, mask, strength, kind, start, end in entries:
             if picture is None:
                 continue
             settings = LegacySettings(
@@ -290,14 +291,3 @@ class IPAdapterPreciseCompositionBatch(IPAdapterPreciseComposition):
 def _first(value: Any) -> Any:
     """A widget's number, also where a list of weights was wired to it."""
     return value[0] if isinstance(value, (list, tuple)) and value else value
-
-
-def _entries(params: dict[str, Any]) -> list[tuple[Any, ...]]:
-    names = ("image", "weight", "weight_type", "start_at", "end_at", "attn_mask")
-    columns = [params.get(name) for name in names] if isinstance(params, dict) else [None]
-    if any(not isinstance(column, list) for column in columns) or len({len(c) for c in columns if c is not None}) != 1:
-        raise InvalidInputError(
-            "ipadapter_params does not hold lists of equal length for image, weight, weight_type, start_at, end_at and "
-            "attn_mask; connect IPAdapter Regional Conditioning or IPAdapter Combine Params"
-        )
-    return list(zip(*columns, strict=True))

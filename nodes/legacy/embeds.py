@@ -175,7 +175,7 @@ class IPAdapterSaveEmbeds(LegacyNode):
         return {"required": {"embeds": EMBEDS, "filename_prefix": ("STRING", {"default": "IP_embeds"})}}
 
     def save(self, embeds: Tensor, filename_prefix: str) -> tuple[Any, ...]:
-        save_embeds(host.unique_save_path(filename_prefix, EXTENSION), SavedEmbeds(embeds))
+        save_embeds(host.new_file(filename_prefix, "", EXTENSION), SavedEmbeds(embeds))
         return (None,)
 
 

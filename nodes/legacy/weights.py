@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from ...ipadapter_core import InvalidInputError
 from ...ipadapter_core.frame_weights import WeightsStrategy
 from ...ipadapter_core.legacy import todays_option
 from .sockets import (
@@ -123,6 +125,11 @@ class IPAdapterRegionalConditioning(LegacyNode):
         self, image: Tensor, image_weight: float, prompt_weight: float, weight_type: str, start_at: float, end_at: float,
         mask: Tensor | None = None, positive: Any = None, negative: Any = None,
     ) -> tuple[Any, ...]:  # fmt: skip
+        for conds in (positive, negative):
+            if conds is not None and not all(
+                isinstance(c, (list, tuple)) and len(c) == 2 and isinstance(c[1], dict) for c in conds
+            ):
+                raise InvalidInputError("positive or negative is no conditioning: connect CLIP Text Encode or its like")
         if mask is not None:
             region = {"mask": mask, "set_area_to_bounds": False, "mask_strength": prompt_weight}
             positive, negative = (
@@ -149,4 +156,26 @@ class IPAdapterCombineParams(LegacyNode):
         self, params_1: Any, params_2: Any, params_3: Any = None, params_4: Any = None, params_5: Any = None
     ) -> tuple[dict[str, Any]]:
         given = [params for params in (params_1, params_2, params_3, params_4, params_5) if params is not None]
-        return ({name: [value for params in given for value in params[name]] for name in PARAM_NAMES},)
+        rows = [row for params in given for row in rows_of(params)]
+        return ({name: [row[i] for row in rows] for i, name in enumerate(PARAM_NAMES)},)
+
+
+def rows_of(params: Any) -> list[tuple[Any, ...]]:
+    """What IPADAPTER_PARAMS hold, a row of PARAM_NAMES for each region.
+
+    Raises InvalidInputError for anything else: a graph may hold a table of its own making.
+    """
+    columns = [params.get(name) for name in PARAM_NAMES] if isinstance(params, dict) else [None]
+    rows = [] if any(not isinstance(column, list) for column in columns) else list(zip(*columns, strict=False))
+    kinds = (Tensor, Tensor, (Real, list, tuple), str, Real, Real)
+    known = all(
+        isinstance(value, kind) or (value is None and kind is Tensor)
+        for row in rows
+        for value, kind in zip(row, kinds, strict=True)
+    )
+    if not rows or not known or any(len(column) != len(rows) for column in columns):
+        raise InvalidInputError(
+            "ipadapter_params does not hold lists of equal length for image, weight, weight_type, start_at, end_at and "
+            "attn_mask; connect IPAdapter Regional Conditioning or IPAdapter Combine Params"
+        )
+    return rows

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ipadapter_core.errors import AdapterError, InvalidInputError
+from ipadapter_core.errors import AdapterError, InvalidInputError, UnsafeFileError
+from ipadapter_core.generate import load_pipeline
 from ipadapter_core.training import RunConfig, parse_config
 from ipadapter_core.training.config import KEYS, DataConfig, load_config
 from ipadapter_core.training.job import CHILD, ROOT, environment, run_job
@@ -346,3 +347,21 @@ def test_files_may_name_relative_paths(tmp_path: Path) -> None:
         "pipe:cat x.tar",
         "/abs",
     )
+
+
+@pytest.mark.parametrize(
+    ("index", "file"),
+    [
+        ({"_class_name": ["pipe", "Pipe"]}, "pipe.py"), ({"_class_name": ["pipe", "Pipe"]}, ""), ({"_class_name": "P"}, "unet/diffusers.py"),
+        ({"_class_name": "StableDiffusionPipeline", "unet": ["os", "system"]}, ""), ({"unet": [["x"], "y"]}, ""),
+    ],
+)  # fmt: skip
+def test_folders_of_models_that_bring_code_are_refused(tmp_path: Path, index: dict[str, object], file: str) -> None:
+    """Some versions of diffusers import files that model_index.json names."""
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    if file:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UnsafeFileError, match="brings code of its own"):
+        load_pipeline(tmp_path)
+    assert not (tmp_path / "ran").exists()

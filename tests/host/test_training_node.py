@@ -68,6 +68,14 @@ def test_it_trains_and_the_result_can_be_loaded(server: ComfyServer, model: str)
     rows = (server.base / "output/ipadapter_training/first/progress.jsonl").read_text().splitlines()
     steps = [json.loads(row)["step"] for row in rows if '"step"' in row and json.loads(row)["event"] == "step"]
     assert steps == list(range(1, 7)), "queueing it again goes on"
+    assert json.loads(load_adapter(file).metadata["settings"])["train"]["steps"] == 6, "and replaces its own result"
+    file.write_bytes(b"somebody's")
+    server.run(training(server, model, "first", start_over=True)[0])
+    assert file.read_bytes() == b"somebody's"
+    assert load_adapter(file.with_name("first-2.safetensors")).metadata["steps"] == "4"
+    assert list((server.base / "output/ipadapter_training/first.earlier-1").glob("state-00000006")), (
+        "set aside, not deleted"
+    )
 
 
 def test_cancelling_saves_and_leaves_the_queue_usable(server: ComfyServer, model: str) -> None:
