@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 QUOTED = 80
 """Characters of somebody's text that a message repeats at most."""
 
@@ -15,11 +17,13 @@ def quoted(value: object, limit: int = QUOTED) -> str:
 
 
 def one_line(value: object, limit: int = QUOTED) -> str:
-    """As ``quoted``, without quotes: for names that a sentence begins with, and in lists."""
+    """As ``quoted``, without quotes: for names that a sentence begins with, and in lists. Paths are cut at their beginning."""
     try:
         text = value if isinstance(value, str) else str(value)
     except ValueError:  # an integer of more digits than Python writes
         text = f"a very long {type(value).__name__}"
+    if isinstance(value, PurePath) and len(text) > limit:
+        return f"…{_printable(text[-limit:])[-limit:]}"  # what names the file is at the end
     return f"{_printable(text[:limit])[:limit]}{'…' if len(text) > limit else ''}"
 
 

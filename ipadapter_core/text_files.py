@@ -37,7 +37,7 @@ class NotUnicodeError(CorruptFileError):
     """A text in some code page: its bytes are neither UTF-8 nor marked as UTF-16 or UTF-32."""
 
 
-def decode_text(content: bytes, name: str, encoding: str = "") -> str:
+def decode_text(content: bytes, name: str | Path, encoding: str = "") -> str:
     """The text in ``content``, without byte order marks, lines ending in a line feed.
 
     UTF-8, and UTF-16 or UTF-32 with a mark; UTF-16 without one is told by its zero bytes. ``encoding`` names the code page
@@ -68,7 +68,7 @@ def read_text(path: str | os.PathLike[str], encoding: str = "") -> str:
     Raises FileNotFoundError, InvalidInputError for what is no plain file, CorruptFileError for what is no text or has over
     64 MiB.
     """
-    return decode_text(read_bytes(path), str(path), encoding)
+    return decode_text(read_bytes(path), Path(path), encoding)
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
@@ -118,7 +118,7 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"{quoted(path)} does not exist: check the path and the spelling")
 
 
-def parse_json(text: str | bytes, name: str, *, constants: bool = False) -> Any:
+def parse_json(text: str | bytes, name: str | Path, *, constants: bool = False) -> Any:
     """The value of a JSON text; of bytes in any encoding that ``decode_text`` reads.
 
     ``NaN`` and ``Infinity`` are no JSON; ``constants`` lets them through, for tables that were written with empty cells and
@@ -135,7 +135,7 @@ def parse_json(text: str | bytes, name: str, *, constants: bool = False) -> Any:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file. Raises as ``read_text`` and ``parse_json`` do."""
-    return parse_json(read_text(path), str(path))
+    return parse_json(read_text(path), Path(path))
 
 
 def check_length(text: str, what: str, limit: int) -> str:
@@ -145,7 +145,7 @@ def check_length(text: str, what: str, limit: int) -> str:
     return text
 
 
-def _decoded(content: bytes, encoding: str, name: str) -> str:
+def _decoded(content: bytes, encoding: str, name: str | Path) -> str:
     try:
         return _clean(content.decode(encoding))
     except UnicodeDecodeError as error:

@@ -333,7 +333,7 @@ def _spelled(value: Any) -> str:
 def _text_of(path: Path) -> str:
     content = read_bytes(path, MAX_TEXT)
     try:
-        return decode_text(content, str(path))
+        return decode_text(content, path)
     except NotUnicodeError:
         try:
             return content.decode("utf-8", "surrogatepass")  # what write_config wrote

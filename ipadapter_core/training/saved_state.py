@@ -208,7 +208,7 @@ def _tree_of(file: TensorReader) -> Any:
     text = file.metadata.get("tree")
     if not isinstance(text, str):
         raise CorruptFileError(f"{quoted(file.path)} is damaged: it says not what its tensors are")
-    return parse_json(text, str(file.path))
+    return parse_json(text, file.path)
 
 
 def _items(packed: Any, kind: str) -> list[Any]:

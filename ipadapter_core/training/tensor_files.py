@@ -60,7 +60,7 @@ class TensorReader:
             text = self._file.read(length)
         except OSError as error:
             raise self._damaged(reason(error)) from error
-        header = parse_json(text, str(path))
+        header = parse_json(text, path)
         if not isinstance(header, dict):
             raise self._damaged("its header is no table")
         entries = cast("dict[str, Any]", header)

@@ -124,3 +124,17 @@ def test_length_limits_name_both_numbers() -> None:
     assert check_length("abc", "selector", 3) == "abc"
     with pytest.raises(InvalidInputError, match=r"selector has 10,000,000 characters; at most 10,000 can be used"):
         check_length("x" * 10**7, "selector", 10_000)
+
+
+def test_long_paths_are_cut_at_their_beginning(tmp_path: Path) -> None:
+    """Two files in one long folder must not give one message."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    (folder / "a.json").write_bytes(b"caf\xe9")
+    (folder / "b.json").write_text("[")
+    for name, read, message in (
+        ("a.json", read_json, "is not UTF-8"), ("b.json", read_json, "is not valid JSON"), ("c.json", read_text, "does not exist"),
+    ):  # fmt: skip
+        with pytest.raises((CorruptFileError, FileNotFoundError), match=f"^'…[a-z]+/{name}' {message}"):
+            read(folder / name)
+    assert quoted("x" * 90 + "y") == f"'{'x' * 80}…'"
