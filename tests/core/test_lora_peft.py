@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,49 +97,66 @@ def live_is_merged(model: nn.Module, found: PlacedLoRA, merged: Mapping[str, Ten
         assert_close(out, other(x), rtol=1e-4, atol=1e-4)
 
 
-CONFIGS: dict[str, PeftConfig] = {
-    "LoRA": peft.LoraConfig(r=3, lora_alpha=5, target_modules=ALL),
-    "rsLoRA": peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=ALL),
-    "DoRA": peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=ALL),
-    "LoRA with bias": peft.LoraConfig(r=2, lora_alpha=8, lora_bias=True, target_modules=["to_q", "ff"]),
-    "patterns": peft.LoraConfig(
+CONFIGS: dict[str, Callable[[], PeftConfig]] = {
+    "LoRA": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=ALL),
+    "rsLoRA": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=ALL),
+    "DoRA": lambda: peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=ALL),
+    "LoRA with bias": lambda: peft.LoraConfig(r=2, lora_alpha=8, lora_bias=True, target_modules=["to_q", "ff"]),
+    "patterns": lambda: peft.LoraConfig(
         r=4,
         lora_alpha=16,
         target_modules=ALL,
         alpha_pattern={r".*0\.to_q": 4, "^blocks.1.*": 2, "conv": 7},
         rank_pattern={r"blocks\.\d+\.(to_q|to_k)": 2, "point": 1},
     ),
-    "all biases": peft.LoraConfig(r=2, lora_alpha=2, bias="all", target_modules=["to_q", "to_k"]),
-    "biases of LoRA layers": peft.LoraConfig(r=2, lora_alpha=2, bias="lora_only", target_modules=["to_q", "ff"]),
-    "modules to save": peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], modules_to_save=["last", "norm"]),
-    "AdaLoRA": peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=100, target_modules=["to_q", "ff"]),
-    "LoHa": peft.LoHaConfig(r=4, alpha=8, target_modules=ALL),
-    "LoHa with cores": peft.LoHaConfig(r=3, alpha=2, use_effective_conv2d=True, target_modules=ALL),
-    "LoHa patterns": peft.LoHaConfig(
+    "all biases": lambda: peft.LoraConfig(r=2, lora_alpha=2, bias="all", target_modules=["to_q", "to_k"]),
+    "biases of LoRA layers": lambda: peft.LoraConfig(
+        r=2, lora_alpha=2, bias="lora_only", target_modules=["to_q", "ff"]
+    ),
+    "modules to save": lambda: peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["to_q"], modules_to_save=["last", "norm"]
+    ),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=6, total_step=100, target_modules=["to_q", "ff"]
+    ),
+    "LoHa": lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=ALL),
+    "LoHa with cores": lambda: peft.LoHaConfig(r=3, alpha=2, use_effective_conv2d=True, target_modules=ALL),
+    "LoHa patterns": lambda: peft.LoHaConfig(
         r=4, alpha=8, target_modules=ALL, alpha_pattern={"blocks.0.*": 1}, rank_pattern={"ff": 2}
     ),
-    "LoKr": peft.LoKrConfig(r=2, alpha=3, target_modules=ALL),
-    "LoKr both low-rank": peft.LoKrConfig(r=1, alpha=3, decompose_both=True, decompose_factor=4, target_modules=ALL),
-    "LoKr whole": peft.LoKrConfig(r=512, alpha=64, target_modules=ALL),
-    "LoKr with a core": peft.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, target_modules=ALL),
-    "LoKr patterns": peft.LoKrConfig(r=512, alpha=64, target_modules=ALL, rank_pattern={r".*\.to_q": 128}),
-    "OFT": peft.OFTConfig(r=0, oft_block_size=4, use_cayley_neumann=False, target_modules=ALL),
-    "OFT by its series": peft.OFTConfig(r=0, oft_block_size=4, target_modules=ALL),
-    "OFT of 3 terms": peft.OFTConfig(r=0, oft_block_size=4, num_cayley_neumann_terms=3, target_modules=ALL),
-    "OFT of 7 terms": peft.OFTConfig(r=0, oft_block_size=4, num_cayley_neumann_terms=7, target_modules=ALL),
-    "OFT shared": peft.OFTConfig(r=0, oft_block_size=2, block_share=True, use_cayley_neumann=False, target_modules=ALL),
-    "COFT": peft.OFTConfig(r=2, oft_block_size=0, coft=True, eps=0.3, use_cayley_neumann=False, target_modules=ALL),
-    "BOFT": peft.BOFTConfig(boft_block_size=4, target_modules=ALL),
-    "IA3": peft.IA3Config(target_modules=ALL, feedforward_modules=["ff", "conv"]),
-    "IA3 by an expression": peft.IA3Config(target_modules=ALL, feedforward_modules=r".*\.(ff|point)"),
-    "HRA": peft.HRAConfig(r=4, target_modules=ALL),
-    "HRA orthogonal": peft.HRAConfig(r=3, apply_GS=True, target_modules=ALL),
+    "LoKr": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=ALL),
+    "LoKr both low-rank": lambda: peft.LoKrConfig(
+        r=1, alpha=3, decompose_both=True, decompose_factor=4, target_modules=ALL
+    ),
+    "LoKr whole": lambda: peft.LoKrConfig(r=512, alpha=64, target_modules=ALL),
+    "LoKr with a core": lambda: peft.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, target_modules=ALL),
+    "LoKr patterns": lambda: peft.LoKrConfig(r=512, alpha=64, target_modules=ALL, rank_pattern={r".*\.to_q": 128}),
+    "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=4, use_cayley_neumann=False, target_modules=ALL),
+    "OFT by its series": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=ALL),
+    "OFT of 3 terms": lambda: peft.OFTConfig(r=0, oft_block_size=4, num_cayley_neumann_terms=3, target_modules=ALL),
+    "OFT of 7 terms": lambda: peft.OFTConfig(r=0, oft_block_size=4, num_cayley_neumann_terms=7, target_modules=ALL),
+    "OFT shared": lambda: peft.OFTConfig(
+        r=0, oft_block_size=2, block_share=True, use_cayley_neumann=False, target_modules=ALL
+    ),
+    "COFT": lambda: peft.OFTConfig(
+        r=2, oft_block_size=0, coft=True, eps=0.3, use_cayley_neumann=False, target_modules=ALL
+    ),
+    "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=ALL),
+    "IA3": lambda: peft.IA3Config(target_modules=ALL, feedforward_modules=["ff", "conv"]),
+    "IA3 by an expression": lambda: peft.IA3Config(target_modules=ALL, feedforward_modules=r".*\.(ff|point)"),
+    "HRA": lambda: peft.HRAConfig(r=4, target_modules=ALL),
+    "HRA orthogonal": lambda: peft.HRAConfig(r=3, apply_GS=True, target_modules=ALL),
 }
 
+RECENT = tuple(int(n) for n in re.findall(r"\d+", peft.__version__)[:2]) >= (0, 18)
+"""Older ones write another OFT, which they and we refuse from then on, and have no options that some cases need."""
+SINCE_LONG = ("LoRA", "rsLoRA", "DoRA", "LoHa", "LoKr", "IA3", "BOFT", "HRA")
+CASES = tuple(CONFIGS) if RECENT else SINCE_LONG
 
-@pytest.mark.parametrize("name", CONFIGS)
+
+@pytest.mark.parametrize("name", CASES)
 def test_the_change_is_peft_s(name: str, tmp_path: Path) -> None:
-    plain, merged = saved(tmp_path, CONFIGS[name])
+    plain, merged = saved(tmp_path, CONFIGS[name]())
     found = placed(tmp_path / "adapter_model.safetensors", plain)
     weights = changed(plain, found)
     moved = [key for key, t in weights.items() if not torch.equal(t, plain.state_dict()[key])]
@@ -283,24 +300,25 @@ def test_other_methods_are_named_by_their_tensors(part: str, method: str) -> Non
         load_lora({f"base_model.model.blocks.0.to_q{part}x": torch.zeros(2, 2)})
 
 
-METHODS_OF_PEFT: dict[str, PeftConfig] = {
-    "VeRA": peft.VeraConfig(r=2, target_modules=["to_q"]),
-    "FourierFT": peft.FourierFTConfig(n_frequency=4, target_modules=["to_q"]),
-    "RandLoRA": peft.RandLoraConfig(r=2, target_modules=["to_q"]),
-    "SHiRA": peft.ShiraConfig(r=1, target_modules=["to_q"]),
-    "MiSS": peft.MissConfig(r=2, target_modules=["to_q"]),
-    "C3A": peft.C3AConfig(block_size=4, target_modules=["to_q"]),
-    "VB-LoRA": peft.VBLoRAConfig(r=4, num_vectors=4, vector_length=4, topk=2, target_modules=["to_q"]),
-    "DeLoRA": peft.DeloraConfig(r=2, target_modules=["to_q"]),
-    "WaveFT": peft.WaveFTConfig(n_frequency=4, target_modules=["to_q"]),
-    "LN tuning": peft.LNTuningConfig(target_modules=["norm"]),
+METHODS_OF_PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "VeRA": ("VeraConfig", {"r": 2}),
+    "FourierFT": ("FourierFTConfig", {"n_frequency": 4}),
+    "RandLoRA": ("RandLoraConfig", {"r": 2}),
+    "SHiRA": ("ShiraConfig", {"r": 1}),
+    "MiSS": ("MissConfig", {"r": 2}),
+    "C3A": ("C3AConfig", {"block_size": 4}),
+    "VB-LoRA": ("VBLoRAConfig", {"r": 4, "num_vectors": 4, "vector_length": 4, "topk": 2}),
+    "DeLoRA": ("DeloraConfig", {"r": 2}),
+    "WaveFT": ("WaveFTConfig", {"n_frequency": 4}),
+    "LN tuning": ("LNTuningConfig", {"target_modules": ["norm"]}),
 }
 
 
-@pytest.mark.parametrize("method", METHODS_OF_PEFT)
+@pytest.mark.parametrize("method", [m for m, (name, _) in METHODS_OF_PEFT.items() if hasattr(peft, name)])
 @pytest.mark.parametrize("with_config", [True, False])
 def test_files_of_other_methods(tmp_path: Path, method: str, with_config: bool) -> None:
-    PeftModel(Net(), METHODS_OF_PEFT[method]).save_pretrained(str(tmp_path))
+    name, options = METHODS_OF_PEFT[method]
+    PeftModel(Net(), getattr(peft, name)(**{"target_modules": ["to_q"]} | options)).save_pretrained(str(tmp_path))
     if not with_config:
         (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(UnknownFormatError, match=r"is a PEFT .* file; of PEFT's methods LoRA, AdaLoRA"):
