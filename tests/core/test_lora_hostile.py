@@ -51,7 +51,8 @@ ROLES = (
 )  # fmt: skip
 DTYPES = (
     torch.float32, torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn,
-    torch.float8_e5m2, torch.float8_e8m0fnu, torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint16,
+    torch.float8_e5m2, getattr(torch, "float8_e8m0fnu", torch.float8_e5m2), torch.int8, torch.int64, torch.bool,
+    torch.complex64, torch.uint16,
 )  # fmt: skip
 VALUES = (1.0, 1.0, 0.5, 0.0, -1.0, 3e38, 1e20, 1e5, float("nan"), float("inf"))
 shapes = st.one_of(
