@@ -231,13 +231,14 @@ def note_chunks(
             copied.append(entry)
         distinct.append(None if entries is None else copied)
     noted = _with_note(model_options, CallNote(step, chunks, latent))
-    marker = _marker(model, noted) if "torch._dynamo" in sys.modules else nullcontext()
-    with marker:
+    unet = getattr(model, "diffusion_model", None)
+    slots = noted["transformer_options"].get("patches_replace", {}).get("attn2", {})
+    with marked(unet, lambda: f"image prompts in {sorted(map(repr, slots))}"):
         return executor(model, distinct, x, timestep, noted)
 
 
 class _Mark:
-    """A hook that does nothing but to have a name, which compiled code is checked for."""
+    """A hook that does nothing but have a name, for which compiled code is checked."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -246,26 +247,27 @@ class _Mark:
         assert self.name
 
 
-_MARKED: WeakKeyDictionary[nn.Module, dict[frozenset[object], Hooks]] = WeakKeyDictionary()
-"""Per UNet and set of slots in use: a mark on every cross-attention."""
+_MARKED: WeakKeyDictionary[nn.Module, dict[str, Hooks]] = WeakKeyDictionary()
+"""Per UNet and what acts on it: a mark on the layers of every transformer block."""
+_LAYERS = (".norm1", ".norm2", ".norm3", ".attn1.to_q", ".attn2.to_q")
+"""In a block: those between which a graph may break."""
 
 
-def _marker(model: Any, model_options: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """What tells compiled code apart: the host keeps torch.compile from looking at the slots, and at which block it is in.
+def marked(unet: object, what: Callable[[], str]) -> AbstractContextManager[None]:
+    """For the time of a call: what tells code compiled for it apart from code for other calls and other blocks.
 
-    Code compiled for a block without image prompt, or for another block of its shape, would serve this one.
+    The host keeps torch.compile from looking at transformer_options, which say what acts and which block it is. Code of
+    a model without image prompts, or of another block of the same shape, would be run.
     """
-    unet = getattr(model, "diffusion_model", None)
-    if not isinstance(unet, nn.Module):
+    if "torch._dynamo" not in sys.modules or not isinstance(unet, nn.Module):
         return nullcontext()
     watch_hooks()
     unet = uncompiled(unet)
-    slots = frozenset(model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {}))
-    known = _MARKED.setdefault(unet, {})
-    if slots not in known:
-        paths = [name for name, _ in unet.named_modules() if slots and name.endswith(".attn2.to_q")]
-        known[slots] = Hooks({path: _Mark(f"{path} {sorted(map(repr, slots))}").look for path in paths})
-    return known[slots].on(unet)
+    known, name = _MARKED.setdefault(unet, {}), what()
+    if name not in known:
+        paths = [path for path, _ in unet.named_modules() if ".transformer_blocks." in path and path.endswith(_LAYERS)]
+        known[name] = Hooks({path: _Mark(f"{path}, {name}").look for path in paths})
+    return known[name].on(unet)
 
 
 def _with_note(model_options: dict[str, Any], note: object) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from .comfy import (
     StepNote,
     comfy_layout,
     key_part,
+    marked,
     note_chunks,
     note_step,
     occupant_of,
@@ -148,7 +149,7 @@ class LiveWrapper:
         else:
             kwargs["transformer_options"] = noted
         watch_hooks()
-        with self._hooks.on(unet):
+        with self._hooks.on(unet), marked(unet, lambda: "live LoRAs"):
             self._calls.begin(call)
             output: Any = None
             try:
