@@ -218,4 +218,6 @@ def test_a_mask_is_checked_and_clamped_with_one_copy_of_it() -> None:
     mask = torch.rand(1, 64, 64)
     with Outputs():
         RegionMask.from_tensor(mask)
-    assert sum(size >= mask.numel() for size in sizes) <= 2, "detach, which copies nothing, and clamp"
+    assert sum(size >= mask.numel() for size in sizes) <= 3, (
+        "detach, which copies nothing (two calls before torch 2.9), and clamp"
+    )

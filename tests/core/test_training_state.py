@@ -182,9 +182,9 @@ def test_every_optimizer_comes_back(
 
 def test_random_generators_come_back(tmp_path: Path) -> None:
     def draws() -> list[float]:
-        return [random.random(), random.gauss(), np.random.rand(), np.random.randn(), float(torch.rand(()))]
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(()))]
 
-    random.gauss(), np.random.randn()  # each keeps the second of two numbers for the next call
+    random.gauss(0, 1), np.random.randn()  # each keeps the second of two numbers for the next call
     save_random(tmp_path, 1)
     wanted = draws()
     draws()
