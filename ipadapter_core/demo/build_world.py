@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ..generate import to_pillow
@@ -35,6 +36,7 @@ def build(work: Path, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    name_text_weights(folder / "text_encoder" / "model.safetensors")
     shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)  # in the files of both transformers
     shutil.copy(work / "image_encoder" / "preprocessor_config.json", folder / "image_encoder")
     for part in ("unet", "vae"):  # where a part lay on the machine that built it is nobody's business
@@ -42,6 +44,13 @@ def build(work: Path, folder: Path) -> None:
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def name_text_weights(file: Path) -> None:
+    """Give a CLIP text model's weights the names of transformers 4, which 5 reads too; what 5 writes leaves 4 with random ones."""
+    prefix = "text_model."
+    named = {key if key.startswith(prefix) else prefix + key: tensor for key, tensor in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
 
 
 def write_references(pictures: Pictures, folder: Path) -> None:

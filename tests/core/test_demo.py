@@ -14,6 +14,7 @@ from ipadapter_core.demo.measure import Figures, measure
 from ipadapter_core.demo.sheet import ROWS, compose, draw_sheet
 from ipadapter_core.demo.world import FOLDER, REFERENCES, World, load_world
 from ipadapter_core.schedule import WeightSchedule
+from ipadapter_core.state_dict import describe_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,10 @@ def test_the_tokenizer_is_the_same_in_every_transformers() -> None:
         [0, 1073, 1, 273, 1, 496, 129, 109, 523, 1],
     ]
     assert tokenizer.model_max_length == 16
+
+
+def test_the_text_weights_have_the_names_that_every_transformers_reads() -> None:
+    """Version 4 looks for `text_model.…` and, finding other names, draws random weights without an error."""
+    keys = describe_state_dict(FOLDER / "text_encoder" / "model.safetensors").tensors
+    assert keys
+    assert all(key.startswith("text_model.") for key in keys)
