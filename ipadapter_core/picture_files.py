@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ def _guarded(content: bytes, name: str, read: Callable[[Image.Image], _Read]) ->
             bare, exif = _without_metadata(content)
             if bare is None:
                 raise
-            return read(_turned(_opened(bare, name), _orientation(Image.Exif(), exif)))
+            return read(_turned(_opened(bare, name), _orientation(lambda: _exif(exif), exif)))
     except AdapterError:
         raise
     except Exception as error:  # plugins raise of every kind: struct.error, KeyError, OverflowError, MemoryError, …
@@ -134,7 +134,7 @@ def _opened(content: bytes, name: str) -> Image.Image:
     image = _lazy(content, name)
     _check_size(image, len(content), name)
     # before the pixels: Pillow's TIFF reader turns pictures itself, and fails with odd entries
-    orientation = _orientation(image.getexif)
+    orientation = _orientation(image.getexif, image.info.get("exif"))
     if image.format == "TIFF":
         image.load_end = _nothing
     image.load()
@@ -184,15 +184,32 @@ def _check_size(image: Image.Image, file_size: int, name: str) -> None:
             raise CorruptFileError(f"{shown(name)} declares tiles of {tile[0]:,}x{tile[1]:,} pixels; it is damaged")
 
 
-def _orientation(exif: Any, block: bytes = b"") -> int:
+def _orientation(read: Callable[[], Image.Exif], block: object) -> int:
     """EXIF's (or XMP's) orientation, 1 where it cannot be read. The block is never written anew, as Pillow's own does."""
     try:
-        if block:
-            exif.load(block)
-        value = (exif if block else exif()).get(_ORIENTATION)
+        value: object = read().get(_ORIENTATION)
     except Exception:  # entries of other types than they should have, offsets to nowhere
-        return 1
+        value = None
+    if value is None and isinstance(block, bytes):
+        value = _orientation_in(block.removeprefix(b"Exif\0\0"))  # Pillow before 13 gives up at the first odd entry
     return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def _exif(block: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(block)
+    return exif
+
+
+def _orientation_in(block: bytes) -> int | None:
+    """The one entry that matters, looked for in the first table of a TIFF block."""
+    order: Literal["little", "big"] = "little" if block[:2] == b"II" else "big"
+    first = int.from_bytes(block[4:8], order) + 2
+    for at in range(first, min(len(block) - 11, first + 12 * int.from_bytes(block[first - 2 : first], order)), 12):
+        if int.from_bytes(block[at : at + 2], order) == _ORIENTATION:
+            size = {3: 2, 4: 4}.get(int.from_bytes(block[at + 2 : at + 4], order), 0)  # a SHORT, or a LONG by mistake
+            return int.from_bytes(block[at + 8 : at + 8 + size], order)
+    return None
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
