@@ -148,10 +148,13 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "HRA orthogonal": lambda: peft.HRAConfig(r=3, apply_GS=True, target_modules=ALL),
 }
 
-RECENT = tuple(int(n) for n in re.findall(r"\d+", peft.__version__)[:2]) >= (0, 18)
+PEFT = tuple(int(n) for n in re.findall(r"\d+", peft.__version__)[:2])
+RECENT = PEFT >= (0, 18)
 """Older ones write another OFT, which they and we refuse from then on, and have no options that some cases need."""
 SINCE_LONG = ("LoRA", "rsLoRA", "DoRA", "LoHa", "LoKr", "IA3", "BOFT", "HRA")
 CASES = tuple(CONFIGS) if RECENT else SINCE_LONG
+if PEFT < (0, 19):  # these leave the trained biases out of the file
+    CASES = tuple(name for name in CASES if name != "biases of LoRA layers")
 
 
 @pytest.mark.parametrize("name", CASES)
