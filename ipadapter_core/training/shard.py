@@ -7,6 +7,7 @@ states and the averaged weights are the same with and without.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from typing import Any
 
@@ -54,6 +55,8 @@ def shard(base: FrozenBase, adapter: nn.Module, device: torch.device, dtype: tor
         from torch.distributed.fsdp import fully_shard
     except ImportError as error:
         raise InvalidInputError(f"train.shard needs torch 2.7 or newer, this is {torch.__version__}") from error
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise InvalidInputError(f"train.shard needs torch 2.7 or newer, this is {torch.__version__}")
     split: Any = fully_shard
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     kept = set(adapter.parameters())
