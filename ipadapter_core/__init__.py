@@ -6,7 +6,20 @@ patch = bake(adapter, prompt, layout_of(unet), WeightSchedule(strength=0.8))
 with backends.diffusers.apply(unet, patch): ...
 """
 
-from .attention import KeyValue, Scale, add_image_attention, attend, scale_for
+from .attention.masks import RegionMask
+from .attention.maths import KeyValue, Scale, add_image_attention, attend, scale_for
+from .attention.patch import AdapterPatch, SiteCall
+from .attention.schedule import (
+    PRESETS,
+    SCALINGS,
+    SiteRule,
+    WeightSchedule,
+    parse_curve,
+    parse_layers,
+    parse_numbers,
+    parse_site_factors,
+)
+from .bake import bake, check_adapter
 from .checkpoints import FORMATS, AdapterSpec, AdapterWeights, describe_adapter, load_adapter, save_adapter
 from .compatibility import COMPATIBILITIES, Compatibility, Rules, rules_for
 from .errors import (
@@ -18,14 +31,12 @@ from .errors import (
     UnknownFormatError,
     UnsafeFileError,
 )
-from .face_prompt import encode_face_prompt
-from .image_encoder import ENCODERS, EncoderSpec, ImageEncoder, ImageFeatures, TransformersImageEncoder, preprocess
-from .layouts import layout_of
-from .masks import RegionMask
-from .model_projection import project_by_model
-from .patch import AdapterPatch, SiteCall, bake, check_adapter
-from .processors import AttnProcessor, IPAttnProcessor, build_processors
-from .prompt import (
+from .features import ENCODERS, EncoderSpec, ImageEncoder, ImageFeatures
+from .images.encoder import TransformersImageEncoder
+from .images.preprocess import preprocess
+from .models import layout_of
+from .models.sites import CrossAttentionSite, ModelLayout
+from .prompt.encode import (
     ImagePrompt,
     combine_features,
     combine_prompts,
@@ -34,19 +45,11 @@ from .prompt import (
     prompt_from_features,
     unconditional_features,
 )
-from .prompt_file import load_prompt, save_prompt
+from .prompt.faces import encode_face_prompt
+from .prompt.file import load_prompt, save_prompt
+from .prompt.model_projection import project_by_model
 from .report import describe_fit, describe_spec, spec_facts
-from .schedule import (
-    PRESETS,
-    SCALINGS,
-    SiteRule,
-    WeightSchedule,
-    parse_curve,
-    parse_layers,
-    parse_numbers,
-    parse_site_factors,
-)
-from .sites import CrossAttentionSite, ModelLayout
+from .training.processors import AttnProcessor, IPAttnProcessor, build_processors
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,9 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def show_everything() -> None:
@@ -36,3 +38,22 @@ def complain(text: str) -> None:
 def file_argument(text: str) -> Path:
     """An argument that is a path. Shells leave `~` in `--out=~/x`, and those of Windows everywhere."""
     return Path(os.path.expanduser(text))
+
+
+class progress_bar:
+    """A tqdm bar on stderr as the ``(done, total)`` callback of this package."""
+
+    def __init__(self, name: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(total=total, desc=name, file=sys.stderr, disable=None)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._report
+
+    def _report(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from .errors import InvalidInputError
-from .text_files import check_length
+from .files.text import check_length
 
 LONGEST = 10_000
 """Characters of a text that names places; a block vector of 58 numbers has 400."""

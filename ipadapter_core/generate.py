@@ -13,18 +13,20 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
-from .backends.diffusers import apply_to_pipeline
+from .attention.masks import RegionMask
+from .attention.patch import AdapterPatch
+from .attention.schedule import WeightSchedule
+from .backends.diffusers.unet import apply_to_pipeline
+from .bake import bake, check_adapter
 from .checkpoints import AdapterWeights
 from .errors import CorruptFileError, InvalidInputError, UnsafeFileError, out_of_memory, quoted, reason
-from .image_encoder import Crop, TransformersImageEncoder
-from .layouts import layout_of
-from .masks import RegionMask
-from .patch import AdapterPatch, bake, check_adapter
-from .picture_files import MAX_FILE, decode_grey, read_picture, to_tensor
-from .prompt import Combine, Unconditional, encode_image_prompt
+from .features import Crop
+from .files.text import read_bytes, read_json, regular_file
+from .images.encoder import TransformersImageEncoder
+from .images.files import MAX_FILE, decode_grey, read_picture, to_tensor
+from .models import layout_of
+from .prompt.encode import Combine, Unconditional, encode_image_prompt
 from .quiet import quietly
-from .schedule import WeightSchedule
-from .text_files import read_bytes, read_json, regular_file
 
 
 @dataclass(frozen=True, slots=True)

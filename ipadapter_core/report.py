@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .attention.patch import AdapterPatch
+from .attention.schedule import roles_of
+from .bake import check_adapter
 from .checkpoints import AdapterSpec, AdapterWeights
 from .errors import one_line
-from .image_encoder import ENCODERS
-from .patch import AdapterPatch, check_adapter
-from .schedule import roles_of
-from .sites import ModelLayout
+from .features import ENCODERS
+from .models.sites import ModelLayout
 
 FAMILIES = {
     "base": "base (linear projector)",

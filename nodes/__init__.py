@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..ipadapter_core.migrate import REPLACEMENTS
+from ..ipadapter_core.legacy.migrate import REPLACEMENTS
 from . import host
 from .apply_adapter_to_model import ApplyAdapterToModel
 from .apply_face_lora import ApplyFaceLoRA

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..ipadapter_core import WeightSchedule, rules_for
-from ..ipadapter_core.picture_prep import tiles_in_place
+from ..ipadapter_core.images.tiles import tiles_in_place
 from . import host
 from .sockets import (
     CATEGORY,

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..ipadapter_core import rules_for
-from ..ipadapter_core.faces import FaceAnalyzer, Nth, Which
+from ..ipadapter_core.images.faces import FaceAnalyzer, Nth, Which
 from . import host
 from .sockets import CATEGORY, FaceModel, Prompt, adapter_input, combine_input, compatibility_input
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..ipadapter_core import describe_fit, describe_spec
-from ..ipadapter_core.backends.comfy import applied_patches, comfy_layout
+from ..ipadapter_core.backends.comfy.unet import applied_patches, comfy_layout
 from . import host
 from .sockets import CATEGORY, adapter_input
 

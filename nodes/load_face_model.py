@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ipadapter_core.faces import PROVIDERS
+from ..ipadapter_core.images.faces import PROVIDERS
 from . import host
 from .sockets import CATEGORY, FaceModel
 

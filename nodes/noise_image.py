@@ -7,7 +7,7 @@ from typing import get_args
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core.picture_prep import Noise, noise_picture
+from ..ipadapter_core.images.noise import Noise, noise_picture
 from .sockets import CATEGORY
 
 

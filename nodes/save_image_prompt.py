@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..ipadapter_core import ImagePrompt, save_prompt
-from ..ipadapter_core.embeds import EXTENSION
+from ..ipadapter_core.prompt.embeds import EXTENSION
 from . import host
 from .sockets import CATEGORY, Prompt
 

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ipadapter_core import AdapterWeights, ImagePrompt, load_adapter
-from ipadapter_core.sites import ModelLayout
+from ipadapter_core.models.sites import ModelLayout
 from tiny import tiny_state
 
 TOKEN_DIM = 32

@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, UnknownFormatError, one_line, reason
-from ..image_encoder import ENCODERS
-from ..projectors import TORCH, Operations
-from ..state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
+from ..features import ENCODERS
+from ..files.state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
 from . import base, face_resampler, faceid, faceid_plus, full_face, plus
 from .containers import left_out, normalise, recognise
 from .embedded_lora import check_lora, kohya_lora, take_lora
@@ -37,6 +36,7 @@ from .format import (
     empty_module,
     few,
 )
+from .projectors import TORCH, Operations
 
 __all__ = [
     "FORMATS",

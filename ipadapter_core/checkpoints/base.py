@@ -6,9 +6,9 @@ import re
 
 from torch import nn
 
-from ..projectors import ImageProjModel, Operations
-from ..state_dict import StateDict
+from ..files.state_dict import StateDict
 from .format import AdapterSpec, Format, base_model, divided, encoder_name, layer_channels, shape_of
+from .projectors import ImageProjModel, Operations
 
 
 def parse(state: StateDict) -> AdapterSpec:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..state_dict import StateDict
+from ..files.state_dict import StateDict
 
 WRAPPERS = ("module.", "_orig_mod.", "state_dict.")
 """Prefixes that DistributedDataParallel, torch.compile and training frameworks put before every key."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..errors import CorruptFileError
-from ..state_dict import StateDict
+from ..files.state_dict import StateDict
 
 LORA_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 LAYERS_AND_LORA = re.compile(

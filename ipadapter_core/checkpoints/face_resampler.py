@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..state_dict import StateDict
+from ..files.state_dict import StateDict
 from . import plus
 from .format import AdapterSpec, Format
 

@@ -6,10 +6,10 @@ import re
 
 from torch import nn
 
-from ..projectors import MLPProjModelFaceId, Operations
-from ..state_dict import StateDict
+from ..files.state_dict import StateDict
 from .embedded_lora import LAYERS_AND_LORA
 from .format import AdapterSpec, Format, base_model, divided, layer_channels, shape_of
+from .projectors import MLPProjModelFaceId, Operations
 
 MLP_KEYS = r"proj\.[02]\.(weight|bias)|norm\.(weight|bias)"
 

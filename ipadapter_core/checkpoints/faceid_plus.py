@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..errors import CorruptFileError
-from ..projectors import Operations, ProjModelFaceIdPlus
-from ..state_dict import StateDict
+from ..files.state_dict import StateDict
 from .embedded_lora import LAYERS_AND_LORA
 from .faceid import MLP_KEYS
 from .format import MOST_LAYERS, AdapterSpec, Format, base_model, divided, encoder_name, few, layer_channels, shape_of
+from .projectors import Operations, ProjModelFaceIdPlus
 
 PERCEIVER = "image_proj.perceiver_resampler."
 KOLORS_TEXT_DIM, KOLORS_TOKEN_DIM = 4096, 2048

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError, one_line
-from ..image_encoder import FEATURE_RANKS, Feature, find_encoder
-from ..projectors import TORCH, Operations
-from ..state_dict import StateDict
+from ..features import FEATURE_RANKS, Feature, find_encoder
+from ..files.state_dict import StateDict
+from .projectors import TORCH, Operations
 
 Unconditional = Literal["zero_embeds", "zero_pixels"]
 

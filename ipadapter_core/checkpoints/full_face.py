@@ -6,10 +6,10 @@ import re
 
 from torch import nn
 
-from ..image_encoder import find_encoder
-from ..projectors import MLPProjModel, Operations
-from ..state_dict import StateDict
+from ..features import find_encoder
+from ..files.state_dict import StateDict
 from .format import AdapterSpec, Format, base_model, layer_channels, shape_of
+from .projectors import MLPProjModel, Operations
 
 
 def parse(state: StateDict) -> AdapterSpec:

@@ -7,9 +7,9 @@ import re
 from torch import nn
 
 from ..errors import CorruptFileError
-from ..projectors import Operations, Resampler
-from ..state_dict import StateDict
+from ..files.state_dict import StateDict
 from .format import MOST_LAYERS, AdapterSpec, Format, base_model, encoder_name, layer_channels, shape_of
+from .projectors import Operations, Resampler
 
 LAYER = re.compile(r"image_proj\.layers\.(0|[1-9][0-9]{0,3})\..*")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schedule import WeightSchedule
+from ..attention.schedule import WeightSchedule
 from .judge import background_names, similarity
 from .pictures import BACKGROUNDS
 from .world import World

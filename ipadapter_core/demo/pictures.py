@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..picture_files import read_picture, to_tensor
+from ..images.files import read_picture, to_tensor
 
 SIZE = 64
 CATEGORIES = ("Animals & Nature", "Food & Drink")

@@ -11,11 +11,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..backends import diffusers_lora
-from ..cli import progress_bar
+from ..attention.schedule import WeightSchedule
+from ..backends.diffusers import lora as diffusers_lora
+from ..console import progress_bar
 from ..generate import save_picture, to_pillow
 from ..lora import load_lora
-from ..schedule import WeightSchedule
 from .measure import contradicting_backgrounds, measure
 from .world import FOLDER, References, World, load_world
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..text_files import read_json
+from ..files.text import read_json
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 # openai/CLIP, simple_tokenizer.py: contractions, words, single digits, runs of other signs

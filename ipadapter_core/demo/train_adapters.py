@@ -25,12 +25,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import split_heads
+from ..attention.maths import split_heads
 from ..checkpoints import AdapterSpec
+from ..checkpoints.projectors import Resampler
+from ..features import CLIP_MEAN, CLIP_STD
 from ..generate import to_pillow
-from ..image_encoder import CLIP_MEAN, CLIP_STD, TransformersImageEncoder
-from ..processors import IPAttnProcessor
-from ..projectors import Resampler
+from ..images.encoder import TransformersImageEncoder
 from ..training.adapter import TrainedAdapter
 from ..training.batches import Batch
 from ..training.cache import write_whole
@@ -40,6 +40,7 @@ from ..training.log import Log
 from ..training.loop import fit
 from ..training.objectives import Objective, objective_for
 from ..training.order import Draws, seeded
+from ..training.processors import IPAttnProcessor
 from ..training.run import build_accelerator, build_adapter
 from ..training.state import AdapterFiles, RunFolder
 from ..training.step import AdapterStep

@@ -21,37 +21,21 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..backends.diffusers import layout_of
+from ..attention.schedule import roles_of
+from ..backends.diffusers.unet import layout_of
 from ..checkpoints import load_adapter, save_adapter
-from ..image_encoder import CLIP_MEAN, CLIP_STD, TransformersImageEncoder
-from ..processors import IPAttnProcessor
-from ..projectors import Resampler
-from ..schedule import roles_of
+from ..checkpoints.projectors import Resampler
+from ..features import CLIP_MEAN, CLIP_STD
+from ..images.encoder import TransformersImageEncoder
 from ..training.adapter import fresh_adapter
 from ..training.config import AdapterConfig
 from ..training.frozen import encoder_sizes
 from ..training.order import seeded
-from .pictures import (
-    Pictures,
-    colour_table,
-    draw_captions,
-    draw_scenes,
-    load_pictures,
-    on_background,
-    place,
-    recolour,
-)
+from ..training.processors import IPAttnProcessor
+from .pictures import Pictures, colour_table, draw_captions, draw_scenes, load_pictures, on_background, place, recolour
 from .stages import picture_grid, stage_config, train_stage
 from .train_adapters import MatmulIPAttention, draw_pairs, listen, start_on_grid
-from .train_world import (
-    LATENT_SCALE,
-    PREVIEW_PROMPTS,
-    build_scheduler,
-    encode,
-    sample,
-    tokenize,
-    velocity_loss,
-)
+from .train_world import LATENT_SCALE, PREVIEW_PROMPTS, build_scheduler, encode, sample, tokenize, velocity_loss
 
 NUM_TOKENS = 16
 TEXT_ONLY = 1 / 4

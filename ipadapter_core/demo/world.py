@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.masks import RegionMask
+from ..attention.schedule import WeightSchedule
 from ..checkpoints import AdapterWeights, load_adapter
 from ..errors import InvalidInputError
 from ..generate import PromptSettings, generate, load_image_encoder, load_pipeline, prepare_patch, read_image
-from ..image_encoder import TransformersImageEncoder
-from ..masks import RegionMask
-from ..schedule import WeightSchedule
+from ..images.encoder import TransformersImageEncoder
 
 FOLDER = Path(__file__).parent / "world"
 REFERENCES = Path(__file__).parent / "references"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptFileError, IncompatibleAdapterError, quoted
-from ..state_dict import Source, StoredTensors
+from ..files.state_dict import Source, StoredTensors
 from .base_names import text_path
 from .factors import Smaller, decompose, low_rank_module
 from .names import to_name

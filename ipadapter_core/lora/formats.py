@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptFileError, UnknownFormatError, quoted
-from ..state_dict import Source, StoredTensors, TensorFile, open_state_dict
+from ..files.state_dict import Source, StoredTensors, TensorFile, open_state_dict
 from .decomposed import Axis, Decomposed
 from .difference import Difference, Replacement
 from .generalized import Generalized

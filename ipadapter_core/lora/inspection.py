@@ -12,8 +12,8 @@ from typing import Any, cast
 import numpy as np
 
 from ..errors import CorruptFileError, quoted
-from ..state_dict import Source
-from ..text_files import parse_json
+from ..files.state_dict import Source
+from ..files.text import parse_json
 from .base_names import by_name, unet_paths
 from .decomposed import Decomposed
 from .factors import frobenius

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention.masks import Area, token_grid
 from ..errors import InvalidInputError
-from ..masks import Area, token_grid
 from .low_rank import LowRank, prepared
 from .patch import LoRAPatch
 from .placement import Placement

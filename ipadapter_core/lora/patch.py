@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..attention.masks import RegionMask
+from ..attention.schedule import WeightSchedule
 from ..errors import InvalidInputError
-from ..masks import RegionMask
-from ..schedule import WeightSchedule
 from .placement import PlacedLoRA, Placement
 from .selector import Selector
 from .weights import Component

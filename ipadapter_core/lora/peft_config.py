@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import AdapterError, CorruptFileError, UnknownFormatError, quoted
-from ..text_files import parse_json, read_bytes
+from ..files.text import parse_json, read_bytes
 from .name_patterns import NamePatterns, full_match
 from .names import part_and_path
 

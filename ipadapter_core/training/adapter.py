@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..bake import check_adapter
 from ..checkpoints import AdapterSpec, AdapterWeights, describe_adapter, load_adapter, save_adapter
+from ..checkpoints.projectors import ImageProjModel, MLPProjModel, Resampler
 from ..errors import InvalidInputError
-from ..layouts import layout_of
-from ..patch import check_adapter
-from ..processors import AttnProcessor, IPAttnProcessor, build_processors
-from ..projectors import ImageProjModel, MLPProjModel, Resampler
+from ..models import layout_of
 from .config import AdapterConfig, OutputConfig
+from .processors import AttnProcessor, IPAttnProcessor, build_processors
 
 Wrap = Callable[[AttnProcessor | IPAttnProcessor], object]
 """Another way to compute one attention, with the layers of the given processor."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError
-from ..picture_files import decode_picture
+from ..images.files import decode_picture
 from .cache import Cache, tokens_key
 from .collection import Collection, Sample
 from .config import DataConfig

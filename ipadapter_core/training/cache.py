@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, quoted
-from ..text_files import parse_json, read_json
+from ..files.text import parse_json, read_json
 from .collection import Collection, Sample, Seen, collect, look
 from .config import DataConfig
 from .encode import TargetEncoders

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 
-from ..access import Allowed
 from ..errors import CorruptFileError, InvalidInputError
-from ..picture_files import EXTENSIONS, shown
-from ..text_files import decode_text, read_bytes
+from ..files.access import Allowed
+from ..files.text import decode_text, read_bytes
+from ..images.files import EXTENSIONS, shown
 
 CAPTIONS = (".txt", ".caption")
 

@@ -15,4 +15,4 @@ if __name__ == "__main__":
     sys.path[:] = [_ROOT, *(p for p in sys.path if p and os.path.abspath(p) not in (_HERE, _ROOT))]
     import importlib
 
-    sys.exit(importlib.import_module("ipadapter_core.cli").main())
+    sys.exit(importlib.import_module("ipadapter_core.commands.cli").main())

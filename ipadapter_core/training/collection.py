@@ -9,7 +9,7 @@ from typing import Literal
 from PIL import Image
 
 from ..errors import AdapterError, InvalidInputError, reason
-from ..picture_files import decode_picture, shown
+from ..images.files import decode_picture, shown
 from .config import DataConfig
 from .pictures import Size, bucket_for, bucket_sizes, digest
 from .sources import Record, Source

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..errors import InvalidInputError, quoted, reason
+from ..files.text import NotUnicodeError, check_length, decode_text, read_bytes
 from ..lora.convert import Spelling
 from ..lora.selector import parse_selector
-from ..processors import Init
-from ..text_files import NotUnicodeError, check_length, decode_text, read_bytes
+from .processors import Init
 
 Family = Literal["base", "plus", "full-face"]
 Prediction = Literal["auto", "epsilon", "v_prediction", "flow"]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..checkpoints import AdapterSpec
 from ..errors import IncompatibleEncoderError
-from ..image_encoder import TransformersImageEncoder, check_encoder
+from ..images.encoder import TransformersImageEncoder
+from ..prompt.needs import check_encoder
 from .config import DataConfig, ModelConfig
 from .frozen import EncoderLooks, FrozenBase, files_stamp, looks_of, model_home, onto
 

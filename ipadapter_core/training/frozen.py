@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
+from ..features import ImageEncoder
 from ..generate import check_configs, hold_in_memory, load_pipeline, read_table
-from ..image_encoder import ImageEncoder, TransformersImageEncoder, vision_config
+from ..images.encoder import TransformersImageEncoder, vision_config
 from .adapter import EncoderSizes, freeze
 
 

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from ..errors import InvalidInputError
-from ..text_files import check_length
+from ..files.text import check_length
 from .config import RunConfig, parse_overrides
 
 SETTINGS = 20_000

@@ -24,7 +24,7 @@ from .lora_step import LoRAStep
 from .lora_watch import LoRALooking
 from .objectives import objective_for
 from .order import Order
-from .run import DTYPES, PictureFeed, Prepared, cached, check_sides, items_of, survey
+from .prepare import DTYPES, PictureFeed, Prepared, cached, check_sides, items_of, survey
 from .sources import Source, open_source
 from .watch import reference_tiles
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..backends.diffusers_lora import apply, place
+from ..backends.diffusers.lora import apply, place
 from ..generate import generate, grid_of, to_pillow
 from .batches import Batch
 from .config import Prediction, WatchConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidInputError
-from ..state_dict import describe_state_dict
+from ..files.state_dict import describe_state_dict
 
 Config = dict[str, Any]
 

@@ -11,8 +11,9 @@ from typing import cast
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from ..image_encoder import ImageEncoder, preprocess
-from ..picture_files import to_tensor
+from ..features import ImageEncoder
+from ..images.files import to_tensor
+from ..images.preprocess import preprocess
 from .config import DataConfig
 from .frozen import EncoderLooks
 

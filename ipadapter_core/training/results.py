@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from ..access import plain_name
 from ..errors import AdapterError, InvalidInputError, quoted
-from ..text_files import read_json
+from ..files.access import plain_name
+from ..files.text import read_json
 from .locks import locked
 
 RECORD = "result.json"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
-from ..text_files import parse_json
+from ..files.text import parse_json
 from .tensor_files import TensorReader, write_tensors
 
 TRAINING = "training.safetensors"

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, cast
 from urllib.parse import urlparse
 
-from ..access import Allowed, Places, check_local
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, reason
-from ..picture_files import EXTENSIONS, MAX_FILE, shown
-from ..text_files import NotUnicodeError, decode_text, parse_json, read_bytes
+from ..files.access import Allowed, Places, check_local
+from ..files.text import NotUnicodeError, decode_text, parse_json, read_bytes
+from ..images.files import EXTENSIONS, MAX_FILE, shown
 from .captions import CAPTIONS, CaptionFiles, caption_of, check_encoding
 from .config import DataConfig
 from .tar_members import (

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeGuard, cast
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, quoted
-from ..text_files import read_json, regular_file
+from ..files.text import read_json, regular_file
 from .config import OutputConfig, RunConfig
 from .locks import locked
 from .saved_state import TRAINING

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CorruptFileError, InvalidInputError
-from ..picture_files import decode_picture, shown
+from ..images.files import decode_picture, shown
 from .batches import Batch, Item, assemble
 from .collection import Collection, Findings, Sample, group
 from .config import RunConfig

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from ..errors import AdapterError, CorruptFileError, reason
-from ..picture_files import EXTENSIONS, MAX_FILE, shown
-from ..text_files import parse_json
+from ..files.text import parse_json
+from ..images.files import EXTENSIONS, MAX_FILE, shown
 from .captions import CAPTIONS, MAX_CAPTION_FILE, caption_of, decode_caption
 
 MAX_HEADER = 2**20

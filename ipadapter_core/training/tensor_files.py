@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptFileError, quoted, reason
-from ..state_dict import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
-from ..text_files import parse_json, regular_file
+from ..files.state_dict import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
+from ..files.text import parse_json, regular_file
 
 _NAMES = {dtype: name for name, text in SAFETENSORS_DTYPES.items() if (dtype := getattr(torch, text, None)) is not None}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}

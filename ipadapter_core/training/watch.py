@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..attention.schedule import WeightSchedule
+from ..bake import bake
 from ..checkpoints import AdapterWeights
 from ..errors import AdapterError
 from ..generate import generate, grid_of, to_pillow
-from ..layouts import layout_of
-from ..patch import bake
-from ..picture_files import decode_picture
-from ..prompt import ImagePrompt
-from ..schedule import WeightSchedule
+from ..images.files import decode_picture
+from ..models import layout_of
+from ..prompt.encode import ImagePrompt
 from .batches import Batch, Item, assemble
 from .collection import Sample
 from .config import Prediction, WatchConfig

@@ -15,9 +15,9 @@ from pathlib import Path
 import folder_paths
 
 from ...ipadapter_core import InvalidInputError
-from ...ipadapter_core.access import Places, check_local, listed_folders, plain_path
 from ...ipadapter_core.errors import quoted
-from ...ipadapter_core.text_files import read_text
+from ...ipadapter_core.files.access import Places, check_local, listed_folders, plain_path
+from ...ipadapter_core.files.text import read_text
 
 FOLDERS = "IMAGE_PROMPT_FOLDERS"
 """Environment variable: more folders that graphs may read from, with the system's path separator between them."""

@@ -31,9 +31,9 @@ from ...ipadapter_core import (
     project_by_model,
     rules_for,
 )
-from ...ipadapter_core.backends import comfy as backend
+from ...ipadapter_core.backends.comfy import unet as backend
 from ...ipadapter_core.checkpoints import as_version
-from ...ipadapter_core.faces import FaceAnalyzer, FoundFaces
+from ...ipadapter_core.images.faces import FaceAnalyzer, FoundFaces
 from .clip_vision import ClipVisionEncoder
 from .files import FOLDER, Version, file_version, prompt_path
 from .frontend import progress_bar

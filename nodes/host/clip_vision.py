@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ipadapter_core import AdapterError, ImageFeatures, InvalidInputError
-from ...ipadapter_core.state_dict import describe_state_dict
+from ...ipadapter_core.files.state_dict import describe_state_dict
 from .access import listed
 from .files import Version, file_version
 

@@ -8,7 +8,7 @@ import folder_paths
 
 from ...ipadapter_core import InvalidInputError
 from ...ipadapter_core.errors import quoted
-from ...ipadapter_core.faces import FaceAnalyzer, open_face_model
+from ...ipadapter_core.images.faces import FaceAnalyzer, open_face_model
 
 FACE_PACKS = ("buffalo_l", "antelopev2")
 _FACE_MODELS: dict[tuple[str, str], FaceAnalyzer] = {}

@@ -13,7 +13,7 @@ from comfy_api.latest import ComfyAPI, io
 from server import PromptServer
 from torch import Tensor
 
-from ...ipadapter_core.migrate import Replacement, replace_in_prompt
+from ...ipadapter_core.legacy.migrate import Replacement, replace_in_prompt
 
 
 def register_nodes(classes: Mapping[str, tuple[type, str]]) -> list[str]:

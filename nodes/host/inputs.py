@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...ipadapter_core import ImagePrompt, InvalidInputError, WeightSchedule
 from ...ipadapter_core.errors import quoted
-from ...ipadapter_core.text_files import check_length
+from ...ipadapter_core.files.text import check_length
 from .adapters import ManagedAdapter
 
 LINE, TEXT = 10_000, 100_000

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
-from ...ipadapter_core.access import plain_name
 from ...ipadapter_core.errors import quoted
-from ...ipadapter_core.image_encoder import check_finite
-from ...ipadapter_core.picture_files import read_picture, to_tensor
-from ...ipadapter_core.text_files import check_length
+from ...ipadapter_core.files.access import plain_name
+from ...ipadapter_core.files.text import check_length
+from ...ipadapter_core.images.files import read_picture, to_tensor
+from ...ipadapter_core.images.preprocess import check_finite
 from ...ipadapter_core.training.config import parse_config
 from ...ipadapter_core.training.job import run_job
 from ...ipadapter_core.training.limits import graph_settings

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...ipadapter_core import rules_for
-from ...ipadapter_core.legacy import SIMPLE_WEIGHT_TYPES, LegacySettings, todays_option
+from ...ipadapter_core.legacy.settings import SIMPLE_WEIGHT_TYPES, LegacySettings, todays_option
 from .. import host
 from .encode import Reference, encode_reference
 from .pipeline import Pipeline, understand

@@ -14,9 +14,9 @@ from ...ipadapter_core import (
     rules_for,
     unconditional_features,
 )
-from ...ipadapter_core.embeds import EXTENSION, SavedEmbeds, combine_embeds, load_embeds, save_embeds
-from ...ipadapter_core.image_encoder import check_encoder
-from ...ipadapter_core.legacy import LegacySettings
+from ...ipadapter_core.legacy.settings import LegacySettings
+from ...ipadapter_core.prompt.embeds import EXTENSION, SavedEmbeds, combine_embeds, load_embeds, save_embeds
+from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
 from .encode import vision
 from .first_encoder import encode_first

@@ -15,10 +15,10 @@ from ...ipadapter_core import (
     prompt_from_features,
     unconditional_features,
 )
-from ...ipadapter_core.face_prompt import encode_face_prompt, reads_faces
-from ...ipadapter_core.faces import FaceAnalyzer, InsightFaceAnalyzer
-from ...ipadapter_core.image_encoder import check_encoder
-from ...ipadapter_core.legacy import LegacySettings
+from ...ipadapter_core.images.faces import FaceAnalyzer, InsightFaceAnalyzer
+from ...ipadapter_core.legacy.settings import LegacySettings
+from ...ipadapter_core.prompt.faces import encode_face_prompt, reads_faces
+from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
 from .pipeline import Pipeline
 

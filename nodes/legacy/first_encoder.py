@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError, encode_features, rules_for
-from ...ipadapter_core.legacy import first_feature_weight
-from ...ipadapter_core.picture_prep import negative_picture
-from ...ipadapter_core.prompt import no_image_features
+from ...ipadapter_core.images.noise import negative_picture
+from ...ipadapter_core.legacy.settings import first_feature_weight
+from ...ipadapter_core.prompt.encode import no_image_features
 from .. import host
 
 

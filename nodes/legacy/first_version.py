@@ -16,10 +16,11 @@ from ...ipadapter_core import (
     rules_for,
     unconditional_features,
 )
-from ...ipadapter_core.embeds import combine_embeds
-from ...ipadapter_core.image_encoder import check_encoder
-from ...ipadapter_core.legacy import FIRST_WEIGHT_TYPES, LegacySettings
-from ...ipadapter_core.picture_prep import masked_tiles, negative_picture, prepare_square
+from ...ipadapter_core.images.noise import negative_picture
+from ...ipadapter_core.images.tiles import masked_tiles, prepare_square
+from ...ipadapter_core.legacy.settings import FIRST_WEIGHT_TYPES, LegacySettings
+from ...ipadapter_core.prompt.embeds import combine_embeds
+from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
 from .encode import Reference, encode_reference, vision
 from .pipeline import Pipeline, understand

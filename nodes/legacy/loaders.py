@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ...ipadapter_core import ENCODERS, AdapterSpec, InvalidInputError
-from ...ipadapter_core.backends.comfy import comfy_layout
+from ...ipadapter_core.backends.comfy.unet import comfy_layout
 from ...ipadapter_core.checkpoints import kohya_lora
-from ...ipadapter_core.face_prompt import reads_faces
-from ...ipadapter_core.faces import PROVIDERS
-from ...ipadapter_core.known_files import KnownFile, base_of, choose_encoder, choose_file, known_file
+from ...ipadapter_core.images.faces import PROVIDERS
+from ...ipadapter_core.legacy.known_files import KnownFile, base_of, choose_encoder, choose_file, known_file
+from ...ipadapter_core.prompt.faces import reads_faces
 from .. import host
 from .pipeline import LegacyAdapter, pack, understand
 from .sockets import ADAPTER, MODEL, Inputs, LegacyNode, choice, number

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...ipadapter_core import rules_for
-from ...ipadapter_core.legacy import LegacySettings, todays_option
-from ...ipadapter_core.picture_prep import noise_picture, prepare_square, tiles_in_place
+from ...ipadapter_core.images.noise import noise_picture
+from ...ipadapter_core.images.tiles import prepare_square, tiles_in_place
+from ...ipadapter_core.legacy.settings import LegacySettings, todays_option
 from .apply import SOURCE, apply_reference
 from .encode import Reference
 from .pipeline import Pipeline, understand

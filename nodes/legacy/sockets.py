@@ -10,7 +10,7 @@ from typing import Any
 
 from ...ipadapter_core import COMPATIBILITIES, SCALINGS
 from ...ipadapter_core.errors import quoted
-from ...ipadapter_core.legacy import COMBINE_METHODS, WEIGHT_TYPES, todays_option
+from ...ipadapter_core.legacy.settings import COMBINE_METHODS, WEIGHT_TYPES, todays_option
 
 CATEGORY = "image prompt/old names"
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
-from ...ipadapter_core.frame_weights import WeightsStrategy
-from ...ipadapter_core.legacy import todays_option
+from ...ipadapter_core.legacy.frame_weights import WeightsStrategy
+from ...ipadapter_core.legacy.settings import todays_option
 from .sockets import (
     CONDITIONING,
     IMAGE,

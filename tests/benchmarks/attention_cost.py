@@ -29,10 +29,10 @@ if __name__ == "__main__":  # pytest has tests/ on its path already
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ipadapter_core import AdapterPatch, WeightSchedule, bake, describe_adapter, layout_of, load_adapter
-from ipadapter_core.backends import comfy as comfy_backend
-from ipadapter_core.backends import diffusers as diffusers_backend
-from ipadapter_core.prompt import ImagePrompt
-from ipadapter_core.schedule import SCALINGS
+from ipadapter_core.attention.schedule import SCALINGS
+from ipadapter_core.backends.comfy import unet as comfy_backend
+from ipadapter_core.backends.diffusers import unet as diffusers_backend
+from ipadapter_core.prompt.encode import ImagePrompt
 from tiny import SDXL_CHANNELS, adapter_shapes
 from tiny_models import (
     SD15,

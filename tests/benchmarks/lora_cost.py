@@ -22,7 +22,7 @@ if __name__ == "__main__":  # pytest has tests/ on its path already
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.attention_cost import by_host, milliseconds
-from ipadapter_core.backends import diffusers_lora as backend
+from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.lora.patch import masked
 from ipadapter_core.lora.selector import parse_selector
 from tiny_loras import tiny_lora

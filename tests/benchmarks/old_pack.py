@@ -79,12 +79,12 @@ def main() -> None:
     from old_pack.CrossAttentionPatch import Attn2Replace, ipadapter_attention
     from old_pack.IPAdapterPlus import IPAdapter
 
-    from ipadapter_core.attention import split_heads
-    from ipadapter_core.backends.comfy import AttentionHook
-    from ipadapter_core.masks import RegionMask
-    from ipadapter_core.patch import AdapterPatch, BakedSite
-    from ipadapter_core.schedule import WeightSchedule
-    from ipadapter_core.sites import CrossAttentionSite, ModelLayout
+    from ipadapter_core.attention.masks import RegionMask
+    from ipadapter_core.attention.maths import split_heads
+    from ipadapter_core.attention.patch import AdapterPatch, BakedSite
+    from ipadapter_core.attention.schedule import WeightSchedule
+    from ipadapter_core.backends.comfy.unet import AttentionHook
+    from ipadapter_core.models.sites import CrossAttentionSite, ModelLayout
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ipadapter_core.image_encoder import TransformersImageEncoder
+from ipadapter_core.images.encoder import TransformersImageEncoder
 from ipadapter_core.training.adapter import EncoderSizes, describe_trainable, freeze, fresh_adapter
 from ipadapter_core.training.batches import Batch
 from ipadapter_core.training.config import AdapterConfig, LossConfig, parse_config

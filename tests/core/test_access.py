@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ipadapter_core.access import MAX_NAME, Places, check_local, listed_folders, plain_name, plain_path
 from ipadapter_core.errors import InvalidInputError
+from ipadapter_core.files.access import MAX_NAME, Places, check_local, listed_folders, plain_name, plain_path
 
 NAMES = (
     "my-adapter", "my adapter", "v1.2", "Müller", "猫", "🦊", "👨‍👩‍👧", "مى\u200cخواهم", "a" * MAX_NAME, "x.earlier-1", "console", "com",

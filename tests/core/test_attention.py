@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ipadapter_core.attention import KeyValue, add_image_attention, attend, scale_for, split_heads
-from ipadapter_core.schedule import SCALINGS, Scaling
+from ipadapter_core.attention.maths import KeyValue, add_image_attention, attend, scale_for, split_heads
+from ipadapter_core.attention.schedule import SCALINGS, Scaling
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 EXACT = {"rtol": 0.0, "atol": 1e-12}

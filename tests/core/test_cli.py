@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ipadapter_core.cli import main
+from ipadapter_core.commands.cli import main
 from ipadapter_core.demo.pictures import Pictures
 from ipadapter_core.demo.train_world import build_scheduler, world_tokenizer
-from ipadapter_core.layouts import layout_of
+from ipadapter_core.models import layout_of
 
 
 @pytest.fixture(scope="session")
@@ -253,10 +253,10 @@ def test_memory_that_runs_out_and_system_errors_are_one_line(
         OSError(36, "File name too long", "x"),
     ]
     for error in (*errors, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
-        monkeypatch.setattr("ipadapter_core.cli.describe_adapter", Mock(side_effect=error))
+        monkeypatch.setattr("ipadapter_core.commands.cli.describe_adapter", Mock(side_effect=error))
         assert main(["inspect", "x"]) == 1
         assert capsys.readouterr().err.count("\n") == 1
-    monkeypatch.setattr("ipadapter_core.cli.describe_adapter", Mock(side_effect=RuntimeError("a bug")))
+    monkeypatch.setattr("ipadapter_core.commands.cli.describe_adapter", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main(["inspect", "x"])
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import ipadapter_core.attention as attention
-import ipadapter_core.backends.comfy as backend
-from ipadapter_core.batch import Frames
+import ipadapter_core.attention.maths as attention
+import ipadapter_core.backends.comfy.unet as backend
+from ipadapter_core.attention.batch import Frames
+from ipadapter_core.attention.patch import AdapterPatch
+from ipadapter_core.attention.schedule import SCALINGS, SiteRule, WeightSchedule
+from ipadapter_core.bake import bake
 from ipadapter_core.errors import IncompatibleAdapterError
-from ipadapter_core.patch import AdapterPatch, bake
-from ipadapter_core.prompt import ImagePrompt
-from ipadapter_core.schedule import SCALINGS, SiteRule, WeightSchedule
+from ipadapter_core.prompt.encode import ImagePrompt
 from tiny_models import (
     SD15,
     SDXL,

@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-import ipadapter_core.backends.comfy as backend
-from ipadapter_core.batch import Frames, fit_batch
+import ipadapter_core.backends.comfy.unet as backend
+from ipadapter_core.attention.batch import Frames, fit_batch
+from ipadapter_core.attention.masks import RegionMask
+from ipadapter_core.attention.patch import COND, UNCOND, SiteCall
+from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule, parse_layers
+from ipadapter_core.bake import bake
 from ipadapter_core.compatibility import CORRECT, IPADAPTER_PLUS, IPADAPTER_PLUS_V1, Rules, rules_for
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
-from ipadapter_core.image_encoder import preprocess, preprocess_as_host
-from ipadapter_core.masks import RegionMask
-from ipadapter_core.patch import COND, UNCOND, SiteCall, bake
-from ipadapter_core.prompt import combine_features, merge_tiles, prompt_from_features, split_tiles
-from ipadapter_core.schedule import SCALINGS, WeightSchedule, parse_layers
+from ipadapter_core.images.preprocess import preprocess, preprocess_as_host
+from ipadapter_core.prompt.encode import combine_features, merge_tiles, prompt_from_features, split_tiles
 from tiny_models import SD15, SDXL, FakePatcher, noise, tiny_adapter, tiny_host, tiny_prompt
 
 

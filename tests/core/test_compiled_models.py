@@ -15,12 +15,13 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from ipadapter_core import WeightSchedule, bake, layout_of
-from ipadapter_core.attention import split_heads
-from ipadapter_core.backends import comfy, comfy_lora
-from ipadapter_core.backends import diffusers as images
-from ipadapter_core.backends import diffusers_lora as loras
+from ipadapter_core.attention.maths import split_heads
+from ipadapter_core.attention.patch import AdapterPatch
+from ipadapter_core.backends.comfy import lora as comfy_lora
+from ipadapter_core.backends.comfy import unet as comfy
+from ipadapter_core.backends.diffusers import lora as loras
+from ipadapter_core.backends.diffusers import unet as images
 from ipadapter_core.lora.patch import LoRAPatch, masked
-from ipadapter_core.patch import AdapterPatch
 from tiny_loras import tiny_lora
 from tiny_models import TOKEN_DIM, Guider, conditioning, noise, tiny_adapter, tiny_host, tiny_prompt, tiny_unet
 

@@ -20,12 +20,12 @@ from benchmarks.attention_cost import (
     reachable,
     sdxl_plus_file,
 )
-from ipadapter_core.backends import comfy as comfy_backend
-from ipadapter_core.backends import diffusers as diffusers_backend
+from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
+from ipadapter_core.backends.comfy import unet as comfy_backend
+from ipadapter_core.backends.diffusers import unet as diffusers_backend
+from ipadapter_core.bake import bake
 from ipadapter_core.checkpoints import describe_adapter
-from ipadapter_core.layouts import layout_of
-from ipadapter_core.patch import bake
-from ipadapter_core.schedule import SCALINGS, WeightSchedule
+from ipadapter_core.models import layout_of
 from tiny_models import SDXL, Guider, call_unet, conditioning, noise, tiny_adapter, tiny_host, tiny_prompt, tiny_unet
 
 BUDGET = 12

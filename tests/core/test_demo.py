@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from ipadapter_core.attention.schedule import WeightSchedule
 from ipadapter_core.checkpoints import describe_adapter
 from ipadapter_core.demo import judge
 from ipadapter_core.demo.measure import Figures, measure
 from ipadapter_core.demo.sheet import ROWS, compose, draw_sheet
 from ipadapter_core.demo.world import FOLDER, REFERENCES, World, load_world
-from ipadapter_core.schedule import WeightSchedule
-from ipadapter_core.state_dict import describe_state_dict
+from ipadapter_core.files.state_dict import describe_state_dict
 
 
 @pytest.fixture(scope="module")

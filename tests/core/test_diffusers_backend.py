@@ -15,14 +15,15 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import ipadapter_core.attention as attention
-import ipadapter_core.backends.diffusers as backend
+import ipadapter_core.attention.maths as attention
+import ipadapter_core.backends.diffusers.unet as backend
+from ipadapter_core.attention.patch import AdapterPatch
+from ipadapter_core.attention.schedule import SCALINGS, SiteRule, WeightSchedule
+from ipadapter_core.bake import bake
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
-from ipadapter_core.layouts import layout_of
-from ipadapter_core.patch import AdapterPatch, bake
-from ipadapter_core.processors import IPAttnProcessor, build_processors
-from ipadapter_core.prompt import ImagePrompt
-from ipadapter_core.schedule import SCALINGS, SiteRule, WeightSchedule
+from ipadapter_core.models import layout_of
+from ipadapter_core.prompt.encode import ImagePrompt
+from ipadapter_core.training.processors import IPAttnProcessor, build_processors
 from tiny import nested
 from tiny_models import (
     FEATURE_DIM,

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from ipadapter_core.bake import bake
 from ipadapter_core.checkpoints import FORMATS, describe_adapter, kohya_lora, load_adapter, save_adapter
 from ipadapter_core.checkpoints.containers import normalise
+from ipadapter_core.checkpoints.projectors import pack_face
 from ipadapter_core.compatibility import IPADAPTER_PLUS
 from ipadapter_core.errors import (
     CorruptFileError,
@@ -20,14 +22,12 @@ from ipadapter_core.errors import (
     IncompatibleEncoderError,
     InvalidInputError,
 )
-from ipadapter_core.face_prompt import encode_face_prompt
-from ipadapter_core.faces import Face, template
-from ipadapter_core.image_encoder import ImageFeatures
-from ipadapter_core.model_projection import project_by_model
-from ipadapter_core.patch import bake
-from ipadapter_core.projectors import pack_face
-from ipadapter_core.prompt import combine_prompts, encode_image_prompt, prompt_from_features
-from ipadapter_core.sites import CrossAttentionSite, ModelLayout
+from ipadapter_core.features import ImageFeatures
+from ipadapter_core.images.faces import Face, template
+from ipadapter_core.models.sites import CrossAttentionSite, ModelLayout
+from ipadapter_core.prompt.encode import combine_prompts, encode_image_prompt, prompt_from_features
+from ipadapter_core.prompt.faces import encode_face_prompt
+from ipadapter_core.prompt.model_projection import project_by_model
 from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, fill, tiny_state
 
 SD15 = {"token_dim": 768, "channels": SD15_CHANNELS, "face_dim": 512}

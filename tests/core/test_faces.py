@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.faces import (
+from ipadapter_core.images.faces import (
     Face,
     InsightFaceAnalyzer,
     Nth,
@@ -141,7 +141,8 @@ def test_all_faces_and_those_from_the_left() -> None:
 
 
 def test_pictures_with_nan_show_no_face() -> None:
-    from ipadapter_core.picture_prep import noise_picture, prepare_square
+    from ipadapter_core.images.noise import noise_picture
+    from ipadapter_core.images.tiles import prepare_square
 
     picture = torch.zeros(1, 50, 50, 3)
     picture[0, 1, 1, 1] = torch.nan

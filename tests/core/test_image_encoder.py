@@ -17,19 +17,11 @@ from torch.testing import assert_close
 
 from ipadapter_core.checkpoints.format import AdapterSpec
 from ipadapter_core.errors import AdapterError, CorruptFileError, IncompatibleEncoderError, InvalidInputError
-from ipadapter_core.image_encoder import (
-    CLIP_MEAN,
-    CLIP_STD,
-    ENCODERS,
-    Feature,
-    ImageFeatures,
-    TransformersImageEncoder,
-    check_encoder,
-    find_encoder,
-    preprocess,
-    preprocess_as_host,
-)
-from ipadapter_core.picture_prep import masked_tiles, prepare_square, region_tiles
+from ipadapter_core.features import CLIP_MEAN, CLIP_STD, ENCODERS, Feature, ImageFeatures, find_encoder
+from ipadapter_core.images.encoder import TransformersImageEncoder
+from ipadapter_core.images.preprocess import preprocess, preprocess_as_host
+from ipadapter_core.images.tiles import masked_tiles, prepare_square, region_tiles
+from ipadapter_core.prompt.needs import check_encoder
 
 SIZE = 28
 PHOTO = Path(__file__).parents[1] / "host" / "photo.jpg"
@@ -146,7 +138,7 @@ def test_any_shape_becomes_a_finite_square(crop: str, shape: tuple[int, int]) ->
 
 
 def test_huge_strip_never_becomes_a_huge_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ipadapter_core.image_encoder as module
+    import ipadapter_core.images.preprocess as module
 
     sizes: list[int] = []
     resize = module._resize

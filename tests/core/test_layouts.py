@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ipadapter_core.errors import IncompatibleAdapterError
-from ipadapter_core.layouts import layout_of
+from ipadapter_core.models import layout_of
 from tiny_models import SD15, SDXL, LdmUNet, tiny_unet
 
 # The published numbering (reference: tencent-ailab/IP-Adapter's released files, diffusers' and ComfyUI's UNets).

@@ -13,28 +13,21 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
+from ipadapter_core.attention.schedule import PRESETS
 from ipadapter_core.checkpoints import AdapterSpec
-from ipadapter_core.embeds import SavedEmbeds, combine_embeds, load_embeds, save_embeds
 from ipadapter_core.errors import CorruptFileError, InvalidInputError, UnsafeFileError
-from ipadapter_core.frame_weights import Timing, WeightsStrategy
-from ipadapter_core.known_files import KNOWN_FILES, choose_encoder, choose_file, known_file
-from ipadapter_core.legacy import (
+from ipadapter_core.images.noise import noise_picture
+from ipadapter_core.images.tiles import Interpolation, masked_tiles, placed_tiles, prepare_square, region_tiles, sharpen
+from ipadapter_core.legacy.frame_weights import Timing, WeightsStrategy
+from ipadapter_core.legacy.known_files import KNOWN_FILES, choose_encoder, choose_file, known_file
+from ipadapter_core.legacy.settings import (
     FIRST_WEIGHT_TYPES,
     SIMPLE_WEIGHT_TYPES,
     WEIGHT_TYPES,
     LegacySettings,
     todays_option,
 )
-from ipadapter_core.picture_prep import (
-    Interpolation,
-    masked_tiles,
-    noise_picture,
-    placed_tiles,
-    prepare_square,
-    region_tiles,
-    sharpen,
-)
-from ipadapter_core.schedule import PRESETS
+from ipadapter_core.prompt.embeds import SavedEmbeds, combine_embeds, load_embeds, save_embeds
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 

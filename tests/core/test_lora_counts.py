@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.attention_cost import Cost, Operations, cost_of
-from ipadapter_core.backends import diffusers_lora as backend
+from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.lora.patch import LoRAPatch, masked
 from tiny_loras import tiny_lora
 from tiny_models import TOKEN_DIM, call_unet, noise, tiny_unet

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from host.shrunk import UNETS, unet_shapes
-from ipadapter_core.backends import diffusers_lora as backend
+from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.errors import CorruptFileError, IncompatibleAdapterError, InvalidInputError, UnknownFormatError
 from ipadapter_core.lora import (
     Layer,

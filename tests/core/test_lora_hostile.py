@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ipadapter_core.cli import main
+from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
 from ipadapter_core.lora import Layer, describe_lora, load_lora, place_lora, targets_of
 from ipadapter_core.lora.convert import SPELLINGS, to_tensors

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from host.shrunk import UNETS, unet_shapes
-from ipadapter_core.cli import main
+from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.lora import LoRAWeights, load_lora, targets_of
 from ipadapter_core.lora.base_names import by_name, dotted, unet_paths

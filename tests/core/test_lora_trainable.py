@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ipadapter_core.backends import diffusers_lora as backend
+from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.lora.selector import parse_selector
 from ipadapter_core.lora.trainable import LoRAConv2dLayer, LoRALinearLayer
-from ipadapter_core.processors import LoRAAttnProcessor, build_lora
+from ipadapter_core.training.processors import LoRAAttnProcessor, build_lora
 from tiny_models import SD15, TOKEN_DIM, call_unet, noise, tiny_unet
 
 X, TEXT = noise(2, 4, 8, 8), noise(2, 5, TOKEN_DIM)

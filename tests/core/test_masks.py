@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ipadapter_core.batch import WINDOWS_KEPT, Frames
+from ipadapter_core.attention.batch import WINDOWS_KEPT, Frames
+from ipadapter_core.attention.masks import RegionMask, token_grid
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.masks import RegionMask, token_grid
 
 LIKE = torch.zeros(1)
 

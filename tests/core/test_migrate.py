@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ipadapter_core.cli import main
+from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
-from ipadapter_core.migrate import REPLACEMENTS, bases, graph, migrate, migrate_graph, replace_in_prompt
-from ipadapter_core.migrate.bases import base_of_name
-from ipadapter_core.migrate.files import read_graph
-from ipadapter_core.migrate.names import OLD_TYPES
+from ipadapter_core.legacy.migrate import REPLACEMENTS, bases, graph, migrate, migrate_graph, replace_in_prompt
+from ipadapter_core.legacy.migrate.bases import base_of_name
+from ipadapter_core.legacy.migrate.files import read_graph
+from ipadapter_core.legacy.migrate.names import OLD_TYPES
 
 OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 

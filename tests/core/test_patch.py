@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from ipadapter_core.attention.patch import COND, UNCOND, AdapterPatch, SiteCall
+from ipadapter_core.attention.schedule import SiteRule, WeightSchedule
+from ipadapter_core.bake import bake
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
-from ipadapter_core.layouts import layout_of
-from ipadapter_core.patch import COND, UNCOND, AdapterPatch, SiteCall, bake
-from ipadapter_core.prompt import ImagePrompt
+from ipadapter_core.models import layout_of
+from ipadapter_core.models.sites import ModelLayout
+from ipadapter_core.prompt.encode import ImagePrompt
 from ipadapter_core.report import describe_fit
-from ipadapter_core.schedule import SiteRule, WeightSchedule
-from ipadapter_core.sites import ModelLayout
 from tiny import SD15_CHANNELS, tiny_state
 from tiny_models import SDXL, TOKEN_DIM, LdmUNet, adapter_state, noise, tiny_adapter, tiny_prompt, tiny_unet
 

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-import ipadapter_core.picture_files as picture_files
+import ipadapter_core.images.files as picture_files
 from ipadapter_core.errors import CorruptFileError, InvalidInputError
 from ipadapter_core.generate import read_image, read_mask
-from ipadapter_core.picture_files import decode_grey, decode_picture, read_picture
+from ipadapter_core.images.files import decode_grey, decode_picture, read_picture
 
 RAMP = np.linspace(0, 65535, 40 * 24).round().astype(np.uint16).reshape(24, 40)
 COLOURS = Image.fromarray(np.stack([RAMP >> 8, RAMP[::-1] >> 8, RAMP[:, ::-1] >> 8], -1).astype(np.uint8))

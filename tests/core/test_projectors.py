@@ -8,7 +8,7 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProje
 from torch import Tensor
 
 from ipadapter_core.checkpoints import load_adapter
-from ipadapter_core.projectors import ImageProjModel, Resampler, head_count
+from ipadapter_core.checkpoints.projectors import ImageProjModel, Resampler, head_count
 from tiny import tiny_state
 
 # Two float32 networks of a few layers whose outputs are LayerNorm-ed (unit size): rounding only.

@@ -13,8 +13,10 @@ from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
-from ipadapter_core.image_encoder import ImageFeatures, TransformersImageEncoder, preprocess
-from ipadapter_core.prompt import (
+from ipadapter_core.features import ImageFeatures
+from ipadapter_core.images.encoder import TransformersImageEncoder
+from ipadapter_core.images.preprocess import preprocess
+from ipadapter_core.prompt.encode import (
     Combine,
     ImagePrompt,
     combine_features,

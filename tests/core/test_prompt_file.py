@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from ipadapter_core import prompt_file
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
+from ipadapter_core.checkpoints.projectors import pack_face
 from ipadapter_core.errors import AdapterError, CorruptFileError, IncompatibleEncoderError, InvalidInputError
-from ipadapter_core.image_encoder import ImageFeatures
-from ipadapter_core.projectors import pack_face
-from ipadapter_core.prompt import ImagePrompt, combine_prompts, encode_image_prompt, prompt_from_features
-from ipadapter_core.prompt_file import load_prompt, save_prompt
+from ipadapter_core.features import ImageFeatures
+from ipadapter_core.prompt import file as prompt_file
+from ipadapter_core.prompt.encode import ImagePrompt, combine_prompts, encode_image_prompt, prompt_from_features
+from ipadapter_core.prompt.file import load_prompt, save_prompt
 from tiny import tiny_state
 
 HIDDEN, EMBED, TOKENS, FACE = 32, 24, 17, 16
@@ -270,7 +270,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         file.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("ipadapter_core.embeds.save_file", full)
+    monkeypatch.setattr("ipadapter_core.prompt.embeds.save_file", full)
     with pytest.raises(OSError, match="no space"):
         save_prompt(path, encode("base", 2))
     assert (path.read_bytes(), [file.name for file in tmp_path.iterdir()]) == (before, ["a.safetensors"])

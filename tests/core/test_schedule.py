@@ -15,11 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.frame_weights import WeightsStrategy
-from ipadapter_core.layouts import layout_of
-from ipadapter_core.legacy import LegacySettings
-from ipadapter_core.schedule import (
+from ipadapter_core.attention.schedule import (
     PRESETS,
     SiteRule,
     WeightSchedule,
@@ -28,7 +24,11 @@ from ipadapter_core.schedule import (
     parse_numbers,
     parse_site_factors,
 )
-from ipadapter_core.sites import CrossAttentionSite, ModelLayout
+from ipadapter_core.errors import InvalidInputError
+from ipadapter_core.legacy.frame_weights import WeightsStrategy
+from ipadapter_core.legacy.settings import LegacySettings
+from ipadapter_core.models import layout_of
+from ipadapter_core.models.sites import CrossAttentionSite, ModelLayout
 from tiny_models import tiny_unet
 
 Golden = dict[int, tuple[float, bool]]

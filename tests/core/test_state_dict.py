@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from ipadapter_core import pickles, state_dict
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError, UnsafeFileError
-from ipadapter_core.state_dict import StoredTensors, describe_state_dict, open_state_dict, open_tensors
+from ipadapter_core.files import pickles, state_dict
+from ipadapter_core.files.state_dict import StoredTensors, describe_state_dict, open_state_dict, open_tensors
 from tiny import nested, tiny_state
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ipadapter_core.errors import CorruptFileError, InvalidInputError, quoted, reason
-from ipadapter_core.text_files import (
+from ipadapter_core.files.text import (
     MAX_DEPTH,
     NotUnicodeError,
     check_length,

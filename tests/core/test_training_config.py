@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipadapter_core.cli import main
-from ipadapter_core.cli_train import EXAMPLES
+from ipadapter_core.commands.cli import main
+from ipadapter_core.commands.train import EXAMPLES
 from ipadapter_core.errors import AdapterError, InvalidInputError
 from ipadapter_core.training import Outcome, RunConfig, load_config, parse_config, write_config
 from ipadapter_core.training.config import _SHARES, KEYS, PATHS, parse_overrides

@@ -19,8 +19,8 @@ from PIL import Image
 
 from dying import dies
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
-from ipadapter_core.image_encoder import CLIP_MEAN, CLIP_STD
-from ipadapter_core.picture_files import decode_picture
+from ipadapter_core.features import CLIP_MEAN, CLIP_STD
+from ipadapter_core.images.files import decode_picture
 from ipadapter_core.training import build_cache, parse_config
 from ipadapter_core.training import cache as cache_module
 from ipadapter_core.training.cache import Cache

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dying import dies, kill_at, two_processes
-from ipadapter_core.backends import diffusers_lora as backend
-from ipadapter_core.cli import main
+from ipadapter_core.backends.diffusers import lora as backend
+from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.generate import load_pipeline
 from ipadapter_core.lora import LoRAWeights, load_lora

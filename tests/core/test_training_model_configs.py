@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ipadapter_core import TransformersImageEncoder
 from ipadapter_core.errors import CorruptFileError, InvalidInputError
-from ipadapter_core.image_encoder import vision_config
+from ipadapter_core.images.encoder import vision_config
 from ipadapter_core.training.frozen import encoder_sizes, load_encoder, model_home
 from ipadapter_core.training.model_configs import ARCHITECTURES, architecture_of, write_model_configs
 

@@ -97,7 +97,7 @@ def test_split_frozen_models_train_what_whole_ones_do(model: Path, pictures: Pat
     split = tiny_config(model, pictures, tmp_path / "split", train__shard=True, train__checkpointing=True, **more)
     train(whole)
     write_config(split, tmp_path / "split.toml")
-    done = launch(["-m", "ipadapter_core.cli", "train", str(tmp_path / "split.toml")])
+    done = launch(["-m", "ipadapter_core.commands.cli", "train", str(tmp_path / "split.toml")])
     assert done.returncode == 0, done.stderr
     assert_close(tmp_path / "split", tmp_path / "whole")
     rows = [json.loads(line) for line in (tmp_path / "split/progress.jsonl").read_text().splitlines()]
@@ -131,7 +131,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_ends_with_the_same_bits(
     for name in ("whole", "killed"):
         write_config(tiny_config(model, pictures, tmp_path / name, **more), tmp_path / f"{name}.toml")
     (tmp_path / "dies_once.py").write_text(DIES_ONCE)
-    assert launch(["-m", "ipadapter_core.cli", "train", str(tmp_path / "whole.toml")]).returncode == 0
+    assert launch(["-m", "ipadapter_core.commands.cli", "train", str(tmp_path / "whole.toml")]).returncode == 0
     done = launch([str(tmp_path / "dies_once.py"), "train", str(tmp_path / "killed.toml")], "--max-restarts", "1")
     assert done.returncode == 0, done.stderr
     assert "failed (exitcode: -9)" in done.stderr, "it was to be killed"
@@ -249,7 +249,7 @@ def test_two_processes_stream_the_same_number_of_steps(model: Path, tmp_path: Pa
         model, tmp_path, tmp_path / "out", data__path=f"pipe:cat {tmp_path}/{{0..1}}.tar", train__steps=5
     )
     write_config(config, tmp_path / "run.toml")
-    done = launch(["-m", "ipadapter_core.cli", "train", str(tmp_path / "run.toml")])
+    done = launch(["-m", "ipadapter_core.commands.cli", "train", str(tmp_path / "run.toml")])
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out/progress.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5]

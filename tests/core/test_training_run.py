@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dying import dies, kill_at, two_processes
 from ipadapter_core import load_adapter
-from ipadapter_core.cli import main
+from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.training import RunConfig, TrainingFailed, dry_run, train, write_config
 from ipadapter_core.training import loop as loop_module

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ipadapter_core.cli import main
+from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import CorruptFileError, InvalidInputError
 from ipadapter_core.training import RunConfig, train, write_config
 from ipadapter_core.training.optimizers import build_average, build_optimizer, build_schedule

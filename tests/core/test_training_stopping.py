@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ipadapter_core.cli import main
+from ipadapter_core.commands.cli import main
 from ipadapter_core.training import RunConfig, TrainingFailed, cache, log, train, write_config
 from ipadapter_core.training.collection import Sample
 from ipadapter_core.training.encode import TargetEncoders

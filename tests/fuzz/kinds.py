@@ -28,13 +28,15 @@ from torch import Tensor
 import tiny_loras
 from fuzz import mutators as m
 from ipadapter_core import WeightSchedule, bake, load_adapter, load_prompt
-from ipadapter_core.backends import diffusers_lora
+from ipadapter_core.attention.schedule import parse_curve, parse_layers, parse_numbers, parse_site_factors
+from ipadapter_core.backends.diffusers import lora as diffusers_lora
 from ipadapter_core.checkpoints import describe_adapter, kohya_lora, save_adapter
-from ipadapter_core.cli import build_parser
+from ipadapter_core.checkpoints.projectors import pack_face
+from ipadapter_core.commands.cli import build_parser
 from ipadapter_core.errors import AdapterError
 from ipadapter_core.generate import read_image, read_mask
-from ipadapter_core.image_encoder import TransformersImageEncoder
-from ipadapter_core.layouts import layout_of
+from ipadapter_core.images.encoder import TransformersImageEncoder
+from ipadapter_core.images.files import decode_picture
 from ipadapter_core.lora import (  # fmt: skip
     LoRAPatch,
     block_vector,
@@ -49,11 +51,9 @@ from ipadapter_core.lora import (  # fmt: skip
 from ipadapter_core.lora.convert import SPELLINGS
 from ipadapter_core.lora.factors import Smaller, combine, resize
 from ipadapter_core.lora.inspection import describe_facts, draw_heat_map, heat_map, lora_facts, verify
-from ipadapter_core.picture_files import decode_picture
-from ipadapter_core.projectors import pack_face
-from ipadapter_core.prompt import combine_prompts, prompt_from_features
+from ipadapter_core.models import layout_of
+from ipadapter_core.prompt.encode import combine_prompts, prompt_from_features
 from ipadapter_core.report import describe_spec, spec_facts
-from ipadapter_core.schedule import parse_curve, parse_layers, parse_numbers, parse_site_factors
 from ipadapter_core.training.collection import collect, hold_out, look
 from ipadapter_core.training.config import DataConfig, OutputConfig, load_config, parse_overrides, write_config
 from ipadapter_core.training.pictures import cut_target

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipadapter_core.pickles import MAGIC
-from ipadapter_core.state_dict import SAFETENSORS_DTYPES
+from ipadapter_core.files.pickles import MAGIC
+from ipadapter_core.files.state_dict import SAFETENSORS_DTYPES
 
 Bytes = Callable[[Random, bytes], bytes]
 State = dict[str, Tensor]

@@ -16,7 +16,7 @@ import pytest
 
 from host.comfy_server import ComfyServer
 from host.old_examples import Example
-from ipadapter_core.migrate import migrate
+from ipadapter_core.legacy.migrate import migrate
 
 OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 FIRST_VERSION = "6a411dc"  # the last commit before the old pack's rewrite of 2024-03-23

@@ -12,8 +12,8 @@ from host.comfy_server import ComfyServer, Graph, Node, find_hosts
 from host.shrunk import build_checkpoint
 from host.test_legacy_nodes import WIDGETS, sampled
 from host.tiny_adapters import build_adapter
-from ipadapter_core.migrate import REPLACEMENTS
-from ipadapter_core.migrate.names import OUR_WIDGETS
+from ipadapter_core.legacy.migrate import REPLACEMENTS
+from ipadapter_core.legacy.migrate.names import OUR_WIDGETS
 from workflows.graph import widget_names
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from host.comfy_server import find_hosts
 from ipadapter_core import load_adapter
-from ipadapter_core.cli import main
+from ipadapter_core.commands.cli import main
 from ipadapter_core.training import train
 from ipadapter_core.training.frozen import load_encoder
 from tiny_training import save_model, save_pictures, tiny_config

@@ -1,0 +1,142 @@
+"""Region masks: how much of every latent token lies inside.
+
+A UNet halves the latent with stride-2 convolutions, so level n has ceil(size / 2**n) rows and columns and token i
+covers latents 2**n * i onwards. A mask is averaged over exactly those cells.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InvalidInputError
+from .batch import Frames, fit_batch, keep
+
+Area = tuple[int, int, int, int]
+"""Part of the latent that a model call sees: height, width, top, left, in latents (ComfyUI's order)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegionMask:
+    """Region masks ``m y x`` in 0..1 at image resolution: one for the batch (m = 1) or one per latent.
+
+    Grids are computed once per resolution and kept, those of an animation's windows up to a limit.
+    """
+
+    values: Tensor
+    _grids: dict[tuple[object, ...], Tensor] = field(default_factory=dict[tuple[object, ...], Tensor], repr=False)
+
+    @classmethod
+    def from_tensor(cls, mask: Tensor, *, clamp: bool = True) -> RegionMask:
+        """Check a mask ``y x``, ``m y x`` or ``m 1 y x``; values are clamped to 0..1.
+
+        ``clamp=False`` takes them as they are, as ComfyUI_IPAdapter_plus did, but for NaN, which is 0 then.
+        """
+        if mask.ndim == 4 and mask.shape[1] == 1:
+            mask = mask[:, 0]
+        if mask.ndim == 2:
+            mask = mask[None]
+        if mask.ndim != 3 or 0 in mask.shape:
+            raise InvalidInputError(
+                f"a region mask has the shape (height, width) or (count, height, width), got {tuple(mask.shape)}"
+            )
+        mask = mask.detach().to(torch.float32)
+        finite = all(math.isfinite(value.item()) for value in torch.aminmax(mask))  # one pass, and no copies of it
+        if clamp:
+            if not finite:
+                raise InvalidInputError("the region mask holds NaN or infinite values")
+            return cls(mask.clamp(0, 1))
+        return cls(mask if finite else mask.nan_to_num(0, 1, 0))
+
+    def grid(
+        self,
+        latent: tuple[int, int],
+        area: Area | None,
+        grid: tuple[int, int],
+        like: Tensor,
+        batch: int,
+        frames: Frames | None = None,
+    ) -> Tensor:
+        """Weight per token ``m (h w) 1`` for a site of ``grid`` rows and columns, on the device and in the dtype of ``like``.
+
+        ``latent`` is the size of the whole latent, ``area`` the part this call sees (None: all of it). ``m`` is 1 for a
+        shared mask, else ``batch``: surplus masks are dropped, missing ones repeat the last.
+        """
+        key = (latent, area, grid, like.device, like.dtype, batch, frames, inference_mode())
+        found = self._grids.get(key)
+        if found is None:
+            rows = self._fit(self._compute(latent, area, grid), batch, frames)
+            found = keep(self._grids, key, rows.to(like.device, like.dtype))
+        return found
+
+    def stretched(
+        self, size: tuple[int, int], mode: str, like: Tensor, batch: int, frames: Frames | None = None
+    ) -> Tensor:
+        """Weight per token ``m l 1`` by the geometry of ComfyUI_IPAdapter_plus, see Rules.stretched_masks.
+
+        ``size`` is the latent's size in this call, ``like`` has the ``l`` tokens.
+        """
+        tokens = like.shape[1]
+        key = (size, mode, tokens, like.device, like.dtype, batch, frames, inference_mode())
+        found = self._grids.get(key)
+        if found is None:
+            rows = int(size[0] / math.sqrt(size[0] * size[1] / tokens))
+            rows += tokens % rows != 0
+            grid = F.interpolate(self.values[:, None], size=(rows, tokens // rows), mode=mode)
+            flat = self._fit(grid.flatten(1)[..., None], batch, frames)
+            missing = tokens - flat.shape[1]
+            if missing > 0:
+                flat = F.pad(flat, (0, 0, missing // 2, missing - missing // 2))
+            elif missing < 0:
+                flat = flat[:, -missing // 2 :][:, :tokens]
+            found = keep(self._grids, key, flat.to(like.device, like.dtype))
+        return found
+
+    @staticmethod
+    def _fit(rows: Tensor, batch: int, frames: Frames | None) -> Tensor:
+        return rows if rows.shape[0] == 1 else fit_batch(rows, batch, frames)
+
+    def _compute(self, latent: tuple[int, int], area: Area | None, grid: tuple[int, int]) -> Tensor:
+        mask = self.values[:, None]
+        mask = F.adaptive_avg_pool2d(mask, latent) if _shrinks(mask, latent) else _stretch(mask, latent)
+        if area is not None:
+            height, width, top, left = area
+            mask = mask[..., top : top + height, left : left + width]
+        while tuple(mask.shape[-2:]) != grid and mask.shape[-2] >= grid[0] and mask.shape[-1] >= grid[1]:
+            halved = F.avg_pool2d(mask, 2, ceil_mode=True, count_include_pad=False)
+            if halved.shape[-2] < grid[0] or halved.shape[-1] < grid[1]:
+                break
+            if halved.shape == mask.shape:
+                break
+            mask = halved
+        if tuple(mask.shape[-2:]) != grid:  # a patched UNet (deep shrink) may use sizes of its own
+            mask = F.adaptive_avg_pool2d(mask, grid) if _shrinks(mask, grid) else _stretch(mask, grid)
+        return mask.flatten(1)[..., None]
+
+
+def inference_mode() -> bool:
+    """Whether tensors made now are inference tensors, which autograd refuses later; unknowable while compiling."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+def token_grid(latent: tuple[int, int], tokens: int) -> tuple[int, int] | None:
+    """The level of a ceil-halving UNet that has this many tokens, as (rows, columns); None if there is none."""
+    height, width = latent
+    while True:
+        if height * width == tokens:
+            return height, width
+        if height * width < tokens or (height, width) == (1, 1):
+            return None
+        height, width = -(-height // 2), -(-width // 2)
+
+
+def _shrinks(mask: Tensor, size: tuple[int, int]) -> bool:
+    return mask.shape[-2] >= size[0] and mask.shape[-1] >= size[1]
+
+
+def _stretch(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(mask, size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,224 @@
+"""What a backend applies: image keys and values per site, with schedule and mask, and what one attention call tells of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..compatibility import CORRECT, Rules
+from ..errors import InvalidInputError
+from ..models.sites import ModelLayout
+from .batch import WINDOWS_KEPT, Frames, fit_batch, keep
+from .masks import Area, RegionMask, inference_mode
+from .maths import KeyValue, Scale, add_image_attention, scale_for, split_mean
+from .schedule import OFF, SiteWeight, WeightSchedule
+
+UNCOND, COND = 0, 1
+"""Branches of classifier-free guidance; baked tensors hold them in this order, the order in which hosts batch them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BakedSite:
+    """Image K and V of one site, ``2 m h n d`` each (branch, own reference per latent or 1, …), without any strength.
+
+    ``images`` is how many references share the n tokens evenly. ``_prepared`` keeps the arrangement that each kind of
+    call needs; usual ones are views.
+    """
+
+    k: Tensor
+    v: Tensor
+    images: int = 1
+    _prepared: dict[tuple[object, ...], KeyValue] = field(
+        default_factory=dict[tuple[object, ...], KeyValue], repr=False
+    )
+
+    def arranged(
+        self,
+        branches: tuple[int, ...],
+        latents: int,
+        flipped: bool,
+        like: Tensor,
+        frames: Frames | None = None,
+        per_image: bool = False,
+    ) -> KeyValue:
+        """K and V for chunks of the given branches with ``latents`` members each, in dtype and on device of ``like``.
+
+        Flipped: the positive branch gets nothing, the negative one the positive's image. Per image: with the mean of
+        each image's values apart. A window of an animation is arranged anew for every call: there are as many as
+        steps times windows, and a window's K and V can be as big as the rest of the batch.
+        """
+        shared = self.k.shape[1] == 1
+        key = (branches, 1 if shared else latents, flipped, like.device, like.dtype, per_image, inference_mode())
+        found = self._prepared.get(key) if shared or frames is None else None
+        if found is None:
+            k, v = (
+                self._arrange(t, branches, latents, flipped, frames).to(like.device, like.dtype)
+                for t in (self.k, self.v)
+            )
+            found = KeyValue(k, v, split_mean(v), self._image_mean(v) if per_image and self.images > 1 else None)
+            if shared or frames is None:
+                self._prepared[key] = found
+        return found
+
+    def _image_mean(self, v: Tensor) -> Tensor:
+        per_image = v.unflatten(2, (self.images, -1))
+        return per_image.mean(3, keepdim=True).expand_as(per_image).flatten(2, 3).contiguous()
+
+    def _arrange(
+        self, tensor: Tensor, branches: tuple[int, ...], latents: int, flipped: bool, frames: Frames | None
+    ) -> Tensor:
+        if not inference_mode() and not torch.compiler.is_compiling() and tensor.is_inference():
+            tensor = tensor.clone()  # autograd may not save tensors made in inference mode
+        if flipped:
+            tensor = torch.stack([tensor[COND], torch.zeros_like(tensor[COND])])
+        if tensor.shape[1] > 1:
+            tensor = fit_batch(tensor, latents, frames, dim=1)
+        start = branches[0]
+        if branches == tuple(range(start, start + len(branches))):
+            return tensor[start : start + len(branches)].flatten(0, 1)
+        return tensor[list(branches)].flatten(0, 1)
+
+    def release(self, device: torch.device) -> None:
+        """Forget arrangements that live on other devices than ``device``."""
+        for key in [key for key, kv in list(self._prepared.items()) if kv.k.device != device]:
+            self._prepared.pop(key, None)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCall:
+    """One attention call in host-neutral terms, the same for every adapter on the site.
+
+    ``branches`` names the chunks of the batch in order (COND or UNCOND); each holds ``q.shape[0] / len(branches)``
+    latents. ``latent`` is the whole latent's size, ``areas`` the part each chunk sees (None: all), ``grid`` the rows and
+    columns of ``q``'s tokens; these three matter only for masks. ``frames`` are the latents' numbers in an animation
+    that is sampled in windows. ``order`` and ``size`` are the host's own index of each chunk and the latent's size in
+    this very call, for Rules that go by them.
+    """
+
+    q: Tensor
+    heads: int
+    branches: tuple[int, ...]
+    percent: Callable[[], float]
+    latent: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None
+    areas: tuple[Area | None, ...] | None = None
+    frames: Frames | None = None
+    order: tuple[int, ...] | None = None
+    size: tuple[int, int] | None = None
+
+
+class LatentWeights:
+    """Weight of every site for every latent, ``sites latents``; rows are kept per device and kind of call."""
+
+    def __init__(self, schedule: WeightSchedule, layout: ModelLayout) -> None:
+        rows = {
+            s: replace(schedule, strength=s, latent_strengths=()).site_weights(layout)
+            for s in schedule.latent_strengths
+        }
+        self._table = torch.tensor([[w.weight for w in rows[s]] for s in schedule.latent_strengths]).T
+        self._rows: dict[tuple[object, ...], Tensor] = {}
+
+    def active(self, site: int) -> bool:
+        return bool((self._table[site] != 0).any())
+
+    def of(self, site: int, chunks: int, latents: int, frames: Frames | None, like: Tensor) -> Tensor:
+        """``b 1 1`` for a call of ``chunks`` times ``latents`` members."""
+        key = (site, chunks, latents, frames, like.device, like.dtype, inference_mode())
+        found = self._rows.get(key)
+        if found is None:
+            row = fit_batch(self._table[site], latents, frames).repeat(chunks)[:, None, None]
+            limit = WINDOWS_KEPT * len(self._table)
+            found = keep(self._rows, key, row.to(like.device, like.dtype), limit)
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterPatch:
+    """An image prompt ready to be applied: baked K/V per site of ``layout``, schedule and mask.
+
+    Changing the schedule or the mask bakes nothing: ``patch.with_schedule(…)`` shares the tensors.
+    """
+
+    name: str
+    layout: ModelLayout
+    sites: tuple[BakedSite, ...]
+    schedule: WeightSchedule
+    mask: RegionMask | None
+    weights: tuple[SiteWeight, ...]
+    rules: Rules = CORRECT
+    latent_weights: LatentWeights | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> AdapterPatch:
+        return self  # frozen: a copied model shares the keys and values
+
+    def with_schedule(self, schedule: WeightSchedule) -> AdapterPatch:
+        """The same image under another schedule."""
+        weights, latent_weights = resolve_weights(schedule, self.layout, self.rules)
+        return replace(self, schedule=schedule, weights=weights, latent_weights=latent_weights)
+
+    def with_mask(self, mask: RegionMask | Tensor | None) -> AdapterPatch:
+        """The same image in another region."""
+        return replace(self, mask=RegionMask.from_tensor(mask) if isinstance(mask, Tensor) else mask)
+
+    def active(self, site: int) -> bool:
+        """Whether the site can ever see the image; an inactive one needs no hook."""
+        return self.weights[site].weight != 0.0 and not self.schedule.never
+
+    def add_to(self, base: Tensor, site: int, call: SiteCall) -> Tensor:
+        """Add this image's attention to the attention output ``base`` (``b l c``) of one site."""
+        weight = self.weights[site]
+        factor = 1.0 if self.schedule.constant else self.schedule.at(call.percent())
+        if weight.weight * factor == 0.0:
+            return base
+        branches = call.branches
+        if self.rules.branches_by_index and call.order is not None:
+            branches = tuple(UNCOND if index == 1 else COND for index in call.order)
+        latents = call.q.shape[0] // len(branches)
+        kv = self.sites[site].arranged(
+            branches, latents, weight.flipped, call.q, call.frames, self.rules.mean_per_image
+        )
+        if self.latent_weights is None:
+            scale = self._scale(site, weight.weight * factor)
+        else:
+            rows = self.latent_weights.of(site, len(branches), latents, call.frames, call.q)
+            scale = self._scale(site, rows if factor == 1.0 else rows * factor)
+        mask = None if self.mask is None else self._grid(call, latents)
+        return add_image_attention(base, call.q, kv, call.heads, scale, mask)
+
+    def _scale(self, site: int, weight: float | Tensor) -> Scale:
+        return scale_for(self.schedule.scaling, weight, self.layout.sites[site].channels)
+
+    def _grid(self, call: SiteCall, latents: int) -> Tensor:
+        assert self.mask is not None
+        if self.rules.stretched_masks and call.size is not None:
+            rows = self.mask.stretched(call.size, self.rules.stretched_masks, call.q, latents, call.frames)
+            return rows if rows.shape[0] == 1 else rows.repeat(call.q.shape[0] // latents, 1, 1)
+        if call.grid is None or call.latent is None:
+            raise InvalidInputError(
+                f"a region mask needs the latent's size, but this attention has {call.q.shape[1]} tokens, which is no level "
+                f"of a latent of {call.latent}; another node changes the token count (token merging?): remove it or the mask"
+            )
+        areas = call.areas or (None,) * len(call.branches)
+        grids = [self.mask.grid(call.latent, area, call.grid, call.q, latents, call.frames) for area in areas]
+        if all(grid is grids[0] for grid in grids):
+            rows = grids[0]
+            return rows if rows.shape[0] == 1 or len(grids) == 1 else rows.repeat(len(grids), 1, 1)
+        return torch.cat([grid.expand(latents, -1, -1) for grid in grids])
+
+
+def resolve_weights(
+    schedule: WeightSchedule, layout: ModelLayout, rules: Rules
+) -> tuple[tuple[SiteWeight, ...], LatentWeights | None]:
+    """Weight per site (1 where latents have their own), and those per latent."""
+    weights = schedule.site_weights(layout)
+    per_latent = LatentWeights(schedule, layout) if schedule.latent_strengths else None
+    if per_latent is not None:
+        weights = tuple(SiteWeight(float(per_latent.active(i)), w.flipped) for i, w in enumerate(weights))
+    if not rules.middle_block:
+        weights = tuple(
+            OFF if site.block == "middle" else weight for site, weight in zip(layout.sites, weights, strict=True)
+        )
+    return weights, per_latent

@@ -1,0 +1,354 @@
+"""How strongly an image prompt acts: at which site, when, and by which scaling rule.
+
+The named presets are functions of a site and its layout. SD1.5 and SDXL have tables of which spatial transformers
+carry style and composition (InstantStyle, arXiv 2404.02733; the fifteen names and their numbers are those users know
+from ComfyUI_IPAdapter_plus); any other UNet gets the roles by a rule.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from ..entries import LONGEST_LIST, MOST, MOST_NUMBERS, entries, halves, number, some
+from ..errors import InvalidInputError, quoted
+from ..models.sites import CrossAttentionSite, ModelLayout
+
+Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+
+MOST_POINTS = 10_000
+"""Points of a curve; samplers take at most some hundred steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteWeight:
+    """Weight of one site; ``flipped`` moves the image from the positive to the negative prompt there."""
+
+    weight: float
+    flipped: bool = False
+
+
+OFF = SiteWeight(0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Which spatial transformers of a layout carry what: composition with its factor, style, by ``t_idx``."""
+
+    composition: Mapping[int, float]
+    style: frozenset[int]
+
+
+_TABLES = {
+    "SD1.5": Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
+    "SD2": Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
+    "SDXL": Roles({3: 1.0}, frozenset({6})),
+}
+
+
+def roles_of(layout: ModelLayout) -> Roles:
+    """The layout's table, or for an unknown UNet: the lowest resolution composes, all others style."""
+    if layout.name in _TABLES:
+        return _TABLES[layout.name]
+    deepest = max(site.level for site in layout.sites)
+    composition = {site.transformer for site in layout.sites if site.level == deepest}
+    return Roles(dict.fromkeys(composition, 1.0), frozenset({s.transformer for s in layout.sites} - composition))
+
+
+@dataclass(frozen=True, slots=True)
+class PresetContext:
+    """What a preset may look at: the site, its layout and roles, the strength and the two secondary strengths."""
+
+    site: CrossAttentionSite
+    layout: ModelLayout
+    roles: Roles
+    strength: float
+    composition_strength: float
+    boost: float
+
+    @property
+    def progress(self) -> float:
+        """Position in execution order, 0 at the first spatial transformer."""
+        return self.site.transformer / self.layout.transformers
+
+    @property
+    def middle_distance(self) -> float:
+        """0 in the middle of the UNet, 1 at its first spatial transformer."""
+        return abs(self.progress - 0.5) * 2
+
+    @property
+    def in_style(self) -> bool:
+        return self.site.transformer in self.roles.style
+
+    @property
+    def composition(self) -> float | None:
+        """Composition factor of this site, None where it carries none."""
+        return self.roles.composition.get(self.site.transformer)
+
+
+def _scaled(factor: Callable[[PresetContext], float]) -> Callable[[PresetContext], SiteWeight]:
+    return lambda c: SiteWeight(c.strength * factor(c))
+
+
+def _by_block(block: str, inside: float, outside: float) -> Callable[[PresetContext], SiteWeight]:
+    return _scaled(lambda c: inside if c.site.block == block else outside)
+
+
+def _style_and_composition(c: PresetContext) -> SiteWeight:
+    if c.composition is not None:
+        return SiteWeight(c.composition * c.composition_strength)
+    return SiteWeight(c.strength) if c.in_style else OFF
+
+
+def _strong_style_and_composition(c: PresetContext) -> SiteWeight:
+    return SiteWeight(c.composition_strength if c.composition is not None else c.strength)
+
+
+def _precise_style(c: PresetContext) -> SiteWeight:
+    if c.composition is not None:
+        return SiteWeight(c.composition * c.boost, flipped=True)
+    return SiteWeight(c.strength) if c.in_style else OFF
+
+
+def _precise_composition(c: PresetContext) -> SiteWeight:
+    if c.composition is not None:
+        return SiteWeight(c.composition * c.strength)
+    return SiteWeight(c.boost if c.in_style else 0.1 * c.boost, flipped=True)
+
+
+PRESETS: dict[str, Callable[[PresetContext], SiteWeight]] = {
+    "linear": _scaled(lambda c: 1.0),
+    "ease in": _scaled(lambda c: 0.05 + 0.95 * (1 - c.progress)),
+    "ease out": _scaled(lambda c: 0.05 + 0.95 * c.progress),
+    "ease in-out": _scaled(lambda c: 0.05 + 0.95 * (1 - c.middle_distance)),
+    "reverse in-out": _scaled(lambda c: 0.05 + 0.95 * c.middle_distance),
+    "weak input": _by_block("input", 0.2, 1.0),
+    "weak output": _by_block("output", 0.2, 1.0),
+    "weak middle": _by_block("middle", 0.2, 1.0),
+    "strong middle": _by_block("middle", 1.0, 0.2),
+    "style transfer": _scaled(lambda c: float(c.in_style)),
+    "composition": _scaled(lambda c: c.composition or 0.0),
+    "strong style transfer": _scaled(lambda c: float(c.composition is None)),
+    "style and composition": _style_and_composition,
+    "style transfer precise": _precise_style,
+    "composition precise": _precise_composition,
+    "strong style and composition": _strong_style_and_composition,
+}
+"""Weight of a site by preset name; the first fifteen are the public names."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRule:
+    """One entry of a per-site table: where (block, number or role) and which factor."""
+
+    where: str
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSchedule:
+    """Strength per site and step.
+
+    ``strength`` is what the user sets (any sign, 1 is the trained strength). ``site_factors`` multiply the preset per
+    site: rules such as ``("output", 0.5)``, ``("input 4", 0)``, ``("style", 1.2)``, ``("t3", 0)``, ``("all", 0.1)``,
+    later ones win. ``curve`` is a strength factor over the sampling progress, as rising (percent, factor) points,
+    linear in between, at most 10,000. Outside ``start_percent..end_percent`` the image does not act.
+    ``composition_strength`` and ``boost`` are the secondary strengths of the presets that use them; None follows
+    ``strength``.
+    ``layers`` are (``t_idx``, factor) pairs that replace the preset's factors: layers not listed are off, and of the
+    preset only remains which sites it flips.
+    ``latent_strengths`` are strengths per latent of the batch and replace ``strength``; the last one repeats.
+    """
+
+    strength: float = 1.0
+    preset: str = "linear"
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    scaling: Scaling = "V only"
+    composition_strength: float | None = None
+    boost: float | None = None
+    site_factors: tuple[SiteRule, ...] = ()
+    curve: tuple[tuple[float, float], ...] = field(default=())
+    layers: tuple[tuple[int, float], ...] = ()
+    latent_strengths: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise InvalidInputError(f"unknown preset {quoted(self.preset)}; choose one of: {', '.join(PRESETS)}")
+        if self.scaling not in SCALINGS:
+            raise InvalidInputError(f"unknown scaling {quoted(self.scaling)}; choose one of: {', '.join(SCALINGS)}")
+        for name in ("strength", "start_percent", "end_percent", "composition_strength", "boost"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise InvalidInputError(f"{name} is {value}, which is not a finite number")
+        for name, most in (("site_factors", MOST), ("layers", MOST), ("curve", MOST_POINTS)):
+            if len(getattr(self, name)) > most:
+                raise InvalidInputError(
+                    f"{name} has {len(getattr(self, name)):,} entries; at most {most:,} can be used"
+                )
+        for rule in self.site_factors:
+            if not math.isfinite(rule.factor):
+                raise InvalidInputError(
+                    f"the factor of {quoted(rule.where)} is {rule.factor}, which is not a finite number"
+                )
+        if not all(math.isfinite(f) for f in (*(factor for _, factor in self.layers), *self.latent_strengths)):
+            raise InvalidInputError("layer weights and strengths per latent must be finite numbers")
+        percents = [percent for percent, _ in self.curve]
+        if percents != sorted(percents) or any(not 0 <= p <= 1 for p in percents):
+            raise InvalidInputError(
+                f"curve points need percents that rise within 0..1, got {some([f'{p:g}' for p in percents])}"
+            )
+        if any(not math.isfinite(factor) for _, factor in self.curve):
+            raise InvalidInputError("curve factors must be finite numbers")
+
+    def steering(self, strength: float, preset: str, scaling: Scaling, start: float, end: float) -> WeightSchedule:
+        """The same curve and sites with the settings that an apply node has itself."""
+        return replace(self, strength=strength, preset=preset, scaling=scaling, start_percent=start, end_percent=end)
+
+    @property
+    def constant(self) -> bool:
+        """True if the strength does not depend on the step, so that the attention need not know it."""
+        return not self.curve and self.start_percent <= 0 and self.end_percent >= 1
+
+    @property
+    def never(self) -> bool:
+        """True for a window without any step: one that ends at 0, as everywhere in ComfyUI, or before it starts."""
+        return self.end_percent <= 0 or self.end_percent < self.start_percent
+
+    def at(self, percent: float) -> float:
+        """Factor at a sampling progress of 0 (pure noise) .. 1 (done)."""
+        # The host's own windows are inclusive at both ends; the slack absorbs float32 sigmas.
+        if self.never or not self.start_percent - 1e-6 <= percent <= self.end_percent + 1e-6:
+            return 0.0
+        return _interpolate(self.curve, percent) if self.curve else 1.0
+
+    def site_weights(self, layout: ModelLayout) -> tuple[SiteWeight, ...]:
+        """Absolute weight of every site of ``layout`` in its order, before the step's factor."""
+        roles = roles_of(layout)
+        unknown = [
+            rule.where for rule in self.site_factors if not any(_matches(rule.where, s, roles) for s in layout.sites)
+        ]
+        if unknown:
+            raise InvalidInputError(
+                f"{some([quoted(where) for where in unknown])} matches no site of {layout.name}; use all, input, middle, output, style, composition, "
+                f"t0..t{layout.transformers - 1}, or a site such as {layout.sites[0].label!r}"
+            )
+        return tuple(self._site_weight(site, layout, roles) for site in layout.sites)
+
+    def _site_weight(self, site: CrossAttentionSite, layout: ModelLayout, roles: Roles) -> SiteWeight:
+        composition = self.strength if self.composition_strength is None else self.composition_strength
+        boost = self.strength if self.boost is None else self.boost
+        preset = PRESETS[self.preset](PresetContext(site, layout, roles, self.strength, composition, boost))
+        if self.layers:
+            preset = SiteWeight(dict(self.layers).get(site.transformer, 0.0) * self.strength, preset.flipped)
+        factors = [rule.factor for rule in self.site_factors if _matches(rule.where, site, roles)]
+        return SiteWeight(preset.weight * factors[-1], preset.flipped) if factors else preset
+
+
+def _interpolate(points: Sequence[tuple[float, float]], percent: float) -> float:
+    if percent <= points[0][0]:
+        return points[0][1]
+    after = bisect_left(points, percent, 1, key=lambda point: point[0])
+    if after == len(points):
+        return points[-1][1]
+    (p0, f0), (p1, f1) = points[after - 1 : after + 1]
+    return f1 if p1 == p0 else f0 + (f1 - f0) * (percent - p0) / (p1 - p0)
+
+
+def _matches(where: str, site: CrossAttentionSite, roles: Roles) -> bool:
+    match where:
+        case "all":
+            return True
+        case "input" | "middle" | "output":
+            return site.block == where
+        case "style":
+            return site.transformer in roles.style
+        case "composition":
+            return site.transformer in roles.composition
+        case _:
+            if where == f"t{site.transformer}":
+                return True
+            return where in (f"{site.block} {site.number}", f"{site.block} {site.number}.{site.depth}")
+
+
+_PLACE = re.compile(r"([a-z]{1,40})(?: ?([0-9]{1,4}(?:\.[0-9]{1,4})?))?")
+
+
+def parse_site_factors(text: str) -> tuple[SiteRule, ...]:
+    """Read a per-site table such as ``all: 0.2, output: 1, input 4: 0, t3: 1.5`` (commas or lines, ``#`` comments).
+
+    Raises InvalidInputError for a text of another form, of more than 10,000 characters or 500 entries.
+    """
+    rules: list[SiteRule] = []
+    for entry in entries(text, "the site table"):
+        where, written = halves(entry) or (entry, "")
+        place, factor = _PLACE.fullmatch(" ".join(where.lower().split())), number(written)
+        if place is None or factor is None:
+            raise InvalidInputError(
+                f"cannot read {quoted(entry)} in the site table; write entries such as 'all: 0.2', 'output: 1', "
+                "'input 4: 0', 'style: 1.2' or 't3: 0', separated by commas or lines"
+            )
+        name, at = place[1], place[2]
+        rules.append(SiteRule(name if at is None else f"t{at}" if name == "t" else f"{name} {at}", factor))
+    return tuple(rules)
+
+
+def parse_layers(text: str) -> tuple[tuple[int, float], ...]:
+    """Read layer weights such as ``3: 0.5, 6: 1`` (index of the weight presets: factor), separated by commas or lines.
+
+    Raises InvalidInputError for a text of another form, of more than 10,000 characters or 500 entries.
+    """
+    layers: list[tuple[int, float]] = []
+    for entry in entries(text, "the layer weights"):
+        written, factor = halves(entry) or ("", "")
+        index, weight = _index(written), number(factor)
+        if index is None or weight is None:
+            raise InvalidInputError(
+                f"cannot read {quoted(entry)} in the layer weights; write entries such as '3: 0.5, 6: 1' "
+                "(index of the layer: weight)"
+            )
+        layers.append((index, weight))
+    return tuple(layers)
+
+
+def _index(text: str) -> int | None:
+    digits = text[1:] if text[:1] in ("+", "-") else text
+    return int(text) if digits.isascii() and digits.isdecimal() and len(digits) <= 9 else None
+
+
+def parse_curve(text: str) -> tuple[tuple[float, float], ...]:
+    """Read a curve such as ``0: 1, 0.5: 0.4, 1: 0`` (percent: factor); an empty text is no curve.
+
+    Raises InvalidInputError for a text of another form and for more than 10,000 points.
+    """
+    points: list[tuple[float, float]] = []
+    for entry in entries(text, "the curve", LONGEST_LIST, MOST_POINTS):
+        percent, factor = map(number, halves(entry) or ("", ""))
+        if percent is None or factor is None:
+            raise InvalidInputError(
+                f"cannot read {quoted(entry)} in the curve; write points such as '0: 1, 0.5: 0.4, 1: 0' (percent: factor)"
+            )
+        points.append((percent, factor))
+    WeightSchedule(curve=tuple(points))  # the same checks as everywhere
+    return tuple(points)
+
+
+def parse_numbers(text: str, what: str = "the list of numbers") -> list[float]:
+    """Read numbers separated by commas or lines, such as ``1, 0.5``; an empty text is an empty list.
+
+    ``what`` is the text's name for messages. Raises InvalidInputError for anything else, and for more than 100,000 numbers.
+    """
+    values: list[float] = []
+    for entry in entries(text, what, LONGEST_LIST, MOST_NUMBERS):
+        value = number(entry)
+        if value is None:
+            raise InvalidInputError(
+                f"cannot read {quoted(entry)} in {what} as a number; write numbers with commas between them: '1, 0.5'"
+            )
+        values.append(value)
+    return values

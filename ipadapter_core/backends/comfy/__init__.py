@@ -1,0 +1,1 @@
+"""ComfyUI: image prompts and LoRAs on its MODEL and CLIP."""

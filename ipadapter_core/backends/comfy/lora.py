@@ -1,0 +1,313 @@
+"""ComfyUI: LoRAs beside the layers of a duck-typed ModelPatcher, or merged by the host's own patching (comfy is not imported).
+
+Live: a wrapper around every model call hooks the layers for the time of that call. Between calls nothing of ours is on
+the model, which clones share, so clones cannot see each other's LoRAs and removal leaves no trace.
+Merged: the host keeps, patches and restores weights itself; ours is only the formula that it calls per weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...attention.patch import UNCOND
+from ...errors import IncompatibleAdapterError
+from ...lora.live import LiveLayer, LiveStack, ModelCall, mask_like
+from ...lora.patch import LoRAPatch
+from ...lora.placement import Partial, PlacedLoRA, Placement, place_lora
+from ...lora.targets import TargetTable, targets_of
+from ...lora.update import wide
+from ...lora.weights import Component, LoRAWeights
+from ...models.sites import CrossAttentionSite
+from ..calls import Calls, Hooks, eagerly, uncompiled, watch_hooks
+from .unet import (
+    KEY,
+    Attention,
+    AttentionHook,
+    CallNote,
+    Options,
+    PatcherLike,
+    StepNote,
+    comfy_layout,
+    key_part,
+    marked,
+    note_chunks,
+    note_step,
+    occupant_of,
+    torch_attention,
+)
+
+LORA_KEY = "image_prompt_lora"
+"""Our entry in transformer_options and the key of our wrapper."""
+
+
+class LoRAPatcherLike(PatcherLike, Protocol):
+    """What this backend needs of ComfyUI's ModelPatcher beyond the other one."""
+
+    patches: dict[str, list[Any]]
+    model: Any
+
+    def add_patches(
+        self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> Any: ...
+
+
+def tables_of(model: LoRAPatcherLike | None, clip_model: nn.Module | None = None) -> dict[Component, TargetTable]:
+    """The parts of a MODEL and of a CLIP's ``cond_stage_model``."""
+    tables: dict[Component, TargetTable] = {}
+    if model is not None:
+        tables["unet"] = targets_of(cast(nn.Module, model.get_model_object("diffusion_model")))
+    if clip_model is not None:
+        parts: tuple[Component, ...] = ("te1", "te2", "te3")
+        tables |= {part: table for part in parts if (table := targets_of(clip_model, part)).targets}
+    return tables
+
+
+def place(
+    weights: LoRAWeights,
+    model: LoRAPatcherLike | None,
+    clip_model: nn.Module | None = None,
+    partial: Partial = "refuse",
+) -> PlacedLoRA:
+    """A LoRA on a MODEL and a CLIP; the parts of what is None are left out. Raises as ``place_lora`` does."""
+    tables = tables_of(model, clip_model)
+    text: tuple[Component, ...] = ("te1", "te2", "te3") if clip_model is None else ()
+    unet: tuple[Component, ...] = ("unet",) if model is None else ()
+    return place_lora(weights, tables, (*unet, *text), partial)
+
+
+# --- live ------------------------------------------------------------------------------------------------------------
+
+
+def apply_live(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention | None = None) -> LoRAPatcherLike:
+    """A clone of ``model`` on which a LoRA runs beside the layers, besides all that is applied already."""
+    watch_hooks()
+    clone = cast(LoRAPatcherLike, model.clone())
+    stack = LiveStack((*live_patches(model), patch))
+    clone.remove_wrappers_with_key("apply_model", LORA_KEY)
+    if not stack.layers:
+        return clone
+    clone.add_wrapper_with_key("apply_model", LORA_KEY, LiveWrapper(stack))
+    for kind, wrapper in (("predict_noise", note_step), ("calc_cond_batch", note_chunks)):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    regional = set(stack.text_sites)
+    if regional:
+        for site in comfy_layout(model).sites:
+            if site.path in regional:
+                _install_region(clone, site, attention or torch_attention)
+    return clone
+
+
+def live_stack(model: PatcherLike) -> LiveStack | None:
+    """What runs live on a MODEL, None if nothing does."""
+    wrappers = model.wrappers.get("apply_model", {}).get(LORA_KEY, [])
+    return next((w.stack for w in wrappers if isinstance(w, LiveWrapper)), None)
+
+
+def live_patches(model: PatcherLike) -> tuple[LoRAPatch, ...]:
+    """The LoRAs that run live on a MODEL, in order."""
+    stack = live_stack(model)
+    return () if stack is None else stack.patches
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Running:
+    """A model call under way: what the attention hooks of masked LoRAs need."""
+
+    stack: LiveStack
+    call: ModelCall
+    unet: nn.Module
+
+
+class LiveWrapper:
+    """APPLY_MODEL wrapper: hooks the layers, lets the model run, takes the hooks off."""
+
+    def __init__(self, stack: LiveStack) -> None:
+        self.stack = stack
+        self._calls: Calls[ModelCall] = Calls()
+        self._without = ModelCall(tuple(patch.with_strength(0.0) for patch in stack.patches))
+        self._hooks = Hooks({path: _LayerHook(self, layer).add for path, layer in stack.layers.items()})
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return cast(Any, torch.compiler.disable(self._run))(executor, *args, **kwargs)
+        return self._run(executor, *args, **kwargs)
+
+    def _run(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
+        options: Options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+        unet = uncompiled(executor.class_obj.diffusion_model)
+        call = model_call(x, options, self.stack.patches)
+        noted = {**options, LORA_KEY: _Running(self.stack, call, unet)}
+        if len(args) > 4:
+            args = (*args[:4], noted, *args[5:])
+        else:
+            kwargs["transformer_options"] = noted
+        watch_hooks()
+        with self._hooks.on(unet), marked(unet, lambda: "live LoRAs"):
+            self._calls.begin(call)
+            output: Any = None
+            try:
+                output = executor(x, *args, **kwargs)
+            finally:
+                self._calls.end(output)
+        return output
+
+    def call(self) -> ModelCall:
+        """The call that a layer runs in; one without LoRAs where it runs in none of ours."""
+        return self._calls.running() or self._calls.found(self._without, lambda: self._without)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveWrapper:
+        return self
+
+
+class _LayerHook:
+    """On one layer: its output with what the LoRAs add. Its name keeps code compiled for another layer from serving it."""
+
+    def __init__(self, wrapper: LiveWrapper, layer: LiveLayer) -> None:
+        self._wrapper, self._layer, self._name = wrapper, layer, f"{layer.path} {id(layer)}"
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            assert self._name
+            return eagerly(self._add, module, args, output)
+        return self._add(module, args, output)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self._layer.add(module, args[0], output, self._wrapper.call())
+
+
+def model_call(x: Tensor, options: Options, patches: tuple[LoRAPatch, ...]) -> ModelCall:
+    """Translate ComfyUI's transformer_options of one model call."""
+    note = options.get(KEY)
+    order: Sequence[int] = options.get("cond_or_uncond") or (0,)
+    latent = (int(x.shape[-2]), int(x.shape[-1]))
+    negative = tuple(index == 1 for index in order)
+    if not isinstance(note, CallNote):
+        step = note if isinstance(note, StepNote) else None
+        return ModelCall(patches, "unet", negative, step.percent if step is not None else _unknown, latent)
+    uuids: Sequence[object] = options.get("uuids") or (None,) * len(order)
+    chunks = [note.chunks.get(uuid) for uuid in uuids]
+    negative = tuple(n if c is None else c.branch == UNCOND for n, c in zip(negative, chunks, strict=True))
+    areas = tuple(None if c is None else c.area for c in chunks)
+    percent = note.step.percent if note.step is not None else _unknown
+    return ModelCall(patches, "unet", negative, percent, note.latent, areas if any(areas) else None)
+
+
+def _unknown() -> float:
+    raise IncompatibleAdapterError(
+        "this sampler runs the model outside ComfyUI's guiders, so the sampling progress is unknown; remove the LoRA's "
+        "schedule, or use a sampler built on ComfyUI's own"
+    )
+
+
+# --- text keys and values by region ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegionHook:
+    """In one ``attn2`` slot: the attention once with the plain text, once per masked LoRA with its keys and values."""
+
+    path: str
+    previous: Callable[..., Tensor] | None
+    attention: Attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        base = out = self._attend(q, k, v, extra_options)
+        running = extra_options.get(LORA_KEY)
+        if not isinstance(running, _Running):
+            return out
+        stack, call = running.stack, running.call
+        for index in stack.regions_at(self.path, call):
+            changed = [self._changed(running, name, index, t) for name, t in (("to_k", k), ("to_v", v))]
+            if all(t is None for t in changed):
+                continue
+            own_k, own_v = (old if new is None else new for old, new in zip((k, v), changed, strict=True))
+            regional = self._attend(q, own_k, own_v, extra_options)
+            out = torch.addcmul(out, regional - base, mask_like(base, index, call))
+        return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        if self.previous is not None:
+            return self.previous(q, k, v, options)
+        precision = options.get("attn_precision")
+        return self.attention(q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options)
+
+    def _changed(self, running: _Running, name: str, index: int, t: Tensor) -> Tensor | None:
+        path = f"{self.path}.{name}"
+        layer = running.stack.layers.get(path)
+        if layer is None:
+            return None
+        return layer.masked_change(running.unet.get_submodule(path), index, t, running.call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegionHook:
+        return self
+
+
+def _install_region(clone: PatcherLike, site: CrossAttentionSite, attention: Attention) -> None:
+    """Put a RegionHook into a slot once, under an image prompt's hook if there is one."""
+    occupant = occupant_of(clone, site)
+    found = occupant
+    while found is not None:
+        if isinstance(found, RegionHook):
+            return
+        found = getattr(found, "previous", None)
+    if isinstance(occupant, AttentionHook):
+        hook: Any = replace(occupant, previous=RegionHook(site.path, occupant.previous, attention))
+    else:
+        hook = RegionHook(site.path, occupant, attention)
+    clone.set_model_attn2_replace(hook, site.block, site.number, key_part(clone, site))
+
+
+# --- merged ----------------------------------------------------------------------------------------------------------
+
+Part = tuple[Placement, float]
+
+
+def apply_merged(
+    model: LoRAPatcherLike, patch: LoRAPatch, components: Sequence[Component], wrap: Callable[[tuple[Part, ...]], Any]
+) -> LoRAPatcherLike:
+    """A clone whose weights the host will patch when it loads the model; ``model`` itself is untouched.
+
+    ``wrap`` makes the host's kind of patch out of what acts on one parameter; it must keep that as ``parts``. All LoRAs
+    of ours on one parameter become one patch, so that each is computed from the weight as it was before them.
+    """
+    clone = cast(LoRAPatcherLike, model.clone())
+    prefix = "diffusion_model." if "unet" in components else ""
+    found: dict[str, list[Part]] = {}
+    for component in components:
+        factor = patch.schedule.strength if component == "unet" else 1.0
+        strength = patch.strength_for(component) * factor
+        for placement, own in patch.acting(component):
+            if strength * own != 0:
+                found.setdefault(prefix + placement.key, []).append((placement, strength * own))
+    added: dict[str, Any] = {}
+    for key, parts in found.items():
+        others: list[Any] = []
+        before: list[Part] = []
+        for entry in clone.patches.get(key, []):
+            known = getattr(entry[1], "parts", None)
+            if isinstance(known, tuple):
+                before += cast("tuple[Part, ...]", known)
+            else:
+                others.append(entry)
+        if before:
+            clone.patches[key] = others
+        added[key] = wrap((*before, *parts))
+    if added:
+        clone.add_patches(added, 1.0)
+    return clone
+
+
+def merge_parts(weight: Tensor, parts: Sequence[Part]) -> Tensor:
+    """The change of one weight by several LoRAs, each from the weight as given; in float32 or wider."""
+    pristine = wide(weight)
+    total = torch.zeros_like(pristine)
+    for placement, strength in parts:
+        placement.change(pristine, total, strength)
+    return total

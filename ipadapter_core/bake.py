@@ -1,0 +1,94 @@
+"""From adapter and prompt to what a backend applies: image keys and values per site, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .attention.masks import RegionMask
+from .attention.maths import split_heads
+from .attention.patch import AdapterPatch, BakedSite, resolve_weights
+from .attention.schedule import WeightSchedule
+from .checkpoints import AdapterWeights
+from .compatibility import CORRECT, Rules
+from .errors import IncompatibleAdapterError
+from .models.sites import ModelLayout
+from .prompt.encode import ImagePrompt
+
+_Baked = WeakKeyDictionary[nn.Module, dict[ModelLayout, tuple[BakedSite, ...]]]
+
+
+_BAKED: WeakKeyDictionary[ImagePrompt, _Baked] = WeakKeyDictionary()
+"""K/V live as long as the prompt and the adapter that made them; a changed strength or mask finds them here."""
+
+
+def bake(
+    adapter: AdapterWeights,
+    prompt: ImagePrompt,
+    layout: ModelLayout,
+    schedule: WeightSchedule | None = None,
+    mask: RegionMask | Tensor | None = None,
+    *,
+    prepare: Callable[[], object] | None = None,
+    rules: Rules = CORRECT,
+) -> AdapterPatch:
+    """Project the prompt's tokens to K and V of every site, once per prompt, adapter and layout.
+
+    ``prepare`` is called before weights are used (to move them to the device), hence not where K/V are already there.
+    Raises IncompatibleAdapterError if the adapter was trained for another base model.
+    """
+    check_adapter(adapter, layout)
+    if prompt.token_dim != adapter.spec.token_dim:
+        raise IncompatibleAdapterError(
+            f"the image prompt was encoded for {prompt.adapter!r} ({prompt.token_dim} wide tokens), not for {adapter.name!r} "
+            f"({adapter.spec.token_dim}); encode the image with the adapter that you apply"
+        )
+    if prompt.cond.shape[-1] != prompt.token_dim:
+        raise IncompatibleAdapterError(
+            f"the tokens of {prompt.adapter!r} are {prompt.cond.shape[-1]} wide and must become {prompt.token_dim} wide by the "
+            "model's own projection first: in Python, call project_by_model(prompt, unet)"
+        )
+    schedule = schedule or WeightSchedule()
+    weights, latent_weights = resolve_weights(schedule, layout, rules)
+    region = RegionMask.from_tensor(mask, clamp=not rules.stretched_masks) if isinstance(mask, Tensor) else mask
+    baked = _BAKED.setdefault(prompt, WeakKeyDictionary()).setdefault(adapter.module, {})
+    if layout not in baked:
+        if prepare is not None:
+            prepare()
+        baked[layout] = _project(adapter, prompt, layout)
+    return AdapterPatch(adapter.name, layout, baked[layout], schedule, region, weights, rules, latent_weights)
+
+
+@torch.no_grad()
+def _project(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) -> tuple[BakedSite, ...]:
+    weight = next(adapter.module.to_k_ip.parameters())
+    tokens = torch.cat([prompt.uncond, prompt.cond]).to(weight.device, weight.dtype)
+    sites: list[BakedSite] = []
+    for site in layout.sites:
+        k, v = (
+            split_heads(t, site.heads).contiguous().unflatten(0, (2, -1))
+            for t in adapter.key_value(site.checkpoint_index, tokens)
+        )
+        sites.append(BakedSite(k, v, prompt.features.shape[1]))
+    return tuple(sites)
+
+
+def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    """Raise IncompatibleAdapterError unless the adapter's layers fit the model's sites one by one."""
+    spec = adapter.spec
+    if spec.token_dim != layout.token_dim or len(spec.layer_channels) != len(layout.sites):
+        raise IncompatibleAdapterError(
+            f"{adapter.name!r} is an adapter for {spec.base_model} ({len(spec.layer_channels)} attention layers, "
+            f"{spec.token_dim} wide); the model is {layout.name} ({len(layout.sites)} layers, {layout.token_dim} wide). "
+            f"Load an adapter made for this model, or a {spec.base_model} model"
+        )
+    for site in layout.sites:
+        channels = spec.layer_channels[site.checkpoint_index]
+        if channels != site.channels:
+            raise IncompatibleAdapterError(
+                f"{adapter.name!r} has {channels} channels in layer {2 * site.checkpoint_index + 1}, but {site.label} of "
+                f"{layout.name} has {site.channels}; the adapter was made for another variant of this model"
+            )

@@ -1,0 +1,1 @@
+"""The command ``ipadapter``: one file per subcommand."""

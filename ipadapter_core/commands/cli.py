@@ -1,0 +1,284 @@
+"""The command ``ipadapter``: generate, inspect, demo, lora, train, cache, export, migrate.
+
+Exit codes: 0 done, 1 an error of ours (one line on stderr says the cause), 2 wrong usage, 130 interrupted or asked to end by a
+signal, 141 the reader of the output went away (`| head`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from .. import __version__
+from ..attention.schedule import PRESETS, SCALINGS, WeightSchedule, parse_curve, parse_numbers, parse_site_factors
+from ..checkpoints import describe_adapter, load_adapter
+from ..console import complain, file_argument, forget_output, progress_bar, show_everything
+from ..errors import AdapterError, InvalidInputError, out_of_memory, reason
+from ..features import Crop
+from ..prompt.encode import Combine, Unconditional
+from ..report import describe_spec, spec_facts
+from .lora import add_lora
+from .migrate import add_migrate
+from .train import add_training
+
+CLOSED_PIPE = 141
+"""What shells show of a program that wrote to a closed pipe: 128 + SIGPIPE."""
+WORLD = Path(__file__).parents[1] / "demo" / "world"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    show_everything()
+    try:
+        try:
+            return _run(_parse(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        forget_output()
+        return CLOSED_PIPE
+    except OSError as error:  # the disk that the output goes to is full
+        forget_output()
+        complain(f"ipadapter: the output cannot be written ({reason(error)})")
+        return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with `section.key=value` also behind options, where argparse looks for none."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        args.run(args)
+    except ModuleNotFoundError as error:
+        return _fail(args, f"{error.name} is not installed; run: pip install 'comfyui-image-prompt[demo]'")
+    except BrokenPipeError:
+        raise
+    except (AdapterError, OSError) as error:
+        return _fail(args, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return _fail(args, f"memory ran out ({reason(error)}); close other programs, or use smaller sizes")
+    except KeyboardInterrupt as error:
+        complain(str(error) or "interrupted")
+        return 130
+    return 0
+
+
+def _fail(args: argparse.Namespace, message: str) -> int:
+    if args.json:
+        print(json.dumps({"error": message}))
+    complain(f"ipadapter: {message}")
+    return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ipadapter", description="Image prompts for diffusion models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_inspect(commands)
+    _add_demo(commands)
+    add_lora(commands)
+    add_training(commands)
+    add_migrate(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    p = commands.add_parser("generate", help="pictures from a prompt and reference images", formatter_class=_Defaults)
+    p.set_defaults(run=run_generate)
+    p.add_argument(
+        "--model",
+        type=file_argument,
+        default=WORLD,
+        help="diffusers model folder (SD1.5, SD2, SDXL); default: demo world",
+    )
+    p.add_argument(
+        "--adapter", type=file_argument, default=None, help="IP-Adapter file; default: the demo world's plus adapter"
+    )
+    p.add_argument(
+        "--image-encoder",
+        type=file_argument,
+        default=None,
+        help="folder of the image encoder; default: in the model folder",
+    )
+    p.add_argument("--image", type=file_argument, nargs="+", default=[], help="reference image(s)")
+    p.add_argument("--image-strengths", default="", help="strength of each reference, such as '1,0.5'")
+    p.add_argument("--combine", choices=get_args(Combine), default="concat", help="how several references become one")
+    p.add_argument(
+        "--crop",
+        choices=(*get_args(Crop), "tiles"),
+        default="center",
+        help="which square of a reference is seen; tiles: all of it",
+    )
+    p.add_argument(
+        "--unconditional", choices=get_args(Unconditional), default="auto", help="what the negative prompt sees"
+    )
+    p.add_argument("--prompt", default="", help="text prompt")
+    p.add_argument("--negative", default="", help="negative text prompt")
+    p.add_argument("--strength", type=float, default=1.0, help="0: text only, 1: as trained")
+    p.add_argument("--preset", choices=list(PRESETS), default="linear", help="where in the model the image acts")
+    p.add_argument("--scaling", choices=SCALINGS, default="V only", help="what the strength multiplies")
+    p.add_argument("--start", type=float, default=0.0, help="sampling progress at which the image begins to act")
+    p.add_argument("--end", type=float, default=1.0, help="sampling progress after which it no longer acts")
+    p.add_argument("--curve", default="", help="strength over progress, such as '0: 1, 1: 0.3'")
+    p.add_argument("--sites", default="", help="factor per place, such as 'all: 0.2, output: 1'")
+    p.add_argument("--mask", type=file_argument, default=None, help="picture: white is where the image acts")
+    p.add_argument("--steps", type=int, default=25, help="sampling steps")
+    p.add_argument(
+        "--guidance", type=float, default=None, help="guidance scale; default 2 for the demo world, else 7.5"
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of the first picture; the others count up")
+    p.add_argument("--batch", type=int, default=4, help="number of pictures")
+    p.add_argument("--height", type=int, default=None, help="in pixels; default: the model's own size")
+    p.add_argument("--width", type=int, default=None, help="in pixels; default: the model's own size")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    p.add_argument("--device", default="cpu", help="torch device")
+    p.add_argument(
+        "--out", type=file_argument, default=Path("ipadapter-out"), help="folder for pictures, grid.png and facts.json"
+    )
+    p.add_argument("--json", action="store_true", help="print the facts as JSON instead of text")
+
+
+def _add_inspect(commands: Any) -> None:
+    p = commands.add_parser("inspect", help="what an adapter file is and needs")
+    p.set_defaults(run=run_inspect)
+    p.add_argument("file", type=file_argument, help="IP-Adapter file")
+    p.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def _add_demo(commands: Any) -> None:
+    p = commands.add_parser(
+        "demo", help="draw a sheet with the shipped demo world and measure it", formatter_class=_Defaults
+    )
+    p.set_defaults(run=run_demo)
+    p.add_argument("--out", type=file_argument, default=Path("ipadapter-out"), help="folder for demo.png and demo.json")
+    p.add_argument("--adapter", choices=("base", "plus"), default="plus", help="which shipped adapter draws the sheet")
+    p.add_argument("--steps", type=int, default=20, help="sampling steps")
+    p.add_argument("--no-figures", action="store_true", help="draw the sheet only")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _usual_guidance(model: Path) -> float:
+    if model != WORLD:
+        return 7.5
+    from ..demo.world import GUIDANCE
+
+    return GUIDANCE
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", [], False) else super()._get_help_string(action)
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    spec = describe_adapter(args.file)
+    print(json.dumps(spec_facts(spec)) if args.json else describe_spec(spec, args.file.name))
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from ..demo.sheet import run
+
+    run(args.out, family=args.adapter, steps=args.steps, figures=not args.no_figures, as_json=args.json)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..generate import (
+        PromptSettings,
+        generate,
+        grid_of,
+        hold_in_memory,
+        load_image_encoder,
+        load_pipeline,
+        prepare_patch,
+        read_image,
+        read_mask,
+        save_picture,
+        to_pillow,
+    )
+
+    for name in ("steps", "batch"):
+        if getattr(args, name) < 1:
+            raise InvalidInputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    settings = PromptSettings(
+        schedule=WeightSchedule(
+            strength=args.strength,
+            preset=args.preset,
+            start_percent=args.start,
+            end_percent=args.end,
+            scaling=args.scaling,
+            site_factors=parse_site_factors(args.sites),
+            curve=parse_curve(args.curve),
+        ),
+        crop=args.crop,
+        combine=args.combine,
+        unconditional=args.unconditional,
+        strengths=tuple(parse_numbers(args.image_strengths)),
+    )
+    images = [read_image(path) for path in args.image]
+    mask = read_mask(args.mask) if args.mask else None
+    dtype = getattr(torch, args.dtype)
+    started = time.perf_counter()
+    pipeline = load_pipeline(args.model, dtype=dtype, device=args.device)
+    for part in (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)):
+        hold_in_memory(part)
+    patches = []
+    adapter_file = args.adapter or (WORLD / "adapters" / "ip-adapter-plus.safetensors" if args.model == WORLD else None)
+    if images:
+        if adapter_file is None:
+            raise InvalidInputError("--image needs --adapter with an IP-Adapter file for this model")
+        adapter = load_adapter(adapter_file, name=Path(adapter_file).name, dtype=dtype)
+        encoder = load_image_encoder(args.model, args.image_encoder, adapter)
+        adapter.module.to(args.device)
+        encoder.model.to(args.device)
+        patches = [prepare_patch(pipeline, adapter, encoder, images, settings, mask)]
+    guidance = args.guidance if args.guidance is not None else _usual_guidance(args.model)
+    seeds = [args.seed + i for i in range(args.batch)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with progress_bar("sampling", args.steps) as progress:
+        pictures = generate(
+            pipeline,
+            patches,
+            [args.prompt] * args.batch,
+            negative=args.negative,
+            steps=args.steps,
+            guidance=guidance,
+            seeds=seeds,
+            height=args.height,
+            width=args.width,
+            progress=progress,
+        )
+    facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "run"}
+    facts |= {"image": [str(path) for path in args.image], "adapter": str(adapter_file), "guidance": guidance}
+    files: list[str] = []
+    for seed, picture in zip(seeds, pictures, strict=True):
+        path = args.out / f"seed-{seed:06d}.png"
+        save_picture(to_pillow(picture), path, {**facts, "seed": seed})
+        files.append(str(path))
+    save_picture(grid_of([to_pillow(p) for p in pictures]), args.out / "grid.png", facts)
+    facts |= {"files": files, "grid": str(args.out / "grid.png"), "seconds": round(time.perf_counter() - started, 1)}
+    (args.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(
+        json.dumps(facts) if args.json else f"{len(files)} pictures and grid.png in {args.out} ({facts['seconds']} s)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

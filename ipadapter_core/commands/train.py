@@ -1,0 +1,144 @@
+"""The training commands of `ipadapter`: train, cache, export."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..console import complain, file_argument
+from ..errors import InvalidInputError, reason
+from ..lora.convert import SPELLINGS
+from ..lora.formats import load_lora
+from ..lora.saving import save_lora
+
+OVERRIDES = "changes to the config, such as train.steps=2000 data.cache=/fast/cache"
+
+
+def add_training(commands: Any) -> None:
+    """Add them to the parser of `ipadapter`."""
+    p = commands.add_parser("train", help="train an IP-Adapter or a LoRA")
+    p.set_defaults(run=run_train)
+    p.add_argument(
+        "config", type=file_argument, help="TOML file; ipadapter train --example FAMILY prints one", nargs="?"
+    )
+    p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="lint, memory, trained parameters and the speed of three steps; no training",
+    )
+    p.add_argument("--example", choices=EXAMPLES, default=None, help="print a commented config of this kind and end")
+    p.add_argument(
+        "--out", type=file_argument, default=None, help="with --example: the new file to write it to, as UTF-8"
+    )
+    p.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
+
+    p = commands.add_parser("cache", help="encode a training's pictures once, without training")
+    p.set_defaults(run=run_cache)
+    p.add_argument("config", type=file_argument, help="the training's TOML file")
+    p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
+    p.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
+
+    p = commands.add_parser("export", help="an adapter or LoRA in another layout, spelling or precision")
+    p.set_defaults(run=run_export)
+    p.add_argument("source", type=file_argument, help="adapter file, or LoRA with --spelling")
+    p.add_argument("target", type=file_argument, help=".bin: nested as the first released files; .safetensors: flat")
+    p.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default=None, help="default: as in the source"
+    )
+    p.add_argument("--spelling", choices=SPELLINGS, default=None, help="write the keys of a LoRA in this way")
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+PACKAGES = ("diffusers", "transformers", "accelerate", "datasets", "webdataset", "matplotlib", "psutil", "tqdm")
+EXAMPLES = ("sd15-base", "sd15-plus", "sd15-full-face", "sdxl-base", "sdxl-plus", "sd15-lora")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    if args.example is not None:
+        _give_example(args.example, args.out)
+        return
+    if args.out is not None:
+        raise InvalidInputError("--out belongs to --example; a training writes to output.folder")
+    from ..training import dry_run, load_config, train
+    from ..training.rendezvous import part
+
+    _check_packages()
+    if args.config is None:
+        raise InvalidInputError("give a config file; ipadapter train --example sd15-base prints one to start from")
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        text = dry_run(config)
+        print(json.dumps({"dry_run": text.splitlines()}) if args.json else text)
+        return
+    outcome = train(config, as_json=args.json)
+    part()
+    if outcome.stopped:
+        complain(f"stopped after step {outcome.step}; the same command goes on from there")
+        if outcome.by_file and "TORCHELASTIC_RUN_ID" in os.environ:
+            return  # torchrun would take any other end for a failure and start it again
+        raise KeyboardInterrupt
+    if not args.json and os.environ.get("RANK", "0") == "0":
+        print(outcome.file)
+
+
+def _give_example(name: str, out: Path | None) -> None:
+    file = Path(__file__).parents[1] / "training" / "examples" / f"{name}.toml"
+    text = file.read_text(encoding="utf-8")
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        with out.open("x", encoding="utf-8") as target:
+            target.write(text)
+    except FileExistsError:
+        raise InvalidInputError(f"{out} exists and is left as it is; choose another name") from None
+    except OSError as error:
+        raise InvalidInputError(f"{out} cannot be written ({reason(error)}); choose a folder that exists") from None
+    print(out)
+
+
+def _check_packages() -> None:
+    """Say all that is missing at once, with the command that installs it into this Python."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidInputError(
+            f"training needs packages that this Python lacks: {', '.join(missing)}; run: "
+            f"{sys.executable} -m pip install {' '.join(missing)} tensorboard"
+        )
+
+
+def run_cache(args: argparse.Namespace) -> None:
+    from ..training import build_cache, load_config
+    from ..training.rendezvous import part
+
+    _check_packages()
+    build_cache(load_config(args.config, args.overrides), as_json=args.json)
+    part()
+
+
+def run_export(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..checkpoints import EXTENSIONS, load_adapter, save_adapter
+
+    if args.spelling is not None:
+        facts = save_lora(
+            load_lora(args.source), args.target, spelling=args.spelling, dtype=args.dtype or "keep", overwrite=True
+        )
+        print(
+            json.dumps(facts)
+            if args.json
+            else f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
+        )
+        return
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    layout = "nested" if args.target.suffix.lower() in EXTENSIONS["nested"] else "flat"
+    path = save_adapter(load_adapter(args.source, dtype=dtype), args.target, layout=layout)
+    size = path.stat().st_size
+    print(json.dumps({"file": str(path), "bytes": size}) if args.json else f"{path} ({size / 1e6:.1f} MB)")

@@ -1,0 +1,1 @@
+"""Files of strangers: opened without running code, read within limits, checked before they are believed."""

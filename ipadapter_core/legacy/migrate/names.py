@@ -1,0 +1,179 @@
+"""The old pack's class types with their widgets and sockets, and what they are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from ...attention.schedule import SCALINGS
+from ..settings import COMBINE_METHODS, SIMPLE_WEIGHT_TYPES, WEIGHT_TYPES
+
+ADAPTER = "IMAGE_PROMPT_ADAPTER"
+SWITCH = "IPAdapter_plus"
+
+# class type: its widgets in order. Every one of these becomes an encode and an apply node.
+APPLY_WIDGETS: dict[str, tuple[str, ...]] = {
+    "IPAdapter": ("weight", "start_at", "end_at", "weight_type"),
+    "IPAdapterAdvanced": ("weight", "weight_type", "combine_embeds", "start_at", "end_at", "embeds_scaling"),
+    "IPAdapterBatch": ("weight", "weight_type", "start_at", "end_at", "embeds_scaling"),
+}
+FACE_WIDGETS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("IPAdapterFaceID", "IPAAdapterFaceIDBatch"), ("weight", "weight_faceidv2", *APPLY_WIDGETS["IPAdapterAdvanced"][1:])
+)
+"""Every one of these becomes a node that encodes faces and one that applies them."""
+TILED = ("weight", "weight_type", "combine_embeds", "start_at", "end_at", "sharpening", "embeds_scaling")
+TILED_WIDGETS: dict[str, tuple[str, ...]] = {
+    "IPAdapterTiled": TILED,
+    "IPAdapterTiledBatch": (*TILED[:2], *TILED[3:], "encode_batch_size"),
+}
+"""Every one of these becomes one node."""
+PRECISE: dict[str, str] = {
+    "IPAdapterPreciseStyleTransfer": "style transfer precise", "IPAdapterPreciseStyleTransferBatch": "style transfer precise",
+    "IPAdapterPreciseComposition": "composition precise", "IPAdapterPreciseCompositionBatch": "composition precise",
+}  # fmt: skip
+"""Every one of these has a preset and becomes a schedule, an encode and an apply node."""
+PRECISE_WIDGETS: dict[str, tuple[str, ...]] = {
+    name: (
+        "weight", "style_boost" if "Style" in name else "composition_boost", "combine_embeds", "start_at", "end_at",
+        "embeds_scaling",
+    )
+    for name in PRECISE
+}  # fmt: skip
+WIDGETS = APPLY_WIDGETS | FACE_WIDGETS | TILED_WIDGETS | PRECISE_WIDGETS
+NEW_NAMES = {
+    "ipadapter": "adapter", "image_negative": "negative", "attn_mask": "mask", "weight": "strength",
+    "weight_type": "preset", "combine_embeds": "combine", "embeds_scaling": "scaling", "start_at": "start",
+    "end_at": "end", "ipadapter_file": "file", "model_name": "pack", "type": "kind", "image_optional": "image",
+}  # fmt: skip
+"""What inputs of the old nodes are called here; others have the same name."""
+FACE_LOADER = "IPAdapterUnifiedLoaderFaceID"
+FACE_MODELS = ("IPAdapterInsightFaceLoader", "InsightFaceLoader")
+UNIFIED = ("IPAdapterUnifiedLoader", "IPAdapterUnifiedLoaderCommunity", FACE_LOADER)
+LOADERS = ("IPAdapterModelLoader", *UNIFIED)
+SOCKETS = {"model", "ipadapter", "image", "image_negative", "attn_mask", "clip_vision"}
+NOISE = "IPAdapterNoise"
+EMBEDS: dict[str, set[str]] = {
+    "IPAdapterEncoder": {"ipadapter", "image", "mask", "clip_vision"},
+    "IPAdapterCombineEmbeds": {f"embed{i}" for i in range(1, 6)},
+    "IPAdapterSaveEmbeds": {"embeds"},
+    "IPAdapterLoadEmbeds": set(),
+    "IPAdapterEmbeds": {"model", "ipadapter", "pos_embed", "neg_embed", "attn_mask", "clip_vision"},
+    "IPAdapterEmbedsBatch": {"model", "ipadapter", "pos_embed", "neg_embed", "attn_mask", "clip_vision"},
+}
+"""Nodes that hand encoded references to one another, with their sockets. All that are connected change, or none does."""
+
+EMBED_SOCKETS = {"pos_embed", "neg_embed", "embeds", *EMBEDS["IPAdapterCombineEmbeds"]}
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    **WIDGETS,
+    "IPAdapterModelLoader": ("ipadapter_file",),
+    "IPAdapterUnifiedLoader": ("preset",),
+    "IPAdapterUnifiedLoaderCommunity": ("preset",),
+    FACE_LOADER: ("preset", "lora_strength", "provider"),
+    "IPAdapterInsightFaceLoader": ("provider", "model_name"),
+    "InsightFaceLoader": ("provider",),
+    NOISE: ("type", "strength", "blur"),
+    "IPAdapterEncoder": ("weight",),
+    "IPAdapterCombineEmbeds": ("method",),
+    "IPAdapterSaveEmbeds": ("filename_prefix",),
+    "IPAdapterLoadEmbeds": ("embeds",),
+    "IPAdapterEmbeds": ("weight", "weight_type", "start_at", "end_at", "embeds_scaling"),
+    "IPAdapterEmbedsBatch": ("weight", "weight_type", "start_at", "end_at", "embeds_scaling"),
+}
+"""Old nodes that are rewritten, with their widgets in order."""
+
+STAYING = (
+    "IPAdapterFaceIDKolors", "IPAdapterStyleComposition", "IPAdapterStyleCompositionBatch", "IPAdapterMS",
+    "IPAdapterClipVisionEnhancer", "IPAdapterClipVisionEnhancerBatch", "IPAdapterFromParams", "PrepImageForClipVision",
+    "IPAdapterWeights", "IPAdapterCombineWeights", "IPAdapterWeightsFromStrategy",
+    "IPAdapterPromptScheduleFromWeightsStrategy", "IPAdapterRegionalConditioning", "IPAdapterCombineParams",
+    "IPAdapterApply", "IPAdapterApplyFaceID", "IPAdapterApplyEncoded", "IPAdapterTilesMasked", "IPAdapterBatchEmbeds",
+    "PrepImageForInsightFace", "IPAdapterCLIPVisionEncode",
+)  # fmt: skip
+"""Old nodes for which there is none of ours; they run under their old names."""
+OLD_TYPES = frozenset((*SETTINGS, *STAYING))
+
+
+def _weight_types(kind: str) -> Collection[str]:
+    return SIMPLE_WEIGHT_TYPES if kind == "IPAdapter" else WEIGHT_TYPES
+
+
+def _any_of(*options: str) -> Callable[[str], Collection[str]]:
+    return lambda _: options
+
+
+OPTIONS: dict[str, Callable[[str], Collection[str]]] = {
+    "weight_type": _weight_types,
+    "combine_embeds": _any_of(*COMBINE_METHODS),
+    "embeds_scaling": _any_of(*SCALINGS),
+    "provider": _any_of("CPU", "CUDA", "ROCM", "DirectML", "OpenVINO", "CoreML"),
+    "model_name": _any_of("buffalo_l", "antelopev2"),
+    "type": _any_of("fade", "dissolve", "gaussian", "shuffle"),
+    "method": _any_of(*COMBINE_METHODS, "max", "min"),
+}
+"""Options of an old widget, by its name and the class type."""
+TEXTS = ("preset", "ipadapter_file", "embeds", "filename_prefix")
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    **{name: {"style_boost": 1.0} if "Style" in name else {"composition_boost": 0.0} for name in PRECISE},
+    FACE_LOADER: {"lora_strength": 0.6, "provider": "CPU"},
+    "IPAdapterInsightFaceLoader": {"provider": "CPU", "model_name": "buffalo_l"},
+    "InsightFaceLoader": {"provider": "CPU", "model_name": "buffalo_l"},
+    NOISE: {"type": "fade", "strength": 1.0, "blur": 0},
+    "IPAdapterEncoder": {"weight": 1.0},
+    "IPAdapterCombineEmbeds": {"method": "concat"},
+    "IPAdapterSaveEmbeds": {"filename_prefix": "IP_embeds"},
+}
+"""What widgets that a file does not have stand at."""
+
+OUR_WIDGETS: dict[str, tuple[str, ...]] = {
+    "ImagePromptLoadAdapter": ("file",),
+    "CLIPVisionLoader": ("clip_name",),
+    "ImagePromptLoadFaceModel": ("pack", "provider"),
+    "ImagePromptApplyFaceLoRA": ("strength",),
+    "ImagePromptNoise": ("kind", "strength", "blur"),
+    "ImagePromptEncode": ("crop", "combine", "strengths", "unconditional", "per_latent", "compatibility"),
+    "ImagePromptEncodeFace": ("face", "number", "combine", "picture_strength", "per_latent", "compatibility"),
+    "ImagePromptApply": ("strength", "preset", "scaling", "start", "end", "compatibility"),
+    "ImagePromptApplyTiled": (
+        "strength", "preset", "scaling", "start", "end", "combine", "per_latent", "sharpening", "compatibility",
+    ),
+    "ImagePromptSchedule": ("curve", "sites", "separate_composition", "composition_strength", "boost"),
+    "ImagePromptCombine": ("combine", *(f"strength_{i}" for i in range(1, 6))),
+    "ImagePromptSave": ("filename_prefix",),
+    "ImagePromptLoad": ("file", "per_latent", "compatibility"),
+}  # fmt: skip
+"""Widgets of the nodes that take an old one's place, in order."""
+
+ENCODE_INPUTS = {
+    "adapter": ADAPTER,
+    "clip_vision": "CLIP_VISION",
+    "image": "IMAGE",
+    "mask": "MASK",
+    "negative": "IMAGE",
+}
+FACE_MODEL = "IMAGE_PROMPT_FACE_MODEL"
+FACE_INPUTS = {
+    "adapter": ADAPTER,
+    "face_model": FACE_MODEL,
+    "image": "IMAGE",
+    "clip_vision": "CLIP_VISION",
+    "mask": "MASK",
+    "negative": "IMAGE",
+}
+TILED_INPUTS = {
+    "model": "MODEL",
+    "adapter": ADAPTER,
+    "clip_vision": "CLIP_VISION",
+    "image": "IMAGE",
+    "mask": "MASK",
+    "negative": "IMAGE",
+    "schedule": "IMAGE_PROMPT_SCHEDULE",
+}
+APPLY_INPUTS = {
+    "model": "MODEL",
+    "adapter": ADAPTER,
+    "image_prompt": "IMAGE_PROMPT",
+    "mask": "MASK",
+    "schedule": "IMAGE_PROMPT_SCHEDULE",
+}

@@ -1,0 +1,1 @@
+"""From features to image tokens: one picture or several, faces, files that keep them."""
