@@ -54,21 +54,21 @@ NODES: list[type[io.ComfyNode]] = [
 ]
 
 for node in NODES:
-    host.check_inputs(node, "execute")
+    host.inputs.check_inputs(node, "execute")
 for old_node, _ in LEGACY_NODES.values():
-    host.check_inputs(old_node, old_node.FUNCTION)
+    host.inputs.check_inputs(old_node, old_node.FUNCTION)
 
 
 class ImagePromptExtension(ComfyExtension):
     async def on_load(self) -> None:
-        await host.register_replacements(REPLACEMENTS)
+        await host.frontend.register_replacements(REPLACEMENTS)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
 
 
 def comfy_entrypoint() -> ImagePromptExtension:
-    host.register_model_folders()
-    if host.wants_old_names():
-        host.register_nodes(LEGACY_NODES)
+    host.files.register_folders()
+    if host.frontend.wants_old_names():
+        host.frontend.register_nodes(LEGACY_NODES)
     return ImagePromptExtension()

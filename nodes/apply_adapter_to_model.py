@@ -36,7 +36,7 @@ class ApplyAdapterToModel(io.ComfyNode):
     def execute(
         cls,
         model: object,
-        adapter: host.ManagedAdapter,
+        adapter: host.adapters.ManagedAdapter,
         image_prompt: ImagePrompt,
         strength: float,
         preset: str,
@@ -48,5 +48,5 @@ class ApplyAdapterToModel(io.ComfyNode):
         compatibility: str = "correct",
     ) -> io.NodeOutput:
         settings = (schedule or WeightSchedule()).steering(strength, preset, scaling, start, end)
-        patched, _ = host.apply(model, adapter, image_prompt, settings, mask, rules_for(compatibility))
+        patched, _ = host.adapters.apply(model, adapter, image_prompt, settings, mask, rules_for(compatibility))
         return io.NodeOutput(patched)

@@ -26,7 +26,7 @@ class ApplyFaceLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: object, adapter: host.ManagedAdapter, strength: float) -> io.NodeOutput:
-        model, shown = host.apply_face_lora(model, adapter, strength)
-        host.show_in_node(shown, cls.hidden.unique_id)
+    def execute(cls, model: object, adapter: host.adapters.ManagedAdapter, strength: float) -> io.NodeOutput:
+        model, shown = host.lora.apply_face(model, adapter, strength)
+        host.frontend.show_in_node(shown, cls.hidden.unique_id)
         return io.NodeOutput(model)

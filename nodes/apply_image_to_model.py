@@ -48,7 +48,7 @@ class ApplyImageToModel(io.ComfyNode):
     def execute(
         cls,
         model: object,
-        adapter: host.ManagedAdapter,
+        adapter: host.adapters.ManagedAdapter,
         clip_vision: object,
         image: Tensor,
         strength: float,
@@ -63,7 +63,7 @@ class ApplyImageToModel(io.ComfyNode):
         schedule: WeightSchedule | None = None,
         compatibility: str = "correct",
     ) -> io.NodeOutput:
-        prompt = host.encode(
+        prompt = host.adapters.encode(
             adapter,
             clip_vision,
             image,
@@ -73,5 +73,5 @@ class ApplyImageToModel(io.ComfyNode):
             compatibility=compatibility,
         )
         settings = (schedule or WeightSchedule()).steering(strength, preset, scaling, start, end)
-        patched, _ = host.apply(model, adapter, prompt, settings, mask, rules_for(compatibility))
+        patched, _ = host.adapters.apply(model, adapter, prompt, settings, mask, rules_for(compatibility))
         return io.NodeOutput(patched)

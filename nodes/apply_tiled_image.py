@@ -65,7 +65,7 @@ class ApplyTiledImageToModel(io.ComfyNode):
     def execute(
         cls,
         model: object,
-        adapter: host.ManagedAdapter,
+        adapter: host.adapters.ManagedAdapter,
         clip_vision: object,
         image: Tensor,
         strength: float,
@@ -86,6 +86,6 @@ class ApplyTiledImageToModel(io.ComfyNode):
         settings = (schedule or WeightSchedule()).steering(strength, preset, scaling, start, end)
         options = {"combine": combine, "per_latent": per_latent, "negative": negative, "compatibility": compatibility}
         for tile, region in zip(tiles, regions, strict=True):
-            prompt = host.encode(adapter, clip_vision, tile, **options)
-            model, _ = host.apply(model, adapter, prompt, settings, region, rules)
+            prompt = host.adapters.encode(adapter, clip_vision, tile, **options)
+            model, _ = host.adapters.apply(model, adapter, prompt, settings, region, rules)
         return io.NodeOutput(model, torch.cat(tiles), torch.cat(regions))

@@ -34,7 +34,7 @@ class CombineImagePrompts(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, adapter: host.ManagedAdapter, combine: str, **inputs: object) -> io.NodeOutput:
+    def execute(cls, adapter: host.adapters.ManagedAdapter, combine: str, **inputs: object) -> io.NodeOutput:
         given = [i for i in range(1, COUNT + 1) if inputs.get(f"prompt_{i}") is not None]
         prompts = [inputs[f"prompt_{i}"] for i in given]
         strengths = [inputs[f"strength_{i}"] for i in given]

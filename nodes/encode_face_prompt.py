@@ -72,7 +72,7 @@ class EncodeFacePrompt(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        adapter: host.ManagedAdapter,
+        adapter: host.adapters.ManagedAdapter,
         face_model: FaceAnalyzer,
         image: Tensor,
         face: str,
@@ -86,7 +86,7 @@ class EncodeFacePrompt(io.ComfyNode):
         compatibility: str = "correct",
     ) -> io.NodeOutput:
         which: Which = Nth(number, "left" if face == "nth from left" else "size") if face.startswith("nth") else face
-        prompt, found = host.encode_face(
+        prompt, found = host.adapters.encode_face(
             adapter, face_model, clip_vision, image, which=which, mask=mask, combine=combine, per_latent=per_latent,
             picture_scale=picture_strength, negative=negative, rules=rules_for(compatibility),
         )  # fmt: skip

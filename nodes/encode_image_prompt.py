@@ -63,7 +63,7 @@ class EncodeImagePrompt(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        adapter: host.ManagedAdapter,
+        adapter: host.adapters.ManagedAdapter,
         clip_vision: object,
         image: Tensor,
         crop: str,
@@ -79,5 +79,7 @@ class EncodeImagePrompt(io.ComfyNode):
         options["compatibility"] = compatibility
         values = parse_numbers(strengths)
         values = values * len(image) if len(values) == 1 else values or None
-        prompt = host.encode(adapter, clip_vision, image, masks=mask, negative=negative, strengths=values, **options)
+        prompt = host.adapters.encode(
+            adapter, clip_vision, image, masks=mask, negative=negative, strengths=values, **options
+        )
         return io.NodeOutput(prompt)

@@ -17,7 +17,7 @@ from .sockets import LORA_CATEGORY
 class ExtractLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = host.checkpoint_files()
+        files = host.files.names("checkpoints")
         return io.Schema(
             node_id="ImagePromptLoRAExtract",
             display_name="Extract LoRA",
@@ -52,10 +52,15 @@ class ExtractLoRA(io.ComfyNode):
     def execute(
         cls, tuned: str, base: str, rank: int, energy: float, spelling: str, filename_prefix: str
     ) -> io.NodeOutput:
-        paths = host.checkpoint_path(tuned), host.checkpoint_path(base)
-        weights, errors = extract(*paths, Smaller(rank, energy), name=filename_prefix, progress=host.progress_bar())
+        paths = host.files.path("checkpoints", tuned), host.files.path("checkpoints", base)
+        weights, errors = extract(
+            *paths, Smaller(rank, energy), name=filename_prefix, progress=host.frontend.progress_bar()
+        )
         facts = save_lora(
-            weights, Path(host.new_file(filename_prefix, "loras", ".safetensors")), spelling=spelling, dtype="float16"
+            weights,
+            Path(host.access.free_path(filename_prefix, "loras", ".safetensors")),
+            spelling=spelling,
+            dtype="float16",
         )
         mean = sum(errors.values()) / len(errors)
         text = f"{facts['modules']} modules in {facts['file']}; relative error {mean:.2g} on average"

@@ -33,9 +33,9 @@ class InspectAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, adapter: host.ManagedAdapter, model: object | None = None) -> io.NodeOutput:
+    def execute(cls, adapter: host.adapters.ManagedAdapter, model: object | None = None) -> io.NodeOutput:
         text = describe_spec(adapter.weights.spec, adapter.weights.name)
         if model is not None:
             text += "\n\n" + describe_fit(adapter.weights, comfy_layout(model), applied_patches(model))
-        host.show_in_node(text, cls.hidden.unique_id)
+        host.frontend.show_in_node(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -20,7 +20,7 @@ class InspectLoRA(io.ComfyNode):
             "strongly it changes each block and kind of layer.",
             inputs=[
                 io.Combo.Input(
-                    "file", options=host.lora_files(), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
+                    "file", options=host.files.names("loras"), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
                 )
             ],
             outputs=[io.String.Output(display_name="text"), io.Image.Output(display_name="heat_map")],
@@ -30,13 +30,13 @@ class InspectLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return host.lora_fingerprint(file)
+        return host.files.fingerprint("loras", file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        weights = host.load_lora_file(file).weights
+        weights = host.lora.load(file).weights
         text = describe_facts(facts_of(weights))
-        image = host.picture_tensor(draw_heat_map(heat_map(weights), file))
-        host.show_in_node(text, cls.hidden.unique_id)
+        image = host.frontend.picture_tensor(draw_heat_map(heat_map(weights), file))
+        host.frontend.show_in_node(text, cls.hidden.unique_id)
         shown = ui.PreviewImage(image, cls=cls).as_dict()
         return io.NodeOutput(text, image, ui={**shown, "text": [text]})

@@ -36,4 +36,4 @@ class LoadFaceModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, pack: str, provider: str) -> io.NodeOutput:
-        return io.NodeOutput(host.load_face_model(pack, provider))
+        return io.NodeOutput(host.faces.load(pack, provider))

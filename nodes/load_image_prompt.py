@@ -22,7 +22,7 @@ class LoadImagePrompt(io.ComfyNode):
                 adapter_input(),
                 io.Combo.Input(
                     "file",
-                    options=host.prompt_files(),
+                    options=host.files.names("image_prompts"),
                     tooltip="A file of Save Image Prompt, of IPAdapter Save Embeds or of diffusers (.safetensors, .ipadpt).",
                 ),
                 io.Boolean.Input(
@@ -44,16 +44,18 @@ class LoadImagePrompt(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **inputs: object) -> str:
-        return host.prompt_fingerprint(file)
+        return host.files.fingerprint("image_prompts", file)
 
     @classmethod
     def execute(
         cls,
-        adapter: host.ManagedAdapter,
+        adapter: host.adapters.ManagedAdapter,
         file: str,
         per_latent: bool,
         clip_vision: object | None = None,
         compatibility: str = "correct",
     ) -> io.NodeOutput:
         rules = rules_for(compatibility)
-        return io.NodeOutput(host.load_image_prompt(adapter, file, clip_vision, per_latent=per_latent, rules=rules))
+        return io.NodeOutput(
+            host.adapters.load_image_prompt(adapter, file, clip_vision, per_latent=per_latent, rules=rules)
+        )

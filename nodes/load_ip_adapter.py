@@ -20,7 +20,7 @@ class LoadIPAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.adapter_files(),
+                    options=host.files.names("ipadapter"),
                     tooltip="An IP-Adapter for the SD1.5, SD2 or SDXL family (.safetensors, .bin, .pt, .pth, .ckpt).",
                 )
             ],
@@ -29,8 +29,8 @@ class LoadIPAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return host.adapter_fingerprint(file)
+        return host.files.fingerprint("ipadapter", file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(host.load_ip_adapter(file))
+        return io.NodeOutput(host.adapters.load(file))

@@ -16,7 +16,7 @@ NONE = "none"
 class LoRAStack(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = [NONE, *host.lora_files()]
+        files = [NONE, *host.files.names("loras")]
         rows: list[io.Input] = []
         for i in range(1, ROWS + 1):
             rows += [
@@ -48,7 +48,7 @@ class LoRAStack(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: object) -> str:
-        return host.lora_fingerprint(*(file for file, _ in _rows(inputs)))
+        return host.files.fingerprint("loras", *(file for file, _ in _rows(inputs)))
 
     @classmethod
     def execute(
@@ -57,11 +57,11 @@ class LoRAStack(io.ComfyNode):
         reports: list[str] = []
         shown: list[str] = []
         for file, strength in _rows(inputs):
-            loaded = host.load_lora_file(file)
-            model, clip, report, part = host.apply_lora(model, clip, loaded, mode, partial, strength=strength)
+            loaded = host.lora.load(file)
+            model, clip, report, part = host.lora.apply(model, clip, loaded, mode, partial, strength=strength)
             reports.append(report)
             shown.append(part)
-        host.show_in_node("\n".join(shown), cls.hidden.unique_id)
+        host.frontend.show_in_node("\n".join(shown), cls.hidden.unique_id)
         return io.NodeOutput(model, clip, "\n".join(reports) or "no row is on")
 
 

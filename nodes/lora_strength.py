@@ -35,7 +35,7 @@ class LoRAStrength(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2, SDXL; Flux and SD3 without masks."),
                 io.Combo.Input(
-                    "file", options=host.lora_files(), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
+                    "file", options=host.files.names("loras"), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
                 ),
                 strength_input("strength", "On the model."),
                 strength_input("text_strength", "On the text encoders, if clip is connected."),
@@ -71,7 +71,7 @@ class LoRAStrength(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **inputs: object) -> str:
-        return host.lora_fingerprint(file)
+        return host.files.fingerprint("loras", file)
 
     @classmethod
     def execute(
@@ -90,7 +90,7 @@ class LoRAStrength(io.ComfyNode):
         negative_strength: float = 1.0,
         partial: Partial = "refuse",
     ) -> io.NodeOutput:
-        lora = host.load_lora_file(file)
+        lora = host.lora.load(file)
         settings = {
             "strength": strength,
             "text_strength": text_strength,
@@ -99,6 +99,6 @@ class LoRAStrength(io.ComfyNode):
             "schedule": replace(schedule or WeightSchedule(), strength=1.0, start_percent=start, end_percent=end),
             "mask": None if mask is None else RegionMask.from_tensor(mask),
         }
-        *outputs, shown = host.apply_lora(model, clip, lora, mode, partial, **settings)
-        host.show_in_node(shown, cls.hidden.unique_id)
+        *outputs, shown = host.lora.apply(model, clip, lora, mode, partial, **settings)
+        host.frontend.show_in_node(shown, cls.hidden.unique_id)
         return io.NodeOutput(*outputs)

@@ -35,7 +35,7 @@ class SaveImagePrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, image_prompt: ImagePrompt, filename_prefix: str) -> io.NodeOutput:
-        path = save_prompt(host.new_file(filename_prefix, host.PROMPT_FOLDER, EXTENSION), image_prompt)
+        path = save_prompt(host.access.free_path(filename_prefix, "image_prompts", EXTENSION), image_prompt)
         count = image_prompt.features.shape[0] * image_prompt.features.shape[1]
         text = f"{count} reference{'s' if count > 1 else ''}, {path.stat().st_size:,} bytes in {path}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))

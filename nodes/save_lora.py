@@ -23,7 +23,7 @@ class SaveLoRA(io.ComfyNode):
             category=LORA_CATEGORY,
             description="Writes a LoRA in another spelling, type or rank to output/loras, where LoRA lists find it.",
             inputs=[
-                io.Combo.Input("file", options=host.lora_files(), tooltip="The LoRA to convert."),
+                io.Combo.Input("file", options=host.files.names("loras"), tooltip="The LoRA to convert."),
                 io.String.Input(
                     "filename_prefix", default="converted", tooltip="Name under output/loras; a number is added."
                 ),
@@ -43,15 +43,18 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **inputs: object) -> str:
-        return host.lora_fingerprint(file)
+        return host.files.fingerprint("loras", file)
 
     @classmethod
     def execute(cls, file: str, filename_prefix: str, spelling: str, dtype: str, rank: int) -> io.NodeOutput:
-        weights = host.load_lora_file(file).weights
+        weights = host.lora.load(file).weights
         if rank:
             weights, _ = resize(weights, Smaller(rank))
         facts = save_lora(
-            weights, Path(host.new_file(filename_prefix, "loras", ".safetensors")), spelling=spelling, dtype=dtype
+            weights,
+            Path(host.access.free_path(filename_prefix, "loras", ".safetensors")),
+            spelling=spelling,
+            dtype=dtype,
         )
         text = f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
         text = "\n".join((text, *(f"not written: {line}" for line in left_out_lines(weights.left_out))))

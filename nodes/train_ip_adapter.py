@@ -25,7 +25,7 @@ def name_inputs(default: str) -> list[io.Input]:
         ),
         io.Combo.Input(
             "base_model",
-            options=list(host.base_models()),
+            options=list(host.training.base_models()),
             tooltip="An SD1.5 or SDXL checkpoint, or a diffusers folder of an SD1.5, SD2 or SDXL model in models/diffusers.",
         ),
     ]
@@ -120,7 +120,7 @@ class TrainIPAdapter(io.ComfyNode):
                 *name_inputs("my-adapter"),
                 io.Combo.Input(
                     "image_encoder",
-                    options=[host.INSIDE, *host.image_encoders()],
+                    options=[host.training.INSIDE, *host.training.image_encoders()],
                     tooltip="The CLIP vision model that the adapter will read, such as CLIP-ViT-H-14-laion2B-s32B-b79K: a file or a "
                     "transformers folder in models/clip_vision.",
                 ),
@@ -131,7 +131,7 @@ class TrainIPAdapter(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "start_from",
-                    options=[FRESH, *host.adapter_files()],
+                    options=[FRESH, *host.files.names("ipadapter")],
                     tooltip="An adapter to train on. With few pictures this works far better than starting from nothing.",
                 ),
                 *run_inputs(samples="Text of the sample sheets; empty shows what the image alone does."),
@@ -155,15 +155,15 @@ class TrainIPAdapter(io.ComfyNode):
         start_over: bool,
         **run: Any,
     ) -> io.NodeOutput:
-        encoder = host.image_encoder(image_encoder, base_model)
-        folder = host.training_folder(name, "ipadapter", start_over=start_over)
+        encoder = host.training.image_encoder_setting(image_encoder, base_model)
+        folder = host.training.open_folder(name, "ipadapter", start_over=start_over)
         values = run_values(name, folder, **run)
         values["model"]["image_encoder"] = encoder
         values["adapter"] = {"family": family}
         if start_from != FRESH:
-            values["adapter"]["start_from"] = host.adapter_path(start_from)
-        file, _ = host.train(values, settings, name, host.FOLDER, base_model, cls.hidden.unique_id)
-        return io.NodeOutput(host.load_ip_adapter(file), *host.training_pictures(folder))
+            values["adapter"]["start_from"] = host.files.path("ipadapter", start_from)
+        file, _ = host.training.run(values, settings, name, "ipadapter", base_model, cls.hidden.unique_id)
+        return io.NodeOutput(host.adapters.load(file), *host.training.result_pictures(folder))
 
 
 def run_values(
@@ -183,7 +183,7 @@ def run_values(
     images: Tensor | None = None,
 ) -> dict[str, dict[str, object]]:
     """The sections of a training's config that every training node fills."""
-    source = host.training_data(pictures, images, captions, folder / "pictures")
+    source = host.training.make_data_section(pictures, images, captions, folder / "pictures")
     return {
         "model": {},
         "data": {**source, "resolution": resolution, "cache": str(folder / "cache")},

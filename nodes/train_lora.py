@@ -58,7 +58,7 @@ class TrainLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "start_from",
-                    options=[FRESH, *host.lora_files()],
+                    options=[FRESH, *host.files.names("loras")],
                     tooltip="A LoRA to train on; it says layers, ranks and algorithms itself.",
                 ),
                 io.String.Input(
@@ -91,12 +91,12 @@ class TrainLoRA(io.ComfyNode):
         start_over: bool,
         **run: Any,
     ) -> io.NodeOutput:
-        folder = host.training_folder(name, "lora", start_over=start_over)
+        folder = host.training.open_folder(name, "lora", start_over=start_over)
         values = run_values(name, folder, **run)
         values["lora"] = {
             "algorithm": algorithm, "rank": rank, "alpha": alpha, "targets": targets, "text_encoders": text_encoders,
-            "start_from": "" if start_from == FRESH else host.lora_path(start_from),
+            "start_from": "" if start_from == FRESH else host.files.path("loras", start_from),
         }  # fmt: skip
         values["output"]["trigger"] = trigger
-        _, path = host.train(values, settings, name, "loras", base_model, cls.hidden.unique_id)
-        return io.NodeOutput(str(path), *host.training_pictures(folder))
+        _, path = host.training.run(values, settings, name, "loras", base_model, cls.hidden.unique_id)
+        return io.NodeOutput(str(path), *host.training.result_pictures(folder))

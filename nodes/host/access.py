@@ -90,7 +90,7 @@ def writable(*parts: str) -> str:
     return str(Places([output], " (ComfyUI's output)").check(os.path.join(output, *filter(None, parts)), "output path"))
 
 
-def new_file(prefix: str, folder: str, extension: str) -> str:
+def free_path(prefix: str, folder: str, extension: str) -> str:
     """A free path ``<prefix>_00001<extension>`` in output or the folder below it, numbered on as the host numbers.
 
     ``prefix`` may begin with folders and hold the host's ``%year%`` and its like. Raises InvalidInputError.

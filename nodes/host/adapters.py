@@ -34,8 +34,8 @@ from ...ipadapter_core import (
 from ...ipadapter_core.backends.comfy import unet as backend
 from ...ipadapter_core.checkpoints import as_version
 from ...ipadapter_core.images.faces import FaceAnalyzer, FoundFaces
+from . import files
 from .clip_vision import ClipVisionEncoder
-from .files import FOLDER, Version, file_version, prompt_path
 from .frontend import progress_bar
 
 
@@ -52,12 +52,12 @@ class ManagedAdapter:
         return self.weights
 
 
-_LOADED: WeakValueDictionary[Version, ManagedAdapter] = WeakValueDictionary()
+_LOADED: WeakValueDictionary[files.Version, ManagedAdapter] = WeakValueDictionary()
 
 
-def load_ip_adapter(file: str) -> ManagedAdapter:
+def load(file: str) -> ManagedAdapter:
     """One copy per file, however many nodes load it; a changed file is read again."""
-    key = path, *_ = file_version(FOLDER, file)
+    key = path, *_ = files.version("ipadapter", file)
     adapter = _LOADED.get(key)
     if adapter is None:
         adapter = _LOADED[key] = manage(path, file)
@@ -76,7 +76,7 @@ def manage(source: str | Mapping[str, object], name: str) -> ManagedAdapter:
     return ManagedAdapter(weights, patcher)
 
 
-def of_version(adapter: ManagedAdapter, version: int) -> ManagedAdapter:
+def with_version(adapter: ManagedAdapter, version: int) -> ManagedAdapter:
     """A FaceID Plus adapter read as version 1 or 2 (other families as they are); the weights are shared."""
     spec = adapter.weights.spec
     if spec.options.get("version") in (None, version):
@@ -84,12 +84,12 @@ def of_version(adapter: ManagedAdapter, version: int) -> ManagedAdapter:
     return ManagedAdapter(as_version(adapter.weights, version), adapter.patcher)
 
 
-_DESCRIBED: dict[Version, AdapterSpec | None] = {}
+_DESCRIBED: dict[files.Version, AdapterSpec | None] = {}
 
 
-def describe_file(file: str) -> AdapterSpec | None:
+def describe(file: str) -> AdapterSpec | None:
     """What a file of the adapters' folder is, without its numbers; None if it is no adapter."""
-    key = path, *_ = file_version(FOLDER, file)
+    key = path, *_ = files.version("ipadapter", file)
     if key not in _DESCRIBED:
         try:
             _DESCRIBED[key] = describe_adapter(path, name=file)
@@ -109,7 +109,7 @@ def encode(adapter: ManagedAdapter, clip_vision: Any, images: Tensor, **options:
 def load_image_prompt(adapter: ManagedAdapter, file: str, clip_vision: Any | None, **options: Any) -> ImagePrompt:
     """load_prompt with ComfyUI's encoder, memory manager and folders."""
     encoder = None if clip_vision is None else ClipVisionEncoder(clip_vision)
-    return load_prompt(prompt_path(file), adapter.to_device(), encoder, **options)
+    return load_prompt(files.path("image_prompts", file), adapter.to_device(), encoder, **options)
 
 
 def encode_face(

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ...ipadapter_core import AdapterError, ImageFeatures, InvalidInputError
 from ...ipadapter_core.files.state_dict import describe_state_dict
-from .access import listed
-from .files import Version, file_version
+from . import files
 
 
-def clip_vision_widths(file: str) -> tuple[int, int] | None:
+def widths(file: str) -> tuple[int, int] | None:
     """Hidden size and projection width of an image encoder's file; None if it is none."""
     try:
-        shapes = describe_state_dict(listed("clip_vision", file)).tensors
+        shapes = describe_state_dict(files.path("clip_vision", file)).tensors
     except (AdapterError, OSError):
         return None
     hidden = next((t.shape[0] for k, t in shapes.items() if k.endswith("class_embedding")), None)
@@ -29,12 +28,12 @@ def clip_vision_widths(file: str) -> tuple[int, int] | None:
     return int(hidden), int(width[0] if width[1] == hidden else width[1])
 
 
-_CLIP_VISION: WeakValueDictionary[Version, Any] = WeakValueDictionary()
+_CLIP_VISION: WeakValueDictionary[files.Version, Any] = WeakValueDictionary()
 
 
-def load_clip_vision(file: str) -> Any:
+def load(file: str) -> Any:
     """ComfyUI's CLIP_VISION of a file, one copy however many nodes load it."""
-    key = path, *_ = file_version("clip_vision", file)
+    key = path, *_ = files.version("clip_vision", file)
     model = _CLIP_VISION.get(key)
     if model is None:
         model = comfy.clip_vision.load(path)

@@ -14,7 +14,7 @@ FACE_PACKS = ("buffalo_l", "antelopev2")
 _FACE_MODELS: dict[tuple[str, str], FaceAnalyzer] = {}
 
 
-def load_face_model(pack: str, provider: str) -> FaceAnalyzer:
+def load(pack: str, provider: str) -> FaceAnalyzer:
     """A face model of ``models/insightface``, one copy per pack and provider. Raises InvalidInputError for another pack."""
     if pack not in FACE_PACKS:  # a folder's name, which the package insightface would also download
         raise InvalidInputError(f"the face model {quoted(pack)} is none of {', '.join(FACE_PACKS)}")

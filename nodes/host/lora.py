@@ -24,9 +24,8 @@ from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.lora import LoRAWeights, Partial, load_lora
 from ...ipadapter_core.lora.live import LiveStack
 from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
-from .access import listed
+from . import files
 from .adapters import ManagedAdapter, attention
-from .files import Version, file_version
 
 try:
     from comfy.quant_ops import QuantizedTensor
@@ -34,11 +33,11 @@ except ImportError:  # hosts before November 2025 have eight bits by dtype alone
     QuantizedTensor = ()
 
 
-def load_lora_tensors(file: str) -> dict[str, Tensor]:
-    return comfy.utils.load_torch_file(listed("loras", file), safe_load=True)
+def load_tensors(file: str) -> dict[str, Tensor]:
+    return comfy.utils.load_torch_file(files.path("loras", file), safe_load=True)
 
 
-def apply_lora_by_host(model: Any, lora: dict[str, Tensor], strength: float) -> Any:
+def apply_by_host(model: Any, lora: dict[str, Tensor], strength: float) -> Any:
     """The model with a LoRA by ComfyUI's own loader."""
     return comfy.sd.load_lora_for_models(model, None, dict(lora), strength, 0)[0]
 
@@ -50,7 +49,7 @@ class LoadedLoRA:
     weights: LoRAWeights
 
 
-def apply_face_lora(model: Any, adapter: ManagedAdapter, strength: float) -> tuple[Any, str]:
+def apply_face(model: Any, adapter: ManagedAdapter, strength: float) -> tuple[Any, str]:
     """The model with the LoRA inside a FaceID adapter's file, by ComfyUI's own loader, and what was placed.
 
     Raises InvalidInputError for an adapter without one, IncompatibleAdapterError where it would act in part only.
@@ -66,15 +65,15 @@ def apply_face_lora(model: Any, adapter: ManagedAdapter, strength: float) -> tup
     check_adapter(weights, comfy_layout(model))
     lora = kohya_lora(weights.lora, len(weights.spec.layer_channels))
     placed = backend.place(load_lora(lora, name=weights.name), model)  # refuses what the host would leave out unsaid
-    return apply_lora_by_host(model, lora, strength), "\n".join((placed.summary(), *placed.report()))
+    return apply_by_host(model, lora, strength), "\n".join((placed.summary(), *placed.report()))
 
 
-_LORAS: WeakValueDictionary[Version, LoadedLoRA] = WeakValueDictionary()
+_LORAS: WeakValueDictionary[files.Version, LoadedLoRA] = WeakValueDictionary()
 
 
-def load_lora_file(file: str) -> LoadedLoRA:
+def load(file: str) -> LoadedLoRA:
     """One copy per file, however many nodes name it; a changed file is read again."""
-    key = path, *_ = file_version("loras", file)
+    key = path, *_ = files.version("loras", file)
     found = _LORAS.get(key)
     if found is None:
         found = _LORAS[key] = LoadedLoRA(load_lora(path, name=file))
@@ -139,7 +138,7 @@ class LiveFactors(nn.Module):
         return patcher
 
 
-def apply_lora(
+def apply(
     model: Any | None,
     clip: Any | None,
     loaded: LoadedLoRA,

@@ -67,7 +67,7 @@ def image_encoders() -> dict[str, Path]:
     return model_files("clip_vision") | model_folders("config.json", "clip_vision", "diffusers")
 
 
-def base_model(name: str, folder: Path) -> dict[str, str]:
+def make_model_section(name: str, folder: Path) -> dict[str, str]:
     """Settings for a base model of base_models(); the configs of a checkpoint are written into `folder`.
 
     Raises InvalidInputError for another name.
@@ -86,7 +86,7 @@ def _chosen(models: dict[str, Path], name: str, what: str) -> Path:
     return models[name]
 
 
-def image_encoder(name: str, base: str) -> str:
+def image_encoder_setting(name: str, base: str) -> str:
     """Setting for an image encoder of image_encoders(), or for the one inside the base model's folder.
 
     Raises InvalidInputError for the latter if the base model is a checkpoint.
@@ -101,7 +101,7 @@ def image_encoder(name: str, base: str) -> str:
     return ""
 
 
-def training_folder(name: str, kind: str, *, start_over: bool) -> Path:
+def open_folder(name: str, kind: str, *, start_over: bool) -> Path:
     """Where a training of that name and kind keeps its states: beside, not inside, the folder that loaders list.
 
     `start_over` sets aside what an earlier run of that name has learned.
@@ -112,7 +112,7 @@ def training_folder(name: str, kind: str, *, start_over: bool) -> Path:
     return folder
 
 
-def training_data(pictures: str, images: Tensor | None, captions: str, folder: Path) -> dict[str, str]:
+def make_data_section(pictures: str, images: Tensor | None, captions: str, folder: Path) -> dict[str, str]:
     """The source of a training's pictures: what a graph names, or images of the graph, which are written into `folder`.
 
     Raises InvalidInputError for places that a graph may not read, and captions that fit no images.
@@ -144,7 +144,7 @@ def save_pictures(images: Tensor, captions: list[str], folder: Path) -> str:
     return str(folder)
 
 
-def train(
+def run(
     values: dict[str, dict[str, Any]], settings: str, name: str, kind: str, base: str, node_id: str
 ) -> tuple[str, Path]:
     """Run a training on the base model `base` in another process, with this node's progress bar and previews.
@@ -154,7 +154,7 @@ def train(
     """
     report = _training_progress(node_id)
     with tempfile.TemporaryDirectory(prefix="ipadapter-model-") as configs:
-        model = base_model(base, Path(configs)) | values["model"]
+        model = make_model_section(base, Path(configs)) | values["model"]
         data = values["data"] | {"roots": readable_folders()}
         config = graph_settings(settings, parse_config({**values, "model": model, "data": data}, "this node"))
         target = Path(writable(kind, f"{name}.safetensors"))
@@ -209,7 +209,7 @@ def _in_words(event: dict[str, Any]) -> str:
             return ""
 
 
-def training_pictures(folder: Path) -> tuple[Tensor, Tensor]:
+def result_pictures(folder: Path) -> tuple[Tensor, Tensor]:
     """Loss plot and last sample sheet of a training."""
     return _as_image(folder / "loss.png"), _as_image(folder / "sheet.png")
 

@@ -51,7 +51,7 @@ def apply_reference(
     else:
         schedules, prompts = settings.schedules_of_two(), (encoded.prompt, encoded.composition)
     for schedule, prompt in zip(schedules, prompts, strict=True):
-        model, _ = host.apply(model, pipeline.adapter, prompt, schedule, mask, rules, reference.weight_kolors)
+        model, _ = host.adapters.apply(model, pipeline.adapter, prompt, schedule, mask, rules, reference.weight_kolors)
     return model, encoded.faces
 
 

@@ -87,7 +87,9 @@ class IPAdapterEncoder(LegacyNode):
         encoder = vision(Pipeline(found.adapter, found.clip_vision if clip_vision is None else clip_vision))
         spec = found.adapter.weights.spec
         check_encoder(spec, encoder)
-        features = encode_features(spec.feature, encoder, image, mask=mask, rules=rules, progress=host.progress_bar())
+        features = encode_features(
+            spec.feature, encoder, image, mask=mask, rules=rules, progress=host.frontend.progress_bar()
+        )
         neutral = unconditional_features(found.adapter.weights, encoder, features, rules)
         if weight != 1:
             features = features * weight if rules.features_scaled else neutral + (features - neutral) * weight
@@ -153,10 +155,10 @@ class IPAdapterEmbeds(LegacyNode):
         adapter = found.adapter.to_device()
         if neg_embed is None:
             clip_vision = found.clip_vision if clip_vision is None else clip_vision
-            encoder = None if clip_vision is None else host.ClipVisionEncoder(clip_vision)
+            encoder = None if clip_vision is None else host.clip_vision.ClipVisionEncoder(clip_vision)
             neg_embed = unconditional_features(adapter, encoder, pos_embed, rules)
         prompt = prompt_from_features(adapter, pos_embed, neg_embed, per_latent=self.UNFOLD, rules=rules)
-        model, _ = host.apply(model, found.adapter, prompt, settings.schedule(), attn_mask, rules)
+        model, _ = host.adapters.apply(model, found.adapter, prompt, settings.schedule(), attn_mask, rules)
         return model, None  # the place of the faces, which other packs unpack
 
 
@@ -175,7 +177,7 @@ class IPAdapterSaveEmbeds(LegacyNode):
         return {"required": {"embeds": EMBEDS, "filename_prefix": ("STRING", {"default": "IP_embeds"})}}
 
     def save(self, embeds: Tensor, filename_prefix: str) -> tuple[Any, ...]:
-        save_embeds(host.new_file(filename_prefix, "", EXTENSION), SavedEmbeds(embeds))
+        save_embeds(host.access.free_path(filename_prefix, "", EXTENSION), SavedEmbeds(embeds))
         return (None,)
 
 
@@ -186,7 +188,7 @@ class IPAdapterLoadEmbeds(LegacyNode):
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"embeds": (host.input_files((".ipadpt", EXTENSION)),)}}
+        return {"required": {"embeds": (host.files.input_names((".ipadpt", EXTENSION)),)}}
 
     def load(self, embeds: str) -> tuple[Any, ...]:
-        return (load_embeds(host.input_path(embeds)).embeds,)
+        return (load_embeds(host.access.readable(embeds, "file")).embeds,)

@@ -56,7 +56,7 @@ def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacyS
     feature = adapter.spec.feature
     check_encoder(adapter.spec, encoder)
     chunk = reference.batch_size or 8
-    options = {"rules": rules, "chunk": chunk, "progress": host.progress_bar()}
+    options = {"rules": rules, "chunk": chunk, "progress": host.frontend.progress_bar()}
     tiled = {**options, "tiles": min(reference.tiles, 16), "tile_ratio": reference.tile_ratio}
     features = encode_features(feature, encoder, reference.image, **tiled)
     if reference.negative is None:
@@ -88,7 +88,7 @@ def _encode_faces(pipeline: Pipeline, reference: Reference, settings: LegacySett
     prompt, found = encode_face_prompt(
         adapter, face_analyzer(pipeline), encoder, reference.image, combine=settings.combine_embeds,
         per_latent=settings.unfold_batch, picture_scale=scale, negative=reference.negative, crop=reference.crop,
-        chunk=reference.batch_size or 8, progress=host.progress_bar(), rules=rules,
+        chunk=reference.batch_size or 8, progress=host.frontend.progress_bar(), rules=rules,
     )  # fmt: skip
     return Encoded(prompt, faces=found.crops)
 
@@ -110,7 +110,7 @@ def face_analyzer(pipeline: Pipeline) -> FaceAnalyzer:
     )
 
 
-def vision(pipeline: Pipeline) -> host.ClipVisionEncoder:
+def vision(pipeline: Pipeline) -> host.clip_vision.ClipVisionEncoder:
     """The image encoder. Raises InvalidInputError where none is connected."""
     if pipeline.clip_vision is None:
         spec = pipeline.adapter.weights.spec
@@ -118,4 +118,4 @@ def vision(pipeline: Pipeline) -> host.ClipVisionEncoder:
             f"{pipeline.adapter.weights.name} needs an image encoder ({spec.encoder}): connect Load CLIP Vision to "
             "clip_vision, or load everything with an IPAdapter Unified Loader"
         )
-    return host.ClipVisionEncoder(pipeline.clip_vision)
+    return host.clip_vision.ClipVisionEncoder(pipeline.clip_vision)

@@ -33,12 +33,12 @@ def encode_first(
     if clip_vision is None:
         raise InvalidInputError("IPAdapter Encoder has pictures and no clip_vision: connect Load CLIP Vision")
     rules = rules_for(compatibility, v1=True)
-    encoder = host.ClipVisionEncoder(clip_vision)
+    encoder = host.clip_vision.ClipVisionEncoder(clip_vision)
     given = [(image_1, weight_1), (image_2, weight_2), (image_3, weight_3), (image_4, weight_4)]
-    pictures = [(host.resized_like(image, image_1), weight) for image, weight in given if image is not None]
+    pictures = [(host.frontend.resized_like(image, image_1), weight) for image, weight in given if image is not None]
     images = torch.cat([image for image, _ in pictures])
     feature = "penultimate" if plus else "image_embeds"
-    features = encode_features(feature, encoder, images, rules=rules, progress=host.progress_bar())
+    features = encode_features(feature, encoder, images, rules=rules, progress=host.frontend.progress_bar())
     if noise > 0:
         negative = encode_features(feature, encoder, negative_picture(images, noise), rules=rules)
     else:

@@ -146,12 +146,12 @@ class IPAdapterApplyFaceID(LegacyNode):
     ) -> tuple[Any, ...]:  # fmt: skip
         rules = rules_for(compatibility, v1=True)
         adapter = understand(ipadapter).adapter
-        pipeline = Pipeline(host.of_version(adapter, 2 if faceid_v2 else 1), clip_vision, insightface)
+        pipeline = Pipeline(host.adapters.with_version(adapter, 2 if faceid_v2 else 1), clip_vision, insightface)
         settings = _settings(weight, weight_type, start_at, end_at, unfold_batch)
         negative = partial(negative_picture, noise=noise) if noise > 0 else None
         reference = Reference(image, negative=negative, weight_faceidv2=weight_v2, crop=256)
         encoded = encode_reference(pipeline, reference, settings, rules)
-        return (host.apply(model, pipeline.adapter, encoded.prompt, settings.schedule(), attn_mask, rules)[0],)
+        return (host.adapters.apply(model, pipeline.adapter, encoded.prompt, settings.schedule(), attn_mask, rules)[0],)
 
 
 class IPAdapterTilesMasked(LegacyNode):
@@ -252,7 +252,7 @@ def _encoded(pipeline: Pipeline, image: Tensor, noise: float, switch: str) -> tu
     adapter = pipeline.adapter.weights
     feature = adapter.spec.feature
     check_encoder(adapter.spec, encoder)
-    positive = encode_features(feature, encoder, image, rules=rules, progress=host.progress_bar())
+    positive = encode_features(feature, encoder, image, rules=rules, progress=host.frontend.progress_bar())
     if noise > 0:
         return positive, encode_features(feature, encoder, negative_picture(image, noise), rules=rules)
     return positive, unconditional_features(adapter, encoder, positive, rules)
@@ -264,4 +264,4 @@ def _applied(
     rules = rules_for(switch, v1=True)
     adapter = pipeline.adapter.to_device()
     prompt = prompt_from_features(adapter, positive, negative, per_latent=settings.unfold_batch, rules=rules)
-    return host.apply(model, pipeline.adapter, prompt, settings.schedule(), mask, rules)[0]
+    return host.adapters.apply(model, pipeline.adapter, prompt, settings.schedule(), mask, rules)[0]

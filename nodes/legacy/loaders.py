@@ -25,14 +25,14 @@ class IPAdapterModelLoader(LegacyNode):
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"ipadapter_file": (host.adapter_files(),)}}
+        return {"required": {"ipadapter_file": (host.files.names("ipadapter"),)}}
 
     @classmethod
     def IS_CHANGED(cls, ipadapter_file: str) -> str:
-        return host.adapter_fingerprint(ipadapter_file)
+        return host.files.fingerprint("ipadapter", ipadapter_file)
 
     def load_ipadapter_model(self, ipadapter_file: str) -> tuple[Any, ...]:
-        return (LegacyAdapter(host.load_ip_adapter(ipadapter_file)),)
+        return (LegacyAdapter(host.adapters.load(ipadapter_file)),)
 
 
 class IPAdapterUnifiedLoader(LegacyNode):
@@ -58,19 +58,19 @@ class IPAdapterUnifiedLoader(LegacyNode):
     ) -> tuple[Any, ...]:
         """Any preset of the three loaders, as other packs call it."""
         file = find_adapter(model, preset)
-        adapter = host.load_ip_adapter(file)
+        adapter = host.adapters.load(file)
         spec = adapter.weights.spec
         entry = known_file(preset, base_of(comfy_layout(model).token_dim))
         if lora_strength != 0 and entry.lora:
-            model = host.apply_lora_by_host(model, find_lora(entry, adapter), lora_strength)
+            model = host.lora.apply_by_host(model, find_lora(entry, adapter), lora_strength)
         earlier = understand(ipadapter) if ipadapter is not None else None
         if spec.feature == "face":  # needs no image encoder; one that is there already is handed on
             clip_vision, clip_file = (None if earlier is None else earlier.clip_vision), None
         else:
             clip_file = find_encoder(spec, file)
-            clip_vision = host.load_clip_vision(clip_file)
+            clip_vision = host.clip_vision.load(clip_file)
         if reads_faces(adapter.weights):
-            insightface = host.load_face_model("buffalo_l", provider)
+            insightface = host.faces.load("buffalo_l", provider)
         else:
             insightface, provider = (None if earlier is None else earlier.insightface), None
         return model, pack(adapter, file, clip_vision, clip_file, insightface, provider)
@@ -112,7 +112,7 @@ class IPAdapterInsightFaceLoader(LegacyNode):
         }
 
     def load_insightface(self, provider: str, model_name: str = "buffalo_l") -> tuple[Any, ...]:
-        return (host.load_face_model(model_name, provider),)
+        return (host.faces.load(model_name, provider),)
 
 
 class InsightFaceLoader(IPAdapterInsightFaceLoader):
@@ -128,16 +128,18 @@ class InsightFaceLoader(IPAdapterInsightFaceLoader):
         return self.load_insightface(provider)
 
 
-def find_lora(entry: KnownFile, adapter: host.ManagedAdapter) -> dict[str, Tensor]:
+def find_lora(entry: KnownFile, adapter: host.adapters.ManagedAdapter) -> dict[str, Tensor]:
     """The LoRA that belongs to a FaceID adapter: the file beside it that people have, else the one inside it."""
-    files = [name for name in host.lora_files() if re.search(rf"({entry.lora})\.safetensors$", name, re.IGNORECASE)]
+    files = [
+        name for name in host.files.names("loras") if re.search(rf"({entry.lora})\.safetensors$", name, re.IGNORECASE)
+    ]
     if files:
-        return host.load_lora_tensors(files[0])
+        return host.lora.load_tensors(files[0])
     weights = adapter.weights
     if weights.lora:
         return kohya_lora(weights.lora, len(weights.spec.layer_channels))
     raise InvalidInputError(
-        f"{weights.name} carries no LoRA, and {host.folder_of('loras')} holds none for it: put "
+        f"{weights.name} carries no LoRA, and {host.files.folder_of('loras')} holds none for it: put "
         f"{entry.release.split(' from ')[0].replace('.bin', '_lora.safetensors')} there, or set lora_strength to 0"
     )
 
@@ -149,12 +151,12 @@ class IPAdapterUnifiedLoaderCommunity(IPAdapterUnifiedLoader):
 def find_adapter(model: Any, preset: str) -> str:
     """The file of a preset for this model. Raises InvalidInputError that names what is missing and where it belongs."""
     entry = known_file(preset, base_of(comfy_layout(model).token_dim))
-    files = host.adapter_files()
-    file = choose_file(entry, files, host.describe_file)
+    files = host.files.names("ipadapter")
+    file = choose_file(entry, files, host.adapters.describe)
     if file is None:
         seen = f"found there: {', '.join(files[:8])}" if files else "that folder holds no adapter"
         raise InvalidInputError(
-            f"no file for the preset {preset!r} in {host.folder_of(host.FOLDER)}; {seen}. Put {entry.release} there (any name "
+            f"no file for the preset {preset!r} in {host.files.folder_of('ipadapter')}; {seen}. Put {entry.release} there (any name "
             "will do if it is the only one of its kind), or choose a file with IPAdapter Model Loader"
         )
     return file
@@ -162,13 +164,13 @@ def find_adapter(model: Any, preset: str) -> str:
 
 def find_encoder(spec: AdapterSpec, adapter: str) -> str:
     """The file of the image encoder that an adapter needs. Raises InvalidInputError like find_adapter()."""
-    files = host.clip_vision_files()
-    file = choose_encoder(spec, files, host.clip_vision_widths)
+    files = host.files.names("clip_vision")
+    file = choose_encoder(spec, files, host.clip_vision.widths)
     if file is None:
         known = ENCODERS.get(spec.encoder)
         wanted = f"{known.name}: {', or '.join(known.files)}" if known else "the encoder that it was trained with"
         raise InvalidInputError(
-            f"{adapter} needs an image encoder that {host.folder_of('clip_vision')} does not hold: {wanted}. "
+            f"{adapter} needs an image encoder that {host.files.folder_of('clip_vision')} does not hold: {wanted}. "
             f"Found there: {', '.join(files[:8]) or 'nothing'}"
         )
     return file

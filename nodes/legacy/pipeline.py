@@ -23,7 +23,7 @@ class LegacyAdapter(dict[str, Any]):
     The tensors in it are the module's own. A copy is an ordinary dictionary, which understand() reads like anybody's.
     """
 
-    def __init__(self, managed: host.ManagedAdapter) -> None:
+    def __init__(self, managed: host.adapters.ManagedAdapter) -> None:
         weights = managed.weights
         state = {**weights.module.checkpoint_state(), **weights.lora}
         groups = ("image_proj", "ip_adapter")
@@ -42,18 +42,18 @@ class LegacyAdapter(dict[str, Any]):
 class Pipeline:
     """What an IPADAPTER input carries, in our own objects."""
 
-    adapter: host.ManagedAdapter
+    adapter: host.adapters.ManagedAdapter
     clip_vision: Any = None
     insightface: Any = None
 
 
-_FOREIGN: WeakKeyDictionary[Tensor, host.ManagedAdapter] = WeakKeyDictionary()
+_FOREIGN: WeakKeyDictionary[Tensor, host.adapters.ManagedAdapter] = WeakKeyDictionary()
 """Adapters that another pack loaded, by one of their tensors."""
 
 
 def understand(value: Any) -> Pipeline:
     """Read an IPADAPTER input. Raises InvalidInputError that says what was found there."""
-    if isinstance(value, host.ManagedAdapter):
+    if isinstance(value, host.adapters.ManagedAdapter):
         return Pipeline(value)
     if isinstance(value, LegacyAdapter):
         return Pipeline(value.managed)
@@ -80,7 +80,7 @@ def understand(value: Any) -> Pipeline:
         groups = {group: value[group] for group in ("image_proj", "ip_adapter")}
         name = "faceid-plusv2 of another pack" if "faceidplusv2" in value else "the adapter of another pack"
         name = "portrait-unnorm of another pack" if "portraitunnorm" in value else name
-        found = host.manage(groups, name)
+        found = host.adapters.manage(groups, name)
         if isinstance(anchor, Tensor):
             _FOREIGN[anchor] = found
     return Pipeline(found)
@@ -92,7 +92,7 @@ def _part(pipeline: Mapping[str, Any], name: str) -> Any:
 
 
 def pack(
-    adapter: host.ManagedAdapter, file: str, clip_vision: Any, clip_file: str | None, face: Any, provider: Any
+    adapter: host.adapters.ManagedAdapter, file: str, clip_vision: Any, clip_file: str | None, face: Any, provider: Any
 ) -> dict[str, Any]:
     """The dictionary that a unified loader hands on."""
     return {

@@ -77,7 +77,7 @@ class Bench:
         self.files = [str(build_lora("sd15", folder, seed=seed, rank=RANK, size=0.3)) for seed in (1, 2)]
         self.tensors = [comfy.utils.load_torch_file(file, safe_load=True) for file in self.files]
         loras = self.pack.ipadapter_core.lora
-        self.loaded = [self.pack.nodes.host.LoadedLoRA(loras.load_lora(file)) for file in self.files]
+        self.loaded = [self.pack.nodes.host.lora.LoadedLoRA(loras.load_lora(file)) for file in self.files]
         generator = torch.Generator().manual_seed(0)
         self.positive = [[torch.randn(1, 77, 768, generator=generator), {}]]
         self.negative = [[torch.randn(1, 77, 768, generator=generator), {}]]
@@ -93,7 +93,7 @@ class Bench:
         )  # fmt: skip
 
     def ours(self, mode: str, strength: float = 1.0, **settings: Any) -> Any:
-        return self.pack.nodes.host.apply_lora(self.model, None, self.loaded[0], mode, strength=strength, **settings)[0]
+        return self.pack.nodes.host.lora.apply(self.model, None, self.loaded[0], mode, strength=strength, **settings)[0]
 
     def hosts(self, strength: float = 1.0) -> Any:
         import comfy.sd
@@ -166,7 +166,7 @@ def main() -> None:
         left = torch.zeros(1, 256, 256)
         left[..., :128] = 1
         first = bench.ours("live", mask=region(left))
-        both = bench.pack.nodes.host.apply_lora(
+        both = bench.pack.nodes.host.lora.apply(
             first, None, bench.loaded[1], "live", strength=1.0, mask=region(1 - left)
         )[0]
         parts = [bench.hooked(bench.positive, bench.hooks(i), m)[0] for i, m in enumerate((left, 1 - left))]

@@ -205,7 +205,7 @@ class World:
         ours = load_module("ours", HERE.parents[1] / "__init__.py", package=True)
         self.ours = {name: node for name, (node, _) in ours.nodes.legacy.LEGACY_NODES.items()}
         self.our_adapters = {
-            name: ours.nodes.legacy.pipeline.LegacyAdapter(ours.nodes.host.manage(state, name))
+            name: ours.nodes.legacy.pipeline.LegacyAdapter(ours.nodes.host.adapters.manage(state, name))
             for name, state in self.states.items()
         }
         self.old: dict[str, Any] = {}
