@@ -42,8 +42,9 @@ class Decomposed(Update):
     def on(self, shape: tuple[int, ...]) -> Update:
         return replace(self, inner=self.inner.on(shape))
 
-    def describe_shape(self) -> str:
-        return self.inner.describe_shape()
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self.inner.weight_shape
 
     def factor(self, weight: Tensor) -> Tensor:
         """``m / ‖W + ΔW‖`` per row or column, shaped to multiply the weight."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .update import Change, Layer, Update, flat, near, shape_text
+from .update import Change, Layer, Update, flat, near
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,8 +24,9 @@ class Difference(Update):
     def fits(self, shape: tuple[int, ...]) -> bool:
         return self.diff.ndim > 0 and flat(tuple(self.diff.shape)) == flat(shape)
 
-    def describe_shape(self) -> str:
-        return shape_text(*self.diff.shape)
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return tuple(self.diff.shape)
 
     def delta(self, weight: Tensor) -> Tensor:
         return near(self.diff, weight).reshape(weight.shape)
@@ -51,8 +52,9 @@ class Replacement(Update):
     def fits(self, shape: tuple[int, ...]) -> bool:
         return self.new.ndim > 0 and flat(tuple(self.new.shape)) == flat(shape)
 
-    def describe_shape(self) -> str:
-        return shape_text(*self.new.shape)
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return tuple(self.new.shape)
 
     def delta(self, weight: Tensor) -> Tensor:
         return near(self.new, weight).reshape(weight.shape) - weight

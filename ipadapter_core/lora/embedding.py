@@ -35,8 +35,9 @@ class Lookup(Update):
     def fits(self, shape: tuple[int, ...]) -> bool:
         return self.inner.fits(shape)
 
-    def describe_shape(self) -> str:
-        return self.inner.describe_shape()
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self.inner.weight_shape
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.inner.delta(weight)

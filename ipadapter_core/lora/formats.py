@@ -30,7 +30,7 @@ from .low_rank import LowRank
 from .names import canonical, spelling_of, split_key
 from .orthogonal import Butterfly, Orthogonal
 from .peft_config import METHODS, PeftConfig, belongs, config_beside, config_in_header, path_of, refuse_method
-from .update import Update
+from .update import Update, shape_text
 from .weights import LeftOut, LoRAModule, LoRAWeights
 
 NOT_LORA = re.compile(r"^(?:image_proj\.|ip_adapter\.|proj\.)|\.to_[kv]_ip\.weight$|^\d+\.")
@@ -584,16 +584,15 @@ def _additive(update: Update, parts: _Parts) -> None:
 def _decompose(update: Update, magnitude: Tensor, parts: _Parts) -> Decomposed:
     _additive(update, parts)
     axis: Axis = "in" if magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] > 1 else "out"
-    if magnitude.ndim == 1 and str(magnitude.shape[0]) != update.describe_shape().split("×")[0]:
+    if magnitude.ndim == 1 and magnitude.shape[0] != update.weight_shape[0]:
         axis = "in"
     return Decomposed(update, magnitude.flatten(), axis)
 
 
 def _check_size(update: Update, parts: _Parts) -> None:
     """No layer is as large as a few small factors can declare; tools would allocate it."""
-    sizes = [int(size) for size in update.describe_shape().split("×") if size.isdigit()]
-    if math.prod(sizes) > MAX_SIZE:
+    if math.prod(size for size in update.weight_shape if size is not None) > MAX_SIZE:
         raise CorruptFileError(
-            f"{parts.file}: {quoted(parts.stem)} is for a layer of {update.describe_shape()} numbers, larger than any; the file is "
+            f"{parts.file}: {quoted(parts.stem)} is for a layer of {shape_text(update.weight_shape)} numbers, larger than any; the file is "
             "damaged"
         )

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .update import Change, Layer, Update, flat, near, shape_text
+from .update import Change, Layer, Update, flat, near
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,8 +48,9 @@ class Generalized(Update):
         mine = replace(self, other=None)
         return self.other if self.other is not None and not mine.fits(shape) and self.other.fits(shape) else mine
 
-    def describe_shape(self) -> str:
-        return shape_text(int(self.b_up.shape[0]), self._columns())
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return int(self.b_up.shape[0]), self._columns()
 
     def _b(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         up, down = near(self.b_up, like).flatten(1), near(self.b_down, like)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .low_rank import LowRank
-from .update import Change, Layer, Update, alike, flat, near, shape_text
+from .update import Change, Layer, Update, alike, flat, near
 
 MAX_FACTORS = 2**27
 """Numbers of the factors that stand for a LoHa; more than r² of them are no shorter way."""
@@ -62,8 +62,9 @@ class Hadamard(Update):
         kernel = self.t1 is None or tuple(self.t1.shape[2:]) == shape[2:]
         return len(shape) > 1 and kernel and self._flat_shape() == flat(shape)
 
-    def describe_shape(self) -> str:
-        return shape_text(*self._flat_shape())
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self._flat_shape()
 
     def delta(self, weight: Tensor) -> Tensor:
         first = _half(self.w1_a, self.w1_b, self.t1, weight)

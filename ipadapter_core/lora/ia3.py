@@ -26,8 +26,9 @@ class ChannelScale(Update):
         axis = 1 if self.on_input else 0
         return len(shape) > axis and self.factor.numel() == shape[axis]
 
-    def describe_shape(self) -> str:
-        return f"any×{self.factor.numel()}" if self.on_input else f"{self.factor.numel()}×any"
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return (None, self.factor.numel()) if self.on_input else (self.factor.numel(), None)
 
     def delta(self, weight: Tensor) -> Tensor:
         factor = near(self.factor, weight).flatten()

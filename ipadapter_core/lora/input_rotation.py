@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .update import Change, Layer, Update, flat, near, shape_text
+from .update import Change, Layer, Update, flat, near
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,9 +99,10 @@ class InputOrthogonal(InputRotation):
         count, columns = int(self.vectors.shape[0]), flat(shape)[1]
         return columns % self.size == 0 and count in (1, columns // self.size)
 
-    def describe_shape(self) -> str:
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
         count = int(self.vectors.shape[0])
-        return "any×any" if count == 1 else f"any×{shape_text(count * self.size)}"
+        return None, None if count == 1 else count * self.size
 
     def rotations(self, like: Tensor) -> Tensor:
         """The blocks ``k n n``."""
@@ -151,8 +152,9 @@ class InputButterfly(InputRotation):
         columns = int(self.blocks.shape[1] * self.blocks.shape[2])
         return len(shape) > 1 and flat(shape)[1] == columns and self.rescale.numel() == shape[0]
 
-    def describe_shape(self) -> str:
-        return shape_text(self.rescale.numel(), int(self.blocks.shape[1] * self.blocks.shape[2]))
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self.rescale.numel(), int(self.blocks.shape[1] * self.blocks.shape[2])
 
     def factor(self, like: Tensor) -> Tensor:
         return near(self.rescale.flatten(), like)
@@ -231,8 +233,9 @@ class Reflections(InputRotation):
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) > 1 and flat(shape)[1] == self.vectors.shape[0]
 
-    def describe_shape(self) -> str:
-        return f"any×{shape_text(int(self.vectors.shape[0]))}"
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return None, int(self.vectors.shape[0])
 
     def pair(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """A and B, ``i r`` both."""

@@ -203,8 +203,7 @@ def target_of(module: LoRAModule, base_model: str) -> Target:
     pair = by_name(base_model).get(module.name) if module.component == "unet" else None
     label = pair[0] if pair else module.name
     block = module.component if module.component != "unet" else _block(pair[1] if pair else module.name)
-    sizes = () if module.weight is None else tuple(module.weight.describe_shape().split("×"))
-    shape = tuple(int(size) if size.isdigit() else 1 for size in sizes)
+    shape = () if module.weight is None else tuple(size or 1 for size in module.weight.weight_shape)
     return Target(label, module.component, label, block, shape, True)
 
 
@@ -245,7 +244,7 @@ def heat_map(weights: LoRAWeights) -> HeatMap:
             continue
         target = target_of(module, base)
         column = next((name for name, words in tests if all(word(target) for word in words)), "other")
-        numel = math.prod(int(size) for size in module.weight.describe_shape().split("×"))
+        numel = math.prod(size or 1 for size in module.weight.weight_shape)
         cell = sums.setdefault((target.block, column), [0.0, 0.0])
         cell[0] += norm**2
         cell[1] += numel
@@ -338,15 +337,11 @@ def verify(source: Source) -> Verdict:
     elif zero:
         remarks.append(f"{len(zero)} of {len(norms)} updates are zero, such as {quoted(zero[0])}")
     for module in weights.modules:
-        rank, sizes = (
-            (None, []) if module.weight is None else (module.weight.rank, module.weight.describe_shape().split("×"))
-        )
-        if (
-            rank
-            and sizes
-            and all(s.isdigit() for s in sizes)
-            and rank > min(int(sizes[0]), math.prod(map(int, sizes[1:])))
-        ):
+        rank = None if module.weight is None else module.weight.rank
+        if module.weight is None or rank is None:
+            continue
+        rows, *columns = module.weight.weight_shape
+        if rows is not None and None not in columns and rank > min(rows, math.prod(size or 1 for size in columns)):
             remarks.append(f"{quoted(module.stem)} has rank {rank}, more than its layer can use; resize it")
             break
     return Verdict(tuple(problems), tuple(remarks))

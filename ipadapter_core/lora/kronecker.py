@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .update import Change, Layer, Update, flat, near, product_norm, shape_text, wide
+from .update import Change, Layer, Update, flat, near, product_norm, wide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,8 +76,9 @@ class Kronecker(Update):
             not kernel or tuple(kernel) == shape[2:] or (not shape[2:] and set(kernel) == {1})
         )
 
-    def describe_shape(self) -> str:
-        return shape_text(*self._flat_shape())
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self._flat_shape()
 
     def factors(self, like: Tensor, kernel: int = 0) -> tuple[Tensor, Tensor]:
         """w1 ``p q`` and w2 ``m n`` (``m n y x`` for a convolution whose weight has ``kernel`` more axes)."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .update import Change, Layer, Update, flat, near, shape_text, wide
+from .update import Change, Layer, Update, flat, near, wide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,9 +33,10 @@ class LowRank(Update):
         kernel = self.mid is None or tuple(self.mid.shape[2:]) == shape[2:]
         return len(shape) > 1 and kernel and (self.up.shape[0], columns) == flat(shape)
 
-    def describe_shape(self) -> str:
-        kernel = () if self.mid is None else tuple(self.mid.shape[2:])
-        return shape_text(self.up.shape[0], *self.down.shape[1:2], *(kernel or self.down.shape[2:]))
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        kernel = (self.down if self.mid is None else self.mid).shape[2:]
+        return int(self.up.shape[0]), *self.down.shape[1:2], *kernel
 
     def delta(self, weight: Tensor) -> Tensor:
         up, down = near(self.up, weight).flatten(1), near(self.down, weight)

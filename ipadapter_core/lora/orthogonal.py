@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .update import Change, Layer, Update, near, shape_text
+from .update import Change, Layer, Update, near
 
 
 def rotations(blocks: Tensor, limit: float) -> Tensor:
@@ -49,8 +49,9 @@ class Orthogonal(Update):
     def fits(self, shape: tuple[int, ...]) -> bool:
         return shape[0] == self._rows and (self.rescale is None or self.rescale.numel() == shape[0])
 
-    def describe_shape(self) -> str:
-        return f"{shape_text(self._rows)}×any"
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self._rows, None
 
     def _rotations(self, like: Tensor) -> Tensor:
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -111,8 +112,9 @@ class Butterfly(Update):
     def fits(self, shape: tuple[int, ...]) -> bool:
         return shape[0] == self._rows and (self.rescale is None or self.rescale.numel() == shape[0])
 
-    def describe_shape(self) -> str:
-        return f"{shape_text(self._rows)}×any"
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self._rows, None
 
     def turned(self, channels_first: Tensor, stages: Tensor, strength: float) -> Tensor:
         """The product of all stages on the first axis."""

@@ -177,7 +177,7 @@ class _Found:
                 if _widens(update):
                     self.widened.append(update.key)
                 self.misfits.append(
-                    f"{quoted(module.stem)} is for {update.update.describe_shape()}, {update.key} is {shape_text(*shape)}"
+                    f"{quoted(module.stem)} is for {shape_text(update.update.weight_shape)}, {update.key} is {shape_text(shape)}"
                 )
                 self.left_out.append(LeftOut(module.stem, MISFIT))
 
@@ -215,8 +215,7 @@ def _widens(placement: Placement) -> bool:
 
 
 def _source_rows(update: Update, start: int, length: int) -> Update:
-    rows = update.describe_shape().split("×")[0]
-    return update if start == 0 and rows == str(length) else update.rows(start, length)
+    return update if start == 0 and update.weight_shape[0] == length else update.rows(start, length)
 
 
 def _shape(placement: Placement) -> tuple[int, ...]:

@@ -151,8 +151,9 @@ class Update:
         """The same for a weight of this shape; another reading where the file's tensors can be read in two ways."""
         return self
 
-    def describe_shape(self) -> str:
-        """The weight shape it was made for, for messages."""
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        """Shape of the weight that it was made for, None for a size that is open. A kernel may be counted as columns."""
         raise NotImplementedError
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -219,17 +220,18 @@ class Rows(Update):
         """A part of a change that reads the weight would read rows that are elsewhere."""
         if self.inner.reads_weight or shape[0] != self.length:
             return False
-        rows = self.inner.describe_shape().split("×")[0]
-        whole = (int(rows), *shape[1:]) if rows.isdigit() else shape
-        return whole[0] >= self.start + self.length and self.inner.fits(whole)
+        rows = self.inner.weight_shape[0] or shape[0]
+        return rows >= self.start + self.length and self.inner.fits((rows, *shape[1:]))
 
-    def describe_shape(self) -> str:
-        return f"rows {self.start}..{self.start + self.length} of {self.inner.describe_shape()}"
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self.length, *self.inner.weight_shape[1:]
 
     def delta(self, weight: Tensor) -> Tensor:
-        whole = weight.new_empty(self.start + self.length, *weight.shape[1:])
-        found = _expanded(self.inner, whole)
-        return found[self.start : self.start + self.length]
+        whole = weight.new_empty(
+            self.inner.weight_shape[0] or 0, *weight.shape[1:]
+        )  # additive: its numbers are not read
+        return self.inner.delta(whole)[self.start : self.start + self.length]
 
     def tensors(self) -> dict[str, Tensor]:
         return self.inner.tensors()
@@ -238,15 +240,9 @@ class Rows(Update):
         return replace(self, inner=self.inner.to(device, dtype))
 
 
-def _expanded(update: Update, like: Tensor) -> Tensor:
-    """The whole delta of an additive update whose number of rows only it knows."""
-    rows = int(update.describe_shape().split("×")[0])
-    return update.delta(like.new_empty(rows, *like.shape[1:]))
-
-
-def shape_text(*sizes: int) -> str:
-    """``320×768``."""
-    return "×".join(str(size) for size in sizes)
+def shape_text(shape: tuple[int | None, ...]) -> str:
+    """``320×768``, for messages."""
+    return "×".join("any" if size is None else str(size) for size in shape)
 
 
 def flat(shape: tuple[int, ...]) -> tuple[int, int]:

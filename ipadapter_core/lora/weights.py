@@ -99,9 +99,9 @@ def guess_base_model(modules: tuple[LoRAModule, ...]) -> str:
             and module.weight is not None
             and module.name.endswith(("attn2_to_k", "attn2_to_v"))
         ):
-            columns = module.weight.describe_shape().split("×")[1:2]
-            if columns and columns[0].isdigit() and int(columns[0]) in TEXT_WIDTHS:
-                return TEXT_WIDTHS[int(columns[0])]
+            for columns in module.weight.weight_shape[1:2]:
+                if columns in TEXT_WIDTHS:
+                    return TEXT_WIDTHS[columns]
     if any(module.component == "te2" for module in modules):
         return "SDXL"
     if any(

@@ -412,6 +412,16 @@ def test_strength_0_is_the_very_same_weight(name: str, kind: str) -> None:
     assert update_of(CASES[name][0](KERNELS[kind])).merged(weight, 0.0) is weight
 
 
+@pytest.mark.parametrize(("name", "kind"), GRID)
+def test_the_shape_it_was_made_for_is_the_layer_s(name: str, kind: str) -> None:
+    """Sizes that the file leaves open are None; a kernel counts as columns where the file has none."""
+    rows, *columns = layer_of(kind).weight.shape
+    own_rows, *own = update_of(CASES[name][0](KERNELS[kind])).weight_shape
+    assert own_rows in (rows, None)
+    assert own in ([*columns], [torch.Size(columns).numel()], [columns[0]], [None])
+    assert (own_rows is None) == (name in ("IA3 in", "OFT of OneTrainer"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("name", "kind"), [("LoRA", "linear"), ("LoKr", "conv 3×3"), ("DoRA in", "linear"), ("OFT", "linear")]

@@ -357,7 +357,7 @@ def _check_mergeable(path: str, parameter: Tensor, parts: Sequence[Part]) -> Non
         shape = placement.target.shape[: 1 if placement.parameter == "bias" else None]
         if tuple(parameter.shape) != shape:
             raise InvalidInputError(
-                f"{path} is {shape_text(*parameter.shape)} now and was {shape_text(*shape)} when the LoRA was placed; place it "
+                f"{path} is {shape_text(tuple(parameter.shape))} now and was {shape_text(shape)} when the LoRA was placed; place it "
                 "again on this model"
             )
 
