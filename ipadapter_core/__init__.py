@@ -35,7 +35,7 @@ from .features import ENCODERS, EncoderSpec, ImageEncoder, ImageFeatures
 from .images.encoder import TransformersImageEncoder
 from .images.preprocess import preprocess
 from .models import layout_of
-from .models.sites import CrossAttentionSite, ModelLayout
+from .models.sites import BaseModel, ModelLayout, Site
 from .prompt.encode import (
     ImagePrompt,
     combine_features,
@@ -51,6 +51,8 @@ from .prompt.model_projection import project_by_model
 from .report import describe_fit, describe_spec, spec_facts
 from .training.processors import AttnProcessor, IPAttnProcessor, build_processors
 
+CrossAttentionSite = Site  # the name of version 0.1
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "AdapterSpec",
     "AdapterWeights",
     "AttnProcessor",
+    "BaseModel",
     "Compatibility",
     "CorruptFileError",
     "CrossAttentionSite",
@@ -80,6 +83,7 @@ __all__ = [
     "RegionMask",
     "Rules",
     "Scale",
+    "Site",
     "SiteCall",
     "SiteRule",
     "TransformersImageEncoder",

@@ -16,6 +16,7 @@ from .checkpoints import AdapterWeights
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleAdapterError
 from .models.sites import ModelLayout
+from .models.unet import down_up_middle
 from .prompt.encode import ImagePrompt
 
 _Baked = WeakKeyDictionary[nn.Module, dict[ModelLayout, tuple[BakedSite, ...]]]
@@ -67,10 +68,11 @@ def _project(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) 
     weight = next(adapter.module.to_k_ip.parameters())
     tokens = torch.cat([prompt.uncond, prompt.cond]).to(weight.device, weight.dtype)
     sites: list[BakedSite] = []
-    for site in layout.sites:
+    layers = down_up_middle(layout)
+    for index, site in enumerate(layout.sites):
         k, v = (
             split_heads(t, site.heads).contiguous().unflatten(0, (2, -1))
-            for t in adapter.key_value(site.checkpoint_index, tokens)
+            for t in adapter.key_value(layers.index(index), tokens)
         )
         sites.append(BakedSite(k, v, prompt.features.shape[1]))
     return tuple(sites)
@@ -85,10 +87,10 @@ def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
             f"{spec.token_dim} wide); the model is {layout.name} ({len(layout.sites)} layers, {layout.token_dim} wide). "
             f"Load an adapter made for this model, or a {spec.base_model} model"
         )
-    for site in layout.sites:
-        channels = spec.layer_channels[site.checkpoint_index]
+    for layer, index in enumerate(down_up_middle(layout)):
+        site, channels = layout.sites[index], spec.layer_channels[layer]
         if channels != site.channels:
             raise IncompatibleAdapterError(
-                f"{adapter.name!r} has {channels} channels in layer {2 * site.checkpoint_index + 1}, but {site.label} of "
+                f"{adapter.name!r} has {channels} channels in layer {2 * layer + 1}, but {layout.label(site)} of "
                 f"{layout.name} has {site.channels}; the adapter was made for another variant of this model"
             )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .attention.patch import AdapterPatch
-from .attention.schedule import roles_of
 from .bake import check_adapter
 from .checkpoints import AdapterSpec, AdapterWeights
 from .errors import one_line
 from .features import ENCODERS
 from .models.sites import ModelLayout
+from .models.unet import down_up_middle
 
 FAMILIES = {
     "base": "base (linear projector)",
@@ -75,19 +75,14 @@ def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence
     Raises IncompatibleAdapterError if the adapter does not fit the model.
     """
     check_adapter(adapter, layout)
-    roles = roles_of(layout)
+    roles, layers = layout.model.roles, down_up_middle(layout)
     lines = [f"{layout.name}: {len(layout.sites)} sites, this adapter fits all of them"]
     header = f"  {'site':<12} {'t':>3} {'key':>4} {'channels':>8}  {'role':<12}"
     lines.append(header + "".join(f" {f'prompt {i + 1}':>9}" for i in range(len(patches))))
     for index, site in enumerate(layout.sites):
-        role = (
-            "composition"
-            if site.transformer in roles.composition
-            else "style"
-            if site.transformer in roles.style
-            else ""
-        )
-        row = f"  {site.label:<12} {site.transformer:>3} {2 * site.checkpoint_index + 1:>4} {site.channels:>8}  {role:<12}"
+        role = "" if roles is None else roles.of(site)
+        key = 2 * layers.index(index) + 1
+        row = f"  {layout.label(site):<12} {site.order:>3} {key:>4} {site.channels:>8}  {role:<12}"
         for patch in patches:
             weight = patch.weights[index]
             cell = "-" if weight.weight == 0 else f"{weight.weight:.3g}" + (" neg." if weight.flipped else "")

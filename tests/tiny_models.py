@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ipadapter_core import AdapterWeights, ImagePrompt, load_adapter
 from ipadapter_core.models.sites import ModelLayout
+from ipadapter_core.models.unet import down_up_middle
 from tiny import tiny_state
 
 TOKEN_DIM = 32
@@ -91,7 +92,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def checkpoint_channels(layout: ModelLayout) -> tuple[int, ...]:
-    return tuple(site.channels for site in sorted(layout.sites, key=lambda site: site.checkpoint_index))
+    return tuple(layout.sites[i].channels for i in down_up_middle(layout))
 
 
 def adapter_state(family: str, layout: ModelLayout, *, seed: int = 0, **sizes: Any) -> dict[str, Tensor]:

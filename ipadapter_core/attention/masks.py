@@ -123,17 +123,6 @@ def inference_mode() -> bool:
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
-def token_grid(latent: tuple[int, int], tokens: int) -> tuple[int, int] | None:
-    """The level of a ceil-halving UNet that has this many tokens, as (rows, columns); None if there is none."""
-    height, width = latent
-    while True:
-        if height * width == tokens:
-            return height, width
-        if height * width < tokens or (height, width) == (1, 1):
-            return None
-        height, width = -(-height // 2), -(-width // 2)
-
-
 def _shrinks(mask: Tensor, size: tuple[int, int]) -> bool:
     return mask.shape[-2] >= size[0] and mask.shape[-1] >= size[1]
 

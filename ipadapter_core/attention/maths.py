@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.unet import REFERENCE_WIDTH
 from .schedule import Scaling
 
 
@@ -44,11 +45,11 @@ class Scale:
     mean: float | Tensor
 
 
-def scale_for(scaling: Scaling, weight: float | Tensor, channels: int) -> Scale:
+def scale_for(scaling: Scaling, weight: float | Tensor, channels: int, reference_width: int = REFERENCE_WIDTH) -> Scale:
     """How a weight acts under a scaling rule (names and formulas as in ComfyUI_IPAdapter_plus).
 
     ``K+V`` also scales the keys, so weak weights flatten the attention. The C penalty multiplies the weight by
-    channels / 1280; ``K+mean(V)`` scales keys and only the mean of V (Fooocus' channel penalty). As attention weights
+    channels / reference width (1280 in UNets); ``K+mean(V)`` scales keys and only the mean of V (Fooocus' channel penalty). As attention weights
     sum to 1, shifting V's mean shifts the output, hence no rule needs scaled copies of K or V.
     """
     match scaling:
@@ -57,10 +58,10 @@ def scale_for(scaling: Scaling, weight: float | Tensor, channels: int) -> Scale:
         case "K+V":
             return Scale(weight, weight, 0.0)
         case "K+V w/ C penalty":
-            penalised = weight * channels / 1280
+            penalised = weight * channels / reference_width
             return Scale(penalised, penalised, 0.0)
         case "K+mean(V) w/ C penalty":
-            penalised = weight * channels / 1280
+            penalised = weight * channels / reference_width
             return Scale(penalised, 1.0, penalised - 1.0)
 
 

@@ -189,7 +189,9 @@ class AdapterPatch:
         return add_image_attention(base, call.q, kv, call.heads, scale, mask)
 
     def _scale(self, site: int, weight: float | Tensor) -> Scale:
-        return scale_for(self.schedule.scaling, weight, self.layout.sites[site].channels)
+        return scale_for(
+            self.schedule.scaling, weight, self.layout.sites[site].channels, self.layout.model.reference_width
+        )
 
     def _grid(self, call: SiteCall, latents: int) -> Tensor:
         assert self.mask is not None
@@ -219,6 +221,6 @@ def resolve_weights(
         weights = tuple(SiteWeight(float(per_latent.active(i)), w.flipped) for i, w in enumerate(weights))
     if not rules.middle_block:
         weights = tuple(
-            OFF if site.block == "middle" else weight for site, weight in zip(layout.sites, weights, strict=True)
+            OFF if site.group == "middle" else weight for site, weight in zip(layout.sites, weights, strict=True)
         )
     return weights, per_latent

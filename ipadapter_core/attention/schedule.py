@@ -1,8 +1,7 @@
 """How strongly an image prompt acts: at which site, when, and by which scaling rule.
 
-The named presets are functions of a site and its layout. SD1.5 and SDXL have tables of which spatial transformers
-carry style and composition (InstantStyle, arXiv 2404.02733; the fifteen names and their numbers are those users know
-from ComfyUI_IPAdapter_plus); any other UNet gets the roles by a rule.
+The named presets are functions of a site and its layout; a base model says itself which of its blocks carry style and
+composition. The fifteen names and their numbers are those users know from ComfyUI_IPAdapter_plus.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from ..entries import LONGEST_LIST, MOST, MOST_NUMBERS, entries, halves, number, some
 from ..errors import InvalidInputError, quoted
-from ..models.sites import CrossAttentionSite, ModelLayout
+from ..models.sites import ModelLayout, Roles, Site
 
 Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
@@ -36,67 +35,61 @@ class SiteWeight:
 OFF = SiteWeight(0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Roles:
-    """Which spatial transformers of a layout carry what: composition with its factor, style, by ``t_idx``."""
-
-    composition: Mapping[int, float]
-    style: frozenset[int]
-
-
-_TABLES = {
-    "SD1.5": Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
-    "SD2": Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
-    "SDXL": Roles({3: 1.0}, frozenset({6})),
-}
-
-
-def roles_of(layout: ModelLayout) -> Roles:
-    """The layout's table, or for an unknown UNet: the lowest resolution composes, all others style."""
-    if layout.name in _TABLES:
-        return _TABLES[layout.name]
-    deepest = max(site.level for site in layout.sites)
-    composition = {site.transformer for site in layout.sites if site.level == deepest}
-    return Roles(dict.fromkeys(composition, 1.0), frozenset({s.transformer for s in layout.sites} - composition))
+class _Lacking(Exception):
+    """What a preset needs and a layout does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class PresetContext:
-    """What a preset may look at: the site, its layout and roles, the strength and the two secondary strengths."""
+    """What a preset may look at: the site, its layout, the strength and the two secondary strengths.
 
-    site: CrossAttentionSite
+    Asking for what the layout does not have refuses the preset on it.
+    """
+
+    site: Site
     layout: ModelLayout
-    roles: Roles
     strength: float
     composition_strength: float
     boost: float
 
     @property
     def progress(self) -> float:
-        """Position in execution order, 0 at the first spatial transformer."""
-        return self.site.transformer / self.layout.transformers
+        """Position in execution order, 0 at the first block."""
+        return self.site.order / self.layout.orders
 
     @property
     def middle_distance(self) -> float:
-        """0 in the middle of the UNet, 1 at its first spatial transformer."""
+        """0 in the middle of the model, 1 at its first block."""
         return abs(self.progress - 0.5) * 2
+
+    def inside(self, group: str) -> bool:
+        """Whether the site is in this group of blocks."""
+        if group not in self.layout.groups:
+            raise _Lacking(f"{group} blocks")
+        return self.site.group == group
 
     @property
     def in_style(self) -> bool:
-        return self.site.transformer in self.roles.style
+        return self.site.order in self._roles.style
 
     @property
     def composition(self) -> float | None:
         """Composition factor of this site, None where it carries none."""
-        return self.roles.composition.get(self.site.transformer)
+        return self._roles.composition.get(self.site.order)
+
+    @property
+    def _roles(self) -> Roles:
+        if self.layout.model.roles is None:
+            raise _Lacking("to know which blocks carry style and composition")
+        return self.layout.model.roles
 
 
 def _scaled(factor: Callable[[PresetContext], float]) -> Callable[[PresetContext], SiteWeight]:
     return lambda c: SiteWeight(c.strength * factor(c))
 
 
-def _by_block(block: str, inside: float, outside: float) -> Callable[[PresetContext], SiteWeight]:
-    return _scaled(lambda c: inside if c.site.block == block else outside)
+def _by_group(group: str, inside: float, outside: float) -> Callable[[PresetContext], SiteWeight]:
+    return _scaled(lambda c: inside if c.inside(group) else outside)
 
 
 def _style_and_composition(c: PresetContext) -> SiteWeight:
@@ -127,10 +120,10 @@ PRESETS: dict[str, Callable[[PresetContext], SiteWeight]] = {
     "ease out": _scaled(lambda c: 0.05 + 0.95 * c.progress),
     "ease in-out": _scaled(lambda c: 0.05 + 0.95 * (1 - c.middle_distance)),
     "reverse in-out": _scaled(lambda c: 0.05 + 0.95 * c.middle_distance),
-    "weak input": _by_block("input", 0.2, 1.0),
-    "weak output": _by_block("output", 0.2, 1.0),
-    "weak middle": _by_block("middle", 0.2, 1.0),
-    "strong middle": _by_block("middle", 1.0, 0.2),
+    "weak input": _by_group("input", 0.2, 1.0),
+    "weak output": _by_group("output", 0.2, 1.0),
+    "weak middle": _by_group("middle", 0.2, 1.0),
+    "strong middle": _by_group("middle", 1.0, 0.2),
     "style transfer": _scaled(lambda c: float(c.in_style)),
     "composition": _scaled(lambda c: c.composition or 0.0),
     "strong style transfer": _scaled(lambda c: float(c.composition is None)),
@@ -229,25 +222,41 @@ class WeightSchedule:
 
     def site_weights(self, layout: ModelLayout) -> tuple[SiteWeight, ...]:
         """Absolute weight of every site of ``layout`` in its order, before the step's factor."""
-        roles = roles_of(layout)
         unknown = [
-            rule.where for rule in self.site_factors if not any(_matches(rule.where, s, roles) for s in layout.sites)
+            rule.where for rule in self.site_factors if not any(_matches(rule.where, s, layout) for s in layout.sites)
         ]
         if unknown:
+            roles = () if layout.model.roles is None else ("style", "composition")
             raise InvalidInputError(
-                f"{some([quoted(where) for where in unknown])} matches no site of {layout.name}; use all, input, middle, output, style, composition, "
-                f"t0..t{layout.transformers - 1}, or a site such as {layout.sites[0].label!r}"
+                f"{some([quoted(where) for where in unknown])} matches no site of {layout.name}; "
+                f"use {', '.join(('all', *layout.groups, *roles))}, t0..t{layout.orders - 1}, "
+                f"or a site such as {layout.label(layout.sites[0])!r}"
             )
-        return tuple(self._site_weight(site, layout, roles) for site in layout.sites)
+        try:
+            return tuple(self._site_weight(site, layout) for site in layout.sites)
+        except _Lacking as needed:
+            possible = [preset for preset in PRESETS if _possible(preset, layout)]
+            raise InvalidInputError(
+                f"the preset {self.preset!r} needs {needed}, and {layout.name} has no such thing; "
+                f"use one of: {', '.join(possible)}"
+            ) from None
 
-    def _site_weight(self, site: CrossAttentionSite, layout: ModelLayout, roles: Roles) -> SiteWeight:
+    def _site_weight(self, site: Site, layout: ModelLayout) -> SiteWeight:
         composition = self.strength if self.composition_strength is None else self.composition_strength
         boost = self.strength if self.boost is None else self.boost
-        preset = PRESETS[self.preset](PresetContext(site, layout, roles, self.strength, composition, boost))
+        preset = PRESETS[self.preset](PresetContext(site, layout, self.strength, composition, boost))
         if self.layers:
-            preset = SiteWeight(dict(self.layers).get(site.transformer, 0.0) * self.strength, preset.flipped)
-        factors = [rule.factor for rule in self.site_factors if _matches(rule.where, site, roles)]
+            preset = SiteWeight(dict(self.layers).get(site.order, 0.0) * self.strength, preset.flipped)
+        factors = [rule.factor for rule in self.site_factors if _matches(rule.where, site, layout)]
         return SiteWeight(preset.weight * factors[-1], preset.flipped) if factors else preset
+
+
+def _possible(preset: str, layout: ModelLayout) -> bool:
+    try:
+        PRESETS[preset](PresetContext(layout.sites[0], layout, 1.0, 1.0, 1.0))
+    except _Lacking:
+        return False
+    return True
 
 
 def _interpolate(points: Sequence[tuple[float, float]], percent: float) -> float:
@@ -260,20 +269,12 @@ def _interpolate(points: Sequence[tuple[float, float]], percent: float) -> float
     return f1 if p1 == p0 else f0 + (f1 - f0) * (percent - p0) / (p1 - p0)
 
 
-def _matches(where: str, site: CrossAttentionSite, roles: Roles) -> bool:
-    match where:
-        case "all":
-            return True
-        case "input" | "middle" | "output":
-            return site.block == where
-        case "style":
-            return site.transformer in roles.style
-        case "composition":
-            return site.transformer in roles.composition
-        case _:
-            if where == f"t{site.transformer}":
-                return True
-            return where in (f"{site.block} {site.number}", f"{site.block} {site.number}.{site.depth}")
+def _matches(where: str, site: Site, layout: ModelLayout) -> bool:
+    if where in ("style", "composition"):
+        roles = layout.model.roles
+        return roles is not None and site.order in (roles.style if where == "style" else roles.composition)
+    numbered = f"{site.group} {site.number}"
+    return where in ("all", site.group, f"t{site.order}", numbered, f"{numbered}.{site.depth}")
 
 
 _PLACE = re.compile(r"([a-z]{1,40})(?: ?([0-9]{1,4}(?:\.[0-9]{1,4})?))?")

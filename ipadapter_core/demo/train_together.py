@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..attention.schedule import roles_of
-from ..backends.diffusers.unet import layout_of
 from ..checkpoints import load_adapter, save_adapter
 from ..checkpoints.projectors import Resampler
 from ..features import CLIP_MEAN, CLIP_STD
 from ..images.encoder import TransformersImageEncoder
+from ..models import layout_of
+from ..models.sites import Roles
 from ..training.adapter import fresh_adapter
 from ..training.config import AdapterConfig
 from ..training.frozen import encoder_sizes
@@ -69,7 +69,8 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
     }
     layout = layout_of(unet)
     by_path = dict(zip((name.removesuffix(".processor") for name in processors), processors.values(), strict=True))
-    styling = {by_path[site.path] for site in layout.sites if site.transformer in roles_of(layout).style}
+    roles = cast(Roles, layout.model.roles)
+    styling = {by_path[site.path] for site in layout.sites if site.order in roles.style}
     unet.set_attn_processor(cast(Any, processors))  # which empties the mapping
     models = nn.ModuleDict({"unet": unet, "text": text_encoder, "projector": projector})
     scheduler = build_scheduler()

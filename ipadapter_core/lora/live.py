@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.masks import Area, token_grid
+from ..attention.masks import Area
 from ..errors import InvalidInputError
+from ..models.unet import token_grid
 from .low_rank import LowRank, prepared
 from .patch import LoRAPatch
 from .placement import Placement

@@ -1,25 +1,26 @@
-"""Base models: how each family's cross-attention sites are found by walking the model."""
+"""Base models: one file per kind, with everything that is known of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from torch import nn
 
 from ..errors import IncompatibleAdapterError
-from .sites import ModelLayout
-from .unet import walk_comfy_unet, walk_diffusers_unet
+from .sites import BaseModel, ModelLayout
+from .unet import SD2, SD15, SDXL
 
-LAYOUTS: tuple[Callable[[nn.Module], ModelLayout | None], ...] = (walk_diffusers_unet, walk_comfy_unet)
+BASE_MODELS: tuple[BaseModel, ...] = (SD15, SD2, SDXL)
+"""Every known family."""
 
 
-def layout_of(model: nn.Module) -> ModelLayout:
-    """The sites of a diffusers ``UNet2DConditionModel`` or of ComfyUI's ``UNetModel``.
+def layout_of(model: nn.Module, base_models: Sequence[BaseModel] = BASE_MODELS) -> ModelLayout:
+    """The sites of a base model in diffusers' or ComfyUI's form (``UNet2DConditionModel``, ``UNetModel``).
 
-    Raises IncompatibleAdapterError for any other model (Flux, SD3 and other transformers have no such sites).
+    Raises IncompatibleAdapterError for a model of another family (Flux, SD3 and other transformers have no known sites).
     """
-    for walk in LAYOUTS:
-        layout = walk(model)
+    for walk in dict.fromkeys(base.walk for base in base_models):
+        layout = None if walk is None else walk(model)
         if layout is not None:
             if not layout.sites:
                 raise IncompatibleAdapterError(

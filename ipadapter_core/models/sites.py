@@ -1,49 +1,98 @@
-"""Where image attention is added: the cross-attentions of a base model, as plain values."""
+"""Base models and the places in them where an image prompt can act, as plain values."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-Block = Literal["input", "middle", "output"]
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
-class CrossAttentionSite:
-    """One cross-attention of a UNet, numbered as ComfyUI numbers its blocks.
+class Site:
+    """One attention of a base model where an image can act.
 
-    ``number`` is the index in ``input_blocks``/``output_blocks`` (0 for the middle), ``depth`` the transformer block
-    inside its spatial transformer, ``transformer`` the spatial transformer in execution order (the ``t_idx`` of weight
-    presets), ``checkpoint_index`` the position among the ``to_k_ip`` of a checkpoint (down, up, then middle).
-    ``level`` counts the halvings of the latent's size. ``path`` is the attention's module path in its model.
+    ``path`` is the attention's module path in its model. ``group`` is the model's own word for the kind of block:
+    ``input``, ``middle`` or ``output`` in a UNet. ``number`` is the block's number in its group as ComfyUI counts,
+    ``depth`` the place inside that block. ``order`` is the index that weight presets and layer weights use (``t_idx``);
+    it rises in execution order, and the sites of one block share it.
     """
 
-    block: Block
+    path: str
+    group: str
     number: int
     depth: int
-    transformer: int
-    checkpoint_index: int
+    order: int
     channels: int
     heads: int
-    level: int
-    single: bool
-    path: str
 
-    @property
-    def label(self) -> str:
-        """Short name for tables, such as ``input 4.1``."""
-        return f"{self.block} {self.number}" if self.single else f"{self.block} {self.number}.{self.depth}"
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Which sites of a model carry what, by ``order``: composition with its factor, and style."""
+
+    composition: Mapping[int, float] = field(hash=False)
+    style: frozenset[int]
+
+    def of(self, site: Site) -> str:
+        """``composition``, ``style`` or nothing."""
+        return "composition" if site.order in self.composition else "style" if site.order in self.style else ""
+
+
+Walk = Callable[[nn.Module], "ModelLayout | None"]
+"""Finds a model's sites and names the base model; None for a model of another kind."""
+
+TokenGridRule = Callable[[tuple[int, int], int], "tuple[int, int] | None"]
+"""(rows, columns) of a site's image tokens, from the latent's (height, width) and the number of tokens; None if none fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A family of base models. A new one is a file in this room with such a value and a line in ``BASE_MODELS``.
+
+    ``walk`` finds the sites in every host's form of the model; related families share one walk, which names the family.
+    It is None where image prompts cannot act yet. ``text_width`` is the width of the text tokens and ``attentions`` the
+    number of sites of the full-size model. ``roles`` is None where nobody knows which sites carry style or composition.
+    ``tokens`` lays out a site's image tokens. ``reference_width`` is the width of the widest attention, by which the
+    channel penalty divides.
+    """
+
+    name: str
+    walk: Walk | None
+    text_width: int
+    attentions: int
+    roles: Roles | None
+    tokens: TokenGridRule
+    reference_width: int
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """A base model as its cross-attention sites in execution order; ``token_dim`` is the width of its text tokens."""
+    """A base model as its sites in execution order; ``token_dim`` is the width of its text tokens."""
 
-    name: str
+    model: BaseModel
     token_dim: int
-    sites: tuple[CrossAttentionSite, ...]
+    sites: tuple[Site, ...]
 
     @property
-    def transformers(self) -> int:
-        """Number of spatial transformers: 16 for SD1.5, 11 for SDXL."""
-        return len({site.transformer for site in self.sites})
+    def name(self) -> str:
+        """Name of the base model, such as ``SDXL``."""
+        return self.model.name
+
+    @property
+    def orders(self) -> int:
+        """Number of different ``order`` values: 16 for SD1.5, 11 for SDXL."""
+        return len({site.order for site in self.sites})
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that have sites, in execution order."""
+        return tuple(dict.fromkeys(site.group for site in self.sites))
+
+    def label(self, site: Site) -> str:
+        """Short name of a site for tables: ``input 4.1``, or ``input 4`` where it is the only one of its block."""
+        return f"{site.group} {site.number}" if self.alone(site) else f"{site.group} {site.number}.{site.depth}"
+
+    def alone(self, site: Site) -> bool:
+        """Whether a site is the only one of its block."""
+        return sum(other.order == site.order for other in self.sites) == 1

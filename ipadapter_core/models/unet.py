@@ -2,71 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
 
-from .sites import Block, CrossAttentionSite, ModelLayout
+from .sites import BaseModel, ModelLayout, Roles, Site
 
-KNOWN_NAMES = {(16, 768): "SD1.5", (16, 1024): "SD2", (70, 2048): "SDXL"}
-"""(cross-attentions, text width) of full-size models; anything else is named by its width."""
-
-
-def layout_name(sites: int, token_dim: int) -> str:
-    """``SD1.5``, ``SD2``, ``SDXL``, or a description such as ``UNet with 7 sites, width 192``."""
-    return KNOWN_NAMES.get((sites, token_dim), f"UNet with {sites} sites, width {token_dim}")
+# --- sites -----------------------------------------------------------------------------------------------------------
 
 
-def walk_diffusers_unet(model: nn.Module) -> ModelLayout | None:
-    """Sites of a diffusers UNet2DConditionModel; None if ``model`` is none."""
-    if not all(hasattr(model, name) for name in ("down_blocks", "up_blocks", "mid_block", "conv_in")):
-        return None
+@dataclass(frozen=True, slots=True)
+class SpatialTransformer:
+    """One spatial transformer of a UNet; ``level`` counts the halvings of the latent's size."""
+
+    group: str
+    number: int
+    level: int
+    path: str
+    module: nn.Module
+
+
+def spatial_transformers(model: nn.Module) -> list[SpatialTransformer] | None:
+    """The spatial transformers of a diffusers ``UNet2DConditionModel`` or a LDM ``UNetModel``, in execution order."""
+    if all(hasattr(model, name) for name in ("down_blocks", "up_blocks", "mid_block", "conv_in")):
+        return list(_of_diffusers(model))
+    if all(hasattr(model, name) for name in ("input_blocks", "middle_block", "output_blocks")):
+        return list(_of_ldm(model))
+    return None
+
+
+def _of_diffusers(model: nn.Module) -> Iterator[SpatialTransformer]:
     unet = cast(Any, model)
-    found: list[tuple[Block, int, int, str, nn.Module]] = []
     number, level = 1, 0  # ComfyUI's input block 0 is conv_in
     for i, block in enumerate(unet.down_blocks):
         attentions = list(getattr(block, "attentions", None) or [])
         for j in range(len(block.resnets)):
             if j < len(attentions):
-                found.append(("input", number, level, f"down_blocks.{i}.attentions.{j}", attentions[j]))
+                yield SpatialTransformer("input", number, level, f"down_blocks.{i}.attentions.{j}", attentions[j])
             number += 1
         if getattr(block, "downsamplers", None):
             number, level = number + 1, level + 1
     if unet.mid_block is not None:
         for j, attention in enumerate(getattr(unet.mid_block, "attentions", None) or []):
-            found.append(("middle", 0, level, f"mid_block.attentions.{j}", attention))
+            yield SpatialTransformer("middle", 0, level, f"mid_block.attentions.{j}", attention)
     number = 0
     for i, block in enumerate(unet.up_blocks):
         attentions = list(getattr(block, "attentions", None) or [])
         for j in range(len(block.resnets)):
             if j < len(attentions):
-                found.append(("output", number, level, f"up_blocks.{i}.attentions.{j}", attentions[j]))
+                yield SpatialTransformer("output", number, level, f"up_blocks.{i}.attentions.{j}", attentions[j])
             number += 1
         if getattr(block, "upsamplers", None):
             level -= 1
-    return _layout(found)
 
 
-def walk_comfy_unet(model: nn.Module) -> ModelLayout | None:
-    """Sites of ComfyUI's (LDM's) UNetModel; None if ``model`` is none."""
-    if not all(hasattr(model, name) for name in ("input_blocks", "middle_block", "output_blocks")):
-        return None
+def _of_ldm(model: nn.Module) -> Iterator[SpatialTransformer]:
     unet = cast(Any, model)
-    found: list[tuple[Block, int, int, str, nn.Module]] = []
     level = 0
     for number, block in enumerate(unet.input_blocks):
         for path, transformer in _transformers(block, f"input_blocks.{number}"):
-            found.append(("input", number, level, path, transformer))
+            yield SpatialTransformer("input", number, level, path, transformer)
         level += _changes_size(block, "Downsample", "op")
     if unet.middle_block is not None:
         for path, transformer in _transformers(unet.middle_block, "middle_block"):
-            found.append(("middle", 0, level, path, transformer))
+            yield SpatialTransformer("middle", 0, level, path, transformer)
     for number, block in enumerate(unet.output_blocks):
         for path, transformer in _transformers(block, f"output_blocks.{number}"):
-            found.append(("output", number, level, path, transformer))
+            yield SpatialTransformer("output", number, level, path, transformer)
         level -= _changes_size(block, "Upsample", "conv")
-    return _layout(found)
 
 
 def _transformers(block: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -79,49 +84,78 @@ def _changes_size(block: nn.Module, kind: str, operation: str) -> int:
     return int(any(type(m).__name__ == kind and hasattr(m, operation) for m in block.children()))
 
 
-def _layout(found: Iterable[tuple[Block, int, int, str, nn.Module]]) -> ModelLayout:
-    rows: list[tuple[Block, int, int, int, int, bool, str, Any]] = []
-    for transformer, (block, number, level, path, module) in enumerate(found):
-        blocks: list[nn.Module] = list(cast(Any, module).transformer_blocks)
-        for depth, inner in enumerate(blocks):
-            attention = getattr(inner, "attn2", None)
+def walk_unet(model: nn.Module) -> ModelLayout | None:
+    """The layout of a UNet: that of a known family if its size says so, else of a UNet named by its size."""
+    found = spatial_transformers(model)
+    if found is None:
+        return None
+    sites: list[Site] = []
+    levels: dict[int, int] = {}
+    token_dim = 0
+    for order, at in enumerate(found):
+        for depth, block in enumerate(cast(Any, at.module).transformer_blocks):
+            attention = getattr(block, "attn2", None)
             if attention is not None:
-                single = len(blocks) == 1
-                rows.append(
-                    (
-                        block,
-                        number,
-                        depth,
-                        transformer,
-                        level,
-                        single,
-                        f"{path}.transformer_blocks.{depth}.attn2",
-                        attention,
-                    )
-                )
-    order: dict[Block, int] = {"input": 0, "output": 1, "middle": 2}
-    by_checkpoint = sorted(range(len(rows)), key=lambda i: (order[rows[i][0]], i))
-    checkpoint_index = {row: index for index, row in enumerate(by_checkpoint)}
-    sites = tuple(
-        CrossAttentionSite(
-            block=block,
-            number=number,
-            depth=depth,
-            transformer=transformer,
-            checkpoint_index=checkpoint_index[i],
-            channels=_features(attention.to_k, 0),
-            heads=int(attention.heads),
-            level=level,
-            single=single,
-            path=path,
-        )
-        for i, (block, number, depth, transformer, level, single, path, attention) in enumerate(rows)
-    )
-    token_dim = _features(rows[0][-1].to_k, 1) if rows else 0
-    return ModelLayout(layout_name(len(sites), token_dim), token_dim, sites)
+                path = f"{at.path}.transformer_blocks.{depth}.attn2"
+                channels, heads = _features(attention.to_k, 0), int(attention.heads)
+                sites.append(Site(path, at.group, at.number, depth, order, channels, heads))
+                levels[order] = at.level
+                token_dim = token_dim or _features(attention.to_k, 1)
+    for base in UNETS:
+        if (base.attentions, base.text_width) == (len(sites), token_dim):
+            return ModelLayout(base, token_dim, tuple(sites))
+    name = f"UNet with {len(sites)} sites, width {token_dim}"
+    unknown = replace(SD15, name=name, text_width=token_dim, attentions=len(sites), roles=_roles_by(levels))
+    return ModelLayout(unknown, token_dim, tuple(sites))
+
+
+def _roles_by(levels: dict[int, int]) -> Roles | None:
+    """Roles of an unknown UNet: the lowest resolution composes, all others style; none with one resolution."""
+    if len(set(levels.values())) < 2:
+        return None
+    deepest = max(levels.values())
+    composition = {order for order, level in levels.items() if level == deepest}
+    return Roles(dict.fromkeys(composition, 1.0), frozenset(levels.keys() - composition))
 
 
 def _features(linear: Any, axis: int) -> int:
     """Output (0) or input (1) width; quantised layers keep the attributes even where the weight's shape is packed."""
     value = getattr(linear, ("out_features", "in_features")[axis], None)
     return int(value if value is not None else linear.weight.shape[axis])
+
+
+def down_up_middle(layout: ModelLayout) -> tuple[int, ...]:
+    """Index of the site that the i-th layer of a checkpoint serves: diffusers' attention processors run down, up, middle."""
+    places = {"input": 0, "output": 1, "middle": 2}
+    return tuple(sorted(range(len(layout.sites)), key=lambda i: places.get(layout.sites[i].group, 3)))
+
+
+def token_grid(latent: tuple[int, int], tokens: int) -> tuple[int, int] | None:
+    """The level of a ceil-halving UNet that has this many tokens, as (rows, columns); None if there is none."""
+    height, width = latent
+    while True:
+        if height * width == tokens:
+            return height, width
+        if height * width < tokens or (height, width) == (1, 1):
+            return None
+        height, width = -(-height // 2), -(-width // 2)
+
+
+# --- families --------------------------------------------------------------------------------------------------------
+
+REFERENCE_WIDTH = 1280
+"""Width of the widest attentions of SD1.5, SD2 and SDXL."""
+
+# Which spatial transformers carry style and composition: InstantStyle, arXiv 2404.02733, and ComfyUI_IPAdapter_plus.
+SD15 = BaseModel(
+    name="SD1.5",
+    walk=walk_unet,
+    text_width=768,
+    attentions=16,
+    roles=Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
+    tokens=token_grid,
+    reference_width=REFERENCE_WIDTH,
+)
+SD2 = replace(SD15, name="SD2", text_width=1024)
+SDXL = replace(SD15, name="SDXL", text_width=2048, attentions=70, roles=Roles({3: 1.0}, frozenset({6})))
+UNETS = (SD15, SD2, SDXL)

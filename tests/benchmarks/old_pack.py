@@ -84,7 +84,8 @@ def main() -> None:
     from ipadapter_core.attention.patch import AdapterPatch, BakedSite
     from ipadapter_core.attention.schedule import WeightSchedule
     from ipadapter_core.backends.comfy.unet import AttentionHook
-    from ipadapter_core.models.sites import CrossAttentionSite, ModelLayout
+    from ipadapter_core.models.sites import ModelLayout, Site
+    from ipadapter_core.models.unet import SD15
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -107,8 +108,8 @@ def main() -> None:
         "original_shape": [2 * BATCH, 4, 64, 64],
         "activations_shape": [2 * BATCH, CHANNELS, 16, 16],
     }
-    site = CrossAttentionSite("input", 4, 0, 0, 0, CHANNELS, HEADS, 2, True, "")
-    layout = ModelLayout("one site", WIDTH, (site,))
+    site = Site("", "input", 4, 0, 0, CHANNELS, HEADS)
+    layout = ModelLayout(SD15, WIDTH, (site,))
     tokens = torch.cat([uncond, cond])
     baked = [
         split_heads(tokens @ weights["ip_adapter"][f"1.to_{x}_ip.weight"].T, HEADS).contiguous().unflatten(0, (2, -1))

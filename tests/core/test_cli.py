@@ -20,6 +20,7 @@ from ipadapter_core.commands.cli import main
 from ipadapter_core.demo.pictures import Pictures
 from ipadapter_core.demo.train_world import build_scheduler, world_tokenizer
 from ipadapter_core.models import layout_of
+from tiny_models import checkpoint_channels
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +56,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
         safety_checker=None, feature_extractor=None, image_encoder=CLIPVisionModelWithProjection(vision), requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
-    channels = [site.channels for site in sorted(layout_of(unet).sites, key=lambda site: site.checkpoint_index)]
+    channels = checkpoint_channels(layout_of(unet))
     from safetensors.torch import save_file
 
     from tiny import tiny_state

@@ -22,6 +22,7 @@ from ipadapter_core.attention.patch import AdapterPatch
 from ipadapter_core.attention.schedule import SCALINGS, SiteRule, WeightSchedule
 from ipadapter_core.bake import bake
 from ipadapter_core.errors import IncompatibleAdapterError
+from ipadapter_core.models.unet import down_up_middle
 from ipadapter_core.prompt.encode import ImagePrompt
 from tiny_models import (
     SD15,
@@ -107,11 +108,11 @@ def reference_model(
 ):
     """The formula of the paper in every slot, from the adapter's own layers, for one chunk at a time."""
     clone = model.clone()
-    for site in backend.comfy_layout(model).sites:
+    layout = backend.comfy_layout(model)
+    for layer, at in enumerate(down_up_middle(layout)):
+        site = layout.sites[at]
 
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], index: int = site.checkpoint_index
-        ) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], index: int = layer) -> Tensor:
             (chunk,) = options["cond_or_uncond"]
             tokens = prompt.cond if positive(chunk) else prompt.uncond
             heads = options["n_heads"]
@@ -119,7 +120,7 @@ def reference_model(
             image = host_attention(q, key.expand(q.shape[0], -1, -1), value.expand(q.shape[0], -1, -1), heads)
             return host_attention(q, k, v, heads) + weight * image
 
-        clone.set_model_attn2_replace(attend, site.block, site.number, site.depth)
+        clone.set_model_attn2_replace(attend, site.group, site.number, site.depth)
     return clone
 
 
@@ -425,7 +426,7 @@ def halving(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 def every_slot(model: FakePatcher, hook: Callable[..., Tensor], parts: int) -> FakePatcher:
     clone = model.clone()
     for site in backend.comfy_layout(model).sites:
-        clone.set_model_attn2_replace(hook, site.block, site.number, site.depth if parts == 3 else None)
+        clone.set_model_attn2_replace(hook, site.group, site.number, site.depth if parts == 3 else None)
     return clone
 
 
@@ -442,7 +443,7 @@ def test_a_hook_that_was_there_is_called_first(kind: str, parts: int) -> None:
         index = sites[(*options["block"], options["block_index"])]
         return patch.add_to(halving(q, k, v, options), index, backend.site_call(q, options["n_heads"], options))
 
-    sites = {(s.block, s.number, s.depth): i for i, s in enumerate(patch.layout.sites)}
+    sites = {(s.group, s.number, s.depth): i for i, s in enumerate(patch.layout.sites)}
     expected = every_slot(applied(model, patch), both, 3)
     same(got, sample(expected))
     assert (got["positive"] - sample(model, patch)["positive"]).abs().max() > 1e-3

@@ -64,7 +64,7 @@ def test_the_old_pack_leaves_the_middle_block_alone(kind: str) -> None:
     old, new = patch(model, IPADAPTER_PLUS), patch(model)
     for index, site in enumerate(new.layout.sites):
         assert new.active(index)
-        assert old.active(index) == (site.block != "middle")
+        assert old.active(index) == (site.group != "middle")
     assert all(patch(model, IPADAPTER_PLUS_V1).active(i) for i in range(len(new.layout.sites)))
 
 
@@ -292,7 +292,7 @@ def test_layer_weights_replace_the_presets_factors_and_keep_its_flips() -> None:
     plain = WeightSchedule(0.5, layers=layers).site_weights(layout)
     flipped = WeightSchedule(0.5, preset="style transfer precise", layers=layers).site_weights(layout)
     for site, a, b in zip(layout.sites, plain, flipped, strict=True):
-        expected = 0.5 * {3: 2.0, 6: 0.5, 0: -1.0}.get(site.transformer, 0.0)
+        expected = 0.5 * {3: 2.0, 6: 0.5, 0: -1.0}.get(site.order, 0.0)
         assert a.weight == b.weight == expected
         assert not a.flipped
     with pytest.raises(InvalidInputError, match=r"cannot read 'a:1'.*'3: 0.5, 6: 1'"):

@@ -24,7 +24,8 @@ from ipadapter_core.errors import (
 )
 from ipadapter_core.features import ImageFeatures
 from ipadapter_core.images.faces import Face, template
-from ipadapter_core.models.sites import CrossAttentionSite, ModelLayout
+from ipadapter_core.models.sites import ModelLayout, Site
+from ipadapter_core.models.unet import SDXL as SDXL_MODEL
 from ipadapter_core.prompt.encode import combine_prompts, encode_image_prompt, prompt_from_features
 from ipadapter_core.prompt.faces import encode_face_prompt
 from ipadapter_core.prompt.model_projection import project_by_model
@@ -240,13 +241,13 @@ def test_kolors_on_a_model_without_the_projection_is_refused() -> None:
     unet.encoder_hid_proj = torch.nn.Linear(32, 16)
     with pytest.raises(IncompatibleAdapterError, match=r"has a Linear of shape \[16, 32\]"):
         project_by_model(prompt, unet)
-    wide = ModelLayout("x", 2048, tuple(tiny_site(i, c) for i, c in enumerate((8, 16))))
+    wide = ModelLayout(SDXL_MODEL, 2048, tuple(tiny_site(i, c) for i, c in enumerate((8, 16))))
     with pytest.raises(IncompatibleAdapterError, match="call project_by_model"):
         bake(adapter, prompt, wide)
 
 
-def tiny_site(index: int, channels: int) -> CrossAttentionSite:
-    return CrossAttentionSite("input", index + 1, 0, index, index, channels, 2, 0, True, f"site{index}")
+def tiny_site(index: int, channels: int) -> Site:
+    return Site(f"site{index}", "input", index + 1, 0, index, channels, 2)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

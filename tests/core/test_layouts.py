@@ -11,6 +11,8 @@ from torch import nn
 
 from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.models import layout_of
+from ipadapter_core.models.sites import ModelLayout
+from ipadapter_core.models.unet import down_up_middle, spatial_transformers
 from tiny_models import SD15, SDXL, LdmUNet, tiny_unet
 
 # The published numbering (reference: tencent-ailab/IP-Adapter's released files, diffusers' and ComfyUI's UNets).
@@ -66,6 +68,12 @@ SDXL_CONFIG: dict[str, Any] = {
 }
 
 
+def layers_of(layout: ModelLayout) -> list[int]:
+    """Position of every site's layer in a checkpoint."""
+    order = down_up_middle(layout)
+    return [order.index(i) for i in range(len(layout.sites))]
+
+
 def full_size(config: dict[str, Any]) -> UNet2DConditionModel:
     """The real model's shapes without its memory."""
     with torch.device("meta"):
@@ -89,11 +97,11 @@ def test_numbering_of_the_real_models(config: dict[str, Any], table: list[Any], 
         for depth in range(blocks)
     ]
     found = [
-        (2 * s.checkpoint_index + 1, s.path, s.block, s.number, s.depth, s.channels, s.transformer)
-        for s in layout.sites
+        (2 * layer + 1, s.path, s.group, s.number, s.depth, s.channels, s.order)
+        for layer, s in zip(layers_of(layout), layout.sites, strict=True)
     ]
     assert found == rows
-    assert (layout.name, len(layout.sites), layout.transformers) == (name, sites, len(table))
+    assert (layout.name, len(layout.sites), layout.orders) == (name, sites, len(table))
     assert layout.token_dim == config["cross_attention_dim"]
     assert sorted(row[0] for row in found) == list(range(1, 2 * sites, 2))
 
@@ -103,7 +111,8 @@ def test_key_numbers_are_positions_among_diffusers_processors() -> None:
     for config in (SD15_CONFIG, SDXL_CONFIG):
         unet = full_size(config)
         positions = {name.removesuffix(".processor"): i for i, name in enumerate(unet.attn_processors)}
-        assert all(positions[s.path] == 2 * s.checkpoint_index + 1 for s in layout_of(unet).sites)
+        sites = layout_of(unet).sites
+        assert [positions[sites[i].path] for i in down_up_middle(layout_of(unet))] == list(range(1, 2 * len(sites), 2))
 
 
 @pytest.mark.parametrize(
@@ -117,9 +126,10 @@ def test_key_numbers_are_positions_among_diffusers_processors() -> None:
 def test_heads_and_levels(config: dict[str, Any], heads: dict[int, int]) -> None:
     sites = layout_of(full_size(config)).sites
     assert {site.channels: site.heads for site in sites} == heads
-    first_middle = next(site for site in sites if site.block == "middle")
+    found = spatial_transformers(full_size(config)) or []
+    first_middle = next(at for at in found if at.group == "middle")
     assert first_middle.level == len(config.get("block_out_channels", range(4))) - 1
-    assert {(site.block, site.number): site.level for site in sites if site.number in (1, 4, 8)} == (
+    assert {(at.group, at.number): at.level for at in found if at.number in (1, 4, 8)} == (
         {("input", 1): 0, ("input", 4): 1, ("input", 8): 2, ("output", 4): 2, ("output", 8): 1}
         if len(sites) == 16
         else {("input", 4): 1, ("input", 8): 2, ("output", 1): 2, ("output", 4): 1}
@@ -131,13 +141,14 @@ def test_both_walks_find_the_same_sites(kind: str) -> None:
     ours, ldm = layout_of(tiny_unet(kind)), layout_of(LdmUNet(kind))
 
     def facts(site: Any) -> tuple[object, ...]:
-        return (
-            site.block, site.number, site.depth, site.transformer, site.checkpoint_index,
-            site.channels, site.heads, site.level, site.single,
-        )  # fmt: skip
+        return site.group, site.number, site.depth, site.order, site.channels, site.heads
 
+    def levels(model: nn.Module) -> list[tuple[object, ...]]:
+        return [(at.group, at.number, at.level) for at in spatial_transformers(model) or ()]
+
+    assert levels(LdmUNet(kind)) == levels(tiny_unet(kind)) != []
     assert [facts(s) for s in ldm.sites] == [facts(s) for s in ours.sites]
-    assert (ldm.name, ldm.token_dim, ldm.transformers) == (ours.name, ours.token_dim, ours.transformers)
+    assert (ldm.name, ldm.token_dim, ldm.model) == (ours.name, ours.token_dim, ours.model)
     assert len({s.path for s in ldm.sites}) == len(ldm.sites)
 
 
@@ -151,8 +162,12 @@ def test_paths_lead_to_the_attention(kind: str) -> None:
 
 
 def test_labels() -> None:
-    assert [s.label for s in layout_of(tiny_unet(SD15)).sites][5:8] == ["input 8", "middle 0", "output 3"]
-    assert [s.label for s in layout_of(tiny_unet(SDXL)).sites][:3] == ["input 4.0", "input 4.1", "input 5.0"]
+    def labels(kind: str) -> list[str]:
+        layout = layout_of(tiny_unet(kind))
+        return [layout.label(site) for site in layout.sites]
+
+    assert labels(SD15)[5:8] == ["input 8", "middle 0", "output 3"]
+    assert labels(SDXL)[:3] == ["input 4.0", "input 4.1", "input 5.0"]
 
 
 def test_an_unusual_unet_is_named_by_its_size() -> None:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ipadapter_core.attention.batch import WINDOWS_KEPT, Frames
-from ipadapter_core.attention.masks import RegionMask, token_grid
+from ipadapter_core.attention.masks import RegionMask
 from ipadapter_core.errors import InvalidInputError
+from ipadapter_core.models.unet import token_grid
 
 LIKE = torch.zeros(1)
 

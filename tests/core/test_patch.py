@@ -20,10 +20,21 @@ from ipadapter_core.checkpoints import AdapterWeights, load_adapter
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.models import layout_of
 from ipadapter_core.models.sites import ModelLayout
+from ipadapter_core.models.unet import down_up_middle
 from ipadapter_core.prompt.encode import ImagePrompt
 from ipadapter_core.report import describe_fit
 from tiny import SD15_CHANNELS, tiny_state
-from tiny_models import SDXL, TOKEN_DIM, LdmUNet, adapter_state, noise, tiny_adapter, tiny_prompt, tiny_unet
+from tiny_models import (
+    SDXL,
+    TOKEN_DIM,
+    LdmUNet,
+    adapter_state,
+    checkpoint_channels,
+    noise,
+    tiny_adapter,
+    tiny_prompt,
+    tiny_unet,
+)
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-6}
 
@@ -70,7 +81,7 @@ def test_another_prompt_adapter_or_layout_bakes_anew(adapter: AdapterWeights, la
     bake(adapter, prompt, layout)
     with linear_calls(adapter) as calls:
         bake(adapter, second, layout)
-        bake(adapter, prompt, replace(layout, name="another"))
+        bake(adapter, prompt, replace(layout, model=replace(layout.model, name="another")))
         assert len(calls) == 4 * len(layout.sites)
     other = tiny_adapter(layout, seed=7)
     assert not torch.equal(bake(other, prompt, layout).sites[0].k, bake(adapter, prompt, layout).sites[0].k)
@@ -103,8 +114,9 @@ def test_keys_and_values_are_those_of_the_checkpoint(layout: ModelLayout) -> Non
     state = adapter_state("base", layout)
     adapter = load_adapter(state)
     prompt = tiny_prompt(adapter)
-    for site, baked in zip(layout.sites, bake(adapter, prompt, layout).sites, strict=True):
-        number = 2 * site.checkpoint_index + 1
+    baked_sites = bake(adapter, prompt, layout).sites
+    for layer, index in enumerate(down_up_middle(layout)):
+        site, baked, number = layout.sites[index], baked_sites[index], 2 * layer + 1
         for tokens, branch in ((prompt.uncond, UNCOND), (prompt.cond, COND)):
             for kind, tensor in (("k", baked.k), ("v", baked.v)):
                 expected = tokens @ state[f"ip_adapter.{number}.to_{kind}_ip.weight"].T
@@ -234,7 +246,7 @@ def test_an_adapter_for_another_base_model_is_named() -> None:
 
 
 def test_an_adapter_with_other_channels_is_refused_at_the_layer(layout: ModelLayout) -> None:
-    channels = [site.channels for site in sorted(layout.sites, key=lambda site: site.checkpoint_index)]
+    channels = list(checkpoint_channels(layout))
     channels[15] = 24
     adapter = tiny_adapter(layout, channels=tuple(channels))
     with pytest.raises(IncompatibleAdapterError, match="24 channels in layer 31, but middle 0"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -28,24 +29,24 @@ from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.legacy.frame_weights import WeightsStrategy
 from ipadapter_core.legacy.settings import LegacySettings
 from ipadapter_core.models import layout_of
-from ipadapter_core.models.sites import CrossAttentionSite, ModelLayout
+from ipadapter_core.models.sites import BaseModel, ModelLayout, Site
+from ipadapter_core.models.unet import SD15 as SD15_MODEL
+from ipadapter_core.models.unet import SDXL as SDXL_MODEL
+from ipadapter_core.models.unet import spatial_transformers
 from tiny_models import tiny_unet
 
 Golden = dict[int, tuple[float, bool]]
 
 
-def layout(name: str, input_: int, middle: int, output: int) -> ModelLayout:
+def layout(model: BaseModel, input_: int, middle: int, output: int) -> ModelLayout:
     """A layout by its spatial transformers, one site each: presets look at nothing else."""
-    blocks = ["input"] * input_ + ["middle"] * middle + ["output"] * output
-    sites = tuple(
-        CrossAttentionSite(block, t, 0, t, t, 320, 8, 0, True, f"{t}")  # type: ignore[arg-type]
-        for t, block in enumerate(blocks)
-    )
-    return ModelLayout(name, 768, sites)
+    groups = ["input"] * input_ + ["middle"] * middle + ["output"] * output
+    sites = tuple(Site(f"{t}", group, t, 0, t, 320, 8) for t, group in enumerate(groups))
+    return ModelLayout(model, 768, sites)
 
 
-SD15 = layout("SD1.5", 6, 1, 9)
-SDXL = layout("SDXL", 4, 1, 6)
+SD15 = layout(SD15_MODEL, 6, 1, 9)
+SDXL = layout(SDXL_MODEL, 4, 1, 6)
 LENGTH = {"SD1.5": 16, "SDXL": 11}
 INPUT = {"SD1.5": range(6), "SDXL": range(4)}
 MIDDLE = {"SD1.5": 6, "SDXL": 4}
@@ -117,17 +118,15 @@ def test_the_fifteen_public_names_in_their_order() -> None:
 
 
 def weights(schedule: WeightSchedule, model: ModelLayout) -> Golden:
-    return {
-        s.transformer: (w.weight, w.flipped) for s, w in zip(model.sites, schedule.site_weights(model), strict=True)
-    }
+    return {s.order: (w.weight, w.flipped) for s, w in zip(model.sites, schedule.site_weights(model), strict=True)}
 
 
 def check(got: Golden, expected: Golden) -> None:
     for t, (weight, flipped) in got.items():
         target, target_flipped = expected.get(t, (0.0, False))
-        assert weight == pytest.approx(target, abs=1e-12), f"transformer {t}"
+        assert weight == pytest.approx(target, abs=1e-12), f"block {t}"
         if target != 0:
-            assert flipped is target_flipped, f"transformer {t}"
+            assert flipped is target_flipped, f"block {t}"
 
 
 @pytest.mark.parametrize("model", [SD15, SDXL], ids=lambda m: m.name)
@@ -156,23 +155,55 @@ def test_all_blocks_of_a_transformer_share_its_weight() -> None:
     model = layout_of(tiny_unet("sdxl"))
     got = WeightSchedule(preset="ease out").site_weights(model)
     pairs = zip(model.sites, got, strict=True)
-    assert all(len({w for _, w in group}) == 1 for _, group in groupby(pairs, key=lambda pair: pair[0].transformer))
+    assert all(len({w for _, w in group}) == 1 for _, group in groupby(pairs, key=lambda pair: pair[0].order))
 
 
 def test_an_unknown_unet_composes_where_it_is_coarsest() -> None:
-    model = layout_of(tiny_unet("sd15"))  # SD1.5's topology under another text width
+    unet = tiny_unet("sd15")  # SD1.5's topology under another text width
+    model, levels = layout_of(unet), [at.level for at in spatial_transformers(unet) or ()]
     acting = {
-        s.level
+        levels[s.order]
         for s, w in zip(model.sites, WeightSchedule(preset="composition").site_weights(model), strict=True)
         if w.weight
     }
-    assert acting == {max(s.level for s in model.sites)}
+    assert acting == {max(levels)}
     styled = {
-        s.level
+        levels[s.order]
         for s, w in zip(model.sites, WeightSchedule(preset="style transfer").site_weights(model), strict=True)
         if w.weight
     }
-    assert styled == {s.level for s in model.sites} - acting
+    assert styled == set(levels) - acting
+
+
+FLAT = layout(replace(SD15_MODEL, name="Flat", roles=None), 19, 0, 0)
+"""One group, and nobody knows what its blocks carry."""
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_a_model_does_not_have_is_refused(preset: str) -> None:
+    """A weight of zero everywhere would look like an image prompt that does nothing."""
+    schedule, works = WeightSchedule(1.0, preset), ("linear", "ease in", "ease out", "ease in-out", "reverse in-out")
+    if preset in (*works, "weak input"):
+        assert any(weight.weight for weight in schedule.site_weights(FLAT))
+        return
+    lacking = (
+        preset.split()[-1] + " blocks" if preset.startswith(("weak", "strong middle")) else "style and composition"
+    )
+    message = (
+        rf"'{preset}' needs .*{lacking}, and Flat has no such thing; use one of: {', '.join((*works, 'weak input'))}$"
+    )
+    with pytest.raises(InvalidInputError, match=message):
+        schedule.site_weights(FLAT)
+
+
+def test_an_unknown_unet_with_one_resolution_has_no_roles() -> None:
+    model = layout_of(tiny_unet("one site"))
+    with pytest.raises(
+        InvalidInputError, match=r"'style transfer' needs .* and UNet with 1 sites, width 32 has no such thing"
+    ):
+        WeightSchedule(preset="style transfer").site_weights(model)
+    with pytest.raises(InvalidInputError, match=r"'style' matches no site of .*; use all, input, t0\.\.t0"):
+        WeightSchedule(site_factors=(SiteRule("style", 1.0),)).site_weights(model)
 
 
 # --- when --------------------------------------------------------------------------------------------------------------
@@ -231,7 +262,7 @@ def test_unreadable_site_tables_are_quoted(text: str) -> None:
 
 def factors(rules: str, model: ModelLayout, preset: str = "linear") -> dict[str, float]:
     schedule = WeightSchedule(2.0, preset, site_factors=parse_site_factors(rules))
-    return {s.label: w.weight for s, w in zip(model.sites, schedule.site_weights(model), strict=True)}
+    return {model.label(s): w.weight for s, w in zip(model.sites, schedule.site_weights(model), strict=True)}
 
 
 def test_site_rules_match_blocks_numbers_roles_and_indices() -> None:

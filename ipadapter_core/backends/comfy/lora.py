@@ -22,7 +22,7 @@ from ...lora.placement import Partial, PlacedLoRA, Placement, place_lora
 from ...lora.targets import TargetTable, targets_of
 from ...lora.update import wide
 from ...lora.weights import Component, LoRAWeights
-from ...models.sites import CrossAttentionSite
+from ...models.sites import ModelLayout, Site
 from ..calls import Calls, Hooks, eagerly, uncompiled, watch_hooks
 from .unet import (
     KEY,
@@ -97,9 +97,10 @@ def apply_live(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention | 
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     regional = set(stack.text_sites)
     if regional:
-        for site in comfy_layout(model).sites:
+        layout = comfy_layout(model)
+        for site in layout.sites:
             if site.path in regional:
-                _install_region(clone, site, attention or torch_attention)
+                _install_region(clone, layout, site, attention or torch_attention)
     return clone
 
 
@@ -249,7 +250,7 @@ class RegionHook:
         return self
 
 
-def _install_region(clone: PatcherLike, site: CrossAttentionSite, attention: Attention) -> None:
+def _install_region(clone: PatcherLike, layout: ModelLayout, site: Site, attention: Attention) -> None:
     """Put a RegionHook into a slot once, under an image prompt's hook if there is one."""
     occupant = occupant_of(clone, site)
     found = occupant
@@ -261,7 +262,7 @@ def _install_region(clone: PatcherLike, site: CrossAttentionSite, attention: Att
         hook: Any = replace(occupant, previous=RegionHook(site.path, occupant.previous, attention))
     else:
         hook = RegionHook(site.path, occupant, attention)
-    clone.set_model_attn2_replace(hook, site.block, site.number, key_part(clone, site))
+    clone.set_model_attn2_replace(hook, site.group, site.number, key_part(clone, layout, site))
 
 
 # --- merged ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from ...attention.maths import split_heads
 from ...attention.patch import COND, UNCOND, AdapterPatch, SiteCall
 from ...errors import IncompatibleAdapterError
 from ...models import layout_of
-from ...models.sites import CrossAttentionSite, ModelLayout
+from ...models.sites import ModelLayout, Site
 from ..calls import Hooks, uncompiled, watch_hooks
 
 KEY = "image_prompt"
@@ -79,8 +79,7 @@ def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None =
     for index, site in enumerate(layout.sites):
         if patch.active(index):
             hook = AttentionHook.joining(_occupant(slots, site), index, patch, attention or torch_attention)
-            # The field's convention: blocks of one transformer layer are addressed without its index.
-            clone.set_model_attn2_replace(hook, site.block, site.number, None if _two_part(slots, site) else site.depth)
+            clone.set_model_attn2_replace(hook, site.group, site.number, _key_part(slots, layout, site))
     for kind, wrapper in (("predict_noise", note_step), ("calc_cond_batch", note_chunks)):
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
@@ -93,14 +92,14 @@ def applied_patches(model: PatcherLike) -> tuple[AdapterPatch, ...]:
     return tuple(dict.fromkeys(patch for hook in hooks for patch in hook.patches))
 
 
-def occupant_of(model: PatcherLike, site: CrossAttentionSite) -> Any:
+def occupant_of(model: PatcherLike, site: Site) -> Any:
     """What sits in a site's ``attn2`` slot of a MODEL, None if nothing."""
     return _occupant(_slots(model), site)
 
 
-def key_part(model: PatcherLike, site: CrossAttentionSite) -> int | None:
+def key_part(model: PatcherLike, layout: ModelLayout, site: Site) -> int | None:
     """The third part of the key under which a hook for this site belongs; None for a two-part key."""
-    return None if _two_part(_slots(model), site) else site.depth
+    return _key_part(_slots(model), layout, site)
 
 
 def _slots(model: PatcherLike) -> Mapping[Any, Any]:
@@ -108,13 +107,15 @@ def _slots(model: PatcherLike) -> Mapping[Any, Any]:
     return cast("Mapping[Any, Any]", options.get("patches_replace", {}).get("attn2", {}))
 
 
-def _two_part(slots: Mapping[Any, Any], site: CrossAttentionSite) -> bool:
-    return site.single and (site.block, site.number, site.depth) not in slots
+def _key_part(slots: Mapping[Any, Any], layout: ModelLayout, site: Site) -> int | None:
+    # The field's convention: the only block of a spatial transformer is addressed without its index.
+    two_part = layout.alone(site) and (site.group, site.number, site.depth) not in slots
+    return None if two_part else site.depth
 
 
-def _occupant(slots: Mapping[Any, Any], site: CrossAttentionSite) -> Any:
+def _occupant(slots: Mapping[Any, Any], site: Site) -> Any:
     """What the host would call at this site: a three-part key beats a two-part one."""
-    return slots.get((site.block, site.number, site.depth), slots.get((site.block, site.number)))
+    return slots.get((site.group, site.number, site.depth), slots.get((site.group, site.number)))
 
 
 # --- what a model call consists of -----------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...attention.masks import RegionMask, token_grid
+from ...attention.masks import RegionMask
 from ...attention.patch import COND, UNCOND, AdapterPatch, SiteCall
 from ...attention.schedule import WeightSchedule
 from ...errors import IncompatibleAdapterError, InvalidInputError
 from ...models import layout_of
-from ...models.sites import CrossAttentionSite
+from ...models.sites import Site
+from ...models.unet import token_grid
 from ..calls import Calls, eagerly, uncompiled, watch_hooks
 
 Branch = Literal["uncond", "cond"]
@@ -180,7 +181,7 @@ class _SiteHook:
     They stay while the adapters are applied, also where no image acts now: compiled code is made for the hooks it saw.
     """
 
-    def __init__(self, owner: AppliedAdapters, index: int, site: CrossAttentionSite, attention: nn.Module) -> None:
+    def __init__(self, owner: AppliedAdapters, index: int, site: Site, attention: nn.Module) -> None:
         self.owner, self.index, self.site, self.attention = owner, index, site, attention
         self._calls = owner.calls
         self._modules: tuple[nn.Module, nn.Module] | None = None
