@@ -22,6 +22,7 @@ from .checkpoints import AdapterWeights
 from .errors import CorruptFileError, InvalidInputError, UnsafeFileError, out_of_memory, quoted, reason
 from .features import Crop
 from .files.text import read_bytes, read_json, regular_file
+from .files.whole import written_whole
 from .images.encoder import TransformersImageEncoder
 from .images.files import MAX_FILE, decode_grey, read_picture, to_tensor
 from .models import layout_of
@@ -235,12 +236,8 @@ def save_picture(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     """Write a PNG with its facts as JSON in the text chunk ``ipadapter``; the file appears whole or not at all."""
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text("ipadapter", json.dumps(facts))
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        image.save(unfinished, format="PNG", pnginfo=chunk)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_whole(path) as place:
+        image.save(place, format="PNG", pnginfo=chunk)
 
 
 def grid_of(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:

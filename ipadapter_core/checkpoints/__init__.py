@@ -6,7 +6,6 @@ A new family is one new file beside this one and one line in `FORMATS`.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
@@ -20,6 +19,7 @@ from torch import Tensor
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, UnknownFormatError, one_line, reason
 from ..features import ENCODERS
 from ..files.state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
+from ..files.whole import written_whole
 from . import base, face_resampler, faceid, faceid_plus, full_face, plus
 from .containers import left_out, normalise, recognise
 from .embedded_lora import check_lora, kohya_lora, take_lora
@@ -143,26 +143,15 @@ def save_adapter(
     state = {**adapter.module.checkpoint_state(), **adapter.lora}
     if any(tensor.is_meta for tensor in state.values()):
         raise InvalidInputError(f"{adapter.name} has shapes but no numbers (meta tensors): load it from a file first.")
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        _write(
-            {key: tensor.cpu().contiguous() for key, tensor in state.items()},
-            unfinished,
-            layout,
-            {"format": "pt", **texts},
-        )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
+    with written_whole(path) as place:
+        _write(state, place, layout, {"format": "pt", **texts})
     return path
 
 
 def _write(state: dict[str, Tensor], path: Path, layout: Layout, texts: dict[str, str]) -> None:
-    path.touch()
-    mode = path.stat().st_mode
     if layout == "flat":
         save_file(_apart(state), path, metadata=texts)
-        path.chmod(mode)  # safetensors leaves files that only their owner can read
     else:
         groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
         for key, tensor in state.items():
@@ -170,8 +159,6 @@ def _write(state: dict[str, Tensor], path: Path, layout: Layout, texts: dict[str
             # clone: torch.save writes the whole storage of a view
             groups[group][rest] = tensor.clone()
         torch.save(groups, path)
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
 
 
 def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:

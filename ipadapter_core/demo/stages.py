@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files.whole import written_whole
 from ..generate import to_pillow
 from ..training.config import OptimizerName, RunConfig, parse_config
 from ..training.log import Log
@@ -78,10 +79,8 @@ class ModuleFile:
 
     def finish(self, step: int, state: dict[str, Tensor]) -> None:
         tensors = {key: value.contiguous() for key, value in state.items()}
-        path = self.file(None)
-        unfinished = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, unfinished)
-        unfinished.replace(path)
+        with written_whole(self.file(None)) as place:
+            save_file(tensors, place)
 
     def file(self, step: int | None) -> Path:
         return self.folder.path / f"{self.folder.config.name}.safetensors"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +30,11 @@ from ..attention.maths import split_heads
 from ..checkpoints import AdapterSpec
 from ..checkpoints.projectors import Resampler
 from ..features import CLIP_MEAN, CLIP_STD
+from ..files.whole import written_whole
 from ..generate import to_pillow
 from ..images.encoder import TransformersImageEncoder
 from ..training.adapter import TrainedAdapter
 from ..training.batches import Batch
-from ..training.cache import write_whole
 from ..training.config import ModelConfig, OptimizerName, RunConfig, parse_config
 from ..training.frozen import FrozenBase, load_base
 from ..training.log import Log
@@ -330,11 +331,13 @@ def main(argv: Iterable[str] | None = None) -> None:
         with torch.no_grad():
             found = measure(world, args.family, steps=args.sampling_steps)
         print(found.table())
-        write_whole(file.with_name("figures.json"), json.dumps(found.as_dict(), indent=1).encode())
+        with written_whole(file.with_name("figures.json")) as place:
+            place.write_bytes(json.dumps(found.as_dict(), indent=1).encode())
     if args.install:
         target = args.world / "adapters" / file.name
         target.parent.mkdir(exist_ok=True)
-        write_whole(target, file.read_bytes())
+        with written_whole(target) as place:
+            shutil.copyfile(file, place)
 
 
 if __name__ == "__main__":

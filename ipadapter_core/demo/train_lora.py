@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..files.whole import written_whole
 from ..generate import to_pillow
-from ..training.cache import write_whole
 from ..training.config import RunConfig, parse_config
 from ..training.order import seeded
 from ..training.run import train
@@ -118,7 +118,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     if args.install:
         target = args.world / "loras" / FILE
         target.parent.mkdir(exist_ok=True)
-        write_whole(target, file.read_bytes())
+        with written_whole(target) as place:
+            shutil.copyfile(file, place)
 
 
 if __name__ == "__main__":

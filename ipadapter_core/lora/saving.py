@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import InvalidInputError, quoted, reason
+from ..files.whole import written_whole
 from .convert import to_tensors
 from .weights import LoRAWeights
 
@@ -27,14 +28,10 @@ def save_lora(
         raise InvalidInputError(f"{quoted(path, 300)} exists already; choose another name or overwrite it")
     wanted = None if dtype == "keep" else getattr(torch, dtype)
     tensors, metadata = to_tensors(weights, spelling, wanted)  # pyright: ignore[reportArgumentType]
-    unfinished = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({key: t.clone() for key, t in tensors.items()}, unfinished, {"format": "pt", **metadata})
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with written_whole(path) as place:
+            save_file({key: t.clone() for key, t in tensors.items()}, place, {"format": "pt", **metadata})
     except (OSError, SafetensorError, ValueError) as error:  # a full disk, a forbidden folder, names that are no text
         raise InvalidInputError(f"{quoted(path, 300)} cannot be written ({reason(error)})") from None
     return {"file": str(path), "modules": len(weights.modules), "bytes": path.stat().st_size, "spelling": spelling}

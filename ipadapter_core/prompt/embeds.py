@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CorruptFileError, InvalidInputError, one_line
 from ..files.state_dict import LONGEST_NAME, is_safetensors, open_state_dict, open_tensors
+from ..files.whole import written_whole
 
 EXTENSION = ".ipadpt.safetensors"
 MOST_REFERENCES = 10_000
@@ -40,12 +41,8 @@ def save_embeds(path: str | os.PathLike[str], saved: SavedEmbeds) -> Path:
         raise InvalidInputError(f"embeds have 2 or 3 axes (images, [tokens,] width), got shape {tuple(embeds.shape)}")
     texts = {"format": "pt", "kind": "image embeds", "shape": str(list(embeds.shape)), **saved.metadata}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(tensors, unfinished, metadata=texts)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_whole(path) as place:
+        save_file(tensors, place, metadata=texts)
     return path
 
 

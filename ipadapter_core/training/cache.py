@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, quoted
 from ..files.text import parse_json, read_json
+from ..files.whole import written_whole
 from .collection import Collection, Sample, Seen, collect, look
 from .config import DataConfig
 from .encode import TargetEncoders
@@ -68,7 +68,8 @@ class Cache:
         """Make the folder; says in what it differs from the caches of other settings that lie beside it."""
         note = "" if (self.folder / "settings.json").is_file() else self._differences()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
+        with written_whole(self.folder / "settings.json") as place:
+            place.write_bytes(json.dumps(self.settings, indent=1).encode())
         for unfinished in self.folder.glob("*.tmp"):
             unfinished.unlink(missing_ok=True)
         self.refresh()
@@ -118,11 +119,11 @@ class Cache:
         taken = {path.stem for path in self.folder.glob(f"shard-{rank}-*.json")}
         number = next(i for i in range(10**6) if f"shard-{rank}-{i:06d}" not in taken)
         path = self.folder / f"shard-{rank}-{number:06d}.safetensors"
-        unfinished = path.with_suffix(".tmp")
-        write_tensors(unfinished, tensors)
-        os.replace(unfinished, path)
+        with written_whole(path) as place:
+            write_tensors(place, tensors)
         checksums = {key: checksum(tensor) for key, tensor in tensors.items()}
-        write_whole(path.with_suffix(".json"), json.dumps(checksums).encode())
+        with written_whole(path.with_suffix(".json")) as place:
+            place.write_bytes(json.dumps(checksums).encode())
         self._places.update({key: (len(self._shards), one) for key, one in checksums.items()})
         self._shards.append(path)
 
@@ -245,7 +246,8 @@ def _write_samples(cache: Cache, results: Sequence[Seen], rank: int) -> None:
         json.dumps({**row, "checksum": _row_checksum(row)})
         for row in (asdict(one.sample) for one in results if one.sample is not None and cache.holds(one.sample))
     ]
-    write_whole(cache.folder / f"samples-{rank}.jsonl", "".join(row + "\n" for row in rows).encode())
+    with written_whole(cache.folder / f"samples-{rank}.jsonl") as place:
+        place.write_bytes("".join(row + "\n" for row in rows).encode())
 
 
 class _Writer:
@@ -332,13 +334,3 @@ def _padded(ids: Sequence[Tensor]) -> list[Tensor]:
     """Two tokenizers of one length, as SDXL's are, make one tensor; others are filled up."""
     longest = max(one.shape[1] for one in ids)
     return [torch.nn.functional.pad(one, (0, longest - one.shape[1])) for one in ids]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that appears whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

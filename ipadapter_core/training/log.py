@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from ..console import forget_output
 from ..errors import reason
+from ..files.whole import written_whole
 from ..generate import save_picture
 
 GAINS = {
@@ -79,10 +79,9 @@ class Log:
                 for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines()
                 if step > 0 and _step_of(line) <= step
             ]
-            # one rename: a kill here must not cost the log of the whole run
-            unfinished = self.file.with_name(f".{self.file.name}.tmp")
-            unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            os.replace(unfinished, self.file)
+            # whole: a kill here must not cost the log of the whole run
+            with written_whole(self.file) as place:
+                place.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         if self._tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -207,9 +206,8 @@ def draw_losses(source: Path, target: Path) -> None:
         if len(axes.get_legend_handles_labels()[1]) > 0:
             axes.legend()
     panels[-1].set_xlabel("step")
-    unfinished = target.with_name(f".{target.name}.tmp")
-    figure.savefig(unfinished, format="png", dpi=100)
-    os.replace(unfinished, target)
+    with written_whole(target) as place:
+        figure.savefig(place, format="png", dpi=100)
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:

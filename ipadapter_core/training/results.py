@@ -13,6 +13,7 @@ from typing import Any, cast
 from ..errors import AdapterError, InvalidInputError, quoted
 from ..files.access import plain_name
 from ..files.text import read_json
+from ..files.whole import written_whole
 from .locks import locked
 
 RECORD = "result.json"
@@ -57,14 +58,11 @@ def publish(result: Path, target: Path, folder: Path) -> Path:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     place = next(path for path in _candidates(target, folder) if not os.path.lexists(path) or _wrote(folder, path))
-    unfinished = place.with_name(f".{place.name}.unfinished")
-    try:
+    with written_whole(place) as unfinished:
         shutil.copyfile(result, unfinished)
-        os.replace(unfinished, place)
-    finally:
-        unfinished.unlink(missing_ok=True)
     # killed before this line, the run will find a file there that it does not know, and number the next one
-    (folder / RECORD).write_text(json.dumps({"file": place.name, "sha256": _digest(place)}), encoding="utf-8")
+    with written_whole(folder / RECORD) as record:
+        record.write_text(json.dumps({"file": place.name, "sha256": _digest(place)}), encoding="utf-8")
     return place
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -241,6 +242,14 @@ def test_the_search_for_circles_can_fail(tmp_path: Path, monkeypatch: pytest.Mon
         path.parent.mkdir(exist_ok=True)
         path.write_text(line + "\n")
     assert circles(sorted((tmp_path / "pkg").glob("*.py"))) == [["pkg.a"], ["pkg.b"], ["pkg.c"]]
+
+
+def test_files_take_their_names_in_one_place() -> None:
+    """``files.whole`` renames finished files; the trainer's states are whole folders."""
+    renaming = {
+        dotted(p) for p in (*sources(CORE), *sources(NODES)) if re.search(r"os\.replace\(|\.tmp\"\)", p.read_text())
+    }
+    assert renaming == {"ipadapter_core.files.whole", "ipadapter_core.training.state", "ipadapter_core.training.cache"}
 
 
 def test_only_the_host_room_knows_the_comfy_backend() -> None:

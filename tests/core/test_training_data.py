@@ -368,7 +368,7 @@ def test_the_cache_keeps_no_facts_that_have_changed(model: Path, tmp_path: Path)
     assert len(samples(min_side=24)) == 3
 
 
-@pytest.mark.parametrize("place", ["write_tensors", "write_whole"])
+@pytest.mark.parametrize("place", ["write_tensors", "written_whole"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_killed_caching_goes_on_to_the_same_cache(model: Path, tmp_path: Path, place: str, count: int) -> None:
     """SIGKILL before a shard, and between a shard and the list that makes it count."""
