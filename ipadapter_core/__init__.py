@@ -9,15 +9,13 @@ with backends.diffusers.apply(unet, patch): ...
 from .attention.masks import RegionMask
 from .attention.maths import KeyValue, Scale, add_image_attention, attend, scale_for
 from .attention.patch import AdapterPatch, SiteCall
+from .attention.presets import PRESETS, SiteRule, parse_layers, parse_site_factors
 from .attention.schedule import (
-    PRESETS,
     SCALINGS,
-    SiteRule,
     WeightSchedule,
+    Window,
     parse_curve,
-    parse_layers,
     parse_numbers,
-    parse_site_factors,
 )
 from .bake import bake, check_adapter
 from .checkpoints import FORMATS, AdapterSpec, AdapterWeights, describe_adapter, load_adapter, save_adapter
@@ -90,6 +88,7 @@ __all__ = [
     "UnknownFormatError",
     "UnsafeFileError",
     "WeightSchedule",
+    "Window",
     "add_image_attention",
     "attend",
     "bake",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import RegionMask, WeightSchedule
+from ..ipadapter_core import RegionMask, WeightSchedule, Window
 from ..ipadapter_core.lora import Partial
 from ..ipadapter_core.lora.block_vectors import parse_where
 from ..ipadapter_core.lora.patch import MODES
@@ -96,7 +94,7 @@ class LoRAStrength(io.ComfyNode):
             "text_strength": text_strength,
             "uncond_strength": None if negative_strength == 1 else strength * negative_strength,
             "selector": parse_where(selector, lora.weights.base_model),
-            "schedule": replace(schedule or WeightSchedule(), strength=1.0, start_percent=start, end_percent=end),
+            "window": Window(start, end, schedule.curve if schedule else ()),
             "mask": None if mask is None else RegionMask.from_tensor(mask),
         }
         *outputs, shown = host.lora.apply(model, clip, lora, mode, partial, **settings)

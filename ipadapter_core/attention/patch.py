@@ -14,7 +14,8 @@ from ..models.sites import ModelLayout
 from .batch import WINDOWS_KEPT, Frames, fit_batch, keep
 from .masks import Area, RegionMask, inference_mode
 from .maths import KeyValue, Scale, add_image_attention, scale_for, split_mean
-from .schedule import OFF, SiteWeight, WeightSchedule
+from .presets import OFF, SiteWeight
+from .schedule import WeightSchedule
 
 UNCOND, COND = 0, 1
 """Branches of classifier-free guidance; baked tensors hold them in this order, the order in which hosts batch them."""
@@ -114,10 +115,7 @@ class LatentWeights:
     """Weight of every site for every latent, ``sites latents``; rows are kept per device and kind of call."""
 
     def __init__(self, schedule: WeightSchedule, layout: ModelLayout) -> None:
-        rows = {
-            s: replace(schedule, strength=s, latent_strengths=()).site_weights(layout)
-            for s in schedule.latent_strengths
-        }
+        rows = {s: replace(schedule.place, strength=s).of(layout) for s in schedule.latent_strengths}
         self._table = torch.tensor([[w.weight for w in rows[s]] for s in schedule.latent_strengths]).T
         self._rows: dict[tuple[object, ...], Tensor] = {}
 
@@ -165,12 +163,13 @@ class AdapterPatch:
 
     def active(self, site: int) -> bool:
         """Whether the site can ever see the image; an inactive one needs no hook."""
-        return self.weights[site].weight != 0.0 and not self.schedule.never
+        return self.weights[site].weight != 0.0 and not self.schedule.window.never
 
     def add_to(self, base: Tensor, site: int, call: SiteCall) -> Tensor:
         """Add this image's attention to the attention output ``base`` (``b l c``) of one site."""
         weight = self.weights[site]
-        factor = 1.0 if self.schedule.constant else self.schedule.at(call.percent())
+        window = self.schedule.window
+        factor = 1.0 if window.constant else window.at(call.percent())
         if weight.weight * factor == 0.0:
             return base
         branches = call.branches

@@ -1,21 +1,17 @@
-"""How strongly an image prompt acts: at which site, when, and by which scaling rule.
-
-The named presets are functions of a site and its layout; a base model says itself which of its blocks carry style and
-composition. The fifteen names and their numbers are those users know from ComfyUI_IPAdapter_plus.
-"""
+"""How strongly an image prompt acts, where in the model and when; the steering that users set, as one value."""
 
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from ..entries import LONGEST_LIST, MOST, MOST_NUMBERS, entries, halves, number, some
+from ..entries import LONGEST_LIST, MOST_NUMBERS, entries, halves, number, some
 from ..errors import InvalidInputError, quoted
-from ..models.sites import ModelLayout, Roles, Site
+from ..models.sites import ModelLayout
+from .presets import SiteRule, SiteWeight, SiteWeights, check_count, check_finite
 
 Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
@@ -25,172 +21,21 @@ MOST_POINTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class SiteWeight:
-    """Weight of one site; ``flipped`` moves the image from the positive to the negative prompt there."""
+class Window:
+    """When something acts: its factor over the sampling progress, 0 at pure noise and 1 at the end.
 
-    weight: float
-    flipped: bool = False
-
-
-OFF = SiteWeight(0.0)
-
-
-class _Lacking(Exception):
-    """What a preset needs and a layout does not have."""
-
-
-@dataclass(frozen=True, slots=True)
-class PresetContext:
-    """What a preset may look at: the site, its layout, the strength and the two secondary strengths.
-
-    Asking for what the layout does not have refuses the preset on it.
+    Outside ``start_percent..end_percent`` the factor is 0. ``curve`` holds rising (percent, factor) points, linear in
+    between, at most 10,000; none is 1 everywhere.
     """
 
-    site: Site
-    layout: ModelLayout
-    strength: float
-    composition_strength: float
-    boost: float
-
-    @property
-    def progress(self) -> float:
-        """Position in execution order, 0 at the first block."""
-        return self.site.order / self.layout.orders
-
-    @property
-    def middle_distance(self) -> float:
-        """0 in the middle of the model, 1 at its first block."""
-        return abs(self.progress - 0.5) * 2
-
-    def inside(self, group: str) -> bool:
-        """Whether the site is in this group of blocks."""
-        if group not in self.layout.groups:
-            raise _Lacking(f"{group} blocks")
-        return self.site.group == group
-
-    @property
-    def in_style(self) -> bool:
-        return self.site.order in self._roles.style
-
-    @property
-    def composition(self) -> float | None:
-        """Composition factor of this site, None where it carries none."""
-        return self._roles.composition.get(self.site.order)
-
-    @property
-    def _roles(self) -> Roles:
-        if self.layout.model.roles is None:
-            raise _Lacking("to know which blocks carry style and composition")
-        return self.layout.model.roles
-
-
-def _scaled(factor: Callable[[PresetContext], float]) -> Callable[[PresetContext], SiteWeight]:
-    return lambda c: SiteWeight(c.strength * factor(c))
-
-
-def _by_group(group: str, inside: float, outside: float) -> Callable[[PresetContext], SiteWeight]:
-    return _scaled(lambda c: inside if c.inside(group) else outside)
-
-
-def _style_and_composition(c: PresetContext) -> SiteWeight:
-    if c.composition is not None:
-        return SiteWeight(c.composition * c.composition_strength)
-    return SiteWeight(c.strength) if c.in_style else OFF
-
-
-def _strong_style_and_composition(c: PresetContext) -> SiteWeight:
-    return SiteWeight(c.composition_strength if c.composition is not None else c.strength)
-
-
-def _precise_style(c: PresetContext) -> SiteWeight:
-    if c.composition is not None:
-        return SiteWeight(c.composition * c.boost, flipped=True)
-    return SiteWeight(c.strength) if c.in_style else OFF
-
-
-def _precise_composition(c: PresetContext) -> SiteWeight:
-    if c.composition is not None:
-        return SiteWeight(c.composition * c.strength)
-    return SiteWeight(c.boost if c.in_style else 0.1 * c.boost, flipped=True)
-
-
-PRESETS: dict[str, Callable[[PresetContext], SiteWeight]] = {
-    "linear": _scaled(lambda c: 1.0),
-    "ease in": _scaled(lambda c: 0.05 + 0.95 * (1 - c.progress)),
-    "ease out": _scaled(lambda c: 0.05 + 0.95 * c.progress),
-    "ease in-out": _scaled(lambda c: 0.05 + 0.95 * (1 - c.middle_distance)),
-    "reverse in-out": _scaled(lambda c: 0.05 + 0.95 * c.middle_distance),
-    "weak input": _by_group("input", 0.2, 1.0),
-    "weak output": _by_group("output", 0.2, 1.0),
-    "weak middle": _by_group("middle", 0.2, 1.0),
-    "strong middle": _by_group("middle", 1.0, 0.2),
-    "style transfer": _scaled(lambda c: float(c.in_style)),
-    "composition": _scaled(lambda c: c.composition or 0.0),
-    "strong style transfer": _scaled(lambda c: float(c.composition is None)),
-    "style and composition": _style_and_composition,
-    "style transfer precise": _precise_style,
-    "composition precise": _precise_composition,
-    "strong style and composition": _strong_style_and_composition,
-}
-"""Weight of a site by preset name; the first fifteen are the public names."""
-
-
-@dataclass(frozen=True, slots=True)
-class SiteRule:
-    """One entry of a per-site table: where (block, number or role) and which factor."""
-
-    where: str
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSchedule:
-    """Strength per site and step.
-
-    ``strength`` is what the user sets (any sign, 1 is the trained strength). ``site_factors`` multiply the preset per
-    site: rules such as ``("output", 0.5)``, ``("input 4", 0)``, ``("style", 1.2)``, ``("t3", 0)``, ``("all", 0.1)``,
-    later ones win. ``curve`` is a strength factor over the sampling progress, as rising (percent, factor) points,
-    linear in between, at most 10,000. Outside ``start_percent..end_percent`` the image does not act.
-    ``composition_strength`` and ``boost`` are the secondary strengths of the presets that use them; None follows
-    ``strength``.
-    ``layers`` are (``t_idx``, factor) pairs that replace the preset's factors: layers not listed are off, and of the
-    preset only remains which sites it flips.
-    ``latent_strengths`` are strengths per latent of the batch and replace ``strength``; the last one repeats.
-    """
-
-    strength: float = 1.0
-    preset: str = "linear"
     start_percent: float = 0.0
     end_percent: float = 1.0
-    scaling: Scaling = "V only"
-    composition_strength: float | None = None
-    boost: float | None = None
-    site_factors: tuple[SiteRule, ...] = ()
-    curve: tuple[tuple[float, float], ...] = field(default=())
-    layers: tuple[tuple[int, float], ...] = ()
-    latent_strengths: tuple[float, ...] = ()
+    curve: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise InvalidInputError(f"unknown preset {quoted(self.preset)}; choose one of: {', '.join(PRESETS)}")
-        if self.scaling not in SCALINGS:
-            raise InvalidInputError(f"unknown scaling {quoted(self.scaling)}; choose one of: {', '.join(SCALINGS)}")
-        for name in ("strength", "start_percent", "end_percent", "composition_strength", "boost"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise InvalidInputError(f"{name} is {value}, which is not a finite number")
-        for name, most in (("site_factors", MOST), ("layers", MOST), ("curve", MOST_POINTS)):
-            if len(getattr(self, name)) > most:
-                raise InvalidInputError(
-                    f"{name} has {len(getattr(self, name)):,} entries; at most {most:,} can be used"
-                )
-        for rule in self.site_factors:
-            if not math.isfinite(rule.factor):
-                raise InvalidInputError(
-                    f"the factor of {quoted(rule.where)} is {rule.factor}, which is not a finite number"
-                )
-        if not all(math.isfinite(f) for f in (*(factor for _, factor in self.layers), *self.latent_strengths)):
-            raise InvalidInputError("layer weights and strengths per latent must be finite numbers")
+        check_finite("start_percent", self.start_percent)
+        check_finite("end_percent", self.end_percent)
+        check_count("curve", self.curve, MOST_POINTS)
         percents = [percent for percent, _ in self.curve]
         if percents != sorted(percents) or any(not 0 <= p <= 1 for p in percents):
             raise InvalidInputError(
@@ -199,13 +44,9 @@ class WeightSchedule:
         if any(not math.isfinite(factor) for _, factor in self.curve):
             raise InvalidInputError("curve factors must be finite numbers")
 
-    def steering(self, strength: float, preset: str, scaling: Scaling, start: float, end: float) -> WeightSchedule:
-        """The same curve and sites with the settings that an apply node has itself."""
-        return replace(self, strength=strength, preset=preset, scaling=scaling, start_percent=start, end_percent=end)
-
     @property
     def constant(self) -> bool:
-        """True if the strength does not depend on the step, so that the attention need not know it."""
+        """True if the factor is 1 at every step, so that nobody need know the step."""
         return not self.curve and self.start_percent <= 0 and self.end_percent >= 1
 
     @property
@@ -220,44 +61,6 @@ class WeightSchedule:
             return 0.0
         return _interpolate(self.curve, percent) if self.curve else 1.0
 
-    def site_weights(self, layout: ModelLayout) -> tuple[SiteWeight, ...]:
-        """Absolute weight of every site of ``layout`` in its order, before the step's factor."""
-        unknown = [
-            rule.where for rule in self.site_factors if not any(_matches(rule.where, s, layout) for s in layout.sites)
-        ]
-        if unknown:
-            roles = () if layout.model.roles is None else ("style", "composition")
-            raise InvalidInputError(
-                f"{some([quoted(where) for where in unknown])} matches no site of {layout.name}; "
-                f"use {', '.join(('all', *layout.groups, *roles))}, t0..t{layout.orders - 1}, "
-                f"or a site such as {layout.label(layout.sites[0])!r}"
-            )
-        try:
-            return tuple(self._site_weight(site, layout) for site in layout.sites)
-        except _Lacking as needed:
-            possible = [preset for preset in PRESETS if _possible(preset, layout)]
-            raise InvalidInputError(
-                f"the preset {self.preset!r} needs {needed}, and {layout.name} has no such thing; "
-                f"use one of: {', '.join(possible)}"
-            ) from None
-
-    def _site_weight(self, site: Site, layout: ModelLayout) -> SiteWeight:
-        composition = self.strength if self.composition_strength is None else self.composition_strength
-        boost = self.strength if self.boost is None else self.boost
-        preset = PRESETS[self.preset](PresetContext(site, layout, self.strength, composition, boost))
-        if self.layers:
-            preset = SiteWeight(dict(self.layers).get(site.order, 0.0) * self.strength, preset.flipped)
-        factors = [rule.factor for rule in self.site_factors if _matches(rule.where, site, layout)]
-        return SiteWeight(preset.weight * factors[-1], preset.flipped) if factors else preset
-
-
-def _possible(preset: str, layout: ModelLayout) -> bool:
-    try:
-        PRESETS[preset](PresetContext(layout.sites[0], layout, 1.0, 1.0, 1.0))
-    except _Lacking:
-        return False
-    return True
-
 
 def _interpolate(points: Sequence[tuple[float, float]], percent: float) -> float:
     if percent <= points[0][0]:
@@ -269,57 +72,48 @@ def _interpolate(points: Sequence[tuple[float, float]], percent: float) -> float
     return f1 if p1 == p0 else f0 + (f1 - f0) * (percent - p0) / (p1 - p0)
 
 
-def _matches(where: str, site: Site, layout: ModelLayout) -> bool:
-    if where in ("style", "composition"):
-        roles = layout.model.roles
-        return roles is not None and site.order in (roles.style if where == "style" else roles.composition)
-    numbered = f"{site.group} {site.number}"
-    return where in ("all", site.group, f"t{site.order}", numbered, f"{numbered}.{site.depth}")
+@dataclass(frozen=True, slots=True)
+class WeightSchedule:
+    """Strength per site and step: ``place`` and ``window``, with all their settings side by side.
 
-
-_PLACE = re.compile(r"([a-z]{1,40})(?: ?([0-9]{1,4}(?:\.[0-9]{1,4})?))?")
-
-
-def parse_site_factors(text: str) -> tuple[SiteRule, ...]:
-    """Read a per-site table such as ``all: 0.2, output: 1, input 4: 0, t3: 1.5`` (commas or lines, ``#`` comments).
-
-    Raises InvalidInputError for a text of another form, of more than 10,000 characters or 500 entries.
+    ``strength`` is what the user sets (any sign, 1 is the trained strength). ``site_factors`` are rules such as
+    ``("output", 0.5)``, ``("input 4", 0)``, ``("style", 1.2)``, ``("t3", 0)``, ``("all", 0.1)``. ``scaling`` is the rule by
+    which a weight acts. ``latent_strengths`` are strengths per latent of the batch and replace ``strength``; the last one
+    repeats. For the others see ``SiteWeights`` and ``Window``.
     """
-    rules: list[SiteRule] = []
-    for entry in entries(text, "the site table"):
-        where, written = halves(entry) or (entry, "")
-        place, factor = _PLACE.fullmatch(" ".join(where.lower().split())), number(written)
-        if place is None or factor is None:
-            raise InvalidInputError(
-                f"cannot read {quoted(entry)} in the site table; write entries such as 'all: 0.2', 'output: 1', "
-                "'input 4: 0', 'style: 1.2' or 't3: 0', separated by commas or lines"
-            )
-        name, at = place[1], place[2]
-        rules.append(SiteRule(name if at is None else f"t{at}" if name == "t" else f"{name} {at}", factor))
-    return tuple(rules)
 
+    strength: float = 1.0
+    preset: str = "linear"
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    scaling: Scaling = "V only"
+    composition_strength: float | None = None
+    boost: float | None = None
+    site_factors: tuple[SiteRule, ...] = ()
+    curve: tuple[tuple[float, float], ...] = ()
+    layers: tuple[tuple[int, float], ...] = ()
+    latent_strengths: tuple[float, ...] = ()
+    place: SiteWeights = field(init=False, repr=False, compare=False)
+    window: Window = field(init=False, repr=False, compare=False)
 
-def parse_layers(text: str) -> tuple[tuple[int, float], ...]:
-    """Read layer weights such as ``3: 0.5, 6: 1`` (index of the weight presets: factor), separated by commas or lines.
+    def __post_init__(self) -> None:
+        place = SiteWeights(
+            self.strength, self.preset, self.composition_strength, self.boost, self.site_factors, self.layers
+        )
+        object.__setattr__(self, "place", place)
+        object.__setattr__(self, "window", Window(self.start_percent, self.end_percent, self.curve))
+        if self.scaling not in SCALINGS:
+            raise InvalidInputError(f"unknown scaling {quoted(self.scaling)}; choose one of: {', '.join(SCALINGS)}")
+        if not all(map(math.isfinite, self.latent_strengths)):
+            raise InvalidInputError("strengths per latent must be finite numbers")
 
-    Raises InvalidInputError for a text of another form, of more than 10,000 characters or 500 entries.
-    """
-    layers: list[tuple[int, float]] = []
-    for entry in entries(text, "the layer weights"):
-        written, factor = halves(entry) or ("", "")
-        index, weight = _index(written), number(factor)
-        if index is None or weight is None:
-            raise InvalidInputError(
-                f"cannot read {quoted(entry)} in the layer weights; write entries such as '3: 0.5, 6: 1' "
-                "(index of the layer: weight)"
-            )
-        layers.append((index, weight))
-    return tuple(layers)
+    def steering(self, strength: float, preset: str, scaling: Scaling, start: float, end: float) -> WeightSchedule:
+        """The same curve and sites with the settings that an apply node has itself."""
+        return replace(self, strength=strength, preset=preset, scaling=scaling, start_percent=start, end_percent=end)
 
-
-def _index(text: str) -> int | None:
-    digits = text[1:] if text[:1] in ("+", "-") else text
-    return int(text) if digits.isascii() and digits.isdecimal() and len(digits) <= 9 else None
+    def site_weights(self, layout: ModelLayout) -> tuple[SiteWeight, ...]:
+        """Absolute weight of every site of ``layout`` in its order, before the step's factor."""
+        return self.place.of(layout)
 
 
 def parse_curve(text: str) -> tuple[tuple[float, float], ...]:
@@ -335,8 +129,7 @@ def parse_curve(text: str) -> tuple[tuple[float, float], ...]:
                 f"cannot read {quoted(entry)} in the curve; write points such as '0: 1, 0.5: 0.4, 1: 0' (percent: factor)"
             )
         points.append((percent, factor))
-    WeightSchedule(curve=tuple(points))  # the same checks as everywhere
-    return tuple(points)
+    return Window(curve=tuple(points)).curve  # the same checks as everywhere
 
 
 def parse_numbers(text: str, what: str = "the list of numbers") -> list[float]:

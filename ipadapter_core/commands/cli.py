@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .. import __version__
-from ..attention.schedule import PRESETS, SCALINGS, WeightSchedule, parse_curve, parse_numbers, parse_site_factors
+from ..attention.presets import PRESETS, parse_site_factors
+from ..attention.schedule import SCALINGS, WeightSchedule, parse_curve, parse_numbers
 from ..checkpoints import describe_adapter, load_adapter
 from ..console import complain, file_argument, forget_output, progress_bar, show_everything
 from ..errors import AdapterError, InvalidInputError, out_of_memory, reason

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..attention.schedule import Scaling, SiteRule, WeightSchedule, parse_layers
+from ..attention.presets import SiteRule, parse_layers
+from ..attention.schedule import Scaling, WeightSchedule
 from ..errors import InvalidInputError, quoted
 
 WEIGHT_TYPES = (

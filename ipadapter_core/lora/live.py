@@ -52,10 +52,8 @@ class ModelCall:
             patch, component = self.patches[index], self.component
             cond = patch.strength_for(component)
             uncond = cond if patch.uncond_strength is None or component != "unet" else patch.uncond_strength
-            if component == "unet":
-                factor = patch.schedule.strength
-                if not patch.schedule.constant:
-                    factor *= patch.schedule.at(self.percent())
+            if component == "unet" and not patch.window.constant:
+                factor = patch.window.at(self.percent())
                 cond, uncond = cond * factor, uncond * factor
             chunks = tuple(uncond if negative else cond for negative in self.negative)
             found = self._strengths[index] = chunks[:1] if len(set(chunks)) == 1 else chunks

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..attention.masks import RegionMask
-from ..attention.schedule import WeightSchedule
+from ..attention.schedule import Window
 from ..errors import InvalidInputError
 from .placement import PlacedLoRA, Placement
 from .selector import Selector
@@ -24,9 +24,8 @@ MODES: tuple[Mode, ...] = ("auto", "merged", "live")
 class LoRAPatch:
     """A LoRA on one model. ``strength`` is for the UNet or transformer, ``text_strength`` for the text encoders (None: the same).
 
-    ``uncond_strength`` is the strength on the negative prompt's part of the batch (None: the same), ``schedule`` gives the
-    curve and the window over the steps (its own strength multiplies; its presets and sites are for image prompts and are
-    not read), ``mask`` the region.
+    ``uncond_strength`` is the strength on the negative prompt's part of the batch (None: the same), ``window`` says
+    when it acts, ``mask`` in which region.
     """
 
     placed: PlacedLoRA
@@ -34,7 +33,7 @@ class LoRAPatch:
     text_strength: float | None = None
     uncond_strength: float | None = None
     selector: Selector = field(default_factory=Selector)
-    schedule: WeightSchedule = field(default_factory=WeightSchedule)
+    window: Window = field(default_factory=Window)
     mask: RegionMask | None = None
 
     def __post_init__(self) -> None:
@@ -53,7 +52,7 @@ class LoRAPatch:
     @property
     def needs_live(self) -> str | None:
         """Why it cannot be merged, or None if it can."""
-        if not self.schedule.constant:
+        if not self.window.constant:
             return "its strength changes over the steps"
         if self.mask is not None:
             return "it acts in a region"
@@ -62,7 +61,7 @@ class LoRAPatch:
         return None
 
     def strength_for(self, component: Component) -> float:
-        """Strength in one part, before selector and schedule."""
+        """Strength in one part, before selector and window."""
         return self.strength if component == "unet" or self.text_strength is None else self.text_strength
 
     def acting(self, component: Component) -> tuple[tuple[Placement, float], ...]:

@@ -110,7 +110,7 @@ class Case:
 
     @property
     def windowed(self) -> bool:
-        return not self.schedule.constant
+        return not self.schedule.window.constant
 
 
 CASES = (

@@ -128,7 +128,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         bench = Bench(Path(name))
-        schedule = bench.pack.ipadapter_core.WeightSchedule
+        window = bench.pack.ipadapter_core.Window
         region = bench.pack.ipadapter_core.RegionMask.from_tensor
         print(f"\nComfyUI, {STEPS} steps with both prompts, latent {SIZE} x {SIZE}, one thread, rank {RANK}")
 
@@ -157,7 +157,7 @@ def main() -> None:
         calls["host's hook LoRA on both prompts"] = lambda _: bench.sample(plain, *prompts)
 
         curve = tuple((i / STEPS, 1 - i / STEPS) for i in range(STEPS))
-        falling = bench.ours("live", schedule=schedule(curve=curve))
+        falling = bench.ours("live", window=window(curve=curve))
         frames = bench.hooks(curve=tuple(factor for _, factor in curve))
         curved = bench.hooked(bench.positive, frames), bench.hooked(bench.negative, frames)
         calls["LoRA Strength with a curve"] = lambda _: bench.sample(falling)

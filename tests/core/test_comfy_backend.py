@@ -19,7 +19,8 @@ import ipadapter_core.attention.maths as attention
 import ipadapter_core.backends.comfy.unet as backend
 from ipadapter_core.attention.batch import Frames
 from ipadapter_core.attention.patch import AdapterPatch
-from ipadapter_core.attention.schedule import SCALINGS, SiteRule, WeightSchedule
+from ipadapter_core.attention.presets import SiteRule
+from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
 from ipadapter_core.bake import bake
 from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.models.unet import down_up_middle

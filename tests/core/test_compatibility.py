@@ -18,7 +18,8 @@ import ipadapter_core.backends.comfy.unet as backend
 from ipadapter_core.attention.batch import Frames, fit_batch
 from ipadapter_core.attention.masks import RegionMask
 from ipadapter_core.attention.patch import COND, UNCOND, SiteCall
-from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule, parse_layers
+from ipadapter_core.attention.presets import parse_layers
+from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
 from ipadapter_core.bake import bake
 from ipadapter_core.compatibility import CORRECT, IPADAPTER_PLUS, IPADAPTER_PLUS_V1, Rules, rules_for
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError

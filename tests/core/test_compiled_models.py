@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from ipadapter_core import WeightSchedule, bake, layout_of
+from ipadapter_core import WeightSchedule, Window, bake, layout_of
 from ipadapter_core.attention.maths import split_heads
 from ipadapter_core.attention.patch import AdapterPatch
 from ipadapter_core.backends.comfy import lora as comfy_lora
@@ -173,7 +173,7 @@ def test_a_live_lora_before_and_after_compiling(unet: Any, way: str, algorithm: 
     plain = copy.deepcopy(unet)
     patch, scheduled = (
         lora_on(unet, algorithm=algorithm),
-        lora_on(unet, seed=1, schedule=WeightSchedule(curve=((0.0, 1.0), (1.0, 0.0)))),
+        lora_on(unet, seed=1, window=Window(curve=((0.0, 1.0), (1.0, 0.0)))),
     )
     mask = torch.zeros(8, 8)
     mask[:, :4] = 1
@@ -270,7 +270,7 @@ def test_gradients_through_a_compiled_checkpointed_model(unet: Any) -> None:
     """Two forwards, one backward, each at its own progress."""
     curve = WeightSchedule(curve=((0.0, 1.0), (1.0, 0.1)))
     image = image_on(unet).with_schedule(curve)
-    lora = lora_on(unet, schedule=curve)
+    lora = lora_on(unet, window=curve.window)
 
     def gradients(model: Any) -> list[Tensor]:
         inputs = [noise(2, 4, 8, 8, seed=i).requires_grad_() for i in (0, 1)]
@@ -313,7 +313,7 @@ def test_clones_of_a_compiled_comfyui_model() -> None:
     patch = bake(adapter, tiny_prompt(adapter), layout)
     last = patch.with_schedule(WeightSchedule(preset="style transfer"))
     weights = tiny_lora(host.get_model_object("diffusion_model"), "attn1: 1")
-    lora = LoRAPatch(comfy_lora.place(weights, host), schedule=WeightSchedule(end_percent=0.5))
+    lora = LoRAPatch(comfy_lora.place(weights, host), window=Window(end_percent=0.5))
     models: list[tuple[Any, float]] = [(host, 0.2), (comfy.apply(host, patch), 0.2), (comfy.apply(host, last), 0.2)]
     models += [(comfy_lora.apply_live(host, lora), percent) for percent in (0.2, 0.8)]
     conds: Any = {

@@ -18,7 +18,8 @@ from torch.testing import assert_close
 import ipadapter_core.attention.maths as attention
 import ipadapter_core.backends.diffusers.unet as backend
 from ipadapter_core.attention.patch import AdapterPatch
-from ipadapter_core.attention.schedule import SCALINGS, SiteRule, WeightSchedule
+from ipadapter_core.attention.presets import SiteRule
+from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
 from ipadapter_core.bake import bake
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.models import layout_of

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from ipadapter_core.attention.schedule import PRESETS
+from ipadapter_core.attention.presets import PRESETS
 from ipadapter_core.checkpoints import AdapterSpec
 from ipadapter_core.errors import CorruptFileError, InvalidInputError, UnsafeFileError
 from ipadapter_core.images.noise import noise_picture

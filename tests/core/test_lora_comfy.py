@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ipadapter_core import RegionMask, WeightSchedule, bake
+from ipadapter_core import RegionMask, WeightSchedule, Window, bake
 from ipadapter_core.backends.comfy import lora as backend
 from ipadapter_core.backends.comfy import unet as image_backend
 from ipadapter_core.lora import load_lora
@@ -159,8 +159,8 @@ def test_strength_of_the_negative_prompt(how: dict[str, Any]) -> None:
 
 
 def test_schedules(host: FakePatcher) -> None:
-    schedule = WeightSchedule(curve=((0.0, 1.0), (1.0, 0.0)), start_percent=0.1, end_percent=0.9)
-    patched = live(host, patch_on(host, schedule=schedule))
+    window = Window(0.1, 0.9, curve=((0.0, 1.0), (1.0, 0.0)))
+    patched = live(host, patch_on(host, window=window))
     for percent, factor in ((0.25, 0.75), (0.5, 0.5)):
         expected = sample(live(host, patch_on(host, strength=factor)), percent)
         for name, out in sample(patched, percent).items():

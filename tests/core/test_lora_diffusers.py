@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ipadapter_core import WeightSchedule, bake, layout_of
+from ipadapter_core import WeightSchedule, Window, bake, layout_of
 from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.backends.diffusers import unet as image_backend
 from ipadapter_core.errors import InvalidInputError
@@ -191,9 +191,9 @@ def test_uncond_strength_acts_on_its_part_of_the_batch(unet: Any) -> None:
 
 
 def test_schedules_over_the_steps(unet: Any) -> None:
-    schedule = WeightSchedule(curve=((0.0, 1.0), (1.0, 0.0)), end_percent=0.8)
-    patch = patch_on(unet, schedule=schedule)
-    constant = replace(patch, schedule=WeightSchedule())
+    window = Window(end_percent=0.8, curve=((0.0, 1.0), (1.0, 0.0)))
+    patch = patch_on(unet, window=window)
+    constant = replace(patch, window=Window())
     for t, factor in ((999.0, 1.0), (499.5, 0.5), (100.0, 0.0)):
         expected = live(unet, replace(constant, strength=factor), t=t)
         assert_close(live(unet, patch, t=t), expected, **CLOSE)
@@ -434,7 +434,7 @@ def test_auto_says_why(unet: Any) -> None:
     assert choose_mode([patch], quantised=True).reason.startswith("the base weights are quantised")
     assert choose_mode([patch], offloaded=True).mode == "live"
     assert choose_mode([masked(patch, torch.ones(2, 2))]).reason == "it acts in a region"
-    scheduled = replace(patch, schedule=WeightSchedule(end_percent=0.5))
+    scheduled = replace(patch, window=Window(end_percent=0.5))
     assert choose_mode([scheduled]).reason == "its strength changes over the steps"
     with pytest.raises(InvalidInputError, match="'merged' is not possible: its strength changes"):
         choose_mode([scheduled], "merged")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ipadapter_core.attention.patch import COND, UNCOND, AdapterPatch, SiteCall
-from ipadapter_core.attention.schedule import SiteRule, WeightSchedule
+from ipadapter_core.attention.presets import SiteRule
+from ipadapter_core.attention.schedule import WeightSchedule
 from ipadapter_core.bake import bake
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError

@@ -16,15 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipadapter_core.attention.schedule import (
-    PRESETS,
-    SiteRule,
-    WeightSchedule,
-    parse_curve,
-    parse_layers,
-    parse_numbers,
-    parse_site_factors,
-)
+from ipadapter_core.attention.presets import PRESETS, SiteRule, SiteWeights, parse_layers, parse_site_factors
+from ipadapter_core.attention.schedule import WeightSchedule, Window, parse_curve, parse_numbers
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.legacy.frame_weights import WeightsStrategy
 from ipadapter_core.legacy.settings import LegacySettings
@@ -214,7 +207,7 @@ def test_an_unknown_unet_with_one_resolution_has_no_roles() -> None:
     (0.2, 0.6, 0.601, 0.0), (0.6, 0.2, 0.4, 0.0), (0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.001, 0.0), (0.0, 0.001, 0.0, 1.0), (1.0, 1.0, 1.0, 1.0),
 ])  # fmt: skip
 def test_window(start: float, end: float, percent: float, factor: float) -> None:
-    assert WeightSchedule(start_percent=start, end_percent=end).at(percent) == factor
+    assert Window(start, end).at(percent) == factor
 
 
 @pytest.mark.parametrize(("percent", "factor"), [
@@ -222,21 +215,29 @@ def test_window(start: float, end: float, percent: float, factor: float) -> None
 ])  # fmt: skip
 def test_curve(percent: float, factor: float) -> None:
     """Constant before the first and after the last point, linear between, a jump where two points share a percent."""
-    schedule = WeightSchedule(curve=((0.2, 2.0), (0.4, 1.0), (0.4, -0.5), (0.8, -0.5)))
-    assert schedule.at(percent) == pytest.approx(factor)
+    window = Window(curve=((0.2, 2.0), (0.4, 1.0), (0.4, -0.5), (0.8, -0.5)))
+    assert window.at(percent) == pytest.approx(factor)
 
 
 def test_a_curve_acts_within_the_window_only() -> None:
-    schedule = WeightSchedule(start_percent=0.5, curve=((0.0, 1.0), (1.0, 0.0)))
-    assert schedule.at(0.4) == 0.0
-    assert schedule.at(0.75) == pytest.approx(0.25)
+    window = Window(start_percent=0.5, curve=((0.0, 1.0), (1.0, 0.0)))
+    assert window.at(0.4) == 0.0
+    assert window.at(0.75) == pytest.approx(0.25)
 
 
 def test_constant_schedules_need_no_progress() -> None:
-    assert WeightSchedule(0.3, "ease in").constant
-    assert not WeightSchedule(end_percent=0.99).constant
-    assert not WeightSchedule(start_percent=0.01).constant
-    assert not WeightSchedule(curve=((0.0, 1.0),)).constant
+    assert WeightSchedule(0.3, "ease in").window.constant
+    assert not Window(end_percent=0.99).constant
+    assert not Window(start_percent=0.01).constant
+    assert not Window(curve=((0.0, 1.0),)).constant
+
+
+def test_a_schedule_is_a_place_and_a_window_side_by_side() -> None:
+    schedule = WeightSchedule(0.5, "ease in", 0.1, 0.9, boost=2.0, curve=((0.5, 1.0),), layers=((3, 1.0),))
+    assert schedule.place == SiteWeights(0.5, "ease in", boost=2.0, layers=((3, 1.0),))
+    assert schedule.window == Window(0.1, 0.9, ((0.5, 1.0),))
+    assert replace(schedule, end_percent=0.2).window.end_percent == 0.2
+    assert replace(schedule, end_percent=0.2).place == schedule.place
 
 
 # --- per-site tables -----------------------------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def test_curves_have_limits_and_are_looked_up_not_walked() -> None:
             return super().__getitem__(at)
 
     schedule = WeightSchedule(curve=Points((i / 10_000, float(i)) for i in range(10_000)))
-    assert schedule.at(0.70005) == pytest.approx(7000.5)
+    assert schedule.window.at(0.70005) == pytest.approx(7000.5)
     assert len(looked) < 20
 
 
@@ -388,7 +389,7 @@ def test_a_curve_is_the_same_as_walked(points: list[tuple[float, float]], percen
         if points[0][0] < percent <= p1:
             walked = f1 if p1 == p0 else f0 + (f1 - f0) * (percent - p0) / (p1 - p0)
             break
-    assert WeightSchedule(curve=tuple(points)).at(percent) == walked
+    assert Window(curve=tuple(points)).at(percent) == walked
 
 
 def test_lists_of_the_old_pack_are_read() -> None:

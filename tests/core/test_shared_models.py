@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from ipadapter_core import RegionMask, WeightSchedule, bake, layout_of
+from ipadapter_core import RegionMask, WeightSchedule, Window, bake, layout_of
 from ipadapter_core.attention.patch import AdapterPatch
 from ipadapter_core.backends.diffusers import lora as loras
 from ipadapter_core.backends.diffusers import unet as images
@@ -60,7 +60,7 @@ def applied(kind: str, unet: nn.Module) -> ExitStack:
         patch = image_on(unet, curve=CURVE, mask=halves)
         stack.enter_context(images.apply(unet, patch, image_on(unet, seed=1, strength=0.5)))
     if kind in ("lora", "both"):
-        first = lora_on(unet, schedule=WeightSchedule(curve=CURVE), uncond_strength=0.3)
+        first = lora_on(unet, window=Window(curve=CURVE), uncond_strength=0.3)
         second = masked(lora_on(unet, seed=1, algorithm="DoRA out"), RegionMask.from_tensor(halves))
         stack.enter_context(loras.apply(unet, first, second, branches=("uncond", "cond")))
     return stack

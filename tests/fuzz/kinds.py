@@ -28,7 +28,8 @@ from torch import Tensor
 import tiny_loras
 from fuzz import mutators as m
 from ipadapter_core import WeightSchedule, bake, load_adapter, load_prompt
-from ipadapter_core.attention.schedule import parse_curve, parse_layers, parse_numbers, parse_site_factors
+from ipadapter_core.attention.presets import parse_layers, parse_site_factors
+from ipadapter_core.attention.schedule import parse_curve, parse_numbers
 from ipadapter_core.backends.diffusers import lora as diffusers_lora
 from ipadapter_core.checkpoints import describe_adapter, kohya_lora, save_adapter
 from ipadapter_core.checkpoints.projectors import pack_face

@@ -282,8 +282,7 @@ def apply_merged(
     prefix = "diffusion_model." if "unet" in components else ""
     found: dict[str, list[Part]] = {}
     for component in components:
-        factor = patch.schedule.strength if component == "unet" else 1.0
-        strength = patch.strength_for(component) * factor
+        strength = patch.strength_for(component)
         for placement, own in patch.acting(component):
             if strength * own != 0:
                 found.setdefault(prefix + placement.key, []).append((placement, strength * own))

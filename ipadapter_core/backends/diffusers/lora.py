@@ -88,7 +88,7 @@ class LiveLoRAs:
         self._replace(tuple(p.with_strength(strength) if i in chosen else p for i, p in enumerate(self._patches)))
 
     def set_patch(self, patch: LoRAPatch, index: int = 0) -> None:
-        """Another strength, schedule or mask for the same LoRA; a new selector needs a new ``apply``."""
+        """Another strength, window or mask for the same LoRA; a new selector needs a new ``apply``."""
         if patch.placed is not self._patches[index].placed or patch.selector != self._patches[index].selector:
             raise InvalidInputError(
                 "this is another LoRA or selector than the one applied; remove it and apply the new one"
@@ -431,7 +431,7 @@ def _by_parameter(patches: Sequence[LoRAPatch], component: Component) -> dict[st
     """What acts on each parameter; every change is made from the pristine weight, so order does not matter."""
     found: dict[str, list[Part]] = {}
     for patch in patches:
-        strength = patch.strength_for(component) * (patch.schedule.strength if component == "unet" else 1.0)
+        strength = patch.strength_for(component)
         for placement, factor in patch.acting(component):
             if strength * factor != 0:
                 found.setdefault(placement.key, []).append((placement, strength * factor))
