@@ -213,7 +213,7 @@ class World:
         for name, flag in (("faceid-plusv2", "faceidplusv2"), ("faceid-unnorm", "portraitunnorm")):
             if name in self.old_adapters:  # which the old loader reads off the file's path
                 self.old_adapters[name][flag] = True
-        self.faces = fake_insightface(ours.ipadapter_core.faces)
+        self.faces = fake_insightface(ours.ipadapter_core.images.faces)
         self.first: dict[str, Any] = {}
         if old_folder:
             self.old = load_module("old", Path(old_folder[0]) / "__init__.py", package=True).NODE_CLASS_MAPPINGS
