@@ -110,9 +110,7 @@ def measure(host_attention: Callable[..., Any] | None, old: Callable[..., Any] |
     q, k, v = (torch.randn(BATCH, n, CHANNELS) for n in (TOKENS, 7, 7))
     image_k, image_v = (torch.randn(BATCH, HEADS, IMAGE_TOKENS, CHANNELS // HEADS) for _ in range(2))
     base = torch.randn(BATCH, TOKENS, CHANNELS)
-    (one, options), (two, _), (three, _) = (
-        hook_and_options(count, function) for count in (1, 2, 3)
-    )
+    (one, options), (two, _), (three, _) = (hook_and_options(count, function) for count in (1, 2, 3))
 
     def least() -> Any:
         rows = q.view(BATCH, TOKENS, HEADS, -1).transpose(1, 2)
@@ -151,10 +149,11 @@ def hook_and_options(prompts: int, attention: Callable[..., Any]) -> tuple[Calla
     from ipadapter_core.attention.patch import AdapterPatch, BakedSite
     from ipadapter_core.attention.schedule import WeightSchedule
     from ipadapter_core.backends.comfy.unet import KEY, AttentionHook, CallNote, Chunk
-    from ipadapter_core.models.sites import CrossAttentionSite, ModelLayout
+    from ipadapter_core.models.sites import ModelLayout, Site
+    from ipadapter_core.models.unet import SD15
 
-    site = CrossAttentionSite("input", 4, 0, 0, 0, CHANNELS, HEADS, 2, True, "")
-    layout = ModelLayout("one site", WIDTH, (site,))
+    site = Site("", "input", 4, 0, 0, CHANNELS, HEADS)
+    layout = ModelLayout(SD15, WIDTH, (site,))
     schedule = WeightSchedule(0.7)
     patches = tuple(
         AdapterPatch("a", layout, (BakedSite(*torch.randn(2, 2, 1, HEADS, IMAGE_TOKENS, CHANNELS // HEADS)),), schedule,
