@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
 import pytest
 
-from host.comfy_server import ComfyServer, Graph, Node, find_hosts
+from host.comfy_server import PACK_NAME, ComfyServer, Graph, Node, find_hosts
+from host.object_info import of_this_pack, stored
 from host.shrunk import build_checkpoint
 from host.test_legacy_nodes import WIDGETS, sampled
 from host.tiny_adapters import build_adapter
 from ipadapter_core.legacy.migrate import REPLACEMENTS
-from ipadapter_core.legacy.migrate.names import OUR_WIDGETS
-from workflows.graph import widget_names
 
 
 def replacements(server: ComfyServer) -> dict[str, Any]:
@@ -38,11 +38,12 @@ def test_the_host_knows_what_replaces_an_old_node(server: ComfyServer) -> None:
         assert set(info[entry.new]["input"]["required"]) <= given, "a required input would stay empty"
 
 
-def test_the_widgets_that_migrate_sets_are_our_nodes_widgets(server: ComfyServer) -> None:
-    """In their order, by which saved graphs give them, and with no other behind them."""
-    info = server.object_info()
-    for kind, names in OUR_WIDGETS.items():
-        assert tuple(widget_names(info[kind])) == names, kind
+def test_the_stored_nodes_are_those_of_this_pack(server: ComfyServer) -> None:
+    """tests/core checks the tables that rewrite graphs against the file; ``python tests/host/object_info.py`` renews it."""
+    live = of_this_pack(server.object_info(), PACK_NAME)
+    for kind, node in stored().items():
+        assert json.dumps(live.pop(kind)) == json.dumps(node), kind  # texts, as order counts
+    assert live == {}
 
 
 def old_graph(checkpoint: str, adapter: str, ours: bool) -> tuple[Graph, str]:

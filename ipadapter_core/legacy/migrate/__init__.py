@@ -305,6 +305,5 @@ def change_noise(made: Migration, number: NodeId) -> None:
     """Make a noise node ours."""
     values, _ = settings_of(made.nodes[number])
     made.move((number, "image_optional"), (number, "image"))
-    settings = [values["type"], values["strength"], values["blur"]]
-    made.become(number, "ImagePromptNoise", {"image": "IMAGE"}, {"image": "IMAGE"}, settings)
+    made.become(number, "ImagePromptNoise", kind=values["type"], strength=values["strength"], blur=values["blur"])
     made.report.append(f"{NOISE} (node {label(number)}) is Noise Image")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ...errors import InvalidInputError
 from ...features import ENCODERS
@@ -13,18 +12,16 @@ from ..settings import SIMPLE_WEIGHT_TYPES
 from .graph import Json, Migration, NodeId, Target, fed_besides, label, settings_of
 from .names import (
     ADAPTER,
-    APPLY_INPUTS,
-    ENCODE_INPUTS,
-    FACE_INPUTS,
     FACE_LOADER,
     FACE_MODEL,
     FACE_WIDGETS,
     NEW_NAMES,
     PRECISE,
-    TILED_INPUTS,
     TILED_WIDGETS,
     UNIFIED,
 )
+
+ENCODE_WIDGETS: Json = {"crop": "center", "strengths": "", "unconditional": "auto"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +36,7 @@ def load_face_model(made: Migration, number: NodeId) -> None:
     """A loader of face models becomes Load Face Model."""
     node = made.nodes[number]
     values, _ = settings_of(node)
-    made.become(
-        number, "ImagePromptLoadFaceModel", {}, {"face_model": FACE_MODEL}, [values["model_name"], values["provider"]]
-    )
+    made.become(number, "ImagePromptLoadFaceModel", pack=values["model_name"], provider=values["provider"])
     made.report.append(f"{node.type} (node {label(number)}) is Load Face Model")
 
 
@@ -75,7 +70,7 @@ def load_adapter_nodes(made: Migration, number: NodeId) -> Loaded:
     node = made.nodes[number]
     values, _ = settings_of(node)
     if node.type not in UNIFIED:
-        made.become(number, "ImagePromptLoadAdapter", {}, {"adapter": ADAPTER}, [values["ipadapter_file"]])
+        made.become(number, "ImagePromptLoadAdapter", file=values["ipadapter_file"])
         for target in made.edges.consumers(number, 0):
             made.feed(target, number, 0, ADAPTER)
         made.report.append(f"IPAdapterModelLoader (node {label(number)}) is Load IP-Adapter")
@@ -89,9 +84,7 @@ def load_adapter_nodes(made: Migration, number: NodeId) -> Loaded:
     models, adapters = (made.edges.consumers(number, slot) for slot in (0, 1))
     applied = None
     if lora and entry.lora:
-        applied = made.add(
-            "ImagePromptApplyFaceLoRA", (x, y - 140), {"model": "MODEL", "adapter": ADAPTER}, {"model": "MODEL"}, [lora]
-        )
+        applied = made.add("ImagePromptApplyFaceLoRA", (x, y - 140), strength=lora)
         made.move((number, "model"), (applied, "model"))
         made.feed((applied, "adapter"), number, 0, ADAPTER)
     source, output = (model.source, model.output) if applied is None else (applied, 0)
@@ -108,13 +101,12 @@ def load_adapter_nodes(made: Migration, number: NodeId) -> Loaded:
     parts = [f"Load IP-Adapter ({file})"]
     if entry.encoder in ENCODERS:
         encoder = ENCODERS[entry.encoder].files[0]
-        vision = made.add("CLIPVisionLoader", (x, y + 130), {}, {"CLIP_VISION": "CLIP_VISION"}, [encoder])
+        vision = made.add("CLIPVisionLoader", (x, y + 130), clip_name=encoder)
         parts.append(f"Load CLIP Vision ({encoder})")
     if node.type == FACE_LOADER:
-        widgets = ["buffalo_l", values["provider"]]
-        faces = made.add("ImagePromptLoadFaceModel", (x, y + 260), {}, {"face_model": FACE_MODEL}, widgets)
+        faces = made.add("ImagePromptLoadFaceModel", (x, y + 260), pack="buffalo_l", provider=values["provider"])
         parts += ["Load Face Model", *([] if applied is None else ["Apply Face LoRA"])]
-    made.become(number, "ImagePromptLoadAdapter", {}, {"adapter": ADAPTER}, [file])
+    made.become(number, "ImagePromptLoadAdapter", file=file)
     made.report.append(
         f"{node.type} (node {label(number)}, {values['preset']}) is {' and '.join(parts)}, taken for an "
         f"{'SDXL' if base == 'sdxl' else 'SD1.5'} model: choose your own files where they are called otherwise"
@@ -131,34 +123,33 @@ def apply_nodes(made: Migration, number: NodeId, loaded: Mapping[NodeId, Loaded]
     beside = loaded.get(made.origin(adapter).source, Loaded())
     vision = beside.vision
     x, y = node.place
-    combine, batch = values.get("combine_embeds", "concat"), old.endswith("Batch")
+    references = {
+        "combine": values.get("combine_embeds", "concat"), "per_latent": old.endswith("Batch"), "compatibility": switch,
+    }  # fmt: skip
     made.move((number, "ipadapter"), (number, "adapter"), ADAPTER)
     if old in TILED_WIDGETS:
-        steering = steering_widgets(values, values.get("weight_type", "linear"), switch)
-        settings = [*steering[:-1], combine, batch, values.get("sharpening", 0.0), switch]
+        steering = steering_widgets(values, values.get("weight_type", "linear"))
         for name in ("image_negative", "attn_mask"):
             made.move((number, name), (number, NEW_NAMES[name]))
         if made.edges.get((number, "clip_vision")) is None and vision is not None:
             made.feed((number, "clip_vision"), vision, 0, "CLIP_VISION")
-        outputs = {"model": "MODEL", "tiles": "IMAGE", "masks": "MASK"}
-        made.become(number, "ImagePromptApplyTiled", TILED_INPUTS, outputs, settings)
-        add_schedule(made, number, settings)
+        sharpening = values.get("sharpening", 0.0)
+        made.become(number, "ImagePromptApplyTiled", **steering, **references, sharpening=sharpening)
+        add_schedule(made, number, steering)
         made.report.append(f"{old} (node {label(number)}) is Apply Tiled Image to Model")
         return
     if old in FACE_WIDGETS:
-        outputs = {"image_prompt": "IMAGE_PROMPT", "faces": "IMAGE"}
+        strength = values.get("weight_faceidv2", 1.0)
         # the old pack takes the best detection
-        settings = ["best", 1, combine, values.get("weight_faceidv2", 1.0), batch, switch]
-        encode = made.add("ImagePromptEncodeFace", (x, y - 340), FACE_INPUTS, outputs, settings)
+        chosen = {"face": "best", "number": 1, "picture_strength": strength}
+        encode = made.add("ImagePromptEncodeFace", (x, y - 340), **chosen, **references)
         for target in made.edges.consumers(number, 1):
             made.feed(target, encode, 1, "IMAGE")
         made.move((number, "insightface"), (encode, "face_model"), FACE_MODEL)
         if made.edges.get((encode, "face_model")) is None and beside.faces is not None:
             made.feed((encode, "face_model"), beside.faces, 0, FACE_MODEL)
     else:
-        outputs = {"image_prompt": "IMAGE_PROMPT"}
-        settings = ["center", combine, "", "auto", batch, switch]
-        encode = made.add("ImagePromptEncode", (x, y - 320), ENCODE_INPUTS, outputs, settings)
+        encode = made.add("ImagePromptEncode", (x, y - 320), **ENCODE_WIDGETS, **references)
     for name in ("clip_vision", "image", "image_negative"):
         made.move((number, name), (encode, NEW_NAMES.get(name, name)))
     if made.edges.get((encode, "clip_vision")) is None and vision is not None:
@@ -168,26 +159,29 @@ def apply_nodes(made: Migration, number: NodeId, loaded: Mapping[NodeId, Loaded]
     made.feed((number, "image_prompt"), encode, 0, "IMAGE_PROMPT")
     kind = str(values.get("weight_type", "linear"))
     preset = SIMPLE_WEIGHT_TYPES.get(kind, "linear") if old == "IPAdapter" else PRECISE.get(old, kind)
-    steering = steering_widgets(values, preset, switch)
-    made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, steering)
+    steering = steering_widgets(values, preset)
+    made.become(number, "ImagePromptApply", **steering, compatibility=switch)
     add_schedule(made, number, steering, values.get("style_boost", values.get("composition_boost")))
     encoder = "Encode Face Prompt" if old in FACE_WIDGETS else "Encode Image Prompt"
     made.report.append(f"{old} (node {label(number)}) is {encoder} (node {label(encode)}) and Apply Adapter to Model")
 
 
-def steering_widgets(values: Json, preset: str, switch: str) -> list[Any]:
-    """Widgets of Apply Adapter to Model."""
-    steering = [values.get("weight", 1.0), preset, values.get("embeds_scaling", "V only")]
-    return [*steering, values.get("start_at", 0.0), values.get("end_at", 1.0), switch]
+def steering_widgets(values: Json, preset: str) -> Json:
+    """Widgets of the nodes that apply, all but the last."""
+    return {
+        "strength": values.get("weight", 1.0), "preset": preset, "scaling": values.get("embeds_scaling", "V only"),
+        "start": values.get("start_at", 0.0), "end": values.get("end_at", 1.0),
+    }  # fmt: skip
 
 
-def add_schedule(made: Migration, number: NodeId, steering: list[Any], boost: float | None = None) -> None:
+def add_schedule(made: Migration, number: NodeId, steering: Json, boost: float | None = None) -> None:
     """An Adapter Schedule where the old node's strength is not that of all its preset does: composition has 1 there."""
-    if boost is None and not (steering[1] == "style and composition" and steering[0] != 1):
+    if boost is None and not (steering["preset"] == "style and composition" and steering["strength"] != 1):
         return
     x, y = made.nodes[number].place
-    settings = ["0: 1, 1: 1", "", True, 1.0, 1.0 if boost is None else boost]
-    outputs = {"schedule": "IMAGE_PROMPT_SCHEDULE"}
-    schedule = made.add("ImagePromptSchedule", (x, y - 580), {}, outputs, settings)
+    schedule = made.add(
+        "ImagePromptSchedule", (x, y - 580), curve="0: 1, 1: 1", sites="", separate_composition=True,
+        composition_strength=1.0, boost=1.0 if boost is None else boost,
+    )  # fmt: skip
     made.feed((number, "schedule"), schedule, 0, "IMAGE_PROMPT_SCHEDULE")
     made.report.append(f"Adapter Schedule (node {label(schedule)}) holds what node {label(number)} had of its own")

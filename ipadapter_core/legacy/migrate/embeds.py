@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from ...errors import quoted
-from .apply import Loaded, add_schedule, steering_widgets
+from .apply import ENCODE_WIDGETS, Loaded, add_schedule, steering_widgets
 from .graph import FAR, Edge, Migration, NodeId, fed_besides, label, settings_of
-from .names import ADAPTER, APPLY_INPUTS, EMBED_SOCKETS, EMBEDS, ENCODE_INPUTS, FACE_LOADER, LOADERS, UNIFIED
+from .names import ADAPTER, EMBED_SOCKETS, EMBEDS, FACE_LOADER, LOADERS, UNIFIED
 
 
 def embed_pairs(made: Migration) -> list[tuple[NodeId, NodeId]]:
@@ -113,29 +113,27 @@ def change_embeds(made: Migration, group: Collection[NodeId], loaded: Mapping[No
             made.move(
                 (number, name), (number, renamed.get(name, name)), "IMAGE_PROMPT" if name in EMBED_SOCKETS else ""
             )
-        prompt = {"image_prompt": "IMAGE_PROMPT"}
         match kind:
             case "IPAdapterEncoder":
                 weight = values["weight"]
-                settings = ["center", "concat", "" if weight == 1 else f"{weight:g}", "auto", number in batches, switch]
-                made.become(number, "ImagePromptEncode", ENCODE_INPUTS, prompt, settings)
+                settings = {**ENCODE_WIDGETS, "strengths": "" if weight == 1 else f"{weight:g}", "combine": "concat"}
+                made.become(number, "ImagePromptEncode", **settings, per_latent=number in batches, compatibility=switch)
                 title = "Encode Image Prompt"
             case "IPAdapterCombineEmbeds":
-                inputs = {"adapter": ADAPTER, **{f"prompt_{i}": "IMAGE_PROMPT" for i in range(1, 6)}}
-                made.become(number, "ImagePromptCombine", inputs, prompt, [values["method"], *[1.0] * 5])
+                strengths = {f"strength_{i}": 1.0 for i in range(1, 6)}
+                made.become(number, "ImagePromptCombine", combine=values["method"], **strengths)
                 title = "Combine Image Prompts"
             case "IPAdapterSaveEmbeds":
-                made.become(number, "ImagePromptSave", prompt, {"path": "STRING"}, [values["filename_prefix"]])
+                made.become(number, "ImagePromptSave", filename_prefix=values["filename_prefix"])
                 title = "Save Image Prompt"
             case "IPAdapterLoadEmbeds":
-                inputs = {"adapter": ADAPTER, "clip_vision": "CLIP_VISION"}
-                settings = [f"{values['embeds']} [input]", number in batches, switch]
-                made.become(number, "ImagePromptLoad", inputs, prompt, settings)
+                file = f"{values['embeds']} [input]"
+                made.become(number, "ImagePromptLoad", file=file, per_latent=number in batches, compatibility=switch)
                 title = "Load Image Prompt"
             case _:
-                settings = steering_widgets(values, values.get("weight_type", "linear"), switch)
-                made.become(number, "ImagePromptApply", APPLY_INPUTS, {"model": "MODEL"}, settings)
-                add_schedule(made, number, settings)
+                steering = steering_widgets(values, values.get("weight_type", "linear"))
+                made.become(number, "ImagePromptApply", **steering, compatibility=switch)
+                add_schedule(made, number, steering)
                 title = "Apply Adapter to Model"
         inputs = made.nodes[number].inputs
         if "adapter" not in inputs:

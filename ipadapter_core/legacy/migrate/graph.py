@@ -12,7 +12,7 @@ from typing import Any, cast
 from ...compatibility import COMPATIBILITIES
 from ...errors import quoted
 from ..settings import todays_option
-from .names import DEFAULTS, OPTIONS, SETTINGS, SWITCH, TEXTS
+from .names import DEFAULTS, OPTIONS, OUR_NODES, SETTINGS, SWITCH, TEXTS
 
 Json = dict[str, Any]
 NodeId = int | str
@@ -124,24 +124,21 @@ class Migration:
     rewritten: int = 0
     report: list[str] = field(default_factory=list[str])
 
-    def add(
-        self,
-        kind: str,
-        place: tuple[float, float],
-        inputs: Mapping[str, str],
-        outputs: Mapping[str, str],
-        widgets: list[Any],
-    ) -> NodeId:
+    def add(self, kind: str, place: tuple[float, float], /, **widgets: Any) -> NodeId:
+        """Put a node of OUR_NODES into the graph, at a place on the canvas, with a value for each of its widgets."""
         number = self.fresh()
-        self.nodes[number] = Node(number, kind, tuple(widgets), place, inputs, outputs)
+        self.nodes[number] = Node(
+            number, kind, _in_order(kind, widgets), place, OUR_NODES[kind].inputs, OUR_NODES[kind].outputs
+        )
         self.changed.add(number)
         return number
 
-    def become(
-        self, number: NodeId, kind: str, inputs: Mapping[str, str], outputs: Mapping[str, str], widgets: list[Any]
-    ) -> None:
-        node = self.nodes[number]
-        self.nodes[number] = replace(node, type=kind, widgets=tuple(widgets), inputs=inputs, outputs=outputs)
+    def become(self, number: NodeId, kind: str, /, **widgets: Any) -> None:
+        """Make a node one of OUR_NODES, with a value for each of its widgets."""
+        ours = OUR_NODES[kind]
+        self.nodes[number] = replace(
+            self.nodes[number], type=kind, widgets=_in_order(kind, widgets), inputs=ours.inputs, outputs=ours.outputs
+        )
         self.changed.add(number)
         self.rewritten += 1
 
@@ -196,6 +193,14 @@ class Migration:
                 self.edges[target] = replace(self.edges[target], type=edge.type)
                 if self.type_of(target[0]) == REROUTE:
                     todo.append((target, self.edges[target]))
+
+
+def _in_order(kind: str, widgets: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Values as saved graphs give them, by position. Raises ValueError unless each widget has one."""
+    names = OUR_NODES[kind].widgets
+    if set(names) != set(widgets):
+        raise ValueError(f"{kind} has the widgets {', '.join(names)}; values were given for {', '.join(widgets)}")
+    return tuple(widgets[name] for name in names)
 
 
 def label(number: NodeId) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...attention.schedule import SCALINGS
 from ..settings import COMBINE_METHODS, SIMPLE_WEIGHT_TYPES, WEIGHT_TYPES
 
 ADAPTER = "IMAGE_PROMPT_ADAPTER"
+FACE_MODEL = "IMAGE_PROMPT_FACE_MODEL"
 SWITCH = "IPAdapter_plus"
 
 # class type: its widgets in order. Every one of these becomes an encode and an apply node.
@@ -126,54 +128,56 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What widgets that a file does not have stand at."""
 
-OUR_WIDGETS: dict[str, tuple[str, ...]] = {
-    "ImagePromptLoadAdapter": ("file",),
-    "CLIPVisionLoader": ("clip_name",),
-    "ImagePromptLoadFaceModel": ("pack", "provider"),
-    "ImagePromptApplyFaceLoRA": ("strength",),
-    "ImagePromptNoise": ("kind", "strength", "blur"),
-    "ImagePromptEncode": ("crop", "combine", "strengths", "unconditional", "per_latent", "compatibility"),
-    "ImagePromptEncodeFace": ("face", "number", "combine", "picture_strength", "per_latent", "compatibility"),
-    "ImagePromptApply": ("strength", "preset", "scaling", "start", "end", "compatibility"),
-    "ImagePromptApplyTiled": (
-        "strength", "preset", "scaling", "start", "end", "combine", "per_latent", "sharpening", "compatibility",
-    ),
-    "ImagePromptSchedule": ("curve", "sites", "separate_composition", "composition_strength", "boost"),
-    "ImagePromptCombine": ("combine", *(f"strength_{i}" for i in range(1, 6))),
-    "ImagePromptSave": ("filename_prefix",),
-    "ImagePromptLoad": ("file", "per_latent", "compatibility"),
-}  # fmt: skip
-"""Widgets of the nodes that take an old one's place, in order."""
 
-ENCODE_INPUTS = {
-    "adapter": ADAPTER,
-    "clip_vision": "CLIP_VISION",
-    "image": "IMAGE",
-    "mask": "MASK",
-    "negative": "IMAGE",
+@dataclass(frozen=True, slots=True)
+class OurNode:
+    """A node that is put into a graph: sockets with their types, and widgets, both in order; outputs with their types."""
+
+    inputs: Mapping[str, str]
+    widgets: tuple[str, ...]
+    outputs: Mapping[str, str]
+
+
+_VISION = {"clip_vision": "CLIP_VISION"}
+_REFERENCE = {"image": "IMAGE", "mask": "MASK", "negative": "IMAGE"}
+_SCHEDULE = {"schedule": "IMAGE_PROMPT_SCHEDULE"}
+_PROMPT = {"image_prompt": "IMAGE_PROMPT"}
+_ADAPTER, _MODEL = {"adapter": ADAPTER}, {"model": "MODEL"}
+_STEERING = ("strength", "preset", "scaling", "start", "end")
+
+OUR_NODES: dict[str, OurNode] = {
+    "ImagePromptLoadAdapter": OurNode({}, ("file",), _ADAPTER),
+    "CLIPVisionLoader": OurNode({}, ("clip_name",), {"CLIP_VISION": "CLIP_VISION"}),
+    "ImagePromptLoadFaceModel": OurNode({}, ("pack", "provider"), {"face_model": FACE_MODEL}),
+    "ImagePromptApplyFaceLoRA": OurNode(_MODEL | _ADAPTER, ("strength",), _MODEL),
+    "ImagePromptNoise": OurNode({"image": "IMAGE"}, ("kind", "strength", "blur"), {"image": "IMAGE"}),
+    "ImagePromptEncode": OurNode(
+        _ADAPTER | _VISION | _REFERENCE,
+        ("crop", "combine", "strengths", "unconditional", "per_latent", "compatibility"),
+        _PROMPT,
+    ),
+    "ImagePromptEncodeFace": OurNode(
+        _ADAPTER | {"face_model": FACE_MODEL, "image": "IMAGE"} | _VISION | _REFERENCE,
+        ("face", "number", "combine", "picture_strength", "per_latent", "compatibility"),
+        {**_PROMPT, "faces": "IMAGE"},
+    ),
+    "ImagePromptApply": OurNode(
+        _MODEL | _ADAPTER | _PROMPT | {"mask": "MASK"} | _SCHEDULE, (*_STEERING, "compatibility"), _MODEL
+    ),
+    "ImagePromptApplyTiled": OurNode(
+        _MODEL | _ADAPTER | _VISION | _REFERENCE | _SCHEDULE,
+        (*_STEERING, "combine", "per_latent", "sharpening", "compatibility"),
+        _MODEL | {"tiles": "IMAGE", "masks": "MASK"},
+    ),
+    "ImagePromptSchedule": OurNode(
+        {}, ("curve", "sites", "separate_composition", "composition_strength", "boost"), _SCHEDULE
+    ),
+    "ImagePromptCombine": OurNode(
+        _ADAPTER | {f"prompt_{i}": "IMAGE_PROMPT" for i in range(1, 6)},
+        ("combine", *(f"strength_{i}" for i in range(1, 6))),
+        _PROMPT,
+    ),
+    "ImagePromptSave": OurNode(_PROMPT, ("filename_prefix",), {"path": "STRING"}),
+    "ImagePromptLoad": OurNode(_ADAPTER | _VISION, ("file", "per_latent", "compatibility"), _PROMPT),
 }
-FACE_MODEL = "IMAGE_PROMPT_FACE_MODEL"
-FACE_INPUTS = {
-    "adapter": ADAPTER,
-    "face_model": FACE_MODEL,
-    "image": "IMAGE",
-    "clip_vision": "CLIP_VISION",
-    "mask": "MASK",
-    "negative": "IMAGE",
-}
-TILED_INPUTS = {
-    "model": "MODEL",
-    "adapter": ADAPTER,
-    "clip_vision": "CLIP_VISION",
-    "image": "IMAGE",
-    "mask": "MASK",
-    "negative": "IMAGE",
-    "schedule": "IMAGE_PROMPT_SCHEDULE",
-}
-APPLY_INPUTS = {
-    "model": "MODEL",
-    "adapter": ADAPTER,
-    "image_prompt": "IMAGE_PROMPT",
-    "mask": "MASK",
-    "schedule": "IMAGE_PROMPT_SCHEDULE",
-}
+"""Nodes that take an old one's place. tests/core compares them with what ComfyUI says of these nodes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .graph import Edge, Json, Migration, Node, NodeId, Target, Wires, number_of, row, table
-from .names import OUR_WIDGETS
+from .names import OUR_NODES
 
 
 def is_prompt(value: Any) -> bool:
@@ -63,6 +63,6 @@ class Prompt:
                 inputs = {n: v for n, v in table(self.raw[key].get("inputs")).items() if n in into or n not in before}
                 out[key] = {**self.raw[key], "inputs": {**inputs, **into}}
                 continue
-            widgets = dict(zip(OUR_WIDGETS[node.type], node.widgets, strict=True))
+            widgets = dict(zip(OUR_NODES[node.type].widgets, node.widgets, strict=True))
             out[key] = {**table(self.raw.get(key)), "class_type": node.type, "inputs": {**widgets, **into}}
         return out
