@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
@@ -47,6 +48,23 @@ TokenGridRule = Callable[[tuple[int, int], int], "tuple[int, int] | None"]
 
 
 @dataclass(frozen=True, slots=True)
+class Training:
+    """What the trainer must know of a family, in diffusers' form of it.
+
+    ``condition`` is what the model reads: ``text``, the first encoder's last layer; ``text and sizes``, the last layer but
+    one of two encoders, the second's pooled embedding, and original, crop and target size of the picture (SDXL).
+    ``side_multiple`` tells of a model what the sides of its latents must be multiples of. Both tuples are class names of
+    blocks: those whose activations gradient checkpointing computes again, and those that are gathered and let go as one
+    when a model is split over processes.
+    """
+
+    condition: Literal["text", "text and sizes"]
+    side_multiple: Callable[[nn.Module], int]
+    checkpointed: tuple[str, ...]
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModel:
     """A family of base models. A new one is a file in this room with such a value and a line in ``BASE_MODELS``.
 
@@ -54,7 +72,7 @@ class BaseModel:
     It is None where image prompts cannot act yet. ``text_width`` is the width of the text tokens and ``attentions`` the
     number of sites of the full-size model. ``roles`` is None where nobody knows which sites carry style or composition.
     ``tokens`` lays out a site's image tokens. ``reference_width`` is the width of the widest attention, by which the
-    channel penalty divides.
+    channel penalty divides. ``training`` is None where nothing can be trained yet.
     """
 
     name: str
@@ -64,6 +82,7 @@ class BaseModel:
     roles: Roles | None
     tokens: TokenGridRule
     reference_width: int
+    training: Training | None = None
 
 
 @dataclass(frozen=True, slots=True)

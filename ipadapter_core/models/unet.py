@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from .sites import BaseModel, ModelLayout, Roles, Site
+from .sites import BaseModel, ModelLayout, Roles, Site, Training
 
 # --- sites -----------------------------------------------------------------------------------------------------------
 
@@ -105,8 +105,19 @@ def walk_unet(model: nn.Module) -> ModelLayout | None:
         if (base.attentions, base.text_width) == (len(sites), token_dim):
             return ModelLayout(base, token_dim, tuple(sites))
     name = f"UNet with {len(sites)} sites, width {token_dim}"
-    unknown = replace(SD15, name=name, text_width=token_dim, attentions=len(sites), roles=_roles_by(levels))
+    relative = SDXL if _wants_sizes(model) else SD15
+    unknown = replace(relative, name=name, text_width=token_dim, attentions=len(sites), roles=_roles_by(levels))
     return ModelLayout(unknown, token_dim, tuple(sites))
+
+
+def _wants_sizes(model: nn.Module) -> bool:
+    added = getattr(getattr(model, "config", None), "addition_embed_type", None)
+    return added == "text_time" or getattr(model, "label_emb", None) is not None
+
+
+def _halvings(model: nn.Module) -> int:
+    """Latents must halve as often as a diffusers UNet halves them."""
+    return 2 ** (len(cast(Any, model).config.block_out_channels) - 1)
 
 
 def _roles_by(levels: dict[int, int]) -> Roles | None:
@@ -155,7 +166,20 @@ SD15 = BaseModel(
     roles=Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
     tokens=token_grid,
     reference_width=REFERENCE_WIDTH,
+    training=Training(
+        condition="text",
+        side_multiple=_halvings,
+        checkpointed=("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel"),
+        units=("ResnetBlock2D", "BasicTransformerBlock"),
+    ),
 )
 SD2 = replace(SD15, name="SD2", text_width=1024)
-SDXL = replace(SD15, name="SDXL", text_width=2048, attentions=70, roles=Roles({3: 1.0}, frozenset({6})))
+SDXL = replace(
+    SD15,
+    name="SDXL",
+    text_width=2048,
+    attentions=70,
+    roles=Roles({3: 1.0}, frozenset({6})),
+    training=replace(cast(Training, SD15.training), condition="text and sizes"),
+)
 UNETS = (SD15, SD2, SDXL)

@@ -148,7 +148,7 @@ def test_both_walks_find_the_same_sites(kind: str) -> None:
 
     assert levels(LdmUNet(kind)) == levels(tiny_unet(kind)) != []
     assert [facts(s) for s in ldm.sites] == [facts(s) for s in ours.sites]
-    assert (ldm.name, ldm.token_dim, ldm.model) == (ours.name, ours.token_dim, ours.model)
+    assert (ldm.name, ldm.token_dim, ldm.model.roles) == (ours.name, ours.token_dim, ours.model.roles)
     assert len({s.path for s in ldm.sites}) == len(ldm.sites)
 
 
@@ -199,3 +199,13 @@ def test_a_layout_is_a_value() -> None:
     assert a == b
     assert hash(a) == hash(b)
     assert a != layout_of(tiny_unet(SDXL))
+
+
+@pytest.mark.parametrize(("kind", "condition", "multiple"), [(SD15, "text", 8), (SDXL, "text and sizes", 4)])
+def test_what_the_trainer_asks(kind: str, condition: str, multiple: int) -> None:
+    unet = tiny_unet(kind)
+    training = layout_of(unet).model.training
+    assert training is not None
+    assert (training.condition, training.side_multiple(unet)) == (condition, multiple)
+    classes = {type(module).__name__ for module in unet.modules()}
+    assert {*training.checkpointed, *training.units} <= classes
