@@ -6,9 +6,10 @@ patch = bake(adapter, prompt, layout_of(unet), WeightSchedule(strength=0.8))
 with backends.diffusers.apply(unet, patch): ...
 """
 
+from .attention.call import ModelCall, SiteCall
 from .attention.masks import RegionMask
 from .attention.maths import KeyValue, Scale, add_image_attention, attend, scale_for
-from .attention.patch import AdapterPatch, SiteCall
+from .attention.patch import AdapterPatch
 from .attention.presets import PRESETS, SiteRule, parse_layers, parse_site_factors
 from .attention.schedule import (
     SCALINGS,
@@ -77,6 +78,7 @@ __all__ = [
     "IncompatibleEncoderError",
     "InvalidInputError",
     "KeyValue",
+    "ModelCall",
     "ModelLayout",
     "RegionMask",
     "Rules",

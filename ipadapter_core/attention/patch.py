@@ -1,8 +1,7 @@
-"""What a backend applies: image keys and values per site, with schedule and mask, and what one attention call tells of itself."""
+"""What a backend applies: image keys and values per site, with schedule and mask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,13 +11,11 @@ from ..compatibility import CORRECT, Rules
 from ..errors import InvalidInputError
 from ..models.sites import ModelLayout
 from .batch import WINDOWS_KEPT, Frames, fit_batch, keep
-from .masks import Area, RegionMask, inference_mode
+from .call import COND, UNCOND, SiteCall
+from .masks import RegionMask, inference_mode
 from .maths import KeyValue, Scale, add_image_attention, scale_for, split_mean
 from .presets import OFF, SiteWeight
 from .schedule import WeightSchedule
-
-UNCOND, COND = 0, 1
-"""Branches of classifier-free guidance; baked tensors hold them in this order, the order in which hosts batch them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,29 +85,6 @@ class BakedSite:
             self._prepared.pop(key, None)
 
 
-@dataclass(frozen=True, slots=True)
-class SiteCall:
-    """One attention call in host-neutral terms, the same for every adapter on the site.
-
-    ``branches`` names the chunks of the batch in order (COND or UNCOND); each holds ``q.shape[0] / len(branches)``
-    latents. ``latent`` is the whole latent's size, ``areas`` the part each chunk sees (None: all), ``grid`` the rows and
-    columns of ``q``'s tokens; these three matter only for masks. ``frames`` are the latents' numbers in an animation
-    that is sampled in windows. ``order`` and ``size`` are the host's own index of each chunk and the latent's size in
-    this very call, for Rules that go by them.
-    """
-
-    q: Tensor
-    heads: int
-    branches: tuple[int, ...]
-    percent: Callable[[], float]
-    latent: tuple[int, int] | None = None
-    grid: tuple[int, int] | None = None
-    areas: tuple[Area | None, ...] | None = None
-    frames: Frames | None = None
-    order: tuple[int, ...] | None = None
-    size: tuple[int, int] | None = None
-
-
 class LatentWeights:
     """Weight of every site for every latent, ``sites latents``; rows are kept per device and kind of call."""
 
@@ -165,49 +139,52 @@ class AdapterPatch:
         """Whether the site can ever see the image; an inactive one needs no hook."""
         return self.weights[site].weight != 0.0 and not self.schedule.window.never
 
-    def add_to(self, base: Tensor, site: int, call: SiteCall) -> Tensor:
+    def add_to(self, base: Tensor, site: int, at: SiteCall) -> Tensor:
         """Add this image's attention to the attention output ``base`` (``b l c``) of one site."""
-        weight = self.weights[site]
-        window = self.schedule.window
+        call, q, weight, window = at.call, at.q, self.weights[site], self.schedule.window
         factor = 1.0 if window.constant else window.at(call.percent())
         if weight.weight * factor == 0.0:
             return base
         branches = call.branches
         if self.rules.branches_by_index and call.order is not None:
             branches = tuple(UNCOND if index == 1 else COND for index in call.order)
-        latents = call.q.shape[0] // len(branches)
-        kv = self.sites[site].arranged(
-            branches, latents, weight.flipped, call.q, call.frames, self.rules.mean_per_image
-        )
+        latents = q.shape[0] // len(branches)
+        kv = self.sites[site].arranged(branches, latents, weight.flipped, q, call.frames, self.rules.mean_per_image)
         if self.latent_weights is None:
             scale = self._scale(site, weight.weight * factor)
         else:
-            rows = self.latent_weights.of(site, len(branches), latents, call.frames, call.q)
+            rows = self.latent_weights.of(site, len(branches), latents, call.frames, q)
             scale = self._scale(site, rows if factor == 1.0 else rows * factor)
-        mask = None if self.mask is None else self._grid(call, latents)
-        return add_image_attention(base, call.q, kv, call.heads, scale, mask)
+        mask = None if self.mask is None else self._mask_rows(self.mask, at, latents)
+        return add_image_attention(base, q, kv, at.heads, scale, mask)
 
     def _scale(self, site: int, weight: float | Tensor) -> Scale:
         return scale_for(
             self.schedule.scaling, weight, self.layout.sites[site].channels, self.layout.model.reference_width
         )
 
-    def _grid(self, call: SiteCall, latents: int) -> Tensor:
-        assert self.mask is not None
+    def _mask_rows(self, mask: RegionMask, at: SiteCall, latents: int) -> Tensor:
+        """How much of every token lies inside, ``1|b l 1``."""
+        call, q = at.call, at.q
         if self.rules.stretched_masks and call.size is not None:
-            rows = self.mask.stretched(call.size, self.rules.stretched_masks, call.q, latents, call.frames)
-            return rows if rows.shape[0] == 1 else rows.repeat(call.q.shape[0] // latents, 1, 1)
-        if call.grid is None or call.latent is None:
+            rows = mask.stretched(call.size, self.rules.stretched_masks, q, latents, call.frames)
+            return rows if rows.shape[0] == 1 else rows.repeat(q.shape[0] // latents, 1, 1)
+        grid = None
+        if at.shape is not None:
+            grid = (at.shape[-2], at.shape[-1]) if at.shape[-2] * at.shape[-1] == q.shape[1] else None
+        elif call.latent is not None:
+            grid = self.layout.model.tokens(call.latent, q.shape[1])
+        if grid is None or call.latent is None:
             raise InvalidInputError(
-                f"a region mask needs the latent's size, but this attention has {call.q.shape[1]} tokens, which is no level "
+                f"a region mask needs the latent's size, but this attention has {q.shape[1]} tokens, which is no level "
                 f"of a latent of {call.latent}; another node changes the token count (token merging?): remove it or the mask"
             )
         areas = call.areas or (None,) * len(call.branches)
-        grids = [self.mask.grid(call.latent, area, call.grid, call.q, latents, call.frames) for area in areas]
-        if all(grid is grids[0] for grid in grids):
+        grids = [mask.grid(call.latent, area, grid, q, latents, call.frames) for area in areas]
+        if all(other is grids[0] for other in grids):
             rows = grids[0]
             return rows if rows.shape[0] == 1 or len(grids) == 1 else rows.repeat(len(grids), 1, 1)
-        return torch.cat([grid.expand(latents, -1, -1) for grid in grids])
+        return torch.cat([rows.expand(latents, -1, -1) for rows in grids])
 
 
 def resolve_weights(

@@ -8,7 +8,7 @@ Letters as in ``attention.py``; ``r`` is the sum of all ranks on a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.masks import Area
+from ..attention.call import UNCOND, ModelCall
 from ..errors import InvalidInputError
 from ..models.unet import token_grid
 from .low_rank import LowRank, prepared
@@ -27,20 +27,16 @@ from .weights import Component
 
 
 @dataclass(slots=True)
-class ModelCall:
-    """One call of a part of a model, as a backend sees it: the batch in equal chunks, each positive or negative.
+class Running:
+    """The LoRAs of one part of a model in one call of it.
 
-    ``patches`` are as they were when the call began. ``percent`` is the sampling progress, asked only for windows and curves. ``latent`` is the whole latent's size,
-    ``areas`` what part of it each chunk sees (None: all). ``region`` is the masked patch whose text keys and values are
-    wanted now, None for none. ``inputs`` keeps the text that the layers of masked patches saw.
+    ``patches`` are as they were when the call began. ``region`` is the masked patch whose text keys and values are wanted
+    now, None for none. ``inputs`` keeps the text that the layers of masked patches saw.
     """
 
     patches: tuple[LoRAPatch, ...] = ()
     component: Component = "unet"
-    negative: tuple[bool, ...] = (False,)
-    percent: Callable[[], float] = float
-    latent: tuple[int, int] | None = None
-    areas: tuple[Area | None, ...] | None = None
+    model: ModelCall = field(default_factory=ModelCall)
     region: int | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     _strengths: dict[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])
@@ -53,9 +49,9 @@ class ModelCall:
             cond = patch.strength_for(component)
             uncond = cond if patch.uncond_strength is None or component != "unet" else patch.uncond_strength
             if component == "unet" and not patch.window.constant:
-                factor = patch.window.at(self.percent())
+                factor = patch.window.at(self.model.percent())
                 cond, uncond = cond * factor, uncond * factor
-            chunks = tuple(uncond if negative else cond for negative in self.negative)
+            chunks = tuple(uncond if branch == UNCOND else cond for branch in self.model.branches)
             found = self._strengths[index] = chunks[:1] if len(set(chunks)) == 1 else chunks
         return found
 
@@ -105,7 +101,7 @@ class LiveLayer:
         for kept in (self._fused, self._changes, self._vectors):
             kept.clear()
 
-    def add(self, module: nn.Module, x: Tensor, y: Tensor, call: ModelCall) -> Tensor:
+    def add(self, module: nn.Module, x: Tensor, y: Tensor, call: Running) -> Tensor:
         """The layer's output with every LoRA that acts in this call; the same object if none does."""
         low = [(p, s) for p in self.low_rank if any(s := self._strengths(p, call))]
         others = [(p, s) for p in self.others if any(s := self._strengths(p, call))] if self.others else ()
@@ -125,22 +121,22 @@ class LiveLayer:
             y = _placed_sum(y, added if weight is None else added * weight, rows, layer)
         return y
 
-    def masked_change(self, module: nn.Module, index: int, y: Tensor, call: ModelCall) -> Tensor | None:
+    def masked_change(self, module: nn.Module, index: int, y: Tensor, call: Running) -> Tensor | None:
         """What masked patch ``index`` alone adds to a text layer's output; None if nothing."""
         if index not in self.indices or self.path not in call.inputs:
             return None
         only = tuple(patch if i == index else patch.with_strength(0.0) for i, patch in enumerate(call.patches))
-        alone = ModelCall(only, "unet", call.negative, call.percent, call.latent, call.areas, index)
+        alone = Running(only, "unet", call.model, index)
         changed = self.add(module, call.inputs[self.path], y, alone)
         return None if changed is y else changed
 
-    def _strengths(self, part: _Part, call: ModelCall) -> tuple[float, ...]:
+    def _strengths(self, part: _Part, call: Running) -> tuple[float, ...]:
         if self.text and call.patches[part.index].mask is not None and call.region != part.index:
             return (0.0,)
         strengths = call.strengths(part.index)
         return strengths if part.factor == 1 else tuple(s * part.factor for s in strengths)
 
-    def _mask(self, part: _Part, y: Tensor, call: ModelCall) -> Tensor | None:
+    def _mask(self, part: _Part, y: Tensor, call: Running) -> Tensor | None:
         if self.text or call.patches[part.index].mask is None:
             return None
         return mask_like(y, part.index, call)
@@ -151,7 +147,7 @@ class LiveLayer:
         x: Tensor,
         y: Tensor,
         acting: Sequence[tuple[_Part, tuple[float, ...]]],
-        call: ModelCall,
+        call: Running,
     ) -> Tensor:
         layer = Layer(module)
         fused = self._prepare(layer, tuple(self.low_rank.index(part) for part, _ in acting), y)
@@ -275,34 +271,34 @@ def _placed_sum(y: Tensor, added: Tensor, rows: tuple[int, int] | None, layer: L
     return y
 
 
-def mask_like(y: Tensor, index: int, call: ModelCall) -> Tensor:
+def mask_like(y: Tensor, index: int, call: Running) -> Tensor:
     """Region of a patch, shaped to multiply an output: ``b l 1`` of tokens, ``b 1 y x`` of pictures, ``b 1`` of embeddings.
 
     Layers without pixels (time embeddings) take the part of the picture that the region covers.
     """
-    mask = call.patches[index].mask
+    mask, model = call.patches[index].mask, call.model
     assert mask is not None
-    chunks = len(call.negative)
+    chunks = len(model.branches)
     latents = y.shape[0] // chunks
-    if call.latent is None:
+    if model.latent is None:
         raise InvalidInputError(
             "a region mask needs the latent's size, which this model does not tell; remove the mask"
         )
-    areas = call.areas or (None,)
+    areas = model.areas or (None,)
     if y.ndim == 2:
-        grid = call.latent
+        grid = model.latent
     elif y.ndim == 4:
         grid = (int(y.shape[-2]), int(y.shape[-1]))
     else:
-        seen = {(a[0], a[1]) if a is not None else call.latent for a in areas}
+        seen = {(a[0], a[1]) if a is not None else model.latent for a in areas}
         found = token_grid(next(iter(seen)), int(y.shape[1]))
         if found is None:
             raise InvalidInputError(
-                f"a region mask does not fit a layer with {y.shape[1]} tokens, which is no level of a latent of {call.latent}; "
+                f"a region mask does not fit a layer with {y.shape[1]} tokens, which is no level of a latent of {model.latent}; "
                 "another node changes the token count (token merging?): remove it or the mask"
             )
         grid = found
-    grids = [mask.grid(call.latent, area, grid, y, latents) for area in areas]
+    grids = [mask.grid(model.latent, area, grid, y, latents) for area in areas]
     rows = grids[0] if len(grids) == 1 else torch.cat([g.expand(latents, -1, -1) for g in grids])
     if rows.shape[0] not in (1, y.shape[0]):
         rows = rows.repeat(y.shape[0] // rows.shape[0], 1, 1)
@@ -334,7 +330,7 @@ class LiveStack:
         )
         return tuple(dict.fromkeys(found))
 
-    def regions_at(self, site: str, call: ModelCall) -> list[int]:
+    def regions_at(self, site: str, call: Running) -> list[int]:
         """Masked patches that act on the text keys or values of one cross-attention now."""
         indices = {i for n in ("to_k", "to_v") if (layer := self.layers.get(f"{site}.{n}")) for i in layer.indices}
         return [i for i in sorted(indices) if call.patches[i].mask is not None and any(call.strengths(i))]

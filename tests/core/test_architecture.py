@@ -92,7 +92,12 @@ def all_rooms() -> set[str]:
 def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
     """Every kind of import that the rules below rest on."""
     found = set(imports(CORE / "backends/comfy/unet.py"))
-    assert {"ipadapter_core.attention.patch", "ipadapter_core.attention.patch.COND", "torch", "torch.nn"} <= found
+    assert {
+        "ipadapter_core.attention.patch",
+        "ipadapter_core.attention.patch.AdapterPatch",
+        "torch",
+        "torch.nn",
+    } <= found
     assert "ipadapter_core.checkpoints.format" in set(imports(CORE / "checkpoints/__init__.py"))
     assert offenders([CORE / "backends/comfy/unet.py"], *core("attention")), "a rule could not fail"
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import ipadapter_core.attention.maths as attention
+import ipadapter_core.backends.comfy.notes as notes
 import ipadapter_core.backends.comfy.unet as backend
 from ipadapter_core.attention.batch import Frames
+from ipadapter_core.attention.call import SiteCall
 from ipadapter_core.attention.patch import AdapterPatch
 from ipadapter_core.attention.presets import SiteRule
 from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
@@ -154,7 +156,7 @@ def test_the_comparison_with_the_formula_can_fail(
     if broken == "middle block left out":
         schedule = WeightSchedule(0.7, site_factors=(SiteRule("middle", 0.0),))
     elif broken == "uncond and cond swapped":
-        monkeypatch.setattr(backend, "NEGATIVE_NAMES", frozenset({"positive"}))
+        monkeypatch.setattr(notes, "NEGATIVE_NAMES", frozenset({"positive"}))
     else:
         real = attention.attend
         monkeypatch.setattr(
@@ -292,12 +294,12 @@ def test_windows_that_rebuild_the_conditionings_keep_their_names(model: FakePatc
 
 
 def test_the_hosts_own_context_window_names_the_frames() -> None:
-    options = {"n_heads": 2, "cond_or_uncond": [0], "original_shape": [2, 4, 8, 8]}
     window = SimpleNamespace(index_list=[3, 1], total_frames=5, dim=0)
-    q = torch.zeros(2, 64, 4)
-    assert backend.site_call(q, 2, {**options, "context_window": window}).frames == Frames((3, 1), 5)
+    options = {"cond_or_uncond": [0], "context_window": window}
+    x = torch.zeros(2, 4, 8, 8)
+    assert notes.call_of(x, (), {"transformer_options": options}).frames == Frames((3, 1), 5)
     window.dim = 2  # video models cut another axis, on which no latent of the batch lies
-    assert backend.site_call(q, 2, {**options, "context_window": window}).frames is None
+    assert notes.call_of(x, (), {"transformer_options": options}).frames is None
 
 
 def test_several_conditionings_of_one_name(model: FakePatcher) -> None:
@@ -394,6 +396,7 @@ def test_applying_again_keeps_one_wrapper_each(model: FakePatcher) -> None:
     assert {kind: [len(w) for w in keys.values()] for kind, keys in patched.wrappers.items()} == {
         "predict_noise": [1],
         "calc_cond_batch": [1],
+        "apply_model": [1],
     }
 
 
@@ -442,7 +445,8 @@ def test_a_hook_that_was_there_is_called_first(kind: str, parts: int) -> None:
 
     def both(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         index = sites[(*options["block"], options["block_index"])]
-        return patch.add_to(halving(q, k, v, options), index, backend.site_call(q, options["n_heads"], options))
+        call = SiteCall(notes.call_at(options), q, options["n_heads"])
+        return patch.add_to(halving(q, k, v, options), index, call)
 
     sites = {(s.group, s.number, s.depth): i for i, s in enumerate(patch.layout.sites)}
     expected = every_slot(applied(model, patch), both, 3)
@@ -515,15 +519,15 @@ class ContinuousEDM:
 def test_progress_inverts_the_hosts_schedule(sampling: Any, percent: float) -> None:
     """Within the slack of the window's ends, from a float32 sigma."""
     sigma = float(torch.tensor(sampling.percent_to_sigma(percent)))
-    assert backend.percent_of(sigma, sampling) == pytest.approx(percent, abs=1e-6)
+    assert notes.percent_of(sigma, sampling) == pytest.approx(percent, abs=1e-6)
 
 
 def test_progress_at_the_ends_of_the_schedule() -> None:
     sampling = Sampling()
-    assert backend.percent_of(1000.0, sampling) == 0.0
-    assert backend.percent_of(float(sampling.sigma(torch.tensor(999.0))), sampling) == 0.0
-    assert backend.percent_of(0.0, sampling) == 1.0
-    assert backend.percent_of(float(sampling.sigma(torch.tensor(0.0))), sampling) == 1.0
+    assert notes.percent_of(1000.0, sampling) == 0.0
+    assert notes.percent_of(float(sampling.sigma(torch.tensor(999.0))), sampling) == 0.0
+    assert notes.percent_of(0.0, sampling) == 1.0
+    assert notes.percent_of(float(sampling.sigma(torch.tensor(0.0))), sampling) == 1.0
 
 
 def test_a_curve_scales_the_strength(model: FakePatcher) -> None:
@@ -544,7 +548,7 @@ def test_a_sampler_that_calls_calc_cond_batch_alone(model: FakePatcher) -> None:
     """Without a guider the second list is the negative, and the model still tells the progress."""
     patch = patch_for(model, end_percent=0.6)
     patched = applied(model, patch)
-    patched.remove_wrappers_with_key("predict_noise", backend.KEY)
+    patched.remove_wrappers_with_key("predict_noise", notes.KEY)
     guider = Guider(patched, conds("positive", "negative"))
     same(guider(X, 0.5), sample(model, patch_for(model)))
     assert identical(guider(X, 0.7), sample(model, percent=0.7))

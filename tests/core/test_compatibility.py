@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 import ipadapter_core.backends.comfy.unet as backend
 from ipadapter_core.attention.batch import Frames, fit_batch
+from ipadapter_core.attention.call import COND, UNCOND, ModelCall, SiteCall
 from ipadapter_core.attention.masks import RegionMask
-from ipadapter_core.attention.patch import COND, UNCOND, SiteCall
 from ipadapter_core.attention.presets import parse_layers
 from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
 from ipadapter_core.bake import bake
@@ -45,8 +45,14 @@ def test_the_switch_has_two_positions_and_the_old_one_differs_in_every_rule() ->
 # --- sites and branches -----------------------------------------------------------------------------------------------
 
 
-def site_call(q: Tensor, heads: int, branches: tuple[int, ...] = (COND, UNCOND), **more: object) -> SiteCall:
-    return SiteCall(q, heads, branches, lambda: 0.5, **more)  # pyright: ignore[reportArgumentType]
+def site_call(
+    q: Tensor,
+    heads: int,
+    branches: tuple[int, ...] = (COND, UNCOND),
+    shape: tuple[int, int] | None = None,
+    **more: object,
+) -> SiteCall:
+    return SiteCall(ModelCall(branches, lambda: 0.5, **more), q, heads, shape)  # pyright: ignore[reportArgumentType]
 
 
 def patch(model: FakePatcher, rules: Rules = CORRECT, *, latents: int = 1, images: int = 1, mask: Tensor | None = None, **options: object):  # fmt: skip
@@ -77,7 +83,7 @@ def test_by_index_only_the_second_chunk_is_negative() -> None:
     dual = site_call(q, heads, (UNCOND, COND, COND), order=(0, 1, 2))  # DualCFG: negative, middle, positive
     base = torch.zeros_like(q)
     correct, old = (patch(model, rules).add_to(base, 0, dual) for rules in (CORRECT, IPADAPTER_PLUS))
-    swapped = patch(model).add_to(base, 0, replace(dual, branches=(COND, UNCOND, COND)))
+    swapped = patch(model).add_to(base, 0, replace(dual, call=replace(dual.call, branches=(COND, UNCOND, COND))))
     assert_close(old, swapped)
     assert not torch.allclose(old, correct)
 
@@ -143,7 +149,7 @@ def test_a_window_of_an_animation_gets_its_own_references_strengths_and_masks() 
     mask = torch.rand(5, 32, 48, generator=torch.Generator().manual_seed(0))
     site = layout.sites[0]
     q = noise(6, 12 * 16, site.channels, seed=5)
-    size = {"latent": (12, 16), "grid": (12, 16), "size": (12, 16), "order": (0,)}
+    size = {"latent": (12, 16), "shape": (12, 16), "size": (12, 16), "order": (0,)}
     for rules in (CORRECT, IPADAPTER_PLUS):
         made = patch(model, rules, latents=6, latent_strengths=tuple(0.2 * i + 0.1 for i in range(6)), mask=mask)
         whole = made.add_to(torch.zeros_like(q), 0, site_call(q, site.heads, (COND,), **size))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ipadapter_core.attention.patch import COND, UNCOND, AdapterPatch, SiteCall
+from ipadapter_core.attention.call import COND, UNCOND, ModelCall, SiteCall
+from ipadapter_core.attention.patch import AdapterPatch
 from ipadapter_core.attention.presets import SiteRule
 from ipadapter_core.attention.schedule import WeightSchedule
 from ipadapter_core.bake import bake
@@ -142,7 +143,7 @@ def test_no_gradient_is_kept(adapter: AdapterWeights, layout: ModelLayout) -> No
 
 
 def call(q: Tensor, layout: ModelLayout, *branches: int, percent: float = 0.5) -> SiteCall:
-    return SiteCall(q, layout.sites[0].heads, branches, lambda: percent)
+    return SiteCall(ModelCall(branches, lambda: percent), q, layout.sites[0].heads)
 
 
 def added(patch: AdapterPatch, q: Tensor, *branches: int, site: int = 0) -> Tensor:
@@ -212,9 +213,9 @@ def test_the_progress_is_asked_for_only_by_windows_and_curves(adapter: AdapterWe
 
     q = noise(2, 9, layout.sites[0].channels)
     patch = bake(adapter, tiny_prompt(adapter), layout)
-    patch.add_to(q, 0, SiteCall(q, 2, (0, 1), never))
+    patch.add_to(q, 0, SiteCall(ModelCall((0, 1), never), q, 2))
     with pytest.raises(AssertionError, match="how far"):
-        patch.with_schedule(WeightSchedule(end_percent=0.4)).add_to(q, 0, SiteCall(q, 2, (0, 1), never))
+        patch.with_schedule(WeightSchedule(end_percent=0.4)).add_to(q, 0, SiteCall(ModelCall((0, 1), never), q, 2))
 
 
 def test_another_dtype_is_converted_once(adapter: AdapterWeights, layout: ModelLayout) -> None:

@@ -14,9 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ...attention.patch import UNCOND
-from ...errors import IncompatibleAdapterError
-from ...lora.live import LiveLayer, LiveStack, ModelCall, mask_like
+from ...lora.live import LiveLayer, LiveStack, Running, mask_like
 from ...lora.patch import LoRAPatch
 from ...lora.placement import Partial, PlacedLoRA, Placement, place_lora
 from ...lora.targets import TargetTable, targets_of
@@ -24,22 +22,9 @@ from ...lora.update import wide
 from ...lora.weights import Component, LoRAWeights
 from ...models.sites import ModelLayout, Site
 from ..calls import Calls, Hooks, eagerly, uncompiled, watch_hooks
-from .unet import (
-    KEY,
-    Attention,
-    AttentionHook,
-    CallNote,
-    Options,
-    PatcherLike,
-    StepNote,
-    comfy_layout,
-    key_part,
-    marked,
-    note_chunks,
-    note_step,
-    occupant_of,
-    torch_attention,
-)
+from .marks import marked
+from .notes import KEY, Attention, PatcherLike, call_of, install_notes, noted
+from .unet import AttentionHook, comfy_layout, key_part, occupant_of, torch_attention
 
 LORA_KEY = "image_prompt_lora"
 """Our entry in transformer_options and the key of our wrapper."""
@@ -92,9 +77,7 @@ def apply_live(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention | 
     if not stack.layers:
         return clone
     clone.add_wrapper_with_key("apply_model", LORA_KEY, LiveWrapper(stack))
-    for kind, wrapper in (("predict_noise", note_step), ("calc_cond_batch", note_chunks)):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    install_notes(clone)
     regional = set(stack.text_sites)
     if regional:
         layout = comfy_layout(model)
@@ -117,11 +100,11 @@ def live_patches(model: PatcherLike) -> tuple[LoRAPatch, ...]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Running:
-    """A model call under way: what the attention hooks of masked LoRAs need."""
+class _Live:
+    """What the attention hooks of masked LoRAs need in a model call under way."""
 
     stack: LiveStack
-    call: ModelCall
+    running: Running
     unet: nn.Module
 
 
@@ -130,8 +113,8 @@ class LiveWrapper:
 
     def __init__(self, stack: LiveStack) -> None:
         self.stack = stack
-        self._calls: Calls[ModelCall] = Calls()
-        self._without = ModelCall(tuple(patch.with_strength(0.0) for patch in stack.patches))
+        self._calls: Calls[Running] = Calls()
+        self._without = Running(tuple(patch.with_strength(0.0) for patch in stack.patches))
         self._hooks = Hooks({path: _LayerHook(self, layer).add for path, layer in stack.layers.items()})
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,18 +123,12 @@ class LiveWrapper:
         return self._run(executor, *args, **kwargs)
 
     def _run(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
-        options: Options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
         unet = uncompiled(executor.class_obj.diffusion_model)
-        call = model_call(x, options, self.stack.patches)
-        noted = {**options, LORA_KEY: _Running(self.stack, call, unet)}
-        if len(args) > 4:
-            args = (*args[:4], noted, *args[5:])
-        else:
-            kwargs["transformer_options"] = noted
+        running = Running(self.stack.patches, "unet", model := call_of(x, args, kwargs))
+        args, kwargs = noted(args, kwargs, {KEY: model, LORA_KEY: _Live(self.stack, running, unet)})
         watch_hooks()
         with self._hooks.on(unet), marked(unet, lambda: "live LoRAs"):
-            self._calls.begin(call)
+            self._calls.begin(running)
             output: Any = None
             try:
                 output = executor(x, *args, **kwargs)
@@ -159,7 +136,7 @@ class LiveWrapper:
                 self._calls.end(output)
         return output
 
-    def call(self) -> ModelCall:
+    def call(self) -> Running:
         """The call that a layer runs in; one without LoRAs where it runs in none of ours."""
         return self._calls.running() or self._calls.found(self._without, lambda: self._without)
 
@@ -183,30 +160,6 @@ class _LayerHook:
         return self._layer.add(module, args[0], output, self._wrapper.call())
 
 
-def model_call(x: Tensor, options: Options, patches: tuple[LoRAPatch, ...]) -> ModelCall:
-    """Translate ComfyUI's transformer_options of one model call."""
-    note = options.get(KEY)
-    order: Sequence[int] = options.get("cond_or_uncond") or (0,)
-    latent = (int(x.shape[-2]), int(x.shape[-1]))
-    negative = tuple(index == 1 for index in order)
-    if not isinstance(note, CallNote):
-        step = note if isinstance(note, StepNote) else None
-        return ModelCall(patches, "unet", negative, step.percent if step is not None else _unknown, latent)
-    uuids: Sequence[object] = options.get("uuids") or (None,) * len(order)
-    chunks = [note.chunks.get(uuid) for uuid in uuids]
-    negative = tuple(n if c is None else c.branch == UNCOND for n, c in zip(negative, chunks, strict=True))
-    areas = tuple(None if c is None else c.area for c in chunks)
-    percent = note.step.percent if note.step is not None else _unknown
-    return ModelCall(patches, "unet", negative, percent, note.latent, areas if any(areas) else None)
-
-
-def _unknown() -> float:
-    raise IncompatibleAdapterError(
-        "this sampler runs the model outside ComfyUI's guiders, so the sampling progress is unknown; remove the LoRA's "
-        "schedule, or use a sampler built on ComfyUI's own"
-    )
-
-
 # --- text keys and values by region ----------------------------------------------------------------------------------
 
 
@@ -220,17 +173,16 @@ class RegionHook:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         base = out = self._attend(q, k, v, extra_options)
-        running = extra_options.get(LORA_KEY)
-        if not isinstance(running, _Running):
+        live = extra_options.get(LORA_KEY)
+        if not isinstance(live, _Live):
             return out
-        stack, call = running.stack, running.call
-        for index in stack.regions_at(self.path, call):
-            changed = [self._changed(running, name, index, t) for name, t in (("to_k", k), ("to_v", v))]
+        for index in live.stack.regions_at(self.path, live.running):
+            changed = [self._changed(live, name, index, t) for name, t in (("to_k", k), ("to_v", v))]
             if all(t is None for t in changed):
                 continue
             own_k, own_v = (old if new is None else new for old, new in zip((k, v), changed, strict=True))
             regional = self._attend(q, own_k, own_v, extra_options)
-            out = torch.addcmul(out, regional - base, mask_like(base, index, call))
+            out = torch.addcmul(out, regional - base, mask_like(base, index, live.running))
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -239,12 +191,12 @@ class RegionHook:
         precision = options.get("attn_precision")
         return self.attention(q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options)
 
-    def _changed(self, running: _Running, name: str, index: int, t: Tensor) -> Tensor | None:
+    def _changed(self, live: _Live, name: str, index: int, t: Tensor) -> Tensor | None:
         path = f"{self.path}.{name}"
-        layer = running.stack.layers.get(path)
+        layer = live.stack.layers.get(path)
         if layer is None:
             return None
-        return layer.masked_change(running.unet.get_submodule(path), index, t, running.call)
+        return layer.masked_change(live.unet.get_submodule(path), index, t, live.running)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionHook:
         return self

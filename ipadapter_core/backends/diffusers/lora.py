@@ -6,12 +6,12 @@ keep working, and removing the hooks restores the model exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...attention.call import ModelCall
 from ...errors import InvalidInputError
-from ...lora.live import LiveLayer, LiveStack, ModelCall, mask_like
+from ...lora.live import LiveLayer, LiveStack, Running, mask_like
 from ...lora.patch import LoRAPatch
 from ...lora.placement import Partial, Placement, place_lora
 from ...lora.targets import TargetTable, targets_of
 from ...lora.update import shape_text, wide
 from ...lora.weights import Component, LoRAWeights
-from ..calls import Calls, eagerly, uncompiled, watch_hooks
+from ..calls import Calls, eagerly, uncompiled
+from .notes import Around, Beginning, Branches
 
-Branch = Literal["uncond", "cond"]
-Branches = Sequence[Branch] | Callable[[], Sequence[Branch]]
 Part = tuple[Placement, float]
 
 
@@ -74,7 +74,6 @@ class LiveLoRAs:
         self._patches = tuple(patches)
         self._branches = branches
         stacks = [(module, LiveStack(patches, component)) for component, module in parts_of(pipeline).items()]
-        watch_hooks()
         self._parts = [_LivePart(self, module, stack) for module, stack in stacks if stack.layers]
 
     @property
@@ -133,27 +132,10 @@ class LiveLoRAs:
         for part in self._parts:
             part.calls.changed()
 
-    def call(self, component: Component, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        """A call that begins now with these inputs."""
-        if component != "unet":
-            return ModelCall(self._patches, component)
-        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else 0.0
-        names = self._branches() if callable(self._branches) else self._branches
-        batch = int(sample.shape[0]) if isinstance(sample, Tensor) else 1
-        if batch % len(names):
-            raise InvalidInputError(
-                f"the model got a batch of {batch}, which cannot hold the branches {tuple(names)} in equal parts; "
-                "pass branches=('cond',) where classifier-free guidance is off"
-            )
-        latent = tuple(int(n) for n in sample.shape[-2:]) if isinstance(sample, Tensor) and sample.ndim == 4 else None
-        return ModelCall(
-            self._patches,
-            component,
-            tuple(name == "uncond" for name in names),
-            lambda: _percent(timestep),
-            (latent[0], latent[1]) if latent else None,
-        )
+    def running(self, component: Component, call: Beginning) -> Running:
+        """What runs in a call that begins now."""
+        model = call.described(self._branches) if component == "unet" else ModelCall()
+        return Running(self._patches, component, model)
 
 
 class _LivePart:
@@ -161,13 +143,11 @@ class _LivePart:
 
     def __init__(self, owner: LiveLoRAs, module: nn.Module, stack: LiveStack) -> None:
         self.owner, self.stack = owner, stack
-        self.calls: Calls[ModelCall] = Calls()
-        self._without = ModelCall(tuple(patch.with_strength(0.0) for patch in stack.patches), stack.component)
+        self.calls: Calls[Running] = Calls()
+        self._without = Running(tuple(patch.with_strength(0.0) for patch in stack.patches), stack.component)
         self._removed = False
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(self._before, with_kwargs=True),
-            module.register_forward_hook(self._after, always_call=True),
-        ]
+        self._handles: list[RemovableHandle] = []
+        self._around = Around.join(module, self)
         for path, layer in stack.layers.items():
             # first in line: whoever reads the layer's output, an image prompt its q, sees it with the LoRA
             hook = _LayerHook(self, layer)
@@ -182,28 +162,23 @@ class _LivePart:
         self.calls.when_over(self._detach)
 
     def _detach(self) -> None:
+        self._around.leave(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.stack.release()
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        eagerly(self._begin, args, kwargs)
+    def begin(self, call: Beginning) -> None:
+        """A call of the module begins."""
+        self.calls.begin(self._without if self._removed else self.owner.running(self.stack.component, call))
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        eagerly(self.calls.end, output)
-
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch_hooks()
-        self.calls.begin(self._without if self._removed else self.owner.call(self.stack.component, args, kwargs))
-
-    def found(self) -> ModelCall:
+    def found(self) -> Running:
         """The call that a layer belongs to which runs outside of one."""
         return self.calls.found(self._without, self._outside)
 
-    def _outside(self) -> ModelCall:
+    def _outside(self) -> Running:
         """A layer that runs on its own: a constant strength needs no more to be known."""
-        return ModelCall(self.owner.patches, self.stack.component)
+        return Running(self.owner.patches, self.stack.component)
 
 
 class _LayerHook:
@@ -240,13 +215,6 @@ class _RegionHook:
                 call.region = None
             output = torch.addcmul(output, changed - base, mask_like(base, index, call))
         return output
-
-
-def _percent(timestep: Tensor | float) -> float:
-    """Sampling progress: timestep 999 is 0; pipelines of flow models pass 1 down to 0 instead."""
-    value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-    flow = isinstance(timestep, Tensor) and timestep.is_floating_point() and value <= 1.0
-    return min(max(1 - value / (1.0 if flow else 999.0), 0.0), 1.0)
 
 
 def apply(pipeline: Any, *patches: LoRAPatch, branches: Branches = ("cond",)) -> LiveLoRAs:

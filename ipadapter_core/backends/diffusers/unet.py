@@ -7,48 +7,33 @@ and removing the hooks restores the model exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ...attention.call import ModelCall, SiteCall
 from ...attention.masks import RegionMask
-from ...attention.patch import COND, UNCOND, AdapterPatch, SiteCall
+from ...attention.patch import AdapterPatch
 from ...attention.schedule import WeightSchedule
 from ...errors import IncompatibleAdapterError, InvalidInputError
 from ...models import layout_of
 from ...models.sites import Site
-from ...models.unet import token_grid
-from ..calls import Calls, eagerly, uncompiled, watch_hooks
-
-Branch = Literal["uncond", "cond"]
-Branches = Sequence[Branch] | Callable[[], Sequence[Branch]]
-_NUMBERS = {"uncond": UNCOND, "cond": COND}
+from ..calls import Calls, eagerly, uncompiled
+from .notes import Around, Beginning, Branch, Branches
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """What one UNet call is about. Its image prompts, per site, are those of its beginning."""
+    """One UNet call with its image prompts, per site, as they were when it began."""
 
     sites: tuple[tuple[AdapterPatch, ...], ...]
-    branches: tuple[int, ...] = (COND,)
-    latent: tuple[int, int] | None = None
-    timestep: Tensor | float | None = None
+    model: ModelCall = field(default_factory=ModelCall)
     q: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    _percent: float | None = None
-
-    def percent(self) -> float:
-        """Sampling progress as ComfyUI defines it: timestep 999 is 0, timestep 0 is 1."""
-        if self._percent is None:
-            assert self.timestep is not None
-            t = self.timestep
-            value = float(t.flatten()[0]) if isinstance(t, Tensor) else float(t)
-            self._percent = min(max(1 - value / 999, 0.0), 1.0)
-        return self._percent
 
 
 class AppliedAdapters:
@@ -58,19 +43,15 @@ class AppliedAdapters:
     """
 
     def __init__(self, unet: nn.Module, patches: Sequence[AdapterPatch], branches: Branches) -> None:
-        self._patches = tuple(patches)
-        self._branches = branches
+        self._patches, self._branches = tuple(patches), branches
         self.calls: Calls[_Call] = Calls()
         self._without = _Call(((),) * len(patches[0].layout.sites))
         self._sites = self._per_site()
         self._hooks = [
             _SiteHook(self, i, site, unet.get_submodule(site.path)) for i, site in enumerate(patches[0].layout.sites)
         ]
-        watch_hooks()
-        self._handles: list[RemovableHandle] | None = [
-            unet.register_forward_pre_hook(self._before, with_kwargs=True),
-            unet.register_forward_hook(self._after, always_call=True),
-        ]
+        self._removed = False
+        self._around = Around.join(unet, self)
         for hook in self._hooks:
             hook.attach()
 
@@ -93,10 +74,10 @@ class AppliedAdapters:
         Calls that other threads are inside of end as they began, and a gradient that a checkpoint with
         ``use_reentrant=True`` still has to compute sees what its call saw: the hooks go when these are over.
         """
-        if self._handles is not None:
-            handles, self._handles = self._handles, None
+        if not self._removed:
+            self._removed = True
             self._sites = self._without.sites
-            self.calls.when_over(lambda: self._detach(handles))
+            self.calls.when_over(self._detach)
 
     def __enter__(self) -> AppliedAdapters:
         return self
@@ -107,7 +88,7 @@ class AppliedAdapters:
         self.remove()
 
     def _replace(self, index: int, patch: AdapterPatch) -> None:
-        if self._handles is None:
+        if self._removed:
             raise InvalidInputError("these adapters were removed from their UNet; apply them again")
         patches = list(self._patches)
         patches[index] = patch
@@ -119,36 +100,19 @@ class AppliedAdapters:
         sites = range(len(self._patches[0].layout.sites))
         return tuple(tuple(patch for patch in self._patches if patch.active(i)) for i in sites)
 
-    def _detach(self, handles: Sequence[RemovableHandle]) -> None:
-        for handle in handles:
-            handle.remove()
+    def _detach(self) -> None:
+        self._around.leave(self)
         for hook in self._hooks:
             hook.detach()
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        eagerly(self._begin, args, kwargs)
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        eagerly(self.calls.end, output)
-
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch_hooks()
-        sample = args[0] if args else kwargs.get("sample")
-        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-        if sample is None or timestep is None:
+    def begin(self, call: Beginning) -> None:
+        """A call of the UNet begins."""
+        if call.sample is None or call.timestep is None:
             return self.calls.begin(self._without)  # the UNet will say what it misses
-        names = self._branches() if callable(self._branches) else self._branches
-        if sample.shape[0] % len(names):
-            raise InvalidInputError(
-                f"the UNet got a batch of {sample.shape[0]}, which cannot hold the branches {tuple(names)} in equal parts; "
-                "pass branches=('cond',) where classifier-free guidance is off"
-            )
-        branches = tuple(_NUMBERS[name] for name in names)
-        call = _Call(self._sites, branches, (int(sample.shape[-2]), int(sample.shape[-1])), timestep)
-        if self._handles is not None:
+        if not self._removed:
             for hook in self._hooks:
                 hook.attach()  # a LoRA may have replaced the layers since
-        self.calls.begin(call)
+        self.calls.begin(_Call(self._sites, call.described(self._branches)))
 
     def found(self) -> _Call:
         """The UNet call that a layer belongs to which runs outside of one."""
@@ -163,11 +127,8 @@ class AppliedAdapters:
     @staticmethod
     def add(q: Tensor, base: Tensor, index: int, heads: int, call: _Call) -> Tensor:
         """Text attention ``base`` plus all image attention of one site."""
-        patches = call.sites[index]
-        masked = any(patch.mask is not None for patch in patches)
-        grid = token_grid(call.latent, q.shape[1]) if masked and call.latent is not None else None
-        site_call = SiteCall(q, heads, call.branches, call.percent, call.latent, grid)
-        for patch in patches:
+        site_call = SiteCall(call.model, q, heads)
+        for patch in call.sites[index]:
             base = patch.add_to(base, index, site_call)
         return base
 

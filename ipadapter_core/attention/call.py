@@ -1,0 +1,52 @@
+"""What a hook knows when it runs: the model call, described once when it starts, and one attention of it.
+
+Both hosts describe their calls so, and image prompts and LoRAs read the same description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .batch import Frames
+from .masks import Area
+
+UNCOND, COND = 0, 1
+"""Branches of classifier-free guidance; baked tensors hold them in this order, the order in which hosts batch them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelCall:
+    """One call of a model in host-neutral terms, the same for all that acts in it.
+
+    ``branches`` names the chunks of the batch in order (COND or UNCOND); each holds ``b / len(branches)`` latents.
+    ``percent`` is the sampling progress, 0 (pure noise) .. 1 (done); it may read the device, so it is asked only for
+    windows and curves. ``latent`` is the whole latent's size, ``areas`` the part of it that each chunk sees (None: all);
+    these two matter only for masks. ``frames`` are the latents' numbers in an animation that is sampled in windows.
+    ``order`` and ``size`` are the host's own index of each chunk and the latent's size in this very call, for Rules that
+    go by them.
+    """
+
+    branches: tuple[int, ...] = (COND,)
+    percent: Callable[[], float] = float
+    latent: tuple[int, int] | None = None
+    areas: tuple[Area | None, ...] | None = None
+    frames: Frames | None = None
+    order: tuple[int, ...] | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteCall:
+    """One attention of a model call, the same for every image prompt on the site.
+
+    ``q`` are the latent tokens' queries ``b l c`` of ``heads`` heads; ``shape`` ends in the rows and columns of the tokens
+    where the host tells them.
+    """
+
+    call: ModelCall
+    q: Tensor
+    heads: int
+    shape: Sequence[int] | None = None

@@ -1,0 +1,293 @@
+"""ComfyUI: what a model call consists of, told to every hook inside of it (comfy is not imported).
+
+Three stateless wrappers note it from the outside in: a sampling step (which conditioning is the negative prompt, by the
+guider's names and not by index, so that dual-CFG and perp-neg guiders work, and how far sampling is), the conditionings
+of a step (which part of the latent each sees), and the model call itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+from uuid import uuid4
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from ...attention.batch import Frames
+from ...attention.call import COND, UNCOND, ModelCall
+from ...attention.masks import Area
+from ...errors import IncompatibleAdapterError
+from .marks import marked
+
+KEY = "image_prompt"
+"""Our entry in transformer_options and the key of our wrappers."""
+
+NEGATIVE_NAMES = frozenset({"negative", "empty_negative_prompt"})
+"""Names under which guiders keep conditionings without the image; all others carry it."""
+
+Attention = Callable[..., Tensor]
+"""The host's ``(q, k, v, heads, attn_precision=, transformer_options=)``."""
+Options = Mapping[str, Any]
+
+
+class PatcherLike(Protocol):
+    """What this backend needs of ComfyUI's ModelPatcher."""
+
+    model_options: dict[str, Any]
+    wrappers: dict[str, dict[str, list[Callable[..., Any]]]]
+
+    def clone(self) -> PatcherLike: ...
+    def get_model_object(self, name: str) -> Any: ...
+    def set_model_attn2_replace(
+        self, patch: Any, block_name: str, number: int, transformer_index: int | None = None
+    ) -> None: ...
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable[..., Any]) -> None: ...
+    def remove_wrappers_with_key(self, wrapper_type: str, key: str) -> None: ...
+
+
+def install_notes(clone: PatcherLike) -> None:
+    """Put the wrappers on a clone, once each."""
+    for kind, wrapper in (("predict_noise", note_step), ("calc_cond_batch", note_chunks), ("apply_model", note_call)):
+        if not clone.wrappers.get(kind, {}).get(KEY):
+            clone.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+@dataclass(slots=True)
+class StepNote:
+    """One sampling step: the guider's conditionings, and the progress, computed when first asked.
+
+    A conditioning is known by the identity of its list, or by its entries' uuids: context windows make new lists of
+    copied entries.
+    """
+
+    names: dict[int, str]
+    sigma: Tensor
+    sampling: Any
+    entries: Mapping[object, str] = field(default_factory=dict[object, str])
+    _percent: float | None = None
+
+    def name(self, conds: Sequence[dict[str, Any]] | None) -> str | None:
+        """The guider's name of a conditioning; None for one that the guider does not have."""
+        found = self.names.get(id(conds))
+        if found is None:
+            found = next((self.entries[e["uuid"]] for e in conds or () if e.get("uuid") in self.entries), None)
+        return found
+
+    def percent(self) -> float:
+        """Sampling progress 0..1; reading sigma synchronises the device, once per step and only for windows or curves."""
+        if self._percent is None:
+            self._percent = percent_of(float(self.sigma.flatten()[0]), self.sampling)
+        return self._percent
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    branch: int
+    area: Area | None
+
+
+@dataclass(frozen=True, slots=True)
+class CallNote:
+    """The conditionings of one ``calc_cond_batch`` by uuid, and the size of the whole latent."""
+
+    step: StepNote | None
+    chunks: Mapping[object, Chunk]
+    latent: tuple[int, int]
+
+
+_PROGRESS: WeakKeyDictionary[object, list[float]] = WeakKeyDictionary()
+"""Per model_sampling: -log sigma at progress 0, 1/999, …, 1."""
+
+
+def percent_of(sigma: float, sampling: Any) -> float:
+    """Sampling progress 0..1 at which ``sampling.percent_to_sigma`` gives sigma; log-linear between timesteps, as it is."""
+    table = _PROGRESS.get(sampling)
+    if table is None:
+        table = _PROGRESS[sampling] = _progress_table(sampling)
+    value = -math.log(sigma) if sigma > 0 else math.inf
+    if value <= table[0] or value >= table[-1]:
+        return float(value >= table[-1])
+    i = bisect_right(table, value)
+    return (i - 1 + (value - table[i - 1]) / (table[i] - table[i - 1])) / (len(table) - 1)
+
+
+def _progress_table(sampling: Any) -> list[float]:
+    if isinstance(sampling, nn.Module):  # its buffers live on the device, where each look-up would synchronise
+        sampling = copy.deepcopy(sampling).cpu()
+    # The host answers 0 and 1 with "infinite" and zero sigmas, not with the schedule's ends.
+    percents = (min(max(i / 999, 1e-7), 1 - 1e-7) for i in range(1000))
+    return [-math.log(max(sampling.percent_to_sigma(percent), 1e-30)) for percent in percents]
+
+
+def note_step(
+    executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: Any = None
+) -> Any:
+    """PREDICT_NOISE wrapper: remember which conditioning is which, and the sigma."""
+    guider = executor.class_obj
+    conds: Mapping[str, Any] = getattr(guider, "conds", {})
+    sampling = getattr(guider.inner_model, "model_sampling", None)
+    if sampling is not None:
+        given = {name: cond for name, cond in conds.items() if cond is not None}
+        names = {id(cond): name for name, cond in given.items()}
+        owners = [(entry.get("uuid"), name) for name, cond in given.items() for entry in cond]
+        shared = Counter(uuid for uuid, _ in owners)  # the host copies uuids when it completes area conditionings
+        entries = {uuid: name for uuid, name in owners if shared[uuid] == 1}
+        model_options = _with_note(model_options or {}, StepNote(names, timestep, sampling, entries))
+    return executor(x, timestep, model_options, seed)
+
+
+def note_chunks(
+    executor: Any,
+    model: Any,
+    conds: Sequence[Sequence[dict[str, Any]] | None],
+    x: Tensor,
+    timestep: Tensor,
+    model_options: dict[str, Any],
+) -> Any:
+    """CALC_COND_BATCH wrapper: remember branch and area of every conditioning by its uuid."""
+    found = model_options.get("transformer_options", {}).get(KEY)
+    step = found if isinstance(found, StepNote) else found.step if isinstance(found, CallNote) else None
+    if step is None and hasattr(model, "model_sampling"):
+        step = StepNote({}, timestep, model.model_sampling)
+    latent = (int(x.shape[-2]), int(x.shape[-1]))
+    chunks: dict[object, Chunk] = {}
+    distinct: list[Any] = []
+    for index, entries in enumerate(conds):
+        name = step.name(entries) if step is not None else None
+        negative = index == 1 if name is None else name in NEGATIVE_NAMES
+        copied: list[dict[str, Any]] = []
+        for entry in entries or ():
+            if entry.get("uuid") in chunks:  # the host copies uuids when it completes area conditionings
+                entry = dict[str, Any](entry, uuid=uuid4())
+            chunks[entry.get("uuid")] = Chunk(UNCOND if negative else COND, _area(entry.get("area"), latent))
+            copied.append(entry)
+        distinct.append(None if entries is None else copied)
+    noted = _with_note(model_options, CallNote(step, chunks, latent))
+    unet = getattr(model, "diffusion_model", None)
+    slots = noted["transformer_options"].get("patches_replace", {}).get("attn2", {})
+    with marked(unet, lambda: f"image prompts in {sorted(map(repr, slots))}"):
+        return executor(model, distinct, x, timestep, noted)
+
+
+def _with_note(model_options: dict[str, Any], note: object) -> dict[str, Any]:
+    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), KEY: note}}
+
+
+def _area(area: Sequence[Any] | None, latent: tuple[int, int]) -> Area | None:
+    if area is None or len(area) != 4 or not all(isinstance(value, int) for value in area):
+        return None
+    height, width, top, left = area
+    return min(height, latent[0] - top), min(width, latent[1] - left), top, left
+
+
+# --- the call itself -------------------------------------------------------------------------------------------------
+
+
+def note_call(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """APPLY_MODEL wrapper: describe the call, once for all that acts in it."""
+    args, kwargs = noted(args, kwargs, {KEY: call_of(x, args, kwargs)})
+    return executor(x, *args, **kwargs)
+
+
+def call_of(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:
+    """The call of ``apply_model(x, *args, **kwargs)``, described now or already."""
+    options, size = _options(args, kwargs), (int(x.shape[-2]), int(x.shape[-1]))
+    call = options.get(KEY)
+    return call if isinstance(call, ModelCall) and call.size == size else _model_call(options, size)
+
+
+def noted(
+    args: tuple[Any, ...], kwargs: dict[str, Any], entries: Mapping[str, object]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``apply_model(x, *args, **kwargs)`` with entries in their transformer_options."""
+    options = {**_options(args, kwargs), **entries}
+    if len(args) > _OPTIONS:
+        return (*args[:_OPTIONS], options, *args[_OPTIONS + 1 :]), kwargs
+    return args, {**kwargs, "transformer_options": options}
+
+
+_OPTIONS = 4
+"""In apply_model(x, t, c_concat, c_crossattn, control, transformer_options), counted behind x."""
+
+
+def _options(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Options:
+    return args[_OPTIONS] if len(args) > _OPTIONS else kwargs.get("transformer_options", {})
+
+
+def call_at(options: Options) -> ModelCall:
+    """The call that a hook with these ``extra_options`` runs in, described here if the wrapper above did not run."""
+    call = options.get(KEY)
+    if isinstance(call, ModelCall):
+        return call
+    shape: Sequence[int] | None = options.get("original_shape")  # a list that every call of a UNet makes anew
+    if shape is None or shape is not _LAST.shape:
+        size = None if shape is None else (int(shape[-2]), int(shape[-1]))
+        _LAST.shape, _LAST.call = shape, _model_call(options, size)
+    return _LAST.call
+
+
+class _Last(threading.local):
+    """The call that this thread described last at one of its hooks."""
+
+    def __init__(self) -> None:
+        self.shape: Sequence[int] | None = None
+        self.call = ModelCall()
+
+
+_LAST = _Last()
+
+
+def _model_call(options: Options, size: tuple[int, int] | None) -> ModelCall:
+    """Translate the transformer_options of one model call."""
+    note = options.get(KEY)
+    order: Sequence[int] = options.get("cond_or_uncond") or (0,)
+    latent = size
+    areas: tuple[Area | None, ...] | None = None
+    branches = tuple(UNCOND if index == 1 else COND for index in order)
+    if isinstance(note, CallNote):
+        uuids: Sequence[object] = options.get("uuids") or (None,) * len(order)
+        chunks = [note.chunks.get(uuid, Chunk(b, None)) for uuid, b in zip(uuids, branches, strict=True)]
+        branches = tuple(chunk.branch for chunk in chunks)
+        if any(chunk.area is not None for chunk in chunks):
+            areas = tuple(chunk.area for chunk in chunks)
+        if latent is None or areas is not None:
+            latent = note.latent
+    step = note.step if isinstance(note, CallNote) else note if isinstance(note, StepNote) else None
+    frames = _frames(options.get("ad_params")) or _window(options.get("context_window"))
+    percent = _unknown_percent if step is None else step.percent
+    return ModelCall(branches, percent, latent, areas, frames, tuple(order), size)
+
+
+def _frames(ad_params: Any) -> Frames | None:
+    """AnimateDiff's context window: ``{"sub_idxs": [...] or None, "full_length": n}``."""
+    if not isinstance(ad_params, Mapping):
+        return None
+    params = cast("Mapping[str, Any]", ad_params)
+    numbers = params.get("sub_idxs")
+    if numbers is None:
+        return None
+    frames = tuple(int(number) for number in numbers)
+    return Frames(frames, int(params.get("full_length") or max(frames) + 1))
+
+
+def _window(window: Any) -> Frames | None:
+    """The host's own context window, where it cuts the batch (``dim`` 0: each latent is a frame)."""
+    numbers = getattr(window, "index_list", None)
+    if not isinstance(numbers, (list, tuple)) or getattr(window, "dim", None) != 0:
+        return None
+    frames = tuple(int(number) for number in cast("Sequence[int]", numbers))
+    return Frames(frames, int(getattr(window, "total_frames", 0) or max(frames) + 1))
+
+
+def _unknown_percent() -> float:
+    raise IncompatibleAdapterError(
+        "this sampler runs the model outside ComfyUI's guiders, so the sampling progress is unknown; set start to 0, end to 1 "
+        "and remove the curve, or use a sampler built on ComfyUI's own"
+    )
