@@ -290,7 +290,7 @@ def train_adapter(config: RunConfig, pictures: Pictures, world: Path) -> Path:
     shown = torch.cat([pictures.where(held_out=True)[::5][:10], feed.seen[::97][:6]])
     references = on_background(place(pictures.rgba[shown], None), colour_table()[torch.arange(len(shown)) % 12])
     tiles = [to_pillow(image.permute(1, 2, 0)) for image in references]
-    sheets = Sheets(base, feed.features(references), feed.neutral(), tiles, config.watch, SIZE, "auto")
+    sheets = Sheets(base, feed.features(references), feed.neutral(), tiles, config.watch, SIZE, objective)
     validation = Validation.of(feed.held_out(config.watch.validation), config.watch, config.train.batch)
     metadata = {"trained_by": "ipadapter_core.demo.train_adapters", "batch": str(config.train.batch)}
     files = AdapterFiles(folder, adapter, metadata, averaged=True)

@@ -9,19 +9,28 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..errors import InvalidInputError, quoted, reason
 from ..files.text import NotUnicodeError, check_length, decode_text, read_bytes
 from ..lora.convert import Spelling
 from ..lora.selector import parse_selector
+from .objectives import LossConfig, predictions
 from .processors import Init
 
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """The choices of a setting that a table elsewhere has; asked for when they are needed."""
+
+    names: Callable[[], tuple[str, ...]]
+
+
+Prediction = Annotated[str, OneOf(lambda: ("auto", *predictions()))]
 Family = Literal["base", "plus", "full-face"]
-Prediction = Literal["auto", "epsilon", "v_prediction", "flow"]
 Kind = Literal["auto", "folder", "json", "webdataset", "huggingface"]
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor", "muon"]
@@ -123,18 +132,6 @@ class DataConfig:
     roots: tuple[str, ...] = ()
     """Folders that every picture, caption, list and shard must lie in, links followed; empty: anywhere, and remote shards too.
     ComfyUI's nodes set it, for graphs come from strangers."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossConfig:
-    """Drops exclude one another: a sample loses its image, its text, both, or nothing."""
-
-    drop_image: float = 0.05
-    drop_text: float = 0.05
-    drop_both: float = 0.05
-    min_snr: float = 0.0
-    """Gamma of min-SNR weighting (5 is usual); 0: off."""
-    noise_offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +357,7 @@ def _parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def _sections() -> dict[str, dict[str, Any]]:
-    return {name: get_type_hints(cls) for name, cls in get_type_hints(RunConfig).items()}
+    return {name: get_type_hints(cls, include_extras=True) for name, cls in get_type_hints(RunConfig).items()}
 
 
 KEYS: Mapping[str, Mapping[str, Any]] = _sections()
@@ -390,6 +387,13 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, (bool, int, float)) else quoted(value)
 
 
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """The values that a key of this type may have; none where any text or number may stand."""
+    if get_origin(kind) is Annotated:
+        return cast(OneOf, get_args(kind)[1]).names()
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
 def _typed(where: str, kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         items = cast("list[Any]", list(value)) if isinstance(value, (list, tuple)) else [value]
@@ -398,10 +402,11 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
         return tuple(_typed(where, get_args(kind)[0], item) for item in items)
     if isinstance(value, (list, tuple, Mapping)):
         raise InvalidInputError(f"{where} is a list or a section; one value was expected")
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            close = _nearest(_shown(value), get_args(kind))
-            raise InvalidInputError(f"{where} is {_shown(value)}; choose one of {', '.join(get_args(kind))}{close}")
+    choices = choices_of(kind)
+    if choices:
+        if value not in choices:
+            close = _nearest(_shown(value), choices)
+            raise InvalidInputError(f"{where} is {_shown(value)}; choose one of {', '.join(choices)}{close}")
         return value
     if isinstance(value, int) and abs(value) >= MAX_INT:
         raise InvalidInputError(f"{where} is {_shown(value)}; no setting needs one")
@@ -444,7 +449,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "lora.rank": (0, 2**16), "lora.alpha": (0, 10**6), "lora.text_learning_rate": (0, 10**4), "lora.factor": (1, 2**16),
     "data.resolution": (8, 2**14), "data.bucket_step": (8, 2**14), "data.min_side": (1, 10**6), "data.variants": (1, 1000),
     "data.shuffle": (1, 10**7), "data.encode_batch": (1, 2**16), "data.workers": (0, 1024),
-    "loss.min_snr": (0, 10**6), "loss.noise_offset": (-100, 100),
+    "loss.min_snr": (0, 10**6), "loss.noise_offset": (-100, 100), "loss.logit_mean": (-10, 10), "loss.logit_std": (0.01, 10),
+    "loss.base_shift": (-10, 10), "loss.max_shift": (-10, 10),
     "train.steps": (1, 10**9), "train.batch": (1, 2**16), "train.accumulate": (1, 10**6), "train.lr": (0, 10**4),
     "train.weight_decay": (0, 10**4), "train.warmup": (0, 10**9), "train.clip": (0, 10**9), "train.bad_steps": (1, 10**9),
     "train.seed": (1 - 2**63, 2**63 - 1),

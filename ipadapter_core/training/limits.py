@@ -22,7 +22,7 @@ FROM_GRAPHS: dict[str, frozenset[str]] = {
         "adapter": "num_tokens init depth hidden_dim",
         "lora": "rank alpha rslora algorithm targets text_encoders text_learning_rate dropout factor dora_axis",
         "data": "caption_key caption_encoding resolution buckets bucket_step min_side pairs augment variants cache_dtype latents encode_batch",
-        "loss": "drop_image drop_text drop_both min_snr noise_offset",
+        "loss": "drop_image drop_text drop_both min_snr noise_offset timesteps logit_mean logit_std shift base_shift max_shift",
         "train": "steps batch accumulate precision optimizer lr weight_decay beta2 schedule warmup clip ema checkpointing seed "
         "bad_steps device ignore_memory",
         "watch": "log_every validate_every validation timesteps sample_every sample_prompts sample_count sample_steps guidance "

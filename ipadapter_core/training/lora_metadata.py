@@ -11,6 +11,7 @@ from ..lora.weights import TEXT_WIDTHS
 from .collection import Sample
 from .config import RunConfig
 from .frozen import FrozenBase
+from .objectives import Objective
 
 VERSIONS = {
     "SD1.5": ("sd_v1", "stable-diffusion-v1/lora"),
@@ -22,13 +23,13 @@ MODULES = {"lora": "networks.lora", "locon": "networks.lora", "dora": "lycoris.k
 
 
 def describe_training(
-    config: RunConfig, base: FrozenBase, prediction: str, samples: Sequence[Sample]
+    config: RunConfig, base: FrozenBase, objective: Objective, samples: Sequence[Sample]
 ) -> dict[str, str]:
     """Metadata of a LoRA's file; the step count is added when it is saved. All values are texts, as safetensors asks."""
     lora, train, data, loss = config.lora, config.train, config.data, config.loss
     model = TEXT_WIDTHS.get(int(base.unet.config.cross_attention_dim), "unknown")
     version, architecture = VERSIONS.get(model, ("unknown", "unknown/lora"))
-    if prediction == "v_prediction" and model == "SD2":
+    if objective.modelspec == "v" and model == "SD2":
         version, architecture = "sd_v2_768_v", "stable-diffusion-v2-768-v/lora"
     settings = config.as_dict()
     for section in ("output", "watch", "adapter"):
@@ -70,7 +71,7 @@ def describe_training(
         "modelspec.title": config.output.name,
         "modelspec.architecture": architecture,
         "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction, prediction),
+        "modelspec.prediction_type": objective.modelspec,
         "modelspec.resolution": f"{data.resolution}x{data.resolution}",
         "modelspec.trigger_phrase": config.output.trigger,
     }

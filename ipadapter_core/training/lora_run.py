@@ -98,11 +98,10 @@ def prepare_lora(config: RunConfig, log: Log, accelerator: Any, *, use_cache: bo
         config.watch,
         config.train.batch,
         config.data.resolution,
-        config.model.prediction,
         device,
         dtype,
     )
-    metadata = describe_training(config, base, objective.prediction, training.samples)
+    metadata = describe_training(config, base, objective, training.samples)
     return Prepared(config, accelerator, base, module, feed, looking, collection, metadata)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.diffusers.lora import apply, place
 from ..generate import generate, grid_of, to_pillow
 from .batches import Batch
-from .config import Prediction, WatchConfig
+from .config import WatchConfig
 from .frozen import FrozenBase
 from .lora_adapter import Attached, TrainedLoRA
 from .lora_step import LoRAStep
@@ -32,13 +32,11 @@ class LoRALooking:
         config: WatchConfig,
         batch: int,
         side: int,
-        prediction: Prediction,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.batches, self.shown, self.base, self.attached = batches, shown, base, attached
         self.objective, self.config, self.batch, self.side = objective, config, batch, side
-        self.prediction: Prediction = prediction
         self.device, self.dtype = device, dtype
 
     @torch.no_grad()
@@ -69,7 +67,7 @@ class LoRALooking:
         count = len(self.shown)
         rows = [picture for picture, _ in self.shown]
         with self.attached.off():
-            pipeline = pipeline_around(self.base, self.prediction)
+            pipeline = pipeline_around(self.base, self.objective)
             patch = place(pipeline, weights)
             for text in self.config.sample_prompts:
                 prompts = [text or caption for _, caption in self.shown]

@@ -1,91 +1,259 @@
-"""What the UNet is asked to predict, and how much each timestep counts. Noise and latents are `b c y x`."""
+"""What a denoiser is asked to predict: one class per kind of prediction. Noise and latents are ``b c y x``.
+
+A new objective is a subclass of ``Objective`` and its entry in ``OBJECTIVES``; the config's choices follow from there.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidInputError
-from .config import LossConfig, Prediction
 
 STEPS = 1000
 """Timesteps of every scheduler that Stable Diffusion's models are trained with."""
 
+SHIFT_TOKENS = (256, 4096)
+"""Sequence lengths at which the shift is ``base_shift`` and ``max_shift``: squares of 256 and 1024 pixels."""
+
 
 @dataclass(frozen=True, slots=True)
-class Objective:
-    """A prediction type with its noise schedule; `alphas_cumprod` is empty for flow."""
+class LossConfig:
+    """What a step draws and how its loss counts. Drops exclude one another: a sample loses its image, its text, both, or
+    nothing."""
 
-    prediction: Literal["epsilon", "v_prediction", "flow"]
-    alphas_cumprod: Tensor
+    drop_image: float = 0.05
+    drop_text: float = 0.05
+    drop_both: float = 0.05
     min_snr: float = 0.0
+    """Gamma of min-SNR weighting (5 is usual); 0: off."""
+    noise_offset: float = 0.0
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """How timesteps are distributed; logit_normal draws more of the middle (SD3, section 3.1)."""
+    logit_mean: float = 0.0
+    """logit_normal: above 0 towards noise, below 0 towards the picture."""
+    logit_std: float = 1.0
+    shift: Literal["none", "resolution"] = "none"
+    """resolution: large pictures are drawn noisier (SD3, section 5.3.2), by their number of tokens as FLUX counts them."""
+    base_shift: float = 0.5
+    """Logarithm of the shift at 256 tokens (a picture of 256 x 256 pixels)."""
+    max_shift: float = 1.15
+    """The same at 4096 tokens (1024 x 1024); linear between and beyond. Both at 1.0986 (ln 3) are SD3's fixed shift of 3."""
 
-    def timestep(self, generator: torch.Generator) -> float:
-        """A uniform draw: an integer below 1000, or any number of 0..1000 for flow."""
-        if self.prediction == "flow":
-            return float(torch.rand((), generator=generator) * STEPS)
-        return int(torch.randint(STEPS, (), generator=generator))
+    def quantile(self, u: float, tokens: int) -> float:
+        """The noise level 0..1 below which a share ``u`` of all draws lies, for pictures of so many tokens."""
+        place = torch.tensor(u, dtype=torch.float64)
+        if self.timesteps == "logit_normal":
+            logit = self.logit_mean + self.logit_std * torch.special.ndtri(place)
+        else:
+            logit = torch.logit(place)
+        if self.shift == "resolution":  # a factor of the odds, that is of noise to signal
+            logit = logit + resolution_shift(tokens, self.base_shift, self.max_shift)
+        return float(torch.sigmoid(logit))
+
+    @property
+    def uniform(self) -> bool:
+        return self.timesteps == "uniform" and self.shift == "none"
+
+
+def resolution_shift(tokens: int, base_shift: float, max_shift: float) -> float:
+    """Logarithm of the shift for a sequence length, on the line through both ends of SHIFT_TOKENS (FLUX's sampler)."""
+    fewest, most = SHIFT_TOKENS
+    return base_shift + (max_shift - base_shift) * (tokens - fewest) / (most - fewest)
+
+
+class Scheduler(Protocol):
+    """A diffusers scheduler, of which only the settings are read."""
+
+    @property
+    def config(self) -> Mapping[str, object]: ...
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object], **changes: object) -> Scheduler: ...
+
+
+class Objective(ABC):
+    """One kind of prediction with its noise schedule. Timesteps ``t`` are ``b``, 0 for a picture, 1000 for noise."""
+
+    prediction: ClassVar[str]
+    """What ``model.prediction`` and schedulers' ``prediction_type`` call it."""
+    modelspec: ClassVar[str]
+    """What it is called in the metadata of files."""
+    dtype: ClassVar[torch.dtype] = torch.long
+    """Of timesteps: integers are rows of a table."""
+
+    def __init__(self, scheduler: Scheduler, loss: LossConfig) -> None:
+        self.loss = loss
+
+    def draw_timestep(self, generator: torch.Generator, latent: tuple[int, int]) -> float:
+        """One timestep for latents of this height and width, by ``loss.timesteps`` and ``loss.shift``.
+
+        An integer below 1000 where timesteps are rows of a table, else any number of 0..1000.
+        """
+        if self.loss.uniform and not self.dtype.is_floating_point:
+            return int(torch.randint(STEPS, (), generator=generator))
+        u = torch.rand((), generator=generator)
+        if self.loss.uniform:
+            return float(u * STEPS)
+        height, width = latent  # a token is two by two latents, in SD3 and FLUX
+        level = self.loss.quantile(float(u), (height // 2) * (width // 2))
+        return level * STEPS if self.dtype.is_floating_point else min(int(level * STEPS), STEPS - 1)
+
+    def sampler(self, scheduler: Scheduler) -> Scheduler:
+        """The scheduler that draws pictures from what was learned so."""
+        return scheduler
+
+    @abstractmethod
+    def noisy(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The latents with as much noise as belongs to each timestep."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the denoiser should predict."""
+
+    @abstractmethod
+    def picture(self, noisy: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+        """The latents that follow from noisy ones and a prediction."""
+
+    def weights(self, t: Tensor) -> Tensor | None:
+        """How much each sample's loss counts, ``b``; None: all alike."""
+        return None
+
+    def losses(self, predicted: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Mean squared error of each sample, weighted by its timestep, ``b``."""
+        errors = F.mse_loss(predicted, self.target(latents, noise, t), reduction="none").flatten(1).mean(1)
+        weights = self.weights(t)
+        return errors if weights is None else errors * weights.to(errors)
+
+
+class _Diffusion(Objective):
+    """Variance-preserving noise by a table of 1000 rows; ``alphas_cumprod`` is the signal's share of the variance."""
+
+    def __init__(self, scheduler: Scheduler, loss: LossConfig) -> None:
+        super().__init__(scheduler, loss)
+        from diffusers import DDPMScheduler
+
+        # Samplers bend the schedule for inference (trailing spacing, karras sigmas); training uses the plain one.
+        keys = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+        config: dict[str, Any] = dict(scheduler.config)
+        known = {key: config[key] for key in keys if config.get(key) is not None}
+        plain = DDPMScheduler(num_train_timesteps=config.get("num_train_timesteps", STEPS), **known)
+        self.alphas_cumprod: Tensor = plain.alphas_cumprod.clone()
+        if len(self.alphas_cumprod) != STEPS:
+            raise InvalidInputError(
+                f"the model's scheduler has {len(self.alphas_cumprod)} timesteps; {STEPS} were expected"
+            )
+
+    def sampler(self, scheduler: Scheduler) -> Scheduler:
+        if scheduler.config.get("prediction_type", "epsilon") == self.prediction:
+            return scheduler
+        return scheduler.from_config(scheduler.config, prediction_type=self.prediction)
 
     def noisy(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         signal, sigma = self._mix(latents, t)
         return signal * latents + sigma * noise
 
-    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        if self.prediction == "epsilon":
-            return noise
-        if self.prediction == "flow":
-            return noise - latents
-        signal, sigma = self._mix(latents, t)
-        return signal * noise - sigma * latents
-
-    def losses(self, predicted: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Mean squared error of each sample, weighted by its timestep, `b`."""
-        errors = F.mse_loss(predicted, self.target(latents, noise, t), reduction="none").flatten(1).mean(1)
-        return errors * self.weights(t).to(errors) if self.min_snr else errors
-
-    def weights(self, t: Tensor) -> Tensor:
-        """Min-SNR weights (https://arxiv.org/abs/2303.09556, section 3.4); v-prediction divides by SNR + 1."""
+    def weights(self, t: Tensor) -> Tensor | None:
+        """Min-SNR weights (https://arxiv.org/abs/2303.09556, section 3.4)."""
+        if not self.loss.min_snr:
+            return None
         alphas = self.alphas_cumprod.to(t.device)[t.long()].double()
-        snr = alphas / (1 - alphas)
-        if self.prediction == "v_prediction":
-            return snr.clamp(max=self.min_snr) / (snr + 1)
-        # Of an SNR of zero (rescaled schedules) the limit is meant: no clamping, weight one.
-        return torch.where(snr > self.min_snr, self.min_snr / snr, torch.ones_like(snr))
+        return self._min_snr(alphas / (1 - alphas), self.loss.min_snr)
+
+    @abstractmethod
+    def _min_snr(self, snr: Tensor, gamma: float) -> Tensor: ...
 
     def _mix(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        if self.prediction == "flow":
-            sigma = (t.to(latents) / STEPS)[:, None, None, None]
-            return 1 - sigma, sigma
         alphas = self.alphas_cumprod.to(latents)[t.long()][:, None, None, None]
         return alphas.sqrt(), (1 - alphas).sqrt()
 
 
-def objective_for(scheduler: Any, prediction: Prediction, loss: LossConfig) -> Objective:
-    """The objective a model was trained with, read from its scheduler, or the one asked for."""
-    config = dict(scheduler.config)
-    if prediction == "auto":
-        prediction = "flow" if "Flow" in type(scheduler).__name__ else config.get("prediction_type", "epsilon")
-    if prediction == "flow":
+class Epsilon(_Diffusion):
+    """The noise is predicted."""
+
+    prediction = "epsilon"
+    modelspec = "epsilon"
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+    def picture(self, noisy: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+        signal, sigma = self._mix(noisy, t)
+        return (noisy - sigma * predicted) / signal
+
+    def _min_snr(self, snr: Tensor, gamma: float) -> Tensor:
+        # Of an SNR of zero (rescaled schedules) the limit is meant: no clamping, weight one.
+        return torch.where(snr > gamma, gamma / snr, torch.ones_like(snr))
+
+
+class Velocity(_Diffusion):
+    """The velocity between noise and picture is predicted (https://arxiv.org/abs/2202.00512)."""
+
+    prediction = "v_prediction"
+    modelspec = "v"
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        signal, sigma = self._mix(latents, t)
+        return signal * noise - sigma * latents
+
+    def picture(self, noisy: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+        signal, sigma = self._mix(noisy, t)
+        return signal * noisy - sigma * predicted
+
+    def _min_snr(self, snr: Tensor, gamma: float) -> Tensor:
+        return snr.clamp(max=gamma) / (snr + 1)
+
+
+class FlowMatching(Objective):
+    """The straight way from picture to noise is predicted (rectified flow, https://arxiv.org/abs/2209.03003)."""
+
+    prediction = "flow"
+    modelspec = "flow"
+    dtype = torch.float32
+
+    def __init__(self, scheduler: Scheduler, loss: LossConfig) -> None:
+        super().__init__(scheduler, loss)
         if loss.min_snr:
             raise InvalidInputError("loss.min_snr is not defined for flow prediction; set it to 0")
-        return Objective("flow", torch.empty(0))
-    if prediction not in ("epsilon", "v_prediction"):
-        raise InvalidInputError(
-            f"the model's scheduler predicts {prediction!r}, which is not supported; set model.prediction to epsilon, "
-            "v_prediction or flow if you know better"
-        )
-    from diffusers import DDPMScheduler
 
-    # Samplers bend the schedule for inference (trailing spacing, karras sigmas); training uses the plain one.
-    keys = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    known = {key: config[key] for key in keys if config.get(key) is not None}
-    noise: Any = DDPMScheduler(num_train_timesteps=config.get("num_train_timesteps", STEPS), **known)
-    if len(noise.alphas_cumprod) != STEPS:
-        raise InvalidInputError(
-            f"the model's scheduler has {len(noise.alphas_cumprod)} timesteps; {STEPS} were expected"
-        )
-    return Objective(prediction, noise.alphas_cumprod.clone(), loss.min_snr)
+    def noisy(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        sigma = self._sigma(latents, t)
+        return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise - latents
+
+    def picture(self, noisy: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+        return noisy - self._sigma(noisy, t) * predicted
+
+    def _sigma(self, latents: Tensor, t: Tensor) -> Tensor:
+        return (t.to(latents) / STEPS)[:, None, None, None]
+
+
+OBJECTIVES: tuple[type[Objective], ...] = (Epsilon, Velocity, FlowMatching)
+
+
+def predictions() -> tuple[str, ...]:
+    """The names of all objectives."""
+    return tuple(one.prediction for one in OBJECTIVES)
+
+
+def objective_for(scheduler: Scheduler, prediction: str, loss: LossConfig) -> Objective:
+    """The objective of that name; "auto": the one that a model was trained with, read from its scheduler."""
+    if prediction == "auto":
+        flow = "Flow" in type(scheduler).__name__
+        prediction = "flow" if flow else str(dict(scheduler.config).get("prediction_type", "epsilon"))
+    for kind in OBJECTIVES:
+        if kind.prediction == prediction:
+            return kind(scheduler, loss)
+    *some, last = predictions()
+    raise InvalidInputError(
+        f"the model's scheduler predicts {prediction!r}, which is not supported; set model.prediction to {', '.join(some)} "
+        f"or {last} if you know better"
+    )

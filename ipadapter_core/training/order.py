@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .collection import Collection
-from .config import DataConfig, LossConfig
-from .objectives import Objective
+from .config import DataConfig
+from .objectives import LossConfig, Objective
 
 
 def seeded(*place: object) -> torch.Generator:
@@ -99,17 +99,15 @@ def draw(
     for place in places:
         generator = seeded(seed, "draw", *place)
         chances.append(float(torch.rand((), generator=generator, dtype=torch.float64)))
-        timesteps.append(objective.timestep(generator))
+        timesteps.append(objective.draw_timestep(generator, (shape[-2], shape[-1])))
         noise = torch.randn(*shape, generator=generator)
         if loss.noise_offset:
             noise = noise + loss.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
         noises.append(noise)
         latent_noises.append(torch.randn(*shape, generator=generator))
     no_image, no_text = drops(torch.tensor(chances, dtype=torch.float64), loss)
-    kind = torch.float32 if objective.prediction == "flow" else torch.long
-    return Draws(
-        torch.stack(noises), torch.stack(latent_noises), torch.tensor(timesteps, dtype=kind), no_image, no_text
-    )
+    times = torch.tensor(timesteps, dtype=objective.dtype)
+    return Draws(torch.stack(noises), torch.stack(latent_noises), times, no_image, no_text)
 
 
 def drops(chances: Tensor, loss: LossConfig) -> tuple[Tensor, Tensor]:

@@ -306,7 +306,7 @@ def _looking(
             batch = [assemble([item], encoders).features for item in prepared[: len(shown)]]
             side = config.data.resolution
             tiles = reference_tiles(source, shown, side)
-            sheets = Sheets(base, torch.cat(batch), neutral, tiles, config.watch, side, config.model.prediction)
+            sheets = Sheets(base, torch.cat(batch), neutral, tiles, config.watch, side, objective)
     return Looking(validation, sheets, base, objective, device, dtype)
 
 

@@ -21,7 +21,7 @@ from ..models import layout_of
 from ..prompt.encode import ImagePrompt
 from .batches import Batch, Item, assemble
 from .collection import Sample
-from .config import Prediction, WatchConfig
+from .config import WatchConfig
 from .encode import TargetEncoders
 from .frozen import FrozenBase
 from .objectives import Objective
@@ -104,11 +104,10 @@ def _fixed(cases: Sequence[tuple[Batch, int, int]], objective: Objective, no_ima
     noise = torch.cat(
         [torch.randn(b.latents[:, 0].shape, generator=seeded("validation", i, t)) for b, i, t in cases]
     )  # fmt: skip
-    kind = torch.float32 if objective.prediction == "flow" else torch.long
     return Draws(
         noise,
         torch.zeros_like(noise),
-        torch.tensor([t for _, _, t in cases], dtype=kind),
+        torch.tensor([t for _, _, t in cases], dtype=objective.dtype),
         torch.full((len(cases),), no_image),
         torch.zeros(len(cases), dtype=torch.bool),
     )
@@ -125,11 +124,11 @@ class Sheets:
         references: Sequence[Image.Image],
         config: WatchConfig,
         resolution: int,
-        prediction: Prediction,
+        objective: Objective,
     ) -> None:
         self.base, self.features, self.neutral = base, features, neutral
         self.references, self.config, self.resolution = references, config, resolution
-        self.prediction: Prediction = prediction
+        self.objective = objective
 
     @torch.no_grad()
     def draw(self, weights: AdapterWeights, install: Callable[[], None]) -> Image.Image:
@@ -140,7 +139,7 @@ class Sheets:
         weights.module.to(unet.device)
         unet.set_attn_processor(AttnProcessor2_0())
         try:
-            pipeline = pipeline_around(self.base, self.prediction)
+            pipeline = pipeline_around(self.base, self.objective)
             layout = layout_of(unet)
             prompt = self._prompt(weights)
             patch = bake(weights, prompt, layout, WeightSchedule())
@@ -176,19 +175,17 @@ class Sheets:
         )
 
 
-def pipeline_around(base: FrozenBase, prediction: Prediction) -> Any:
+def pipeline_around(base: FrozenBase, objective: Objective) -> Any:
     """The model folder's pipeline around the models in memory; what is not there comes from disk and goes again."""
     parts: dict[str, Any] = {"unet": base.unet}
     parts |= dict(zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=False))
     pipeline: Any = base.pipeline(**parts)
-    if prediction in ("epsilon", "v_prediction"):
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=prediction)
     if hasattr(pipeline, "safety_checker"):
         pipeline.safety_checker = None
     for name in ("vae", "text_encoder", "text_encoder_2"):
         if getattr(pipeline, name, None) is not None:
             getattr(pipeline, name).to(base.unet.device, base.unet.dtype)
-    pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+    pipeline.scheduler = copy.deepcopy(objective.sampler(pipeline.scheduler))
     return pipeline
 
 

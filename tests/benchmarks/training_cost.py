@@ -23,10 +23,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 from ipadapter_core.images.encoder import TransformersImageEncoder
 from ipadapter_core.training.adapter import EncoderSizes, describe_trainable, freeze, fresh_adapter
 from ipadapter_core.training.batches import Batch
-from ipadapter_core.training.config import AdapterConfig, LossConfig, parse_config
+from ipadapter_core.training.config import AdapterConfig, parse_config
 from ipadapter_core.training.frozen import FrozenBase
 from ipadapter_core.training.memory import activation_bytes, predict
-from ipadapter_core.training.objectives import objective_for
+from ipadapter_core.training.objectives import LossConfig, objective_for
 from ipadapter_core.training.order import draw
 from ipadapter_core.training.state import RunFolder
 from ipadapter_core.training.step import AdapterStep

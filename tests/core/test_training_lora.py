@@ -25,11 +25,11 @@ from ipadapter_core.lora import LoRAWeights, load_lora
 from ipadapter_core.training import RunConfig, dry_run, parse_config, train
 from ipadapter_core.training.adapter import fingerprint
 from ipadapter_core.training.batches import Batch
-from ipadapter_core.training.config import LoRAConfig, LossConfig
+from ipadapter_core.training.config import LoRAConfig
 from ipadapter_core.training.frozen import FrozenBase, load_base
 from ipadapter_core.training.lora_adapter import TrainedLoRA, fresh_lora
 from ipadapter_core.training.lora_step import LoRAStep
-from ipadapter_core.training.objectives import objective_for
+from ipadapter_core.training.objectives import LossConfig, objective_for
 from ipadapter_core.training.order import Draws
 from tiny_models import noise, tiny_unet
 from tiny_training import save_model, save_pictures, tiny_config
