@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-WINDOWS_KEPT = 64
-"""How many values made for windows of an animation are kept: some hundred frames in windows of sixteen, and their levels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +14,6 @@ class Frames:
 
     numbers: tuple[int, ...]
     count: int
-
-
-Key = TypeVar("Key")
-
-
-def keep(cache: dict[Key, Tensor], key: Key, value: Tensor, limit: int = WINDOWS_KEPT) -> Tensor:
-    """Put a value into a cache that forgets its oldest entries beyond ``limit``; returns the value."""
-    for oldest in list(cache)[: max(len(cache) - limit + 1, 0)]:  # a list: threads share the cache
-        cache.pop(oldest, None)
-    cache[key] = value
-    return value
 
 
 def fit_batch(rows: Tensor, latents: int, frames: Frames | None = None, dim: int = 0) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device_cache import DeviceCache
 from ..errors import InvalidInputError
-from .batch import Frames, fit_batch, keep
+from .batch import Frames, fit_batch
 
 Area = tuple[int, int, int, int]
 """Part of the latent that a model call sees: height, width, top, left, in latents (ComfyUI's order)."""
@@ -28,7 +29,7 @@ class RegionMask:
     """
 
     values: Tensor
-    _grids: dict[tuple[object, ...], Tensor] = field(default_factory=dict[tuple[object, ...], Tensor], repr=False)
+    _grids: DeviceCache[Tensor] = field(default_factory=DeviceCache[Tensor], repr=False)
 
     @classmethod
     def from_tensor(cls, mask: Tensor, *, clamp: bool = True) -> RegionMask:
@@ -70,7 +71,7 @@ class RegionMask:
         found = self._grids.get(key)
         if found is None:
             rows = self._fit(self._compute(latent, area, grid), batch, frames)
-            found = keep(self._grids, key, rows.to(like.device, like.dtype))
+            found = self._grids.keep(key, rows.to(like.device, like.dtype))
         return found
 
     def stretched(
@@ -93,7 +94,7 @@ class RegionMask:
                 flat = F.pad(flat, (0, 0, missing // 2, missing - missing // 2))
             elif missing < 0:
                 flat = flat[:, -missing // 2 :][:, :tokens]
-            found = keep(self._grids, key, flat.to(like.device, like.dtype))
+            found = self._grids.keep(key, flat.to(like.device, like.dtype))
         return found
 
     @staticmethod

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..compatibility import CORRECT, Rules
+from ..device_cache import LIMIT, DeviceCache
 from ..errors import InvalidInputError
 from ..models.sites import ModelLayout
-from .batch import WINDOWS_KEPT, Frames, fit_batch, keep
+from .batch import Frames, fit_batch
 from .call import COND, UNCOND, SiteCall
 from .masks import RegionMask, inference_mode
 from .maths import KeyValue, Scale, add_image_attention, scale_for, split_mean
@@ -29,9 +30,7 @@ class BakedSite:
     k: Tensor
     v: Tensor
     images: int = 1
-    _prepared: dict[tuple[object, ...], KeyValue] = field(
-        default_factory=dict[tuple[object, ...], KeyValue], repr=False
-    )
+    _prepared: DeviceCache[KeyValue] = field(default_factory=DeviceCache[KeyValue], repr=False)
 
     def arranged(
         self,
@@ -58,7 +57,7 @@ class BakedSite:
             )
             found = KeyValue(k, v, split_mean(v), self._image_mean(v) if per_image and self.images > 1 else None)
             if shared or frames is None:
-                self._prepared[key] = found
+                self._prepared.keep(key, found)
         return found
 
     def _image_mean(self, v: Tensor) -> Tensor:
@@ -81,8 +80,7 @@ class BakedSite:
 
     def release(self, device: torch.device) -> None:
         """Forget arrangements that live on other devices than ``device``."""
-        for key in [key for key, kv in list(self._prepared.items()) if kv.k.device != device]:
-            self._prepared.pop(key, None)
+        self._prepared.release(device)
 
 
 class LatentWeights:
@@ -91,7 +89,7 @@ class LatentWeights:
     def __init__(self, schedule: WeightSchedule, layout: ModelLayout) -> None:
         rows = {s: replace(schedule.place, strength=s).of(layout) for s in schedule.latent_strengths}
         self._table = torch.tensor([[w.weight for w in rows[s]] for s in schedule.latent_strengths]).T
-        self._rows: dict[tuple[object, ...], Tensor] = {}
+        self._rows: DeviceCache[Tensor] = DeviceCache(LIMIT * len(self._table))
 
     def active(self, site: int) -> bool:
         return bool((self._table[site] != 0).any())
@@ -102,8 +100,7 @@ class LatentWeights:
         found = self._rows.get(key)
         if found is None:
             row = fit_batch(self._table[site], latents, frames).repeat(chunks)[:, None, None]
-            limit = WINDOWS_KEPT * len(self._table)
-            found = keep(self._rows, key, row.to(like.device, like.dtype), limit)
+            found = self._rows.keep(key, row.to(like.device, like.dtype))
         return found
 
 

@@ -8,7 +8,6 @@ Pictures are ``h w 3`` RGB in 0..1 (``b h w 3`` for batches), points are x, y in
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..device_cache import DeviceCache
 from ..errors import InvalidInputError, quoted, reason
 from ..files.text import regular_file
 from .preprocess import check_finite
@@ -161,22 +161,16 @@ def _chosen(faces: list[Face], which: Which) -> list[Face]:
             return ordered[number - 1 : number]
 
 
-_FOUND: OrderedDict[tuple[object, ...], list[Face]] = OrderedDict()
-_KEPT = 64
+_FOUND: DeviceCache[list[Face]] = DeviceCache()
 
 
 def all_faces(analyzer: FaceAnalyzer, picture: Tensor) -> list[Face]:
     """All faces of ``h w 3`` at the largest size that shows one; remembered for the last pictures."""
     eight_bits = picture.detach().cpu().mul(255).clamp(0, 255).byte()
     key = (analyzer.name, tuple(eight_bits.shape), eight_bits.numpy().tobytes())
-    found = _FOUND.get(key)
-    if found is None:
-        found = next((faces for size in DETECTION_SIZES if (faces := list(analyzer.find(picture, size)))), [])
-        _FOUND[key] = found
-        while len(_FOUND) > _KEPT:
-            _FOUND.popitem(last=False)
-    _FOUND.move_to_end(key)
-    return found
+    return _FOUND.made(
+        key, lambda: next((faces for size in DETECTION_SIZES if (faces := list(analyzer.find(picture, size)))), [])
+    )
 
 
 def _lies_in(face: Face, mask: Tensor, picture: Tensor) -> bool:

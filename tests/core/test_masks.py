@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ipadapter_core.attention.batch import WINDOWS_KEPT, Frames
+from ipadapter_core.attention.batch import Frames
 from ipadapter_core.attention.masks import RegionMask
+from ipadapter_core.device_cache import LIMIT
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.models.unet import token_grid
 
@@ -162,12 +163,12 @@ def test_grids_of_an_animations_windows_are_forgotten() -> None:
     mask = RegionMask.from_tensor(torch.rand(1000, 8, 8))
     grids = [mask.grid((8, 8), None, (8, 8), LIKE, 2, Frames((i, i + 1), 1000)) for i in range(300)]
     kept = mask._grids  # pyright: ignore[reportPrivateUsage]
-    assert len(kept) == WINDOWS_KEPT
+    assert len(kept) == LIMIT
     assert mask.grid((8, 8), None, (8, 8), LIKE, 2, Frames((299, 300), 1000)) is grids[-1]
     again = mask.grid((8, 8), None, (8, 8), LIKE, 2, Frames((0, 1), 1000))
     assert again is not grids[0]
     assert torch.equal(again, grids[0])
-    assert len(kept) == WINDOWS_KEPT
+    assert len(kept) == LIMIT
 
 
 def test_a_grid_of_no_level_is_resized() -> None:
