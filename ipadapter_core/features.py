@@ -6,23 +6,73 @@ A host's own encoder (ComfyUI's CLIP_VISION) takes part by offering the few memb
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
-
 
 Rgb = tuple[float, float, float]
 
+Encoded = Literal["image_embeds", "penultimate"]
+"""What an image encoder gives of a picture: one pooled embedding ``e``, or the tokens ``t c`` of its last layer but one."""
 
-Feature = Literal["image_embeds", "penultimate", "face", "face_tokens"]
+Embedding = Literal["normed", "raw"]
+"""A face model's embedding: its direction alone, or with the length that the model gives it."""
 
 
-FEATURE_RANKS: dict[Feature, int] = {"image_embeds": 2, "penultimate": 3, "face": 2, "face_tokens": 3}
-"""Axes of each feature, images first. ``face`` is a face model's embedding, ``face_tokens`` that one packed before the
-penultimate tokens of the aligned face (projectors.pack_face)."""
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """What a projector reads of each reference.
+
+    ``name`` is what files of prompts call it and ``kind`` what files of adapters do; ``what`` says it in a sentence. It has
+    ``rank`` axes, references first. ``encoded`` is what the image encoder gives of it, ``embedding`` what a face model does;
+    None: nothing.
+    """
+
+    name: str
+    kind: str
+    what: str
+    rank: int
+    encoded: Encoded | None = None
+    embedding: Embedding | None = None
+
+    def of(self, seen: ImageFeatures) -> Tensor:
+        """What an image encoder saw of it, ``i e`` or ``i t c``."""
+        return seen.image_embeds if self.encoded == "image_embeds" else seen.penultimate
+
+    def join(self, embeddings: Tensor | None, tokens: Tensor | None) -> Tensor:
+        """The feature of face embeddings ``i e`` and encoder tokens ``i t c``, either of which may be no part of it."""
+        if tokens is None:
+            assert embeddings is not None
+            return embeddings
+        return tokens if embeddings is None else pack_face(embeddings, tokens)
+
+    def without_face(self, encoded: Tensor) -> Tensor:
+        """The feature of what an encoder gave ``i ...`` where there is no face in it."""
+        if self.embedding is None:
+            return encoded
+        return self.join(torch.zeros(len(encoded), encoded.shape[-1]), encoded)
+
+    def shape(self, width: int, references: str = "images") -> tuple[str | int, ...]:
+        """The axes of features ``width`` wide, for messages."""
+        return (references, width) if self.rank == 2 else (references, "tokens", width)
+
+
+IMAGE_EMBEDS = Feature("image_embeds", "image_embeds", "the image embeds of an encoder", 2, "image_embeds")
+PENULTIMATE = Feature("penultimate", "penultimate", "the hidden states of an encoder", 3, "penultimate")
+FACE = Feature("face", "face", "directions of face embeddings", 2, None, "normed")
+RAW_FACE = Feature("raw face", "face", "face embeddings of full length", 2, None, "raw")
+FACE_TOKENS = Feature(
+    "face_tokens", "face_tokens", "face embeddings with the hidden states of an encoder", 3, "penultimate", "normed"
+)
+FEATURES = {feature.name: feature for feature in (IMAGE_EMBEDS, PENULTIMATE, FACE, RAW_FACE, FACE_TOKENS)}
+
+
+def pack_face(embeddings: Tensor, tokens: Tensor) -> Tensor:
+    """Face embeddings ``i e`` and encoder tokens ``i t c`` (c >= e) as one feature ``i (1 + t) c``."""
+    row = F.pad(embeddings, (0, tokens.shape[-1] - embeddings.shape[-1]))
+    return torch.cat([row[:, None].to(tokens), tokens], 1)
 
 
 Crop = Literal["center", "top", "bottom", "left", "right", "pad", "stretch"]
@@ -47,9 +97,9 @@ class EncoderSpec:
     std: Rgb
     files: tuple[str, ...]
 
-    def width(self, feature: Feature) -> int:
+    def width(self, encoded: Encoded) -> int:
         """Length of one feature vector: of image_embeds, or of each penultimate token."""
-        return self.projection_dim if feature == "image_embeds" else self.hidden_size
+        return width_of(self, encoded)
 
 
 ENCODERS: dict[str, EncoderSpec] = {
@@ -75,9 +125,9 @@ ENCODERS: dict[str, EncoderSpec] = {
 }  # fmt: skip
 
 
-def find_encoder(feature: Feature, width: int) -> EncoderSpec | None:
-    """The first encoder of the table whose ``feature`` is ``width`` long; None if there is none."""
-    return next((spec for spec in ENCODERS.values() if spec.width(feature) == width), None)
+def find_encoder(encoded: Encoded, width: int) -> EncoderSpec | None:
+    """The first encoder of the table that gives features ``width`` long; None if there is none."""
+    return next((spec for spec in ENCODERS.values() if spec.width(encoded) == width), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +140,8 @@ class ImageFeatures:
     image_embeds: Tensor
     penultimate: Tensor
 
-    def get(self, feature: Feature) -> Tensor:
-        return self.image_embeds if feature == "image_embeds" else self.penultimate
+    def get(self, encoded: Encoded) -> Tensor:
+        return self.image_embeds if encoded == "image_embeds" else self.penultimate
 
 
 class ImageEncoder(Protocol):
@@ -113,3 +163,8 @@ class ImageEncoder(Protocol):
     def encode(self, pixel_values: Tensor) -> ImageFeatures:
         """Normalised pixels ``b 3 y x`` of side image_size to features; moves them to its own device and dtype."""
         ...
+
+
+def width_of(encoder: ImageEncoder | EncoderSpec, encoded: Encoded) -> int:
+    """Length of one feature vector that an encoder gives."""
+    return encoder.projection_dim if encoded == "image_embeds" else encoder.hidden_size

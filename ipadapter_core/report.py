@@ -12,17 +12,6 @@ from .features import ENCODERS
 from .models.sites import ModelLayout
 from .models.unet import down_up_middle
 
-FAMILIES = {
-    "base": "base (linear projector)",
-    "plus": "plus (Resampler); plus-face and composition adapters have the same shape",
-    "full-face": "full-face (MLP, every encoder token)",
-    "faceid": "FaceID (face embedding; 16 tokens: portrait)",
-    "faceid-plus": "FaceID Plus (face embedding and picture of the face)",
-    "faceid-unnorm": "FaceID portrait unnorm (raw face embedding)",
-    "instantid": "InstantID (raw face embedding; wants its ControlNet too)",
-}
-
-
 LEFT_OUT = {
     "image_encoder": "an image encoder trained along with it; the one you load is used, so pictures differ from the training's "
     "unless you extract this group and load it as CLIP vision",
@@ -54,7 +43,7 @@ def describe_spec(spec: AdapterSpec, name: str) -> str:
     tokens = spec.num_tokens or "as many as the encoder gives"
     lines = [
         one_line(name),
-        f"  family         {FAMILIES.get(spec.family, spec.family)}",
+        f"  family         {spec.format.label}",
         f"  base model     {spec.base_model} ({len(spec.layer_channels)} cross-attentions, text width {spec.token_dim})",
         f"  image tokens   {tokens}",
         f"  image encoder  {spec.encoder}: {spec.feature}, {spec.feature_dim} wide",

@@ -1,12 +1,13 @@
-"""Adapter files: opened, told apart, read into `AdapterWeights`, and written.
+"""Adapter files: opened, told apart, read into ``AdapterWeights``, and written.
 
-A new family is one new file beside this one and one line in `FORMATS`.
+A new family is one new file beside this one and one line in ``FORMATS``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..features import ENCODERS
 from ..files.state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
 from ..files.whole import written_whole
 from . import base, face_resampler, faceid, faceid_plus, full_face, plus
-from .containers import left_out, normalise, recognise
+from .containers import left_out, normalise, other_family, other_file
 from .embedded_lora import check_lora, kohya_lora, take_lora
 from .format import (
     BARE,
@@ -29,7 +30,7 @@ from .format import (
     AdapterSpec,
     AdapterWeights,
     Format,
-    Unconditional,
+    TrainedUnconditional,
     check_finite,
     check_tensors,
     checkpoint_key,
@@ -45,7 +46,9 @@ __all__ = [
     "AdapterWeights",
     "Format",
     "as_version",
+    "claimants",
     "describe_adapter",
+    "format_named",
     "kohya_lora",
     "load_adapter",
     "save_adapter",
@@ -57,7 +60,8 @@ FORMATS: tuple[Format, ...] = (
     full_face.FORMAT,
     faceid.FORMAT,
     faceid_plus.FORMAT,
-    face_resampler.FORMAT,
+    face_resampler.UNNORM,
+    face_resampler.INSTANTID,
 )
 
 Layout = Literal["flat", "nested"]
@@ -76,19 +80,17 @@ def load_adapter(
 ) -> AdapterWeights:
     """Load an adapter from a file or a state dict, on the CPU.
 
-    The weights keep the file's dtype unless `dtype` is given; a file that mixes dtypes gets the widest of them. They are
-    read once and not copied. `operations` says whose layers are built: torch.nn's, or comfy.ops.manual_cast's.
+    The weights keep the file's dtype unless ``dtype`` is given; a file that mixes dtypes gets the widest of them. They are
+    read once and not copied. ``operations`` says whose layers are built: torch.nn's, or comfy.ops.manual_cast's.
 
     Raises UnknownFormatError for what is not an adapter of a known family, CorruptFileError for incomplete or damaged
     ones and for NaN weights, UnsafeFileError for pickles that carry code, FileNotFoundError.
     """
     file = open_state_dict(source, name=name)
-    try:
-        spec, format, tensors, lora = _read(file)
-        module = empty_module(format, spec, BARE if operations is TORCH else operations)
+    spec, tensors, lora = _read(file)
+    module = empty_module(spec, BARE if operations is TORCH else operations)
+    with _named(file, spec.format):
         check_finite({checkpoint_key(key): tensor for key, tensor in tensors.items()} | lora)
-    except AdapterError as error:
-        raise _named(error, file.name) from error
     if dtype is None:
         dtype = reduce(_wider, (tensor.dtype for tensor in tensors.values()))
     file.tensors.clear()  # so that a tensor goes when another dtype of it comes, and the file is not in memory twice
@@ -103,13 +105,9 @@ def load_adapter(
 def describe_adapter(source: Source, *, name: str | None = None) -> AdapterSpec:
     """What an adapter is, without its numbers: of a safetensors file only the header is read.
 
-    Raises what `load_adapter` raises, but for NaN weights, which it does not see.
+    Raises what ``load_adapter`` raises, but for NaN weights, which it does not see.
     """
-    file = describe_state_dict(source, name=name)
-    try:
-        return _read(file)[0]
-    except AdapterError as error:
-        raise _named(error, file.name) from error
+    return _read(describe_state_dict(source, name=name))[0]
 
 
 def save_adapter(
@@ -121,8 +119,8 @@ def save_adapter(
 ) -> Path:
     """Write an adapter as released files are, in its dtype, and return the path.
 
-    "flat" makes a safetensors file with `image_proj.` and `ip_adapter.` keys that describes itself in its metadata
-    (the spec, the adapter's own entries, then `metadata`); "nested" a .bin of two dictionaries, which has no room for
+    "flat" makes a safetensors file with ``image_proj.`` and ``ip_adapter.`` keys that describes itself in its metadata
+    (the spec, the adapter's own entries, then ``metadata``); "nested" a .bin of two dictionaries, which has no room for
     metadata. The file appears whole or not at all.
 
     Raises InvalidInputError for an extension that does not belong to the layout, an adapter without numbers, metadata
@@ -172,22 +170,51 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _read(file: TensorFile) -> tuple[AdapterSpec, Format, dict[str, Tensor], dict[str, Tensor]]:
-    """The spec, the format that claims the file, its tensors under the keys of `AdapterModule`, and a LoRA inside."""
-    state = normalise(file.tensors)
-    format = _claim(state)
-    state, lora = take_lora(state)
-    spec = replace(_told_apart(format.parse(state), file), left_out=left_out(file.tensors))
-    check_lora(lora, spec.layer_channels, spec.token_dim)
-    try:
-        module = empty_module(format, spec, BARE)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise CorruptFileError(f"its sizes do not make a network ({reason(error)}): the file is damaged.") from error
-    return _with_hints(spec, file.metadata), format, check_tensors(module, state), lora
+def _read(file: TensorFile) -> tuple[AdapterSpec, dict[str, Tensor], dict[str, Tensor]]:
+    """The spec of a file, its tensors under the keys of ``AdapterModule``, and a LoRA inside."""
+    normalised = replace(file, tensors=normalise(file.tensors))
+    with _named(file):
+        format = _claim(normalised)
+    with _named(file, format):
+        state, lora = take_lora(normalised.tensors)
+        spec = replace(format.parse(replace(file, tensors=state)), left_out=left_out(file.tensors))
+        try:
+            module = empty_module(spec, BARE)
+        except (RuntimeError, OverflowError, TypeError) as error:
+            raise CorruptFileError(
+                f"its sizes do not make a network ({reason(error)}): the file is damaged."
+            ) from error
+        tensors = check_tensors(module, state)
+        check_lora(lora, spec.layer_channels, spec.token_dim)
+        return _with_hints(spec, file.metadata), tensors, lora
 
 
-def _claim(state: StateDict) -> Format:
-    claims = [format for format in FORMATS if format.detect(state)]
+def claimants(file: TensorFile) -> list[Format]:
+    """The formats that claim a file (normalised); exactly one claims each file of a known family."""
+    return _foremost(format for format in FORMATS if format.detect(file))
+
+
+def format_named(name: str) -> Format:
+    """The format of a family. Raises InvalidInputError for a name that is none's."""
+    for format in FORMATS:
+        if format.name == name:
+            return format
+    raise InvalidInputError(f"{one_line(name)!r} is no family of adapters; choose one of: {_names()}.")
+
+
+def _foremost(formats: Iterable[Format]) -> list[Format]:
+    """Formats without those that another of them comes before."""
+    found = list(formats)
+    behind = {name for format in found for name in format.before}
+    return [format for format in found if format.name not in behind]
+
+
+def _names() -> str:
+    return ", ".join(format.name for format in FORMATS)
+
+
+def _claim(file: TensorFile) -> Format:
+    claims, state = claimants(file), file.tensors
     has_layers = any(key.startswith("ip_adapter.") for key in state)
     if len(claims) == 1 and has_layers:
         return claims[0]
@@ -200,23 +227,47 @@ def _claim(state: StateDict) -> Format:
             f"holds the image_proj half of a {claims[0].name} adapter and no ip_adapter layers. {seen} "
             "The export is incomplete: save both groups."
         )
-    known = recognise(state)
+    other = other_family(state)
+    if other is not None:
+        raise UnknownFormatError(
+            f"looks like {other}. This family is not supported; {_names()} adapters of SD1.5, SD2 and SDXL are. {seen}"
+        )
+    near = _nearest(file)
+    if near is not None:
+        raise _strangeness(near, state)
+    known = other_file(state)
     if known is not None:
         what, advice = known
         raise UnknownFormatError(f"looks like {what}. {advice}. {seen}")
-    near = next((format for format in FORMATS if format.resembles(state)), None)
-    if near is not None:
-        foreign = near.foreign_keys(state)
-        raise UnknownFormatError(
-            f"resembles a {near.name} adapter but has keys that such a file has not: {few(foreign)}. "
-            "It may be of a newer family, which an update of this pack may read."
-        )
     if has_layers:
         raise UnknownFormatError(
             f"has ip_adapter layers, but its image_proj group is missing or of no known family. {seen} "
             "Export both groups, or choose another file."
         )
     raise UnknownFormatError(f"is not an IP-Adapter file. {seen} Choose e.g. ip-adapter-plus_sd15.safetensors.")
+
+
+def _nearest(file: TensorFile) -> Format | None:
+    """The format to which most of the image_proj keys belong, if that is more than half of them."""
+    keys = [key for key in file.tensors if key.startswith("image_proj.")]
+    counts = {format: sum(map(format.allows, keys)) for format in FORMATS if format.marks(file)}
+    most = max(counts.values(), default=0)
+    near = _foremost(format for format, count in counts.items() if count == most)
+    return near[0] if 2 * most > len(keys) else None
+
+
+def _strangeness(near: Format, state: StateDict) -> AdapterError:
+    """Why a file is none of the format that it resembles."""
+    foreign = near.foreign_keys(state)
+    if foreign:
+        return UnknownFormatError(
+            f"resembles the family {near.name} but has keys that such a file has not: {few(foreign)}. "
+            "It may be of a newer family, which an update of this pack may read."
+        )
+    return CorruptFileError(
+        f"resembles the family {near.name}, but the tensor 'image_proj.{near.anchor}' is missing: the file is incomplete; "
+        "download or export it again."
+    )
 
 
 def _seen(state: StateDict) -> str:
@@ -235,8 +286,8 @@ def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:
     if spec.base_model.startswith("custom ") and base_model and base_model not in {"SD1.5", "SD2", "SDXL", "Kolors"}:
         spec = replace(spec, base_model=base_model)
     unconditional = metadata.get("unconditional")
-    if unconditional in get_args(Unconditional):
-        spec = replace(spec, unconditional=cast(Unconditional, unconditional))
+    if unconditional in get_args(TrainedUnconditional):
+        spec = replace(spec, unconditional=cast(TrainedUnconditional, unconditional))
     tokens = metadata.get("num_tokens", "")
     if spec.num_tokens == 0 and tokens.isascii() and tokens.isdigit() and 0 < len(tokens) < 6:
         spec = replace(spec, num_tokens=int(tokens))
@@ -244,25 +295,18 @@ def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:
 
 
 def as_version(adapter: AdapterWeights, version: int) -> AdapterWeights:
-    """A FaceID Plus adapter read as version 1 or 2, against what its name says; the tensors are shared."""
+    """A FaceID Plus adapter read as version 1 or 2, against what its name says (others as they are); tensors are shared."""
+    if adapter.spec.options.get("version") in (None, version):
+        return adapter
     spec = replace(adapter.spec, options={**adapter.spec.options, "version": version})
-    module = empty_module(faceid_plus.FORMAT, spec, BARE)
+    module = empty_module(spec, BARE)
     module.load_state_dict(adapter.module.state_dict(), assign=True)
     return replace(adapter, spec=spec, module=module.requires_grad_(False).eval())
 
 
-def _told_apart(spec: AdapterSpec, file: TensorFile) -> AdapterSpec:
-    """Which of two families with the same shapes a file is."""
-    if spec.family == face_resampler.FORMAT.name:
-        return replace(spec, family=face_resampler.released_as(file.name, file.metadata))
-    if spec.family == faceid_plus.FORMAT.name:
-        return replace(spec, options={**spec.options, "version": faceid_plus.version(spec, file.name, file.metadata)})
-    return spec
-
-
 def _contradicts(encoder: str, spec: AdapterSpec) -> bool:
-    known = ENCODERS.get(encoder)
-    return known is not None and known.width(spec.feature) != spec.feature_dim
+    known, encoded = ENCODERS.get(encoder), spec.format.feature.encoded
+    return known is not None and encoded is not None and known.width(encoded) != spec.feature_dim
 
 
 def _as_metadata(spec: AdapterSpec) -> dict[str, str]:
@@ -287,5 +331,11 @@ def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return torch.promote_types(a, b)
 
 
-def _named(error: AdapterError, name: str) -> AdapterError:
-    return type(error)(f"{name}: {error}")
+@contextmanager
+def _named(file: TensorFile, format: Format | None = None) -> Generator[None]:
+    """Say in errors which file it is about, and what that file is, where it is known."""
+    try:
+        yield
+    except AdapterError as error:
+        what = "" if format is None else f" ({format.name} adapter)"
+        raise type(error)(f"{file.name}{what}: {error}") from error

@@ -1,4 +1,4 @@
-"""Base adapters (`ip-adapter_sd15`, light, vit-G, sdxl, vit-h, noobIPAMARK1): one pooled embedding, a few tokens."""
+"""Base adapters (``ip-adapter_sd15``, light, vit-G, sdxl, vit-h, noobIPAMARK1): one pooled embedding, a few tokens."""
 
 from __future__ import annotations
 
@@ -6,36 +6,32 @@ import re
 
 from torch import nn
 
-from ..files.state_dict import StateDict
-from .format import AdapterSpec, Format, base_model, divided, encoder_name, layer_channels, shape_of
-from .projectors import ImageProjModel, Operations
+from ..features import IMAGE_EMBEDS
+from ..files.state_dict import TensorFile
+from .format import AdapterSpec, EncoderSizes, Format, FreshSizes, shape_of, tokens_in
+from .projectors import TORCH, ImageProjModel, Operations
 
 
-def parse(state: StateDict) -> AdapterSpec:
-    rows, feature_dim = shape_of(state, "image_proj.proj.weight", rank=2)
-    (token_dim,) = shape_of(state, "image_proj.norm.weight", rank=1)
-    channels = layer_channels(state, token_dim)
-    return AdapterSpec(
-        family=FORMAT.name,
-        base_model=base_model(token_dim, len(channels)),
-        num_tokens=divided(rows, token_dim, "image_proj.proj.weight"),
-        token_dim=token_dim,
-        feature="image_embeds",
-        feature_dim=feature_dim,
-        unconditional="zero_embeds",
-        encoder=encoder_name("image_embeds", feature_dim),
-        layer_channels=channels,
-    )
+class Base(Format):
+    name = "base"
+    label = "base (linear projector)"
+    feature = IMAGE_EMBEDS
+    unconditional = "zero_embeds"
+    anchor = "proj.weight"
+    allowed = re.compile(r"(proj|norm)\.(weight|bias)")
+
+    def parse(self, file: TensorFile) -> AdapterSpec:
+        proj, norm = "image_proj.proj.weight", "image_proj.norm.weight"
+        _, feature_dim = shape_of(file.tensors, proj, rank=2)
+        num_tokens = tokens_in(file.tensors, proj, norm)
+        return self.spec(file.tensors, norm, num_tokens=num_tokens, feature_dim=feature_dim)
+
+    def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
+        return ImageProjModel(spec.feature_dim, spec.token_dim, spec.num_tokens, operations=operations)
+
+    def fresh(self, token_dim: int, encoder: EncoderSizes, sizes: FreshSizes) -> tuple[nn.Module, int]:
+        num_tokens = sizes.num_tokens or 4
+        return ImageProjModel(encoder.projection_dim, token_dim, num_tokens, operations=TORCH), num_tokens
 
 
-def build(spec: AdapterSpec, operations: Operations) -> nn.Module:
-    return ImageProjModel(spec.feature_dim, spec.token_dim, spec.num_tokens, operations=operations)
-
-
-FORMAT = Format(
-    name="base",
-    anchor="proj.weight",
-    allowed=re.compile(r"(proj|norm)\.(weight|bias)"),
-    parse=parse,
-    build=build,
-)
+FORMAT = Base()

@@ -25,7 +25,7 @@ SET_ASIDE = ("unet.", "image_encoder.", "optimizer.")
 
 
 def normalise(state: StateDict) -> dict[str, Tensor]:
-    """The same tensors with every adapter key as `image_proj.…` or `ip_adapter.…`.
+    """The same tensors with every adapter key as ``image_proj.…`` or ``ip_adapter.…``.
 
     Wrapper prefixes and groups that no adapter needs are gone; keys of other groups stay as they are.
     """
@@ -73,35 +73,39 @@ def _matches(pattern: str) -> Test:
     return lambda state: any(map(search, state))
 
 
-def _is_face_resampler(state: StateDict) -> bool:
-    proj_in = state.get("image_proj.proj_in.weight")
-    return "image_proj.latents" in state and proj_in is not None and tuple(proj_in.shape[1:]) == (512,)
-
-
-def _is_value_only(state: StateDict) -> bool:
+def is_value_only(state: StateDict) -> bool:
+    """Whether an adapter has value layers and no key layers (Style Components)."""
     return _matches(r"^ip_adapter\..*to_v_ip")(state) and not _matches(r"^ip_adapter\..*to_k_ip")(state)
 
 
-_OTHER_FAMILY = "This family is not supported; base, plus, full-face and FaceID adapters of SD1.5, SD2 and SDXL are"
+def numbers_every_layer(state: StateDict) -> bool:
+    """Whether an adapter's layers are numbered 0, 1, 2, … and not 1, 3, 5, … (InstantX)."""
+    numbers = [
+        int(match[1])
+        for match in map(re.compile(r"ip_adapter\.([0-9]{1,5})\.to_k_ip\.weight").fullmatch, state)
+        if match
+    ]
+    return 0 in numbers and 2 * sum(number % 2 == 0 for number in numbers) >= len(numbers)
+
+
+OTHER_FAMILIES: tuple[tuple[Test, str], ...] = (
+    # the special before the general: reference ip-adapter.md, A.8
+    (_matches(r"ip_adapter_double_stream|^ip_adapter_proj_model\."), "a Flux IP-Adapter of XLabs"),
+    (_has("ip_adapter.0.norm_ip.linear.weight"), "a Stable Diffusion 3.5 IP-Adapter"),
+    (_matches(r"^ip_adapter\.0\.norm_ip_k\."), "an InstantCharacter adapter for Flux"),
+    (_matches(r"^ip_gate\.|^ip_centroid$"), "an IP-Adapter for Anima (PE encoder)"),
+    (_matches(r"^ip_cross_attns\."), "an IP-Adapter for Anima (SigLIP2 encoder)"),
+    (numbers_every_layer, "a Flux IP-Adapter of InstantX"),
+    (_has("image_proj.proj_new_input.weight"), "an IP-Adapter Instruct"),
+    (is_value_only, "a Style Components adapter (values only)"),
+    (_matches(r"^encoder_hid_proj\."), "an adapter in diffusers' processor names (IP-Adapter-Art)"),
+    (_matches(r"^(pulid_ca|pulid_encoder|id_adapter)"), "a PuLID adapter"),
+)
+"""Adapters of families that are not supported: a test and a name. Asked only when no format claims a file."""
+
 _NO_ADAPTER = "Choose an IP-Adapter file, e.g. ip-adapter-plus_sd15.safetensors"
 
 OTHER_FILES: tuple[tuple[Test, str, str], ...] = (
-    # Adapters of other families, the special before the general: reference ip-adapter.md, A.8
-    (_matches(r"ip_adapter_double_stream|^ip_adapter_proj_model\."), "a Flux IP-Adapter of XLabs", _OTHER_FAMILY),
-    (_has("ip_adapter.0.norm_ip.linear.weight"), "a Stable Diffusion 3.5 IP-Adapter", _OTHER_FAMILY),
-    (_matches(r"^ip_adapter\.0\.norm_ip_k\."), "an InstantCharacter adapter for Flux", _OTHER_FAMILY),
-    (_matches(r"^ip_gate\.|^ip_centroid$"), "an IP-Adapter for Anima (PE encoder)", _OTHER_FAMILY),
-    (_matches(r"^ip_cross_attns\."), "an IP-Adapter for Anima (SigLIP2 encoder)", _OTHER_FAMILY),
-    (_has("ip_adapter.0.to_k_ip.weight"), "a Flux IP-Adapter of InstantX", _OTHER_FAMILY),
-    (_has("image_proj.proj_new_input.weight"), "an IP-Adapter Instruct", _OTHER_FAMILY),
-    (_matches(r"^image_proj\.perceiver_resampler\."), "a FaceID Plus adapter (v1 or v2)", _OTHER_FAMILY),
-    (_is_face_resampler, "an InstantID adapter or a FaceID portrait (unnorm) one", _OTHER_FAMILY),
-    (_is_value_only, "a Style Components adapter (values only)", _OTHER_FAMILY),
-    (_has("image_proj.proj.2.weight", "image_proj.norm.weight"), "a FaceID adapter", _OTHER_FAMILY),
-    (_matches(r"^ip_adapter\..*_lora\.(down|up)\.weight$"), "a FaceID adapter (it carries a LoRA)", _OTHER_FAMILY),
-    (_matches(r"^encoder_hid_proj\."), "an adapter in diffusers' processor names (IP-Adapter-Art)", _OTHER_FAMILY),
-    (_matches(r"^(pulid_ca|pulid_encoder|id_adapter)"), "a PuLID adapter", _OTHER_FAMILY),
-    # Files of other kinds
     (
         _matches(r"lora[._](down|up)\.|lora_[AB]\.|hada_w|lokr_w|\.dora_scale$"),
         "a LoRA",
@@ -131,9 +135,14 @@ OTHER_FILES: tuple[tuple[Test, str, str], ...] = (
     (_matches(r"^(decoder|encoder)\.(conv_in|mid|up|down)"), "an image autoencoder (VAE)", _NO_ADAPTER),
     (_matches(r"exp_avg|^optimizer\."), "the optimiser state of a training", "Choose the weights of the same training"),
 )
-"""What else a file may be: a test, its name and what to do. Asked only when no format claims a file."""
+"""What else a file may be: a test, its name and what to do. Asked only when it resembles no format."""
 
 
-def recognise(state: StateDict) -> tuple[str, str] | None:
-    """Name and advice for a normalised state that no format claims; None if it is like nothing known."""
+def other_family(state: StateDict) -> str | None:
+    """The name of an unsupported family that a normalised state is of; None if it is of none known."""
+    return next((name for test, name in OTHER_FAMILIES if test(state)), None)
+
+
+def other_file(state: StateDict) -> tuple[str, str] | None:
+    """Name and advice for a normalised state of another kind of file; None if it is like nothing known."""
     return next(((name, advice) for test, name, advice in OTHER_FILES if test(state)), None)

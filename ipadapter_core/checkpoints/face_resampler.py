@@ -1,36 +1,51 @@
-"""FaceID portrait unnorm and InstantID's adapter, the same shapes: a resampler reads one raw face embedding.
+"""FaceID portrait unnorm and InstantID's adapter, in plus' keys and shapes: a resampler reads one raw face embedding.
 
 They differ in the face model (buffalo_l, antelopev2) and in that InstantID wants its ControlNet beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from typing import cast
 
-from ..files.state_dict import StateDict
-from . import plus
-from .format import AdapterSpec, Format
+from torch import Tensor, nn
 
-
-def parse(state: StateDict) -> AdapterSpec:
-    spec = plus.parse(state)
-    return replace(spec, family=FORMAT.name, feature="face", unconditional="zero_embeds", encoder="InsightFace")
+from ..features import RAW_FACE
+from ..files.state_dict import TensorFile
+from .format import EncoderSizes, Format, FreshSizes
+from .plus import Plus
 
 
-def released_as(name: str, metadata: Mapping[str, str]) -> str:
-    """Which of the two a file is, which no shape tells: by metadata, else by name."""
-    told = metadata.get("family", "")
-    if told in ("faceid-unnorm", "instantid"):
-        return told
-    return "faceid-unnorm" if "unnorm" in name.lower() else "instantid"
+class InstantID(Plus):
+    name = "instantid"
+    label = "InstantID (raw face embedding; wants its ControlNet too)"
+    feature = RAW_FACE
+    unconditional = "zero_embeds"
+    encoder = "InsightFace"
+    before = ("plus",)
+
+    def marks(self, file: TensorFile) -> bool:
+        """A face embedding has 512 numbers, and both files are for SDXL's text tokens of 2048."""
+        into, out, norm = (file.tensors.get(f"image_proj.{key}.weight") for key in ("proj_in", "proj_out", "norm_out"))
+        widths = [tuple(t.shape[:1]) for t in (out, norm) if t is not None]
+        return into is not None and tuple(into.shape[-1:]) == (512,) and (2048,) in widths
+
+    def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
+        return cast(Tensor, projector(features[:, None]))  # one token to read
+
+    def fresh(self, token_dim: int, encoder: EncoderSizes, sizes: FreshSizes) -> tuple[nn.Module, int]:
+        return Format.fresh(self, token_dim, encoder, sizes)
 
 
-FORMAT = Format(
-    name="face-resampler",
-    anchor="latents",
-    allowed=plus.FORMAT.allowed,
-    parse=parse,
-    build=plus.build,
-    unless=lambda state: not plus.is_face_embedding(state),
-)
+class PortraitUnnorm(InstantID):
+    name = "faceid-unnorm"
+    label = "FaceID portrait unnorm (raw face embedding)"
+    before = ("instantid", "plus")
+
+    def marks(self, file: TensorFile) -> bool:
+        """No shape tells it from InstantID's: metadata does, else the name."""
+        told = file.metadata.get("family", "")
+        named = told == self.name or (told != InstantID.name and "unnorm" in file.name.lower())
+        return named and super().marks(file)
+
+
+INSTANTID, UNNORM = InstantID(), PortraitUnnorm()

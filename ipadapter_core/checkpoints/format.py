@@ -1,21 +1,24 @@
-"""What a family declares (`Format`), what is read from a file (`AdapterSpec`), what is built (`AdapterWeights`)."""
+"""What a family declares (``Format``), what is read from a file (``AdapterSpec``), what is built (``AdapterWeights``)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from itertools import zip_longest
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError, one_line
-from ..features import FEATURE_RANKS, Feature, find_encoder
-from ..files.state_dict import StateDict
+from ..features import Encoded, Feature, find_encoder
+from ..files.state_dict import StateDict, TensorFile
 from .projectors import TORCH, Operations
 
-Unconditional = Literal["zero_embeds", "zero_pixels"]
+TrainedUnconditional = Literal["zero_embeds", "zero_pixels"]
+"""What stood for no image in an adapter's training: zeros for its feature, or an encoded picture of zeros."""
 
 LAYER_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_([kv])_ip\.weight")
 """One number per attention of the UNet, down, up, mid; odd ones are cross-attention (the only ones here)."""
@@ -28,20 +31,19 @@ MOST_LAYERS = 1000
 class AdapterSpec:
     """Facts about an adapter, all read from keys and shapes.
 
-    `num_tokens` counts the image tokens of one reference; 0 if it depends on the encoder and the encoder is not known.
-    `layer_channels` holds the rows of the i-th `to_k_ip`, in checkpoint order (down, up, mid); `token_dim` its columns,
-    which is also the width of the image tokens unless `projected_by_model`.
-    `encoder` is the name in `image_encoder.ENCODERS` that the feature's width points to, or "custom".
-    `options` holds the sizes only this family's projector has (`depth`, `queries`, `hidden_dim`, …).
+    ``num_tokens`` counts the image tokens of one reference; 0 if it depends on the encoder and the encoder is not known.
+    ``layer_channels`` holds the rows of the i-th ``to_k_ip``, in checkpoint order (down, up, mid); ``token_dim`` its
+    columns, which is also the width of the image tokens unless ``projected_by_model``.
+    ``encoder`` is the name in ``features.ENCODERS`` that the feature's width points to, or "custom".
+    ``options`` holds the sizes only this family's projector has (``depth``, ``queries``, ``hidden_dim``, …).
     """
 
-    family: str
+    format: Format
     base_model: str
     num_tokens: int
     token_dim: int
-    feature: Feature
     feature_dim: int
-    unconditional: Unconditional
+    unconditional: TrainedUnconditional
     encoder: str
     layer_channels: tuple[int, ...]
     options: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
@@ -49,30 +51,102 @@ class AdapterSpec:
     """Groups of the file that are not part of an adapter and stay unused, with their numbers of tensors."""
 
     @property
+    def family(self) -> str:
+        """The name of the family."""
+        return self.format.name
+
+    @property
+    def feature(self) -> str:
+        """The kind of feature that the adapter reads."""
+        return self.format.feature.kind
+
+    @property
     def projected_by_model(self) -> bool:
         """Whether the image tokens must pass a projection of the base model before the layers can take them (Kolors)."""
         return "text_dim" in self.options
 
+    @property
+    def face_side(self) -> int:
+        """Side in pixels of the aligned face that its training looked at: 224 for SD1.5, 256 for SDXL, 336 for Kolors."""
+        if self.base_model == "Kolors":
+            return 336
+        return 256 if self.token_dim == 2048 else 224
+
 
 @dataclass(frozen=True, slots=True)
-class Format:
-    """One checkpoint family: how its files are recognised, read and built.
+class EncoderSizes:
+    """What a projector must know of the image encoder: widths of its two features, and its number of tokens."""
 
-    A state (normalised by `containers.normalise`) is claimed when the image_proj key `anchor` is there, the rest of
-    every image_proj key matches `allowed`, every other key matches `layers`, and `unless` does not tell it for another
-    family's look-alike. `parse` reads the sizes, `build` makes the empty projector for them.
+    projection_dim: int
+    hidden_size: int
+    tokens: int
+
+
+class FreshSizes(Protocol):
+    """What a training may ask of a new projector; 0: as the released files have it."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def hidden_dim(self) -> int: ...
+
+
+class Format(ABC):
+    """One family of adapter files: all that is true of it and of no other. One instance each, in ``FORMATS``.
+
+    A file (normalised by ``containers.normalise``) is claimed when the image_proj key ``anchor`` is there, the rest of
+    every image_proj key matches ``allowed``, every other key matches ``layer_keys``, and ``marks`` finds the family in it.
+    Of several families with the same keys, one that names the others in ``before`` is asked before them.
     """
 
-    name: str
-    anchor: str
-    allowed: re.Pattern[str]
-    parse: Callable[[StateDict], AdapterSpec]
-    build: Callable[[AdapterSpec, Operations], nn.Module]
-    unless: Callable[[StateDict], bool] = lambda state: False
-    layers: re.Pattern[str] = LAYER_KEY
+    name: ClassVar[str]
+    """In configs, in the metadata of files, and in messages."""
+    label: ClassVar[str]
+    """For people, where there is room for a few words."""
+    feature: ClassVar[Feature]
+    unconditional: ClassVar[TrainedUnconditional]
+    anchor: ClassVar[str]
+    allowed: ClassVar[re.Pattern[str]]
+    layer_keys: ClassVar[re.Pattern[str]] = LAYER_KEY
+    before: ClassVar[tuple[str, ...]] = ()
+    encoder: ClassVar[str | None] = None
+    """The encoder of all its files, where the feature's width does not tell it."""
 
-    def detect(self, state: StateDict) -> bool:
-        return self.resembles(state) and not self.foreign_keys(state) and not self.unless(state)
+    @abstractmethod
+    def parse(self, file: TensorFile) -> AdapterSpec:
+        """The sizes of a file's adapter. Raises CorruptFileError where one of its tensors is missing or strange."""
+
+    @abstractmethod
+    def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
+        """The network from features to image tokens, empty."""
+
+    def layers(self, spec: AdapterSpec, operations: Operations) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """``to_k_ip`` and ``to_v_ip`` of every cross-attention, empty."""
+        k, v = (
+            nn.ModuleList(operations.Linear(spec.token_dim, c, bias=False) for c in spec.layer_channels)
+            for _ in range(2)
+        )
+        return k, v
+
+    def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
+        """Image tokens ``i n d`` of features ``i ...``; ``face_scale`` as in AdapterWeights.tokens()."""
+        return cast(Tensor, projector(features))
+
+    def fresh(self, token_dim: int, encoder: EncoderSizes, sizes: FreshSizes) -> tuple[nn.Module, int]:
+        """A projector of random weights to train, in the shapes of the released files, and its number of image tokens.
+
+        Raises InvalidInputError for a family that this package does not train.
+        """
+        raise InvalidInputError(f"{self.name} adapters are not trained here; choose another adapter.family")
+
+    def marks(self, file: TensorFile) -> bool:
+        """Whether a file with the family's keys is of it, where keys alone do not tell."""
+        return True
+
+    def detect(self, file: TensorFile) -> bool:
+        return self.resembles(file.tensors) and not self.foreign_keys(file.tensors) and self.marks(file)
 
     def resembles(self, state: StateDict) -> bool:
         """Whether the key that marks this family is there, whatever else may be."""
@@ -80,12 +154,44 @@ class Format:
 
     def foreign_keys(self, state: StateDict) -> list[str]:
         """The keys that no file of this family has."""
-        return sorted(key for key in state if not self._belongs(key))
+        return sorted(key for key in state if not self.allows(key))
 
-    def _belongs(self, key: str) -> bool:
+    def allows(self, key: str) -> bool:
         if key.startswith("image_proj."):
             return self.allowed.fullmatch(key.removeprefix("image_proj.")) is not None
-        return self.layers.fullmatch(key) is not None
+        return self.layer_keys.fullmatch(key) is not None
+
+    def spec(
+        self,
+        state: StateDict,
+        width: str,
+        *,
+        num_tokens: int,
+        feature_dim: int,
+        token_dim: int | None = None,
+        options: Mapping[str, int] | None = None,
+    ) -> AdapterSpec:
+        """The spec of a file whose tokens are as wide as the tensor ``width`` is long, or else ``token_dim``."""
+        token_dim = int(state[width].shape[0]) if token_dim is None else token_dim
+        channels = layer_channels(state, token_dim, width)
+        encoded = self.feature.encoded
+        return AdapterSpec(
+            self,
+            base_model(token_dim, len(channels)),
+            num_tokens,
+            token_dim,
+            feature_dim,
+            self.unconditional,
+            self.encoder or ("custom" if encoded is None else encoder_name(encoded, feature_dim)),
+            channels,
+            options or {},
+        )
+
+    def __repr__(self) -> str:
+        return f"<format {self.name}>"
+
+    def __deepcopy__(self, memo: object) -> Format:
+        return self
 
 
 class Bare:
@@ -102,18 +208,17 @@ BARE: Operations = cast(Operations, Bare)
 
 
 class AdapterModule(nn.Module):
-    """An adapter's layers: `projector`, and `to_k_ip[i]`, `to_v_ip[i]` of the cross-attention with key number 2i+1."""
+    """An adapter's layers: ``projector``, and ``to_k_ip[i]``, ``to_v_ip[i]`` of the cross-attention with key number 2i+1."""
 
-    def __init__(self, projector: nn.Module, spec: AdapterSpec, *, operations: Operations = TORCH) -> None:
+    def __init__(self, spec: AdapterSpec, *, operations: Operations = TORCH) -> None:
         super().__init__()
         self.casts_weights = operations is not TORCH and operations is not BARE
         """Whether the layers bring their weights to the input's device and dtype themselves (comfy.ops.manual_cast)."""
-        self.projector = projector
-        self.to_k_ip = nn.ModuleList(operations.Linear(spec.token_dim, c, bias=False) for c in spec.layer_channels)
-        self.to_v_ip = nn.ModuleList(operations.Linear(spec.token_dim, c, bias=False) for c in spec.layer_channels)
+        self.projector = spec.format.projector(spec, operations)
+        self.to_k_ip, self.to_v_ip = spec.format.layers(spec, operations)
 
     def checkpoint_state(self) -> dict[str, Tensor]:
-        """The weights under the keys of a flat released file (`image_proj.…`, `ip_adapter.1.to_k_ip.weight`)."""
+        """The weights under the keys of a flat released file (``image_proj.…``, ``ip_adapter.1.to_k_ip.weight``)."""
         return {checkpoint_key(key): tensor.detach() for key, tensor in self.state_dict().items()}
 
 
@@ -134,30 +239,25 @@ class AdapterWeights:
         return next(self.module.to_k_ip.parameters()).dtype
 
     def tokens(self, features: Tensor, face_scale: float = 1.0) -> Tensor:
-        """Image tokens `b n d` of features: `b e` image embeds or `b t e` penultimate states, see `spec.feature`.
+        """Image tokens ``b n d`` of features: ``b e`` image embeds or ``b t e`` penultimate states, see ``spec.feature``.
 
-        `face_scale` is how much FaceID Plus v2 reads in the picture beside the face embedding.
+        ``face_scale`` is how much FaceID Plus v2 reads in the picture beside the face embedding.
 
         With layers of torch.nn the features are brought to the weights' device and dtype; layers that cast their own
         weights get them as they are. Raises IncompatibleEncoderError when the features have another rank or width.
         """
         spec = self.spec
-        rank = FEATURE_RANKS[spec.feature]
-        if features.ndim != rank or features.shape[-1] != spec.feature_dim:
-            expected = f"[batch, {spec.feature_dim}]" if rank == 2 else f"[batch, tokens, {spec.feature_dim}]"
+        feature = spec.format.feature
+        if features.ndim != feature.rank or features.shape[-1] != spec.feature_dim:
+            expected = ", ".join(map(str, feature.shape(spec.feature_dim, "batch")))
             raise IncompatibleEncoderError(
-                f"{self.name} ({spec.family}, {spec.base_model}) needs {spec.feature} of shape {expected} from the "
+                f"{self.name} ({spec.family}, {spec.base_model}) needs {spec.feature} of shape [{expected}] from the "
                 f"{spec.encoder} image encoder and got {list(features.shape)}: choose that encoder."
             )
-        features = self._fitting(features)
-        if spec.feature == "face_tokens":
-            return cast(Tensor, self.module.projector(features, face_scale))
-        if spec.family in ("faceid-unnorm", "instantid"):
-            features = features[:, None]  # one token to read
-        return cast(Tensor, self.module.projector(features))
+        return spec.format.tokens(self.module.projector, self._fitting(features), face_scale)
 
     def key_value(self, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Image keys and values `b n c` at the cross-attention of checkpoint order `index` (key number 2·index+1)."""
+        """Image keys and values ``b n c`` at the cross-attention of checkpoint order ``index`` (key number 2·index+1)."""
         key, value = self.module.to_k_ip[index], self.module.to_v_ip[index]
         tokens = self._fitting(tokens)
         return cast(Tensor, key(tokens)), cast(Tensor, value(tokens))
@@ -172,27 +272,30 @@ class AdapterWeights:
         return x.to(next(self.module.to_k_ip.parameters()))
 
 
-def empty_module(format: Format, spec: AdapterSpec, operations: Operations) -> AdapterModule:
-    """The layers of `spec` on the meta device: shapes, no memory."""
+def empty_module(spec: AdapterSpec, operations: Operations) -> AdapterModule:
+    """The layers of ``spec`` on the meta device: shapes, no memory."""
     with torch.device("meta"):
-        return AdapterModule(format.build(spec, operations), spec, operations=operations)
+        return AdapterModule(spec, operations=operations)
+
+
+_LAYER = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_([kv])_ip\.(.+)")
 
 
 def module_key(key: str) -> str | None:
-    """The key of a checkpoint tensor inside `AdapterModule`; None if it has no place there."""
+    """The key of a checkpoint tensor inside ``AdapterModule``; None if it has no place there."""
     if key.startswith("image_proj."):
         return "projector." + key.removeprefix("image_proj.")
-    layer = LAYER_KEY.fullmatch(key)
+    layer = _LAYER.fullmatch(key)
     if layer is None or int(layer[1]) % 2 == 0:
         return None
-    return f"to_{layer[2]}_ip.{int(layer[1]) // 2}.weight"
+    return f"to_{layer[2]}_ip.{int(layer[1]) // 2}.{layer[3]}"
 
 
 def checkpoint_key(key: str) -> str:
-    """The inverse of `module_key`."""
+    """The inverse of ``module_key``."""
     if key.startswith("projector."):
         return "image_proj." + key.removeprefix("projector.")
-    kind, index, name = key.split(".")
+    kind, index, name = key.split(".", 2)
     return f"ip_adapter.{2 * int(index) + 1}.{kind}.{name}"
 
 
@@ -209,18 +312,40 @@ def shape_of(state: StateDict, key: str, *, rank: int) -> tuple[int, ...]:
     return shape
 
 
-def divided(total: int, unit: int, key: str) -> int:
-    """`total / unit`. Raises CorruptFileError when it is not a whole number above 0."""
+def tokens_in(state: StateDict, rows: str, width: str) -> int:
+    """How many tokens as wide as the tensor ``width`` is long one with so many ``rows`` makes.
+
+    Raises CorruptFileError when it is not a whole number above 0.
+    """
+    total, _ = shape_of(state, rows, rank=2)
+    (unit,) = shape_of(state, width, rank=1)
     if total % unit or total < unit:
-        raise CorruptFileError(f"'{key}' has {total} rows, a multiple of {unit} was expected: the file is damaged.")
+        raise CorruptFileError(
+            f"'{rows}' has {total} rows, a multiple of {unit} was expected (the length of '{width}'): the file is damaged."
+        )
     return total // unit
 
 
-def layer_channels(state: StateDict, token_dim: int) -> tuple[int, ...]:
-    """Rows of `to_k_ip` for the key numbers 1, 3, 5, …
+def resampler_depth(state: StateDict, group: str) -> int:
+    """Number of layers under ``group``, ``image_proj.`` or deeper. Raises CorruptFileError when one is missing."""
+    pattern = re.compile(rf"{re.escape(group)}layers\.(0|[1-9][0-9]{{0,3}})\..*")
+    numbers = sorted({int(match[1]) for match in filter(None, map(pattern.fullmatch, state))})
+    if len(numbers) > MOST_LAYERS:
+        raise CorruptFileError(f"{group}layers holds {len(numbers)} layers; no adapter has over {MOST_LAYERS}.")
+    if numbers != list(range(len(numbers))):
+        gap = next(i for i, n in enumerate(numbers) if i != n)
+        raise CorruptFileError(
+            f"{group}layers jumps from {gap - 1} to {numbers[gap]}: {group}layers.{gap} is missing. "
+            "The file is incomplete; download or export it again."
+        )
+    return len(numbers)
+
+
+def layer_channels(state: StateDict, token_dim: int, width: str) -> tuple[int, ...]:
+    """Rows of ``to_k_ip`` for the key numbers 1, 3, 5, …
 
     Raises CorruptFileError when a key or a value layer is missing, a number is left out or an even one is there, or
-    a layer does not take tokens of `token_dim`.
+    a layer does not take tokens of ``token_dim``, which the tensor ``width`` tells.
     """
     numbers: dict[str, set[int]] = {"k": set(), "v": set()}
     for match in filter(None, map(LAYER_KEY.fullmatch, state)):
@@ -245,8 +370,8 @@ def layer_channels(state: StateDict, token_dim: int) -> tuple[int, ...]:
         rows, columns = shape_of(state, key_name, rank=2)
         if columns != token_dim:
             raise CorruptFileError(
-                f"'{key_name}' takes tokens of {columns} channels, but image_proj makes tokens of {token_dim}: "
-                "the two halves come from different adapters."
+                f"'{key_name}' takes tokens of {columns} channels, but image_proj makes tokens of {token_dim} "
+                f"('{width}'): the two halves come from different adapters, or one of these is damaged."
             )
         channels.append(rows)
     return tuple(channels)
@@ -258,9 +383,9 @@ def base_model(token_dim: int, layers: int) -> str:
     return known.get((token_dim, layers), f"custom {token_dim}")
 
 
-def encoder_name(feature: Feature, width: int) -> str:
-    """The name in `image_encoder.ENCODERS` that a feature of this width points to, or "custom"."""
-    encoder = find_encoder(feature, width)
+def encoder_name(encoded: Encoded, width: int) -> str:
+    """The name in ``features.ENCODERS`` that features of this width point to, or "custom"."""
+    encoder = find_encoder(encoded, width)
     return "custom" if encoder is None else encoder.name
 
 
@@ -287,11 +412,29 @@ def check_tensors(module: AdapterModule, state: StateDict) -> dict[str, Tensor]:
         if tuple(state[key].shape) != shape
     ]
     if misshapen:
-        raise CorruptFileError(f"tensors that do not fit the rest: {few(misshapen)}. The file is damaged.")
+        raise CorruptFileError(
+            f"tensors that do not fit the rest: {few(misshapen)}{_said_by(state, expected)}. The file is damaged."
+        )
     stored = [f"{key} is {state[key].dtype}" for key in expected if not state[key].is_floating_point()]
     if stored:
         raise CorruptFileError(f"weights must be floating point: {few(stored)}. Use a float16 or float32 file.")
     return {cast(str, module_key(key)): state[key] for key in expected}
+
+
+def _said_by(state: StateDict, expected: Mapping[str, tuple[int, ...]]) -> str:
+    """The tensors that alone have the sizes which others should have: one strange tensor against many is the damaged one."""
+    shapes = {key: tuple(state[key].shape) for key in expected}
+    wrong = [key for key in expected if shapes[key] != expected[key]]
+    sizes = {
+        size
+        for key in wrong
+        for size, found in zip_longest(expected[key], shapes[key])
+        if size is not None and size != found
+    }
+    sources = [key for key in expected if shapes[key] == expected[key] and sizes & {*shapes[key]}]
+    if not 0 < len(sources) <= len(wrong):
+        return ""
+    return ", as " + few(f"{key} {list(shapes[key])} says" for key in sources)
 
 
 def check_finite(tensors: StateDict) -> None:

@@ -1,7 +1,7 @@
-"""Image features to image tokens: the networks that IP-Adapter files call `image_proj`.
+"""Image features to image tokens: the networks that IP-Adapter files call ``image_proj``.
 
-Attribute names are the key names of released files, so a `state_dict()` here is an `image_proj` group there.
-Shapes in the docstrings: `b` batch, `e` feature dim, `t` tokens of the image encoder, `n` image tokens, `d` token dim.
+Attribute names are the key names of released files, so a ``state_dict()`` here is an ``image_proj`` group there.
+Shapes in the docstrings: ``b`` batch, ``e`` feature dim, ``t`` tokens of the image encoder, ``n`` image tokens, ``d`` token dim.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Operations(Protocol):
-    """Where layers come from: `torch.nn`, `comfy.ops.manual_cast`, or anything else with these two constructors."""
+    """Where layers come from: ``torch.nn``, ``comfy.ops.manual_cast``, or anything else with these two constructors."""
 
     @property
     def Linear(self) -> Any: ...
@@ -23,14 +23,14 @@ class Operations(Protocol):
 
 
 TORCH: Operations = cast(Operations, torch.nn)
-"""torch.nn as `Operations`: the default everywhere."""
+"""torch.nn as ``Operations``: the default everywhere."""
 
 DIM_HEAD = 64
 """Channels per attention head in every released resampler; only their number varies (12, 20, …)."""
 
 
 def head_count(inner: int) -> int:
-    """Number of attention heads of a resampler with `inner` attention channels.
+    """Number of attention heads of a resampler with ``inner`` attention channels.
 
     Released files use 64 channels per head. A width that 64 does not divide (only tiny test models have one) cannot be
     split by that rule and is read as one single head.
@@ -39,7 +39,7 @@ def head_count(inner: int) -> int:
 
 
 class ImageProjModel(nn.Module):
-    """Base adapters: one pooled image embedding to `num_tokens` tokens, `b e -> b n d`.
+    """Base adapters: one pooled image embedding to ``num_tokens`` tokens, ``b e -> b n d``.
 
     Source: tencent ip_adapter/ip_adapter.py; https://arxiv.org/abs/2308.06721, section 3.2.
     """
@@ -57,7 +57,7 @@ class ImageProjModel(nn.Module):
 
 
 class MLPProjModel(nn.Module):
-    """Full-face adapters: every encoder token becomes one image token, `b t e -> b t d`.
+    """Full-face adapters: every encoder token becomes one image token, ``b t e -> b t d``.
 
     Source: tencent ip_adapter/ip_adapter.py.
     """
@@ -76,7 +76,7 @@ class MLPProjModel(nn.Module):
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the image tokens and to themselves, `(b t h, b n h) -> b n h`."""
+    """Latents attend to the image tokens and to themselves, ``(b t h, b n h) -> b n h``."""
 
     def __init__(self, dim: int, inner: int, *, operations: Operations = TORCH) -> None:
         super().__init__()
@@ -101,10 +101,44 @@ class PerceiverAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class Resampler(nn.Module):
-    """Plus adapters: `queries` learned latents read the encoder's penultimate tokens, `b t e -> b n d`.
+RESAMPLER_KEYS = (
+    r"(proj_in|proj_out|norm_out)\.(weight|bias)|layers\.(0|[1-9][0-9]{0,3})\."
+    r"(0\.(norm1|norm2)\.(weight|bias)|0\.to_(q|kv|out)\.weight|1\.0\.(weight|bias)|1\.[13]\.weight)"
+)
+"""The names of a resampler's weights, latents aside."""
 
-    `hidden_dim` is the width of the latents, `inner_dim` the width of the attention (heads × 64), `ff_dim` the width
+
+def _perceiver_layers(dim: int, inner_dim: int, ff_dim: int, depth: int, operations: Operations) -> nn.ModuleList:
+    """``depth`` pairs of an attention and a feed-forward network, ``dim`` wide."""
+    return nn.ModuleList(
+        nn.ModuleList(
+            (
+                PerceiverAttention(dim, inner_dim, operations=operations),
+                nn.Sequential(
+                    operations.LayerNorm(dim),
+                    operations.Linear(dim, ff_dim, bias=False),
+                    nn.GELU(),
+                    operations.Linear(ff_dim, dim, bias=False),
+                ),
+            )
+        )
+        for _ in range(depth)
+    )
+
+
+def _read(layers: nn.ModuleList, x: Tensor, latents: Tensor) -> Tensor:
+    """Latents ``b n h`` after they have read tokens ``b t h``, layer by layer."""
+    for layer in layers:
+        attention, feed_forward = cast(nn.ModuleList, layer)
+        latents = attention(x, latents) + latents
+        latents = feed_forward(latents) + latents
+    return latents
+
+
+class Resampler(nn.Module):
+    """Plus adapters: ``queries`` learned latents read the encoder's penultimate tokens, ``b t e -> b n d``.
+
+    ``hidden_dim`` is the width of the latents, ``inner_dim`` the width of the attention (heads × 64), ``ff_dim`` the width
     of the feed-forward (4 × hidden in released files).
     Source: tencent ip_adapter/resampler.py, after the Perceiver resampler of open_flamingo.
     """
@@ -128,34 +162,17 @@ class Resampler(nn.Module):
         self.proj_in = operations.Linear(feature_dim, hidden_dim)
         self.proj_out = operations.Linear(hidden_dim, token_dim)
         self.norm_out = operations.LayerNorm(token_dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                (
-                    PerceiverAttention(hidden_dim, inner_dim, operations=operations),
-                    nn.Sequential(
-                        operations.LayerNorm(hidden_dim),
-                        operations.Linear(hidden_dim, ff_dim, bias=False),
-                        nn.GELU(),
-                        operations.Linear(ff_dim, hidden_dim, bias=False),
-                    ),
-                )
-            )
-            for _ in range(depth)
-        )
+        self.layers = _perceiver_layers(hidden_dim, inner_dim, ff_dim, depth, operations)
 
     def forward(self, penultimate: Tensor) -> Tensor:
         x: Tensor = self.proj_in(penultimate)
         latents = self.latents.to(x).expand(len(x), -1, -1)
-        for layer in self.layers:
-            attention, feed_forward = cast(nn.ModuleList, layer)
-            latents = attention(x, latents) + latents
-            latents = feed_forward(latents) + latents
-        tokens: Tensor = self.norm_out(self.proj_out(latents))
+        tokens: Tensor = self.norm_out(self.proj_out(_read(self.layers, x, latents)))
         return tokens
 
 
 class MLPProjModelFaceId(nn.Module):
-    """FaceID adapters: a face embedding to `num_tokens` tokens, `b e` or `b 1 e` -> `b n d`.
+    """FaceID adapters: a face embedding to ``num_tokens`` tokens, ``b e`` or ``b 1 e`` -> ``b n d``.
 
     Source: tencent ip_adapter/ip_adapter_faceid.py.
     """
@@ -179,7 +196,7 @@ class MLPProjModelFaceId(nn.Module):
 
 
 class FacePerceiverResampler(nn.Module):
-    """Given latents read an encoder's tokens, `(b n d, b t e) -> b n d`: a Resampler without latents of its own."""
+    """Given latents read an encoder's tokens, ``(b n d, b t e) -> b n d``: a Resampler without latents of its own."""
 
     def __init__(
         self, dim: int, feature_dim: int, *, depth: int, inner_dim: int, ff_dim: int, operations: Operations = TORCH
@@ -188,35 +205,18 @@ class FacePerceiverResampler(nn.Module):
         self.proj_in = operations.Linear(feature_dim, dim)
         self.proj_out = operations.Linear(dim, dim)
         self.norm_out = operations.LayerNorm(dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                (
-                    PerceiverAttention(dim, inner_dim, operations=operations),
-                    nn.Sequential(
-                        operations.LayerNorm(dim),
-                        operations.Linear(dim, ff_dim, bias=False),
-                        nn.GELU(),
-                        operations.Linear(ff_dim, dim, bias=False),
-                    ),
-                )
-            )
-            for _ in range(depth)
-        )
+        self.layers = _perceiver_layers(dim, inner_dim, ff_dim, depth, operations)
 
     def forward(self, latents: Tensor, penultimate: Tensor) -> Tensor:
         x: Tensor = self.proj_in(penultimate)
-        for layer in self.layers:
-            attention, feed_forward = cast(nn.ModuleList, layer)
-            latents = attention(x, latents) + latents
-            latents = feed_forward(latents) + latents
-        tokens: Tensor = self.norm_out(self.proj_out(latents))
+        tokens: Tensor = self.norm_out(self.proj_out(_read(self.layers, x, latents)))
         return tokens
 
 
 class ProjModelFaceIdPlus(nn.Module):
-    """FaceID Plus: the face's tokens read the encoder's tokens of its crop; v2 adds `scale` times that to themselves.
+    """FaceID Plus: the face's tokens read the encoder's tokens of its crop; v2 adds ``scale`` times that to themselves.
 
-    The input is packed, `b (1 + t) e`: row 0 begins with the face embedding, the others are the encoder's tokens.
+    The input is packed, ``b (1 + t) e``: row 0 begins with the face embedding, the others are the encoder's tokens.
     Source: tencent ip_adapter/ip_adapter_faceid.py.
     """
 
@@ -254,9 +254,3 @@ class ProjModelFaceIdPlus(nn.Module):
         tokens: Tensor = self.norm(face.reshape(-1, self.num_tokens, self.token_dim))
         read: Tensor = self.perceiver_resampler(tokens, packed[:, 1:])
         return tokens + scale * read if self.shortcut else read
-
-
-def pack_face(face: Tensor, penultimate: Tensor) -> Tensor:
-    """A face embedding `b e` and encoder tokens `b t c` (c >= e) as one feature `b (1 + t) c`."""
-    row = nn.functional.pad(face, (0, penultimate.shape[-1] - face.shape[-1]))
-    return torch.cat([row[:, None].to(penultimate), penultimate], 1)

@@ -214,11 +214,11 @@ class PairFeed:
 
     def features(self, images: Tensor) -> Tensor:
         """The adapter's features of images ``b 3 64 64`` in 0..1."""
-        return self.encoder.encode((images - self.mean) / self.std).get(self.spec.feature)
+        return self.spec.format.feature.of(self.encoder.encode((images - self.mean) / self.std))
 
     def neutral(self) -> Tensor:
         """The features that stand for no image."""
-        features = self.encoder.encode(torch.zeros(1, 3, SIZE, SIZE)).get(self.spec.feature)
+        features = self.spec.format.feature.of(self.encoder.encode(torch.zeros(1, 3, SIZE, SIZE)))
         return torch.zeros_like(features) if self.spec.unconditional == "zero_embeds" else features
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..device_cache import DeviceCache
 from ..errors import InvalidInputError, quoted, reason
+from ..features import Embedding
 from ..files.text import regular_file
 from .preprocess import check_finite
 
@@ -48,13 +49,6 @@ ARCFACE_POINTS = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (4
 
 DETECTION_SIZES = tuple(range(640, 128, -64))
 """Sides at which a picture is searched, until there is a face: a face that fills the picture is found in a small one."""
-
-
-def crop_size(base_model: str, token_dim: int) -> int:
-    """Side in pixels of the aligned face that FaceID Plus looks at: 224 for SD1.5, 256 for SDXL, 336 for Kolors."""
-    if base_model == "Kolors":
-        return 336
-    return 256 if token_dim == 2048 else 224
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +88,9 @@ class FoundFaces:
     embeddings: Tensor
     crops: Tensor
 
-    @property
-    def normed(self) -> Tensor:
+    def get(self, embedding: Embedding) -> Tensor:
+        if embedding == "raw":
+            return self.embeddings
         return self.embeddings / torch.linalg.vector_norm(self.embeddings, dim=-1, keepdim=True)
 
 

@@ -39,6 +39,19 @@ def base_of(token_dim: int) -> str:
     return "sdxl" if token_dim == 2048 else "sd15"
 
 
+OLD_MARKS: dict[str, tuple[str, int | None, str]] = {
+    "faceidplusv2": ("faceid-plus", 2, "faceid-plusv2"),
+    "portraitunnorm": ("faceid-unnorm", None, "portrait-unnorm"),
+}
+"""Keys by which the old pack marks an adapter that its file's name told: the family, its version, and such a name."""
+
+
+def old_mark(spec: AdapterSpec) -> str | None:
+    """The old pack's key for an adapter, if it has one."""
+    told = spec.family, spec.options.get("version")
+    return next((mark for mark, (*known, _) in OLD_MARKS.items() if tuple(known) == told), None)
+
+
 H94 = "https://huggingface.co/h94/IP-Adapter"
 FACEID = "https://huggingface.co/h94/IP-Adapter-FaceID"
 
@@ -157,6 +170,7 @@ def choose_encoder(
             continue
         if known is not None and found == (known.hidden_size, known.projection_dim):
             return name
-        if known is None and spec.feature_dim == {"penultimate": found[0], "image_embeds": found[1]}[spec.feature]:
+        width = found[1] if spec.format.feature.encoded == "image_embeds" else found[0]
+        if known is None and spec.feature_dim == width:
             return name
     return None

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ..attention.batch import fit_batch
 from ..checkpoints import AdapterSpec, AdapterWeights
-from ..checkpoints.projectors import pack_face
 from ..compatibility import CORRECT, Rules
 from ..errors import IncompatibleEncoderError, InvalidInputError
-from ..features import FEATURE_RANKS, Crop, Feature, ImageEncoder
+from ..features import Crop, Encoded, ImageEncoder
 from ..images.preprocess import preprocess, preprocess_as_host
 from .needs import check_encoder
 
@@ -96,7 +95,8 @@ def encode_image_prompt(
 
     Raises IncompatibleEncoderError for an encoder the adapter was not trained with, InvalidInputError for bad values.
     """
-    if adapter.spec.feature in ("face", "face_tokens"):
+    feature = adapter.spec.format.feature
+    if feature.encoded is None or feature.embedding is not None:
         raise IncompatibleEncoderError(
             f"{adapter.name} is a {adapter.spec.family} adapter, which reads faces and not whole pictures; use the FaceID "
             "nodes (in Python: encode_face_prompt)"
@@ -132,7 +132,7 @@ def encode_image_prompt(
         pixels.append(_unconditional_pixels(rule, encoder, pixels[0]))
     pixels += [_pixels(image, encoder, square, None, rules) for image in negatives]
 
-    encoded = _encode(adapter.spec.feature, encoder, pixels, chunk, progress)[:, None]  # k = 1
+    encoded = _encode(feature.encoded, encoder, pixels, chunk, progress)[:, None]  # k = 1
     neutral = torch.zeros_like(encoded[:1]) if rule == "zero_embeds" else encoded[total : total + 1]
     features = [
         _at_strength(feature, torch.zeros_like(neutral) if rules.features_scaled else neutral, strength)
@@ -152,7 +152,7 @@ def encode_image_prompt(
 
 @torch.no_grad()
 def encode_features(
-    feature: Feature,
+    feature: Encoded,
     encoder: ImageEncoder,
     images: Tensor | Sequence[Tensor],
     *,
@@ -201,13 +201,10 @@ def unconditional_features(
     if encoder is None or adapter.spec.unconditional == "zero_embeds":
         return torch.zeros_like(like[:1])
     check_encoder(adapter.spec, encoder)
-    tokens = no_image_features("penultimate", encoder, like, rules)
-    if adapter.spec.feature != "face_tokens":
-        return tokens
-    return pack_face(torch.zeros(1, adapter.spec.options["face_dim"]), tokens)
+    return adapter.spec.format.feature.without_face(no_image_features("penultimate", encoder, like, rules))
 
 
-def no_image_features(feature: Feature, encoder: ImageEncoder, like: Tensor, rules: Rules = CORRECT) -> Tensor:
+def no_image_features(feature: Encoded, encoder: ImageEncoder, like: Tensor, rules: Rules = CORRECT) -> Tensor:
     """What stands for no image beside features ``like`` (``i ...``) where no adapter tells: one entry ``1 ...``.
 
     Zeros for image_embeds; for penultimate tokens those of an encoded empty picture, as rules say which.
@@ -241,12 +238,10 @@ def prompt_from_features(
     Raises IncompatibleEncoderError for features of another encoder.
     """
     _check_option("combine", combine, get_args(Combine))
-    rank = FEATURE_RANKS[adapter.spec.feature]
+    feature = adapter.spec.format.feature
     for name, tensor in (("embeds", features), ("negative embeds", uncond)):
-        if tensor.ndim != rank or tensor.shape[-1] != adapter.spec.feature_dim or len(tensor) == 0:
-            shape = (
-                ("images", adapter.spec.feature_dim) if rank == 2 else ("images", "tokens", adapter.spec.feature_dim)
-            )
+        if tensor.ndim != feature.rank or tensor.shape[-1] != adapter.spec.feature_dim or len(tensor) == 0:
+            shape = feature.shape(adapter.spec.feature_dim)
             raise IncompatibleEncoderError(
                 f"the {name} have shape {tuple(tensor.shape)}, but {adapter.name} reads {adapter.spec.feature} of shape "
                 f"({', '.join(map(str, shape))}); make them with this adapter and the encoder {adapter.spec.encoder}"
@@ -351,7 +346,7 @@ def combine_prompts(
         raise InvalidInputError("there are no image prompts to combine; give at least one")
     strengths = _check_strengths(strengths, len(prompts))
     spec, first = adapter.spec, prompts[0]
-    rank = FEATURE_RANKS[spec.feature] + 1
+    rank = spec.format.feature.rank + 1
     for prompt in prompts:
         if prompt.encoder != first.encoder:
             raise IncompatibleEncoderError(
@@ -447,7 +442,7 @@ def _pixels(image: Tensor, encoder: ImageEncoder, crop: Crop, mask: Tensor | Non
 
 
 def _encode(
-    feature: Feature,
+    feature: Encoded,
     encoder: ImageEncoder,
     pixels: list[Tensor],
     chunk: int,

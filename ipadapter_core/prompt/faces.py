@@ -8,21 +8,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import AdapterWeights
-from ..checkpoints.projectors import pack_face
 from ..compatibility import CORRECT, Rules
 from ..errors import IncompatibleEncoderError, InvalidInputError
 from ..features import ImageEncoder
-from ..images.faces import FaceAnalyzer, FoundFaces, Which, crop_size, find_faces
+from ..images.faces import FaceAnalyzer, FoundFaces, Which, find_faces
 from .encode import Combine, ImagePrompt, encode_features, prompt_from_features, unconditional_features
 from .needs import check_encoder
-
-RAW = ("faceid-unnorm", "instantid")
-"""Families that read the embedding with the length that the face model gives it; the others read its direction."""
-
-
-def reads_faces(adapter: AdapterWeights) -> bool:
-    """Whether the adapter reads faces, and not whole pictures."""
-    return adapter.spec.feature in ("face", "face_tokens")
 
 
 @torch.no_grad()
@@ -58,33 +49,35 @@ def encode_face_prompt(
     Raises IncompatibleEncoderError for an adapter that reads no faces or an encoder it was not trained with, and
     InvalidInputError where a face or the encoder is missing.
     """
-    spec = adapter.spec
-    if not reads_faces(adapter):
+    spec, feature = adapter.spec, adapter.spec.format.feature
+    if feature.embedding is None:
         raise IncompatibleEncoderError(
             f"{adapter.name} is a {spec.family} adapter, which reads whole pictures and not faces; use Encode Image Prompt (in "
             "Python: encode_image_prompt), or a FaceID adapter"
         )
-    if spec.feature == "face_tokens":
+    if feature.encoded is None:
+        encoder = None
+    else:
         if encoder is None:
             raise InvalidInputError(
                 f"{adapter.name} also looks at the face with an image encoder ({spec.encoder}): connect Load CLIP Vision to "
                 "clip_vision"
             )
         check_encoder(spec, encoder)
-    found = find_faces(analyzer, images, crop or crop_size(spec.base_model, spec.token_dim), which=which, mask=mask)
-    faces = found.embeddings if spec.family in RAW else found.normed
+    found = find_faces(analyzer, images, crop or spec.face_side, which=which, mask=mask)
+    faces = found.get(feature.embedding)
     away = None
-    if spec.feature == "face" or encoder is None:
+    if feature.encoded is None or encoder is None:
         features, name = faces, analyzer.name
         if isinstance(negative, Tensor) and not rules.faces_without_negative:
-            away = _faces_of(adapter, analyzer, negative)
+            away = _faces_of(adapter, analyzer, negative).get(feature.embedding)
     else:
-        seen = encode_features("penultimate", encoder, found.crops, rules=rules, chunk=chunk, progress=progress)
-        features, name = pack_face(faces, seen), encoder.name
+        seen = encode_features(feature.encoded, encoder, found.crops, rules=rules, chunk=chunk, progress=progress)
+        features, name = feature.join(faces, seen), encoder.name
         if negative is not None:
             pictures = negative if isinstance(negative, Tensor) else negative(found.crops)
-            tokens = encode_features("penultimate", encoder, pictures, rules=rules, chunk=chunk)
-            away = pack_face(torch.zeros(len(tokens), faces.shape[1]), tokens)
+            tokens = encode_features(feature.encoded, encoder, pictures, rules=rules, chunk=chunk)
+            away = feature.without_face(tokens)
     neutral = unconditional_features(adapter, encoder, features, rules)
     prompt = prompt_from_features(
         adapter, features, neutral if away is None else away, neutral=None if away is None else neutral, combine=combine,
@@ -93,12 +86,11 @@ def encode_face_prompt(
     return prompt, found
 
 
-def _faces_of(adapter: AdapterWeights, analyzer: FaceAnalyzer, pictures: Tensor) -> Tensor:
+def _faces_of(adapter: AdapterWeights, analyzer: FaceAnalyzer, pictures: Tensor) -> FoundFaces:
     """The best face of each negative picture."""
     try:
-        found = find_faces(analyzer, pictures, crop_size(adapter.spec.base_model, adapter.spec.token_dim))
+        return find_faces(analyzer, pictures, adapter.spec.face_side)
     except InvalidInputError as error:
         raise InvalidInputError(
             f"{adapter.name} reads nothing but faces, also in the negative picture: {error}, or disconnect negative"
         ) from error
-    return found.embeddings if adapter.spec.family in RAW else found.normed

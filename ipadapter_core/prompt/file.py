@@ -13,25 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints import AdapterSpec, AdapterWeights
+from ..checkpoints import AdapterWeights
 from ..compatibility import CORRECT, Rules
 from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError, one_line, quoted
-from ..features import ENCODERS, FEATURE_RANKS, ImageEncoder
+from ..features import ENCODERS, FEATURES, ImageEncoder
 from ..files.state_dict import LONGEST_NAME
 from .embeds import MOST_REFERENCES, SavedEmbeds, load_embeds, save_embeds
 from .encode import ImagePrompt, project_features, unconditional_features
-from .faces import RAW
 from .needs import check_encoder
 
 UNNAMED = "saved embeds"
 """The encoder's name where a file of another tool tells none."""
-KINDS = {
-    "image_embeds": "the image embeds of an encoder",
-    "penultimate": "the hidden states of an encoder",
-    "face": "directions of face embeddings",
-    "raw face": "face embeddings of full length",
-    "face_tokens": "face embeddings with the hidden states of an encoder",
-}
 
 
 def save_prompt(path: str | os.PathLike[str], prompt: ImagePrompt) -> Path:
@@ -45,7 +37,7 @@ def save_prompt(path: str | os.PathLike[str], prompt: ImagePrompt) -> Path:
             f"this prompt of {prompt.adapter} does not say what it was encoded for; encode it with encode_image_prompt"
         )
     texts = {
-        "feature": feature_of(spec), "latents": str(len(prompt.features)), "encoder": prompt.encoder,
+        "feature": spec.format.feature.name, "latents": str(len(prompt.features)), "encoder": prompt.encoder,
         "trained_encoder": spec.encoder, "adapter": prompt.adapter, "family": spec.family, "base_model": spec.base_model,
     }  # fmt: skip
     if prompt.face_scale != 1:
@@ -116,27 +108,22 @@ def load_prompt(
     return prompt
 
 
-def feature_of(spec: AdapterSpec) -> str:
-    """What an adapter reads, a key of KINDS."""
-    return "raw face" if spec.feature == "face" and spec.family in RAW else spec.feature
-
-
 def _check_feature(name: str, saved: SavedEmbeds, adapter: AdapterWeights) -> None:
     spec, embeds, texts = adapter.spec, saved.embeds, saved.metadata
-    wanted, held = feature_of(spec), texts.get("feature")
-    fits = embeds.ndim == FEATURE_RANKS[spec.feature] and embeds.shape[-1] == spec.feature_dim
-    if fits and held in (None, wanted):
+    wanted, held = spec.format.feature, texts.get("feature")
+    fits = embeds.ndim == wanted.rank and embeds.shape[-1] == spec.feature_dim
+    if fits and held in (None, wanted.name):
         return
     made = (
         f", made with {one_line(texts['encoder'])} for a {one_line(texts.get('family', ''), 20)} adapter"
         if "encoder" in texts
         else ""
     )
-    what = KINDS.get(held or "", "embeds")
+    what = FEATURES[held].what if held in FEATURES else "embeds"
     files = f" ({', or '.join(ENCODERS[spec.encoder].files)})" if spec.encoder in ENCODERS else ""
     raise IncompatibleEncoderError(
         f"{name} holds {what} of shape {tuple(embeds.shape)}{made}; {adapter.name} is a {spec.family} adapter, which reads "
-        f"{KINDS[wanted]}, {spec.feature_dim} wide: load it with an adapter of the kind that it was made for, or encode the "
+        f"{wanted.what}, {spec.feature_dim} wide: load it with an adapter of the kind that it was made for, or encode the "
         f"references for this one, with the encoder {spec.encoder}{files}"
     )
 

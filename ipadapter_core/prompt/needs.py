@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..errors import (
-    IncompatibleEncoderError,
-)
-
-if TYPE_CHECKING:
-    from ..checkpoints.format import AdapterSpec
-from ..features import ENCODERS, ImageEncoder
+from ..checkpoints import AdapterSpec
+from ..errors import IncompatibleEncoderError
+from ..features import ENCODERS, ImageEncoder, width_of
 
 
 def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
     """Raise IncompatibleEncoderError unless ``encoder`` gives the feature that an adapter's projector reads."""
-    if spec.feature == "face":
-        return
-    got = {
-        "image_embeds": encoder.projection_dim,
-        "penultimate": encoder.hidden_size,
-        "face_tokens": encoder.hidden_size,
-    }
-    if got[spec.feature] == spec.feature_dim:
+    encoded = spec.format.feature.encoded
+    if encoded is None or width_of(encoder, encoded) == spec.feature_dim:
         return
     needed = ENCODERS.get(spec.encoder)
     if needed is None:
@@ -35,9 +23,9 @@ def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
         if (other.hidden_size, other.projection_dim) == (encoder.hidden_size, encoder.projection_dim)
     ]
     identity = f", the widths of {' or '.join(known)}" if known and encoder.name not in known else ""
-    kind = "image_embeds" if spec.feature == "image_embeds" else "penultimate hidden states"
+    kind = "image_embeds" if encoded == "image_embeds" else "penultimate hidden states"
     raise IncompatibleEncoderError(
         f"this {spec.base_model} {spec.family} adapter reads {kind} of width {spec.feature_dim}: {wanted}; "
-        f"got {encoder.name} with image_embeds of width {got['image_embeds']} and hidden states of width "
-        f"{got['penultimate']}{identity}"
+        f"got {encoder.name} with image_embeds of width {encoder.projection_dim} and hidden states of width "
+        f"{encoder.hidden_size}{identity}"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bake import check_adapter
-from ..checkpoints import AdapterSpec, AdapterWeights, describe_adapter, load_adapter, save_adapter
-from ..checkpoints.projectors import ImageProjModel, MLPProjModel, Resampler
+from ..checkpoints import AdapterSpec, AdapterWeights, describe_adapter, format_named, load_adapter, save_adapter
+from ..checkpoints.format import EncoderSizes
 from ..errors import InvalidInputError
 from ..models import layout_of
 from .config import AdapterConfig, OutputConfig
@@ -21,15 +20,6 @@ from .processors import AttnProcessor, IPAttnProcessor, build_processors
 
 Wrap = Callable[[AttnProcessor | IPAttnProcessor], object]
 """Another way to compute one attention, with the layers of the given processor."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderSizes:
-    """What a projector must know of the image encoder: widths of its two features, and its number of tokens."""
-
-    projection_dim: int
-    hidden_size: int
-    tokens: int
 
 
 class TrainedAdapter(nn.Module):
@@ -71,18 +61,7 @@ class TrainedAdapter(nn.Module):
 def fresh_adapter(unet: Any, encoder: EncoderSizes, config: AdapterConfig) -> TrainedAdapter:
     """A new adapter of the configured family for this UNet, in the shapes of the released files."""
     token_dim: int = unet.config.cross_attention_dim
-    if config.family == "base":
-        num_tokens = config.num_tokens or 4
-        projector: nn.Module = ImageProjModel(encoder.projection_dim, token_dim, num_tokens)
-    elif config.family == "plus":
-        num_tokens = config.num_tokens or 16
-        hidden_dim = config.hidden_dim or (1280 if token_dim == 2048 else token_dim)
-        projector = Resampler(
-            encoder.hidden_size, hidden_dim, token_dim, queries=num_tokens, depth=config.depth
-        )  # fmt: skip
-    else:
-        num_tokens = encoder.tokens
-        projector = MLPProjModel(encoder.hidden_size, encoder.hidden_size, token_dim)
+    projector, num_tokens = format_named(config.family).fresh(token_dim, encoder, config)
     return TrainedAdapter(projector, build_processors(unet, num_tokens=num_tokens, init=config.init))
 
 

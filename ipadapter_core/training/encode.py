@@ -78,7 +78,7 @@ class Encoders(TargetEncoders):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Features `b …` of the kind that the adapter reads."""
-        return self.encoder.encode(pixel_values).get(self.spec.feature).to("cpu", self.dtype)
+        return self.spec.format.feature.of(self.encoder.encode(pixel_values)).to("cpu", self.dtype)
 
     def neutral(self) -> Tensor:
         """The features `1 …` that stand for no image, by the family's rule."""

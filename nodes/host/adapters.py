@@ -78,10 +78,8 @@ def manage(source: str | Mapping[str, object], name: str) -> ManagedAdapter:
 
 def with_version(adapter: ManagedAdapter, version: int) -> ManagedAdapter:
     """A FaceID Plus adapter read as version 1 or 2 (other families as they are); the weights are shared."""
-    spec = adapter.weights.spec
-    if spec.options.get("version") in (None, version):
-        return adapter
-    return ManagedAdapter(as_version(adapter.weights, version), adapter.patcher)
+    weights = as_version(adapter.weights, version)
+    return adapter if weights is adapter.weights else ManagedAdapter(weights, adapter.patcher)
 
 
 _DESCRIBED: dict[files.Version, AdapterSpec | None] = {}

@@ -87,13 +87,14 @@ class IPAdapterEncoder(LegacyNode):
         encoder = vision(Pipeline(found.adapter, found.clip_vision if clip_vision is None else clip_vision))
         spec = found.adapter.weights.spec
         check_encoder(spec, encoder)
+        feature = spec.format.feature.encoded
         features = encode_features(
-            spec.feature, encoder, image, mask=mask, rules=rules, progress=host.frontend.progress_bar()
+            feature, encoder, image, mask=mask, rules=rules, progress=host.frontend.progress_bar()
         )
         neutral = unconditional_features(found.adapter.weights, encoder, features, rules)
         if weight != 1:
             features = features * weight if rules.features_scaled else neutral + (features - neutral) * weight
-        count = len(features) if spec.feature == "image_embeds" else 1
+        count = len(features) if feature == "image_embeds" else 1
         return features, neutral.expand(count, *neutral.shape[1:])
 
 

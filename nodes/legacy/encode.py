@@ -17,7 +17,7 @@ from ...ipadapter_core import (
 )
 from ...ipadapter_core.images.faces import FaceAnalyzer, InsightFaceAnalyzer
 from ...ipadapter_core.legacy.settings import LegacySettings
-from ...ipadapter_core.prompt.faces import encode_face_prompt, reads_faces
+from ...ipadapter_core.prompt.faces import encode_face_prompt
 from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
 from .pipeline import Pipeline
@@ -49,11 +49,11 @@ class Encoded:
 
 def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacySettings, rules: Rules) -> Encoded:
     """Encode and project the pictures of one node."""
-    if reads_faces(pipeline.adapter.weights):
+    if pipeline.adapter.weights.spec.format.feature.embedding is not None:
         return _encode_faces(pipeline, reference, settings, rules)
     encoder = vision(pipeline)
     adapter = pipeline.adapter.to_device()
-    feature = adapter.spec.feature
+    feature = adapter.spec.format.feature.encoded
     check_encoder(adapter.spec, encoder)
     chunk = reference.batch_size or 8
     options = {"rules": rules, "chunk": chunk, "progress": host.frontend.progress_bar()}
@@ -81,7 +81,7 @@ def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacyS
 def _encode_faces(pipeline: Pipeline, reference: Reference, settings: LegacySettings, rules: Rules) -> Encoded:
     """The face of every picture, and what an image encoder sees in its crop where the adapter reads that too."""
     adapter = pipeline.adapter.to_device()
-    encoder = vision(pipeline) if adapter.spec.feature == "face_tokens" else None
+    encoder = None if adapter.spec.format.feature.encoded is None else vision(pipeline)
     # as the old pack: where the node has no weight of its own for it, twice the weight
     weight = settings.weight if isinstance(settings.weight, (int, float)) else settings.weight[0]
     scale = 2 * weight if reference.weight_faceidv2 is None else reference.weight_faceidv2

@@ -250,7 +250,7 @@ def _encoded(pipeline: Pipeline, image: Tensor, noise: float, switch: str) -> tu
     rules = rules_for(switch, v1=True)
     encoder = vision(pipeline)
     adapter = pipeline.adapter.weights
-    feature = adapter.spec.feature
+    feature = adapter.spec.format.feature.encoded
     check_encoder(adapter.spec, encoder)
     positive = encode_features(feature, encoder, image, rules=rules, progress=host.frontend.progress_bar())
     if noise > 0:

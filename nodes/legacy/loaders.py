@@ -12,7 +12,6 @@ from ...ipadapter_core.backends.comfy.unet import comfy_layout
 from ...ipadapter_core.checkpoints import kohya_lora
 from ...ipadapter_core.images.faces import PROVIDERS
 from ...ipadapter_core.legacy.known_files import KnownFile, base_of, choose_encoder, choose_file, known_file
-from ...ipadapter_core.prompt.faces import reads_faces
 from .. import host
 from .pipeline import LegacyAdapter, pack, understand
 from .sockets import ADAPTER, MODEL, Inputs, LegacyNode, choice, number
@@ -64,12 +63,13 @@ class IPAdapterUnifiedLoader(LegacyNode):
         if lora_strength != 0 and entry.lora:
             model = host.lora.apply_by_host(model, find_lora(entry, adapter), lora_strength)
         earlier = understand(ipadapter) if ipadapter is not None else None
-        if spec.feature == "face":  # needs no image encoder; one that is there already is handed on
+        feature = spec.format.feature
+        if feature.encoded is None:  # needs no image encoder; one that is there already is handed on
             clip_vision, clip_file = (None if earlier is None else earlier.clip_vision), None
         else:
             clip_file = find_encoder(spec, file)
             clip_vision = host.clip_vision.load(clip_file)
-        if reads_faces(adapter.weights):
+        if feature.embedding is not None:
             insightface = host.faces.load("buffalo_l", provider)
         else:
             insightface, provider = (None if earlier is None else earlier.insightface), None

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core.legacy.known_files import OLD_MARKS, old_mark
 from .. import host
 
 
@@ -30,11 +31,9 @@ class LegacyAdapter(dict[str, Any]):
         super().__init__(
             {name: {k.split(".", 1)[1]: t for k, t in state.items() if k.startswith(f"{name}.")} for name in groups}
         )
-        # the old pack told these by the file's name, and marks them so
-        if weights.spec.options.get("version") == 2:
-            self["faceidplusv2"] = True
-        if weights.spec.family == "faceid-unnorm":
-            self["portraitunnorm"] = True
+        mark = old_mark(weights.spec)
+        if mark is not None:
+            self[mark] = True
         self.managed = managed
 
 
@@ -78,9 +77,8 @@ def understand(value: Any) -> Pipeline:
     found = _FOREIGN.get(anchor) if isinstance(anchor, Tensor) else None
     if found is None:
         groups = {group: value[group] for group in ("image_proj", "ip_adapter")}
-        name = "faceid-plusv2 of another pack" if "faceidplusv2" in value else "the adapter of another pack"
-        name = "portrait-unnorm of another pack" if "portraitunnorm" in value else name
-        found = host.adapters.manage(groups, name)
+        told = next((name for mark, (*_, name) in OLD_MARKS.items() if mark in value), "the adapter")
+        found = host.adapters.manage(groups, f"{told} of another pack")
         if isinstance(anchor, Tensor):
             _FOREIGN[anchor] = found
     return Pipeline(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ipadapter_core import checkpoints
-from ipadapter_core.checkpoints import FORMATS, AdapterWeights, describe_adapter, load_adapter, plus, save_adapter
+from ipadapter_core.checkpoints import FORMATS, AdapterWeights, claimants, describe_adapter, load_adapter, save_adapter
 from ipadapter_core.checkpoints import format as formats_of_checkpoints
 from ipadapter_core.checkpoints.containers import normalise
-from ipadapter_core.checkpoints.format import checkpoint_key, module_key
+from ipadapter_core.checkpoints.format import Format, checkpoint_key, module_key
 from ipadapter_core.errors import (
     AdapterError,
     CorruptFileError,
@@ -25,6 +25,7 @@ from ipadapter_core.errors import (
     InvalidInputError,
     UnknownFormatError,
 )
+from ipadapter_core.files.state_dict import TensorFile
 from ipadapter_core.report import describe_spec, spec_facts
 from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, nested, tiny_state
 
@@ -105,7 +106,7 @@ def test_custom_trainings_load() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_is_claimed_once_and_keeps_every_number(family: str) -> None:
     state = tiny_state(family)
-    assert [format.name for format in FORMATS if format.detect(state)] == [family]
+    assert [format.name for format in claimants(TensorFile(state))] == [family]
     loaded = load_adapter(state).module.checkpoint_state()
     assert loaded.keys() == state.keys()
     for key in state:
@@ -304,7 +305,7 @@ def face_projector(norm: int = 32) -> dict[str, Tensor]:
 LORA_INSIDE = named("ip_adapter.0.to_q_lora.down.weight", "ip_adapter.0.to_q_lora.up.weight")
 PERCEIVER = {**face_projector(), **named("image_proj.perceiver_resampler.proj_in.weight")}
 OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
-    "FaceID LoRA on base": ({**meta("base"), **LORA_INSIDE}, "FaceID adapter"),
+    "FaceID LoRA on base": ({**meta("base"), **LORA_INSIDE}, "the family base but has keys"),
     "Instruct": ({**meta("plus"), **named("image_proj.proj_new_input.weight")}, "Instruct"),
     "SD3.5": ({**meta("plus"), **named("ip_adapter.0.norm_ip.linear.weight")}, "Stable Diffusion 3.5"),
     "XLabs": (named("ip_adapter_proj_model.proj.weight", "double_blocks.0.processor.x"), "XLabs"),
@@ -339,14 +340,17 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_files_are_refused_by_name(kind: str) -> None:
     state, word = OTHERS[kind]
-    assert not any(format.detect(state) for format in FORMATS)
+    assert not any(format.detect(TensorFile(state)) for format in FORMATS)
     for read in (load_adapter, describe_adapter):
         with pytest.raises(UnknownFormatError) as caught:
             read(state, name="thing.bin")
         message = str(caught.value)
         assert message.startswith("thing.bin: ")
         assert word in message
-        assert any(f"{key[:60]} {list(state[key].shape)}" in message for key in state)
+        assert (
+            any(f"{key[:60]} {list(state[key].shape)}" in message for key in state)
+            or "has not: ip_adapter.0" in message
+        )
 
 
 def test_a_state_without_anything_known_shows_what_it_holds() -> None:
@@ -364,32 +368,102 @@ def test_a_state_without_anything_known_shows_what_it_holds() -> None:
 @pytest.mark.parametrize("extra", ["image_proj.surprise.weight", "novelty.x", "image_proj.layers.0.2.1.weight"])
 def test_unexpected_groups_and_projector_keys_are_named(family: str, extra: str) -> None:
     with pytest.raises(
-        UnknownFormatError, match=f"resembles a {family} adapter but has keys that such a file has not: {extra}"
+        UnknownFormatError, match=f"resembles the family {family} but has keys that such a file has not: {extra}"
     ):
         load_adapter({**tiny_state(family), extra: torch.ones(1)})
 
 
+def derived(format: Format, **changes: object) -> Format:
+    """A family that differs from another in these members."""
+    return type("Derived", (type(format),), changes)()
+
+
 def test_two_claims_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "FORMATS", (*FORMATS, replace(FORMATS[0], name="twin")))
+    monkeypatch.setattr(checkpoints, "FORMATS", (*FORMATS, derived(FORMATS[0], name="twin")))
     with pytest.raises(UnknownFormatError, match=r"base and twin at once.*image_proj\.norm\.bias"):
         load_adapter(tiny_state("base"))
 
 
 def test_one_line_in_formats_adds_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {**face_projector(), **without_projector()}
-    faceid = replace(
-        FORMATS[0],
-        name="faceid",
-        anchor="proj.2.weight",
-        allowed=re.compile(r"proj\.[02]\.(weight|bias)|norm\.weight"),
-        parse=lambda state: (_ for _ in ()).throw(CorruptFileError("claimed by faceid")),
-    )
+
+    def parse(self: Format, file: TensorFile) -> None:
+        raise CorruptFileError("claimed by faceid")
+
+    allowed = re.compile(r"proj\.[02]\.(weight|bias)|norm\.weight")
+    faceid = derived(FORMATS[0], name="faceid", anchor="proj.2.weight", allowed=allowed, parse=parse)
     monkeypatch.setattr(checkpoints, "FORMATS", (*FORMATS[:3], faceid))
     with pytest.raises(CorruptFileError, match="claimed by faceid"):
         load_adapter(state)
 
 
 # --- incomplete and damaged sets ---------------------------------------------------------------------------------
+
+RAW_FACE = {"token_dim": 2048, "feature_dim": 512, "inner_dim": 64, "ff_dim": 40, "depth": 2}
+PUBLIC: dict[str, tuple[str, str, dict[str, int]]] = {
+    "base": ("base", "a.bin", {}),
+    "plus": ("plus", "a.bin", {}),
+    "full-face": ("full-face", "a.bin", {}),
+    "faceid": ("faceid", "a.bin", {"lora_rank": 2}),
+    "faceid-plus": ("faceid-plus", "faceid-plusv2.bin", {"lora_rank": 2, "inner_dim": 64, "ff_dim": 40}),
+    "faceid-unnorm": ("plus", "portrait_unnorm.bin", RAW_FACE),
+    "instantid": ("plus", "ip-adapter.bin", RAW_FACE),
+}
+"""Every family: the shape of its files, a name that one has, and sizes."""
+
+
+@cache
+def public_file(family: str) -> dict[str, Tensor]:
+    shape, _, sizes = PUBLIC[family]
+    return {key: t.to("meta") for key, t in tiny_state(shape, **sizes).items()}
+
+
+def refusal(family: str, state: dict[str, Tensor]) -> str:
+    with pytest.raises(AdapterError) as caught:
+        describe_adapter(state, name=PUBLIC[family][1])
+    return str(caught.value)
+
+
+def test_every_family_has_a_public_file_here() -> None:
+    assert set(PUBLIC) == {format.name for format in FORMATS}
+    for family, (_, name, _) in PUBLIC.items():
+        file = TensorFile(public_file(family), name=name)
+        assert (
+            [format.name for format in claimants(file)]
+            == [describe_adapter(file.tensors, name=name).family]
+            == [family]
+        )
+
+
+@pytest.mark.parametrize(
+    "stray", ["image_proj.surprise.weight", "ip_adapter.1.surprise.weight", "text_model.encoder.x"]
+)
+@pytest.mark.parametrize("family", PUBLIC)
+def test_one_stray_key_is_named_with_the_family(family: str, stray: str) -> None:
+    told = refusal(family, {**public_file(family), stray: torch.ones(1)})
+    assert f"resembles the family {family} but has keys that such a file has not: {stray}." in told
+
+
+@pytest.mark.parametrize("family", PUBLIC)
+def test_one_missing_key_is_named_with_the_family(family: str) -> None:
+    state = public_file(family)
+    for missing in state:
+        told = refusal(family, {key: t for key, t in state.items() if key != missing})
+        # without its input, nothing tells a face resampler from plus
+        blind = missing == "image_proj.proj_in.weight" and PUBLIC[family][0] == "plus"
+        assert f"({family} adapter)" in told or f"the family {family}," in told or (blind and "(plus adapter)" in told)
+        assert missing.removeprefix("ip_adapter.") in told
+
+
+@pytest.mark.parametrize("family", PUBLIC)
+def test_one_misshapen_key_is_named_with_the_family(family: str) -> None:
+    state = public_file(family)
+    for key, tensor in state.items():
+        for damaged in (tensor[:-1], tensor[None], tensor[..., :0]):
+            told = refusal(family, {**state, key: damaged})
+            blind = 0 in damaged.shape and key == "image_proj.proj_in.weight"
+            assert f"({family} adapter)" in told or (blind and "(plus adapter)" in told), (key, told)
+            assert key.removeprefix("ip_adapter.") in told, (key, told)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -398,8 +472,7 @@ def test_every_single_missing_tensor_is_an_error_of_ours(family: str) -> None:
     for missing in state:
         with pytest.raises(AdapterError) as caught:
             load_adapter({key: t for key, t in state.items() if key != missing})
-        anchor = missing.removeprefix("image_proj.") in {f.anchor for f in FORMATS}
-        assert anchor or missing.split(".", 1)[1] in str(caught.value)
+        assert missing.split(".", 1)[1] in str(caught.value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -409,7 +482,7 @@ def test_every_single_misshapen_tensor_is_an_error_of_ours(family: str) -> None:
     for key, tensor in state.items():
         shorter = [tensor[..., :-1]] if key != f"image_proj.{feature}" else []  # there it is another feature width
         for damaged in (*shorter, tensor[:-1], tensor[None], tensor.new_zeros(0), tensor.flatten()[0]):
-            with pytest.raises(AdapterError, match="state dict: "):
+            with pytest.raises(AdapterError, match=rf"state dict \({family} adapter\): "):
                 load_adapter({**state, key: damaged})
 
 
@@ -492,7 +565,6 @@ def test_tied_weights_are_saved_one_by_one(tmp_path: Path, layout: str) -> None:
 @pytest.mark.parametrize("layers", ["ip_adapter", "resampler"])
 def test_more_layers_than_any_model_has(layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats_of_checkpoints, "MOST_LAYERS", 4)
-    monkeypatch.setattr(plus, "MOST_LAYERS", 4)
     state = tiny_state(
         "plus", channels=(4,) * (5 if layers == "ip_adapter" else 2), depth=2 if layers == "ip_adapter" else 5
     )

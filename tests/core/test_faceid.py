@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ipadapter_core.bake import bake
-from ipadapter_core.checkpoints import FORMATS, describe_adapter, kohya_lora, load_adapter, save_adapter
+from ipadapter_core.checkpoints import claimants, describe_adapter, kohya_lora, load_adapter, save_adapter
 from ipadapter_core.checkpoints.containers import normalise
-from ipadapter_core.checkpoints.projectors import pack_face
 from ipadapter_core.compatibility import IPADAPTER_PLUS
 from ipadapter_core.errors import (
     CorruptFileError,
@@ -22,7 +21,8 @@ from ipadapter_core.errors import (
     IncompatibleEncoderError,
     InvalidInputError,
 )
-from ipadapter_core.features import ImageFeatures
+from ipadapter_core.features import ImageFeatures, pack_face
+from ipadapter_core.files.state_dict import TensorFile
 from ipadapter_core.images.faces import Face, template
 from ipadapter_core.models.sites import ModelLayout, Site
 from ipadapter_core.models.unet import SDXL as SDXL_MODEL
@@ -57,7 +57,7 @@ def test_released_files_by_their_shapes(name: str) -> None:
     shape, sizes, parameters, family, base, tokens, version = RELEASED[name]
     shapes = adapter_shapes(shape, **sizes)  # pyright: ignore[reportArgumentType]
     state = {key: torch.empty(size, dtype=torch.float16, device="meta") for key, size in shapes.items()}
-    assert [format.detect(normalise(state)) for format in FORMATS].count(True) == 1
+    assert len(claimants(TensorFile(normalise(state), name=name))) == 1
     spec = describe_adapter(state, name=name)
     assert (spec.family, spec.base_model, spec.num_tokens, spec.options.get("version")) == (
         family,

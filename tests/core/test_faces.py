@@ -127,7 +127,7 @@ def test_the_best_the_largest_the_nth_or_the_one_in_the_mask() -> None:
     assert find_faces(analyzer, picture, 224, mask=mask).embeddings[0, 0] == 3
     found = find_faces(analyzer, picture, 256)
     assert found.crops.shape == (1, 256, 256, 3)
-    assert float(found.normed.norm()) == pytest.approx(1)
+    assert float(found.get("normed").norm()) == pytest.approx(1)
 
 
 def test_all_faces_and_those_from_the_left() -> None:

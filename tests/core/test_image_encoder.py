@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from ipadapter_core.checkpoints.format import AdapterSpec
+from ipadapter_core.checkpoints import AdapterSpec, format_named
 from ipadapter_core.errors import AdapterError, CorruptFileError, IncompatibleEncoderError, InvalidInputError
-from ipadapter_core.features import CLIP_MEAN, CLIP_STD, ENCODERS, Feature, ImageFeatures, find_encoder
+from ipadapter_core.features import CLIP_MEAN, CLIP_STD, ENCODERS, Encoded, ImageFeatures, find_encoder
 from ipadapter_core.images.encoder import TransformersImageEncoder
 from ipadapter_core.images.preprocess import preprocess, preprocess_as_host
 from ipadapter_core.images.tiles import masked_tiles, prepare_square, region_tiles
@@ -419,14 +419,13 @@ def test_pipes_are_no_part_of_an_encoder(clip_folder: Path, tmp_path: Path) -> N
 # --- which encoder for which adapter --------------------------------------------------------------------------------
 
 
-def adapter_spec(feature: Feature, width: int) -> AdapterSpec:
+def adapter_spec(feature: Encoded, width: int) -> AdapterSpec:
     found = find_encoder(feature, width)
     return AdapterSpec(
-        family="plus" if feature == "penultimate" else "base",
+        format=format_named("plus" if feature == "penultimate" else "base"),
         base_model="SD1.5",
         num_tokens=4,
         token_dim=8,
-        feature=feature,
         feature_dim=width,
         unconditional="zero_pixels",
         encoder=found.name if found else "custom",
@@ -446,7 +445,7 @@ def adapter_spec(feature: Feature, width: int) -> AdapterSpec:
         ("penultimate", 1152, "SigLIP so400m/14-384"),
     ],
 )
-def test_a_width_points_to_an_encoder(feature: Feature, width: int, name: str) -> None:
+def test_a_width_points_to_an_encoder(feature: Encoded, width: int, name: str) -> None:
     assert find_encoder(feature, width) is ENCODERS[name]
     assert find_encoder(feature, width + 1) is None
 

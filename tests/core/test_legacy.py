@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from ipadapter_core.attention.presets import PRESETS
-from ipadapter_core.checkpoints import AdapterSpec
+from ipadapter_core.checkpoints import AdapterSpec, format_named
 from ipadapter_core.errors import CorruptFileError, InvalidInputError, UnsafeFileError
 from ipadapter_core.images.noise import noise_picture
 from ipadapter_core.images.tiles import Interpolation, masked_tiles, placed_tiles, prepare_square, region_tiles, sharpen
@@ -197,7 +197,7 @@ def test_the_table_of_calls_is_the_old_packs() -> None:
 
 def spec(family: str = "plus", base: str = "sd15", encoder: str = "ViT-H/14") -> AdapterSpec:
     width = 2048 if base == "sdxl" else 768
-    return AdapterSpec(family, base, 4, width, "penultimate", 1280, "zero_pixels", encoder, (320,))
+    return AdapterSpec(format_named(family), base, 4, width, 1280, "zero_pixels", encoder, (320,))
 
 
 def test_a_preset_finds_released_names() -> None:

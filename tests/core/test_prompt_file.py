@@ -14,10 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
-from ipadapter_core.checkpoints.projectors import pack_face
 from ipadapter_core.errors import AdapterError, CorruptFileError, IncompatibleEncoderError, InvalidInputError
-from ipadapter_core.features import ImageFeatures
-from ipadapter_core.prompt import file as prompt_file
+from ipadapter_core.features import ImageFeatures, pack_face
 from ipadapter_core.prompt.encode import ImagePrompt, combine_prompts, encode_image_prompt, prompt_from_features
 from ipadapter_core.prompt.file import load_prompt, save_prompt
 from tiny import tiny_state
@@ -127,7 +125,7 @@ def test_directions_of_faces_are_not_taken_for_faces_of_full_length(tmp_path: Pa
     unit = adapter("faceid", face_dim=512, feature_dim=512)
     sizes = {"num_tokens": 16, "feature_dim": 512, "hidden_dim": 64, "inner_dim": 64, "depth": 1}
     raw = adapter("unnorm", token_dim=2048, **sizes)
-    assert prompt_file.feature_of(raw.spec) == "raw face"
+    assert raw.spec.format.feature.name == "raw face"
     path = save_prompt(tmp_path / "a.safetensors", prompt_from_features(unit, torch.rand(1, 512), torch.zeros(1, 512)))
     with pytest.raises(IncompatibleEncoderError, match="reads face embeddings of full length"):
         load_prompt(path, raw)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ipadapter_core import FORMATS, build_processors, load_adapter
+from ipadapter_core import build_processors, load_adapter
+from ipadapter_core.checkpoints import claimants
+from ipadapter_core.files.state_dict import TensorFile
 from ipadapter_core.training.adapter import EncoderSizes, TrainedAdapter, continued_adapter, fresh_adapter, trainable
 from ipadapter_core.training.batches import Batch
 from ipadapter_core.training.config import AdapterConfig
@@ -66,8 +68,7 @@ def test_exactly_the_released_parameters_are_trained(
     assert sorted(int(n.split(".")[1]) for n in counts if n.endswith("to_v_ip.weight")) == numbers
     spec = adapter.spec()
     assert (spec.family, spec.base_model, spec.encoder) == (family, base, "ViT-H/14")
-    (claimed,) = [format.name for format in FORMATS if format.detect(adapter.state_dict())]
-    assert claimed == family
+    assert [format.name for format in claimants(TensorFile(adapter.state_dict()))] == [family]
 
 
 def test_copies_start_from_the_text_layers_and_zero_v_from_nothing() -> None:

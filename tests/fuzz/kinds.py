@@ -32,9 +32,9 @@ from ipadapter_core.attention.presets import parse_layers, parse_site_factors
 from ipadapter_core.attention.schedule import parse_curve, parse_numbers
 from ipadapter_core.backends.diffusers import lora as diffusers_lora
 from ipadapter_core.checkpoints import describe_adapter, kohya_lora, save_adapter
-from ipadapter_core.checkpoints.projectors import pack_face
 from ipadapter_core.commands.cli import build_parser
 from ipadapter_core.errors import AdapterError
+from ipadapter_core.features import pack_face
 from ipadapter_core.generate import read_image, read_mask
 from ipadapter_core.images.encoder import TransformersImageEncoder
 from ipadapter_core.images.files import decode_picture
@@ -195,9 +195,8 @@ def make_adapter(rng: Random, keep: Keep) -> Case:
 
 def features_for(adapter: Any) -> Tensor:
     spec = adapter.spec
-    shape = (2, spec.feature_dim) if spec.feature in ("image_embeds", "face") else (2, 5, spec.feature_dim)
-    features = noise(*shape)
-    return pack_face(noise(2, spec.options["face_dim"]), features) if spec.feature == "face_tokens" else features
+    features = noise(*((2, spec.feature_dim) if spec.format.feature.rank == 2 else (2, 5, spec.feature_dim)))
+    return pack_face(noise(2, spec.options["face_dim"]), features) if "face_dim" in spec.options else features
 
 
 @torch.no_grad()
