@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .batch import Frames
-from .masks import Area
+
+Area = tuple[int, int, int, int]
+"""Part of the latent that a model call sees: height, width, top, left, in latents (ComfyUI's order)."""
 
 UNCOND, COND = 0, 1
 """Branches of classifier-free guidance; baked tensors hold them in this order, the order in which hosts batch them."""
@@ -36,6 +38,12 @@ class ModelCall:
     frames: Frames | None = None
     order: tuple[int, ...] | None = None
     size: tuple[int, int] | None = None
+
+    @property
+    def seen(self) -> tuple[int, int] | None:
+        """Size of what every chunk sees of the latent."""
+        area = self.areas[0] if self.areas else None
+        return self.latent if area is None else area[:2]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,8 +1,4 @@
-"""Region masks: how much of every latent token lies inside.
-
-A UNet halves the latent with stride-2 convolutions, so level n has ceil(size / 2**n) rows and columns and token i
-covers latents 2**n * i onwards. A mask is averaged over exactly those cells.
-"""
+"""Region masks: how much of every latent token lies inside, averaged over exactly the latents that it covers."""
 
 from __future__ import annotations
 
@@ -15,10 +11,9 @@ from torch import Tensor
 
 from ..device_cache import DeviceCache
 from ..errors import InvalidInputError
+from ..models.grids import Size, TokenGrid
 from .batch import Frames, fit_batch
-
-Area = tuple[int, int, int, int]
-"""Part of the latent that a model call sees: height, width, top, left, in latents (ComfyUI's order)."""
+from .call import Area
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,14 +50,14 @@ class RegionMask:
 
     def grid(
         self,
-        latent: tuple[int, int],
+        latent: Size,
         area: Area | None,
-        grid: tuple[int, int],
+        grid: TokenGrid,
         like: Tensor,
         batch: int,
         frames: Frames | None = None,
     ) -> Tensor:
-        """Weight per token ``m (h w) 1`` for a site of ``grid`` rows and columns, on the device and in the dtype of ``like``.
+        """Weight per token ``m (h w) 1`` for a site of this grid, on the device and in the dtype of ``like``.
 
         ``latent`` is the size of the whole latent, ``area`` the part this call sees (None: all of it). ``m`` is 1 for a
         shared mask, else ``batch``: surplus masks are dropped, missing ones repeat the last.
@@ -74,9 +69,7 @@ class RegionMask:
             found = self._grids.keep(key, rows.to(like.device, like.dtype))
         return found
 
-    def stretched(
-        self, size: tuple[int, int], mode: str, like: Tensor, batch: int, frames: Frames | None = None
-    ) -> Tensor:
+    def stretched(self, size: Size, mode: str, like: Tensor, batch: int, frames: Frames | None = None) -> Tensor:
         """Weight per token ``m l 1`` by the geometry of ComfyUI_IPAdapter_plus, see Rules.stretched_masks.
 
         ``size`` is the latent's size in this call, ``like`` has the ``l`` tokens.
@@ -101,21 +94,19 @@ class RegionMask:
     def _fit(rows: Tensor, batch: int, frames: Frames | None) -> Tensor:
         return rows if rows.shape[0] == 1 else fit_batch(rows, batch, frames)
 
-    def _compute(self, latent: tuple[int, int], area: Area | None, grid: tuple[int, int]) -> Tensor:
+    def _compute(self, latent: Size, area: Area | None, grid: TokenGrid) -> Tensor:
         mask = self.values[:, None]
         mask = F.adaptive_avg_pool2d(mask, latent) if _shrinks(mask, latent) else _stretch(mask, latent)
         if area is not None:
             height, width, top, left = area
             mask = mask[..., top : top + height, left : left + width]
-        while tuple(mask.shape[-2:]) != grid and mask.shape[-2] >= grid[0] and mask.shape[-1] >= grid[1]:
-            halved = F.avg_pool2d(mask, 2, ceil_mode=True, count_include_pad=False)
-            if halved.shape[-2] < grid[0] or halved.shape[-1] < grid[1]:
-                break
-            if halved.shape == mask.shape:
-                break
-            mask = halved
-        if tuple(mask.shape[-2:]) != grid:  # a patched UNet (deep shrink) may use sizes of its own
-            mask = F.adaptive_avg_pool2d(mask, grid) if _shrinks(mask, grid) else _stretch(mask, grid)
+        rows, columns, cell = grid
+        while cell > 1:  # means of means, as a UNet halves: at ragged ends the last latent counts double
+            step = 2 if cell % 2 == 0 else cell
+            mask, cell = F.avg_pool2d(mask, step, ceil_mode=True, count_include_pad=False), cell // step
+        size = rows, columns
+        if tuple(mask.shape[-2:]) != size:  # a patched UNet (deep shrink) may use sizes of its own
+            mask = F.adaptive_avg_pool2d(mask, size) if _shrinks(mask, size) else _stretch(mask, size)
         return mask.flatten(1)[..., None]
 
 
@@ -124,9 +115,9 @@ def inference_mode() -> bool:
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
-def _shrinks(mask: Tensor, size: tuple[int, int]) -> bool:
+def _shrinks(mask: Tensor, size: Size) -> bool:
     return mask.shape[-2] >= size[0] and mask.shape[-1] >= size[1]
 
 
-def _stretch(mask: Tensor, size: tuple[int, int]) -> Tensor:
+def _stretch(mask: Tensor, size: Size) -> Tensor:
     return F.interpolate(mask, size=size, mode="bilinear", align_corners=False)

@@ -166,11 +166,8 @@ class AdapterPatch:
         if self.rules.stretched_masks and call.size is not None:
             rows = mask.stretched(call.size, self.rules.stretched_masks, q, latents, call.frames)
             return rows if rows.shape[0] == 1 else rows.repeat(q.shape[0] // latents, 1, 1)
-        grid = None
-        if at.shape is not None:
-            grid = (at.shape[-2], at.shape[-1]) if at.shape[-2] * at.shape[-1] == q.shape[1] else None
-        elif call.latent is not None:
-            grid = self.layout.model.tokens(call.latent, q.shape[1])
+        shape = None if at.shape is None else (at.shape[-2], at.shape[-1])
+        grid = None if call.seen is None else self.layout.model.tokens.grid(call.seen, q.shape[1], shape)
         if grid is None or call.latent is None:
             raise InvalidInputError(
                 f"a region mask needs the latent's size, but this attention has {q.shape[1]} tokens, which is no level "

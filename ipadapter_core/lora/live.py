@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attention.call import UNCOND, ModelCall
 from ..errors import InvalidInputError
-from ..models.unet import token_grid
+from ..models.grids import Pyramid, TokenGrid
 from .low_rank import LowRank, prepared
 from .patch import LoRAPatch
 from .placement import Placement
@@ -286,15 +286,14 @@ def mask_like(y: Tensor, index: int, call: Running) -> Tensor:
         )
     areas = model.areas or (None,)
     if y.ndim == 2:
-        grid = model.latent
-    elif y.ndim == 4:
-        grid = (int(y.shape[-2]), int(y.shape[-1]))
+        grid = TokenGrid(*model.latent, 1)
     else:
-        seen = {(a[0], a[1]) if a is not None else model.latent for a in areas}
-        found = token_grid(next(iter(seen)), int(y.shape[1]))
+        shape = (int(y.shape[-2]), int(y.shape[-1])) if y.ndim == 4 else None
+        tokens = int(y.shape[1]) if shape is None else shape[0] * shape[1]
+        found = _TOKENS.grid(model.seen or model.latent, tokens, shape)
         if found is None:
             raise InvalidInputError(
-                f"a region mask does not fit a layer with {y.shape[1]} tokens, which is no level of a latent of {model.latent}; "
+                f"a region mask does not fit a layer with {tokens} tokens, which is no level of a latent of {model.latent}; "
                 "another node changes the token count (token merging?): remove it or the mask"
             )
         grid = found
@@ -304,7 +303,11 @@ def mask_like(y: Tensor, index: int, call: Running) -> Tensor:
         rows = rows.repeat(y.shape[0] // rows.shape[0], 1, 1)
     if y.ndim == 2:
         return rows.mean(1)
-    return rows if y.ndim == 3 else rows.transpose(1, 2).unflatten(2, grid)
+    return rows if y.ndim == 3 else rows.transpose(1, 2).unflatten(2, grid[:2])
+
+
+_TOKENS = Pyramid()
+"""LoRAs with masks run on UNets."""
 
 
 class LiveStack:

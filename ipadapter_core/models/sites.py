@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import nn
 
+from .grids import TokenRule
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -43,9 +45,6 @@ class Roles:
 Walk = Callable[[nn.Module], "ModelLayout | None"]
 """Finds a model's sites and names the base model; None for a model of another kind."""
 
-TokenGridRule = Callable[[tuple[int, int], int], "tuple[int, int] | None"]
-"""(rows, columns) of a site's image tokens, from the latent's (height, width) and the number of tokens; None if none fits."""
-
 
 @dataclass(frozen=True, slots=True)
 class Training:
@@ -80,7 +79,7 @@ class BaseModel:
     text_width: int
     attentions: int
     roles: Roles | None
-    tokens: TokenGridRule
+    tokens: TokenRule
     reference_width: int
     training: Training | None = None
 

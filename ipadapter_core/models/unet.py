@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from .grids import Pyramid
 from .sites import BaseModel, ModelLayout, Roles, Site, Training
 
 # --- sites -----------------------------------------------------------------------------------------------------------
@@ -141,17 +142,6 @@ def down_up_middle(layout: ModelLayout) -> tuple[int, ...]:
     return tuple(sorted(range(len(layout.sites)), key=lambda i: places.get(layout.sites[i].group, 3)))
 
 
-def token_grid(latent: tuple[int, int], tokens: int) -> tuple[int, int] | None:
-    """The level of a ceil-halving UNet that has this many tokens, as (rows, columns); None if there is none."""
-    height, width = latent
-    while True:
-        if height * width == tokens:
-            return height, width
-        if height * width < tokens or (height, width) == (1, 1):
-            return None
-        height, width = -(-height // 2), -(-width // 2)
-
-
 # --- families --------------------------------------------------------------------------------------------------------
 
 REFERENCE_WIDTH = 1280
@@ -164,7 +154,7 @@ SD15 = BaseModel(
     text_width=768,
     attentions=16,
     roles=Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
-    tokens=token_grid,
+    tokens=Pyramid(),
     reference_width=REFERENCE_WIDTH,
     training=Training(
         condition="text",

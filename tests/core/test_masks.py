@@ -11,7 +11,7 @@ from ipadapter_core.attention.batch import Frames
 from ipadapter_core.attention.masks import RegionMask
 from ipadapter_core.device_cache import LIMIT
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.models.unet import token_grid
+from ipadapter_core.models.grids import Patches, Pyramid, TokenGrid
 
 LIKE = torch.zeros(1)
 
@@ -24,7 +24,10 @@ def grid_of(
     area: tuple[int, int, int, int] | None = None,
     batch: int = 1,
 ) -> Tensor:
-    return RegionMask.from_tensor(mask).grid(latent, area, grid, LIKE, batch)
+    seen = latent if area is None else area[:2]
+    found = Pyramid().grid(seen, grid[0] * grid[1], grid)
+    assert found is not None
+    return RegionMask.from_tensor(mask).grid(latent, area, found, LIKE, batch)
 
 
 def levels(latent: tuple[int, int], count: int = 4) -> list[tuple[int, int]]:
@@ -49,19 +52,51 @@ def covered(latent: int, level: int) -> list[range]:
 
 @pytest.mark.parametrize("latent", LATENTS)
 def test_the_level_is_found_by_its_token_count(latent: tuple[int, int]) -> None:
-    for size in levels(latent):
-        assert token_grid(latent, size[0] * size[1]) == size
+    for level, size in enumerate(levels(latent)):
+        grid = Pyramid().grid(latent, size[0] * size[1])
+        assert grid is not None
+        assert grid[:2] == size
+        assert Pyramid().grid(latent, size[0] * size[1], size) == grid
+        assert grid.cell == 2**level or size in levels(latent)[:level]
 
 
 def test_the_map_of_776_x_768_pixels() -> None:
     """Level 2 of SD1.5 is 25 x 24 (rows first), where the old pack computes 24 x 25."""
-    assert token_grid((97, 96), 25 * 24) == (25, 24)
-    assert token_grid((45, 128), 12 * 32) == (12, 32)
+    assert Pyramid().grid((97, 96), 25 * 24) == (25, 24, 4)
+    assert Pyramid().grid((45, 128), 12 * 32) == (12, 32, 4)
 
 
 @pytest.mark.parametrize("tokens", [1025, 100, 3, 0])
 def test_counts_that_are_no_level(tokens: int) -> None:
-    assert token_grid((32, 32), tokens) is None
+    assert Pyramid().grid((32, 32), tokens) is None
+    assert Pyramid().grid((32, 32), tokens, (16, 16)) is None
+
+
+@pytest.mark.parametrize(("shape", "cell"), [((20, 24), 1), ((12, 12), 2), ((8, 4), 4), ((40, 40), 1)])
+def test_a_shape_between_levels_starts_from_the_level_above(shape: tuple[int, int], cell: int) -> None:
+    """Deep shrink: the mask is averaged down as far as levels go and then resampled."""
+    assert Pyramid().grid((32, 32), shape[0] * shape[1], shape) == (*shape, cell)
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+def test_a_transformer_has_one_token_for_a_patch(latent: tuple[int, int]) -> None:
+    """Rounded up, as its embedding pads; more tokens than that belong to reference pictures."""
+    rows, columns = (latent[0] + 1) // 2, (latent[1] + 1) // 2
+    for more in (0, 7):
+        assert Patches(2).grid(latent, rows * columns + more) == (rows, columns, 2)
+    assert Patches(2).grid(latent, rows * columns - 1) is None
+    mask = torch.rand(latent, generator=torch.Generator().manual_seed(0))
+    got = RegionMask.from_tensor(mask).grid(latent, None, TokenGrid(rows, columns, 2), LIKE, 1).reshape(rows, columns)
+    for row, column in ((0, 0), (rows - 1, columns - 1)):
+        assert_close(got[row, column], mask[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean())
+
+
+def test_patches_of_an_odd_side() -> None:
+    mask = torch.rand(9, 12, generator=torch.Generator().manual_seed(0))
+    grid = Patches(3).grid((9, 12), 12)
+    assert grid == (3, 4, 3)
+    got = RegionMask.from_tensor(mask).grid((9, 12), None, grid, LIKE, 1)
+    assert_close(got.reshape(3, 4), mask.reshape(3, 3, 4, 3).mean((1, 3)))
 
 
 @pytest.mark.parametrize("latent", LATENTS)
@@ -152,20 +187,20 @@ def test_surplus_masks_are_dropped_and_missing_ones_repeat_the_last(
 
 def test_grids_are_computed_once_per_resolution() -> None:
     mask = RegionMask.from_tensor(torch.rand(16, 16))
-    first = mask.grid((16, 16), None, (8, 8), LIKE, 1)
-    assert mask.grid((16, 16), None, (8, 8), LIKE, 1) is first
-    assert mask.grid((16, 16), None, (4, 4), LIKE, 1) is not first
-    assert mask.grid((16, 16), None, (8, 8), LIKE.half(), 1).dtype == torch.float16
+    first = mask.grid((16, 16), None, TokenGrid(8, 8, 2), LIKE, 1)
+    assert mask.grid((16, 16), None, TokenGrid(8, 8, 2), LIKE, 1) is first
+    assert mask.grid((16, 16), None, TokenGrid(4, 4, 4), LIKE, 1) is not first
+    assert mask.grid((16, 16), None, TokenGrid(8, 8, 2), LIKE.half(), 1).dtype == torch.float16
 
 
 def test_grids_of_an_animations_windows_are_forgotten() -> None:
     """A long animation has a window for every few frames; the last ones are kept."""
     mask = RegionMask.from_tensor(torch.rand(1000, 8, 8))
-    grids = [mask.grid((8, 8), None, (8, 8), LIKE, 2, Frames((i, i + 1), 1000)) for i in range(300)]
+    grids = [mask.grid((8, 8), None, TokenGrid(8, 8, 1), LIKE, 2, Frames((i, i + 1), 1000)) for i in range(300)]
     kept = mask._grids  # pyright: ignore[reportPrivateUsage]
     assert len(kept) == LIMIT
-    assert mask.grid((8, 8), None, (8, 8), LIKE, 2, Frames((299, 300), 1000)) is grids[-1]
-    again = mask.grid((8, 8), None, (8, 8), LIKE, 2, Frames((0, 1), 1000))
+    assert mask.grid((8, 8), None, TokenGrid(8, 8, 1), LIKE, 2, Frames((299, 300), 1000)) is grids[-1]
+    again = mask.grid((8, 8), None, TokenGrid(8, 8, 1), LIKE, 2, Frames((0, 1), 1000))
     assert again is not grids[0]
     assert torch.equal(again, grids[0])
     assert len(kept) == LIMIT

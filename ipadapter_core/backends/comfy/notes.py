@@ -21,8 +21,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ...attention.batch import Frames
-from ...attention.call import COND, UNCOND, ModelCall
-from ...attention.masks import Area
+from ...attention.call import COND, UNCOND, Area, ModelCall
 from ...errors import IncompatibleAdapterError
 from .marks import marked
 
