@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import ImagePrompt, WeightSchedule, rules_for
+from ..ipadapter_core import ImagePrompt, WeightSchedule
 from . import host
-from .sockets import CATEGORY, Prompt, Schedule, adapter_input, compatibility_input, region_input, steering_inputs
+from .sockets import (
+    CATEGORY,
+    Prompt,
+    adapter_input,
+    compatibility_input,
+    model_input,
+    region_input,
+    schedule_input,
+    steering_inputs,
+)
 
 
 class ApplyAdapterToModel(io.ComfyNode):
@@ -19,14 +30,12 @@ class ApplyAdapterToModel(io.ComfyNode):
             category=CATEGORY,
             description="Lets an image prompt steer a model. Chain the node for several adapters; order does not matter.",
             inputs=[
-                io.Model.Input("model", tooltip="A model of the SD1.5, SD2 or SDXL family."),
+                model_input(),
                 adapter_input(),
                 Prompt.Input("image_prompt", tooltip="From Encode Image Prompt."),
                 *steering_inputs(),
                 region_input(),
-                Schedule.Input(
-                    "schedule", optional=True, tooltip="From Adapter Schedule: curve over steps, table per site."
-                ),
+                schedule_input("From Adapter Schedule: curve over steps, table per site."),
                 compatibility_input(),
             ],
             outputs=[io.Model.Output(display_name="model")],
@@ -38,15 +47,10 @@ class ApplyAdapterToModel(io.ComfyNode):
         model: object,
         adapter: host.adapters.ManagedAdapter,
         image_prompt: ImagePrompt,
-        strength: float,
-        preset: str,
-        scaling: str,
-        start: float,
-        end: float,
         mask: Tensor | None = None,
         schedule: WeightSchedule | None = None,
         compatibility: str = "correct",
+        **steering: Any,
     ) -> io.NodeOutput:
-        settings = (schedule or WeightSchedule()).steering(strength, preset, scaling, start, end)
-        patched, _ = host.adapters.apply(model, adapter, image_prompt, settings, mask, rules_for(compatibility))
+        patched = host.adapters.steer(model, adapter, image_prompt, mask, schedule, compatibility, **steering)
         return io.NodeOutput(patched)

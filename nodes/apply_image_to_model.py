@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import WeightSchedule, rules_for
+from ..ipadapter_core import WeightSchedule
 from . import host
 from .sockets import (
     CATEGORY,
-    Schedule,
     adapter_input,
     clip_vision_input,
     combine_input,
     compatibility_input,
+    model_input,
+    negative_input,
     per_latent_input,
     region_input,
+    schedule_input,
     steering_inputs,
 )
 
@@ -29,7 +33,7 @@ class ApplyImageToModel(io.ComfyNode):
             category=CATEGORY,
             description="Encode Image Prompt and Apply Adapter to Model in one node, for when the image prompt is used once.",
             inputs=[
-                io.Model.Input("model", tooltip="A model of the SD1.5, SD2 or SDXL family."),
+                model_input(),
                 adapter_input(),
                 clip_vision_input(),
                 io.Image.Input("image", tooltip="One or more reference images, of any size."),
@@ -37,8 +41,8 @@ class ApplyImageToModel(io.ComfyNode):
                 combine_input(),
                 per_latent_input(),
                 region_input(),
-                io.Image.Input("negative", optional=True, tooltip="An image to steer away from."),
-                Schedule.Input("schedule", optional=True, tooltip="From Adapter Schedule."),
+                negative_input(),
+                schedule_input(),
                 compatibility_input(),
             ],
             outputs=[io.Model.Output(display_name="model")],
@@ -51,17 +55,13 @@ class ApplyImageToModel(io.ComfyNode):
         adapter: host.adapters.ManagedAdapter,
         clip_vision: object,
         image: Tensor,
-        strength: float,
-        preset: str,
-        scaling: str,
-        start: float,
-        end: float,
         combine: str,
         per_latent: bool,
         mask: Tensor | None = None,
         negative: Tensor | None = None,
         schedule: WeightSchedule | None = None,
         compatibility: str = "correct",
+        **steering: Any,
     ) -> io.NodeOutput:
         prompt = host.adapters.encode(
             adapter,
@@ -72,6 +72,5 @@ class ApplyImageToModel(io.ComfyNode):
             negative=negative,
             compatibility=compatibility,
         )
-        settings = (schedule or WeightSchedule()).steering(strength, preset, scaling, start, end)
-        patched, _ = host.adapters.apply(model, adapter, prompt, settings, mask, rules_for(compatibility))
+        patched = host.adapters.steer(model, adapter, prompt, mask, schedule, compatibility, **steering)
         return io.NodeOutput(patched)

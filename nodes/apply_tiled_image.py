@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -11,13 +13,15 @@ from ..ipadapter_core.images.tiles import tiles_in_place
 from . import host
 from .sockets import (
     CATEGORY,
-    Schedule,
     adapter_input,
     clip_vision_input,
     combine_input,
     compatibility_input,
+    model_input,
+    negative_input,
     per_latent_input,
     region_input,
+    schedule_input,
     steering_inputs,
 )
 
@@ -32,7 +36,7 @@ class ApplyTiledImageToModel(io.ComfyNode):
             description="Cuts a reference into squares and lets each steer its own part of the picture: for references that are not "
             "square, and for more detail in its place.",
             inputs=[
-                io.Model.Input("model", tooltip="A model of the SD1.5, SD2 or SDXL family."),
+                model_input(),
                 adapter_input(),
                 clip_vision_input(),
                 io.Image.Input(
@@ -50,8 +54,8 @@ class ApplyTiledImageToModel(io.ComfyNode):
                     tooltip="Sharpens the tiles before they are encoded; 0: not.",
                 ),
                 region_input(),
-                io.Image.Input("negative", optional=True, tooltip="An image to steer away from."),
-                Schedule.Input("schedule", optional=True, tooltip="From Adapter Schedule."),
+                negative_input(),
+                schedule_input(),
                 compatibility_input(),
             ],
             outputs=[
@@ -68,11 +72,6 @@ class ApplyTiledImageToModel(io.ComfyNode):
         adapter: host.adapters.ManagedAdapter,
         clip_vision: object,
         image: Tensor,
-        strength: float,
-        preset: str,
-        scaling: str,
-        start: float,
-        end: float,
         combine: str,
         per_latent: bool,
         sharpening: float,
@@ -80,12 +79,11 @@ class ApplyTiledImageToModel(io.ComfyNode):
         negative: Tensor | None = None,
         schedule: WeightSchedule | None = None,
         compatibility: str = "correct",
+        **steering: Any,
     ) -> io.NodeOutput:
-        rules = rules_for(compatibility)
-        tiles, regions = tiles_in_place(image, mask, sharpening, rules)
-        settings = (schedule or WeightSchedule()).steering(strength, preset, scaling, start, end)
+        tiles, regions = tiles_in_place(image, mask, sharpening, rules_for(compatibility))
         options = {"combine": combine, "per_latent": per_latent, "negative": negative, "compatibility": compatibility}
         for tile, region in zip(tiles, regions, strict=True):
             prompt = host.adapters.encode(adapter, clip_vision, tile, **options)
-            model, _ = host.adapters.apply(model, adapter, prompt, settings, region, rules)
+            model = host.adapters.steer(model, adapter, prompt, region, schedule, compatibility, **steering)
         return io.NodeOutput(model, torch.cat(tiles), torch.cat(regions))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..ipadapter_core import parse_numbers
+from ..ipadapter_core.features import Crop
+from ..ipadapter_core.prompt.encode import Unconditional
 from . import host
 from .sockets import (
     CATEGORY,
@@ -14,6 +18,7 @@ from .sockets import (
     clip_vision_input,
     combine_input,
     compatibility_input,
+    negative_input,
     per_latent_input,
 )
 
@@ -32,7 +37,7 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.Image.Input("image", tooltip="One or more reference images, of any size."),
                 io.Combo.Input(
                     "crop",
-                    options=["center", "top", "bottom", "left", "right", "pad", "stretch", "tiles"],
+                    options=[*get_args(Crop), "tiles"],
                     tooltip="How a reference that is not square becomes the encoder's square: keep one part, pad with the "
                     "encoder's mean colour, or stretch. tiles: all of it, as several squares along the long side, each encoded "
                     "alone; with concat every tile keeps its own tokens.",
@@ -46,7 +51,7 @@ class EncodeImagePrompt(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "unconditional",
-                    options=["auto", "zero_pixels", "zero_embeds", "black"],
+                    options=list(get_args(Unconditional)),
                     tooltip="What the negative prompt sees instead of the image. auto: as in the adapter's training. "
                     "black: an encoded black image, as ComfyUI_IPAdapter_plus had it for plus adapters.",
                 ),
@@ -54,7 +59,7 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Part of the reference that counts (white); same size as the image."
                 ),
-                io.Image.Input("negative", optional=True, tooltip="An image to steer away from."),
+                negative_input(),
                 compatibility_input(),
             ],
             outputs=[Prompt.Output(display_name="image_prompt")],

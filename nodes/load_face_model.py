@@ -21,7 +21,7 @@ class LoadFaceModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "pack",
-                    options=["buffalo_l", "antelopev2"],
+                    options=list(host.faces.PACKS),
                     tooltip="The face model that the adapter was trained with: buffalo_l for FaceID, antelopev2 for Kolors FaceID "
                     "and InstantID.",
                 ),

@@ -5,10 +5,13 @@ The type names are ours: another pack's ``IPADAPTER`` carries objects that these
 
 from __future__ import annotations
 
+from typing import get_args
+
 from comfy_api.latest import io
 
 from ..ipadapter_core import COMPATIBILITIES, PRESETS, SCALINGS
 from ..ipadapter_core.lora import PARTIAL
+from ..ipadapter_core.prompt.encode import Combine
 
 CATEGORY = "image prompt"
 LORA_CATEGORY = "image prompt/lora"
@@ -28,9 +31,20 @@ def adapter_input() -> io.Input:
     return Adapter.Input("adapter", tooltip="From Load IP-Adapter.")
 
 
+def model_input() -> io.Input:
+    return io.Model.Input("model", tooltip="A model of the SD1.5, SD2 or SDXL family.")
+
+
+def negative_input() -> io.Input:
+    return io.Image.Input("negative", optional=True, tooltip="An image to steer away from.")
+
+
+def schedule_input(tooltip: str = "From Adapter Schedule.") -> io.Input:
+    return Schedule.Input("schedule", optional=True, tooltip=tooltip)
+
+
 def combine_input(default: str = "concat") -> io.Input:
-    options = ["concat", "add", "subtract", "average", "norm average", "max", "min"]
-    return io.Combo.Input("combine", options=options, default=default, tooltip=COMBINE_TOOLTIP)
+    return io.Combo.Input("combine", options=list(get_args(Combine)), default=default, tooltip=COMBINE_TOOLTIP)
 
 
 SELECTOR_TOOLTIP = (
@@ -107,7 +121,7 @@ def window_inputs(what: str) -> list[io.Input]:
 
 
 def steering_inputs() -> list[io.Input]:
-    """How much, where in the model, and when: the arguments of WeightSchedule.steering()."""
+    """How much, where in the model, and when: the keyword arguments of ``host.adapters.steer``."""
     return [
         io.Float.Input(
             "strength",

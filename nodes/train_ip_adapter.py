@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,18 @@ from . import host
 from .sockets import CATEGORY, Adapter
 
 FRESH = "nothing"
+
+
+def training_schema(*, name: str, inputs: list[io.Input], samples: str, result: io.Output, **texts: str) -> io.Schema:
+    """The schema of a training node. ``name`` is the result's at first, ``samples`` explains the prompt of the sheets."""
+    pictures = [io.Image.Output(display_name="loss_plot"), io.Image.Output(display_name="samples")]
+    return io.Schema(
+        **texts,
+        is_output_node=True,
+        hidden=[io.Hidden.unique_id],
+        inputs=[*name_inputs(name), *inputs, *run_inputs(samples)],
+        outputs=[result, *pictures],
+    )
 
 
 def name_inputs(default: str) -> list[io.Input]:
@@ -32,7 +45,7 @@ def name_inputs(default: str) -> list[io.Input]:
 
 
 def run_inputs(samples: str) -> list[io.Input]:
-    """The last inputs of every training node, which `run_values` reads; `samples` explains the prompt of the sheets."""
+    """The last inputs of every training node, which ``train`` reads."""
     return [
         io.String.Input(
             "pictures",
@@ -73,7 +86,7 @@ def run_inputs(samples: str) -> list[io.Input]:
         ),
         io.Combo.Input(
             "precision",
-            options=["bf16", "fp16", "fp32"],
+            options=host.training.PRECISIONS,
             tooltip="What the frozen models compute in; what is trained is always kept in fp32.",
         ),
         io.Int.Input(
@@ -108,16 +121,16 @@ def run_inputs(samples: str) -> list[io.Input]:
 class TrainIPAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return training_schema(
             node_id="ImagePromptTrain",
             display_name="Train IP-Adapter",
             category=CATEGORY,
             description="Trains an IP-Adapter on pictures with captions, in a process of its own. Cancelling saves its state; "
             "queueing it again goes on from there. The result lies in output/ipadapter and can be loaded at once.",
-            is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            name="my-adapter",
+            samples="Text of the sample sheets; empty shows what the image alone does.",
+            result=Adapter.Output(display_name="adapter"),
             inputs=[
-                *name_inputs("my-adapter"),
                 io.Combo.Input(
                     "image_encoder",
                     options=[host.training.INSIDE, *host.training.image_encoders()],
@@ -126,7 +139,7 @@ class TrainIPAdapter(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "family",
-                    options=["base", "plus", "full-face"],
+                    options=list(host.training.FAMILIES),
                     tooltip="base: 4 tokens of the whole image. plus: 16 tokens with more detail. full-face: all encoder tokens.",
                 ),
                 io.Combo.Input(
@@ -134,12 +147,6 @@ class TrainIPAdapter(io.ComfyNode):
                     options=[FRESH, *host.files.names("ipadapter")],
                     tooltip="An adapter to train on. With few pictures this works far better than starting from nothing.",
                 ),
-                *run_inputs(samples="Text of the sample sheets; empty shows what the image alone does."),
-            ],
-            outputs=[
-                Adapter.Output(display_name="adapter"),
-                io.Image.Output(display_name="loss_plot"),
-                io.Image.Output(display_name="samples"),
             ],
         )
 
@@ -151,19 +158,38 @@ class TrainIPAdapter(io.ComfyNode):
         image_encoder: str,
         family: str,
         start_from: str,
-        settings: str,
-        start_over: bool,
         **run: Any,
     ) -> io.NodeOutput:
         encoder = host.training.image_encoder_setting(image_encoder, base_model)
-        folder = host.training.open_folder(name, "ipadapter", start_over=start_over)
-        values = run_values(name, folder, **run)
-        values["model"]["image_encoder"] = encoder
-        values["adapter"] = {"family": family}
+        adapter = {"family": family}
         if start_from != FRESH:
-            values["adapter"]["start_from"] = host.files.path("ipadapter", start_from)
-        file, _ = host.training.run(values, settings, name, "ipadapter", base_model, cls.hidden.unique_id)
-        return io.NodeOutput(host.adapters.load(file), *host.training.result_pictures(folder))
+            adapter["start_from"] = host.files.path("ipadapter", start_from)
+        sections = {"model": {"image_encoder": encoder}, "adapter": adapter}
+        file, _, *pictures = train("ipadapter", name, sections, cls.hidden.unique_id, base_model=base_model, **run)
+        return io.NodeOutput(host.adapters.load(file), *pictures)
+
+
+def train(
+    kind: host.files.Kind,
+    name: str,
+    sections: Mapping[str, Mapping[str, Any]],
+    node_id: str,
+    *,
+    base_model: str,
+    settings: str,
+    start_over: bool,
+    **run: Any,
+) -> tuple[str, Path, Tensor, Tensor]:
+    """Train what the sections of a config say, besides those that every node fills; the result lies in output/<kind>.
+
+    Returns its name and path, the loss plot and the last sample sheet.
+    """
+    folder = host.training.open_folder(name, kind, start_over=start_over)
+    values = run_values(name, folder, **run)
+    for section, entries in sections.items():
+        values[section] = {**values.get(section, {}), **entries}
+    file, path = host.training.run(values, settings, name, kind, base_model, node_id)
+    return (file, path, *host.training.result_pictures(folder))
 
 
 def run_values(

@@ -8,22 +8,22 @@ from comfy_api.latest import io
 
 from . import host
 from .sockets import LORA_CATEGORY
-from .train_ip_adapter import FRESH, name_inputs, run_inputs, run_values
+from .train_ip_adapter import FRESH, train, training_schema
 
 
 class TrainLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return training_schema(
             node_id="ImagePromptTrainLoRA",
             display_name="Train LoRA",
             category=LORA_CATEGORY,
             description="Trains a LoRA on pictures with captions, in a process of its own. Cancelling saves its state; queueing it "
             "again goes on from there. The result lies in output/loras, where LoRA lists find it.",
-            is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            name="my-lora",
+            samples="Text of the sample sheets; empty: the captions of held-out pictures.",
+            result=io.String.Output(display_name="path"),
             inputs=[
-                *name_inputs("my-lora"),
                 io.Combo.Input(
                     "algorithm",
                     options=["lora", "locon", "loha", "lokr", "dora"],
@@ -66,12 +66,6 @@ class TrainLoRA(io.ComfyNode):
                     default="",
                     tooltip="Trigger words to note in the file; write them into the captions too.",
                 ),
-                *run_inputs(samples="Text of the sample sheets; empty: the captions of held-out pictures."),
-            ],
-            outputs=[
-                io.String.Output(display_name="path"),
-                io.Image.Output(display_name="loss_plot"),
-                io.Image.Output(display_name="samples"),
             ],
         )
 
@@ -79,7 +73,6 @@ class TrainLoRA(io.ComfyNode):
     def execute(
         cls,
         name: str,
-        base_model: str,
         algorithm: str,
         rank: int,
         alpha: float,
@@ -87,16 +80,12 @@ class TrainLoRA(io.ComfyNode):
         text_encoders: bool,
         start_from: str,
         trigger: str,
-        settings: str,
-        start_over: bool,
         **run: Any,
     ) -> io.NodeOutput:
-        folder = host.training.open_folder(name, "lora", start_over=start_over)
-        values = run_values(name, folder, **run)
-        values["lora"] = {
+        lora = {
             "algorithm": algorithm, "rank": rank, "alpha": alpha, "targets": targets, "text_encoders": text_encoders,
             "start_from": "" if start_from == FRESH else host.files.path("loras", start_from),
         }  # fmt: skip
-        values["output"]["trigger"] = trigger
-        _, path = host.training.run(values, settings, name, "loras", base_model, cls.hidden.unique_id)
-        return io.NodeOutput(str(path), *host.training.result_pictures(folder))
+        sections = {"lora": lora, "output": {"trigger": trigger}}
+        _, path, *pictures = train("loras", name, sections, cls.hidden.unique_id, **run)
+        return io.NodeOutput(str(path), *pictures)

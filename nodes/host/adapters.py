@@ -145,6 +145,25 @@ def apply(
     return backend.apply(model, patch, attention), patch
 
 
+def steer(
+    model: Any,
+    adapter: ManagedAdapter,
+    prompt: ImagePrompt,
+    mask: Tensor | None,
+    schedule: WeightSchedule | None,
+    compatibility: str,
+    *,
+    strength: float,
+    preset: str,
+    scaling: str,
+    start: float,
+    end: float,
+) -> Any:
+    """``apply`` with the inputs of a node: what ``schedule`` says, at a strength and preset, from start to end."""
+    settings = (schedule or WeightSchedule()).steering(strength, preset, scaling, start, end)
+    return apply(model, adapter, prompt, settings, mask, rules_for(compatibility))[0]
+
+
 def attention(*args: Any, **kwargs: Any) -> Tensor:
     """The host's attention, looked up at the call: launch options and other packs may replace it."""
     return comfy.ldm.modules.attention.optimized_attention(*args, **kwargs)

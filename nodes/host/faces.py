@@ -10,14 +10,14 @@ from ...ipadapter_core import InvalidInputError
 from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.images.faces import FaceAnalyzer, open_face_model
 
-FACE_PACKS = ("buffalo_l", "antelopev2")
+PACKS = ("buffalo_l", "antelopev2")
 _FACE_MODELS: dict[tuple[str, str], FaceAnalyzer] = {}
 
 
 def load(pack: str, provider: str) -> FaceAnalyzer:
     """A face model of ``models/insightface``, one copy per pack and provider. Raises InvalidInputError for another pack."""
-    if pack not in FACE_PACKS:  # a folder's name, which the package insightface would also download
-        raise InvalidInputError(f"the face model {quoted(pack)} is none of {', '.join(FACE_PACKS)}")
+    if pack not in PACKS:  # a folder's name, which the package insightface would also download
+        raise InvalidInputError(f"the face model {quoted(pack)} is none of {', '.join(PACKS)}")
     key = (pack, provider)
     if key not in _FACE_MODELS:
         root = Path(folder_paths.models_dir) / "insightface"

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import comfy.model_management
 import comfy.sd1_clip
@@ -24,7 +24,7 @@ from ...ipadapter_core.files.access import plain_name
 from ...ipadapter_core.files.text import check_length
 from ...ipadapter_core.images.files import read_picture, to_tensor
 from ...ipadapter_core.images.preprocess import check_finite
-from ...ipadapter_core.training.config import parse_config
+from ...ipadapter_core.training.config import Family, Precision, parse_config
 from ...ipadapter_core.training.job import run_job
 from ...ipadapter_core.training.limits import graph_settings
 from ...ipadapter_core.training.model_configs import write_model_configs
@@ -32,7 +32,11 @@ from ...ipadapter_core.training.results import publish, set_aside
 from .access import readable, readable_folders, writable
 from .frontend import show_in_node
 
+FAMILIES: tuple[Family, ...] = get_args(Family)
+PRECISIONS = sorted(get_args(Precision))  # bf16 is what the node begins with
 INSIDE = "inside the base model's folder"
+FOLDERS = {"ipadapter": "ipadapter_training", "loras": "lora_training"}
+"""By the folder below output that takes results: the one that keeps the states of trainings, which no loader lists."""
 
 TRAIN_PYTHON = "IPADAPTER_TRAIN_PYTHON"
 """Environment variable: the Python that trains, where ComfyUI's own lacks diffusers and accelerate."""
@@ -102,11 +106,11 @@ def image_encoder_setting(name: str, base: str) -> str:
 
 
 def open_folder(name: str, kind: str, *, start_over: bool) -> Path:
-    """Where a training of that name and kind keeps its states: beside, not inside, the folder that loaders list.
+    """Where a training of that name and kind of FOLDERS keeps its states.
 
     `start_over` sets aside what an earlier run of that name has learned.
     """
-    folder = Path(writable(f"{kind}_training", plain_name(name)))
+    folder = Path(writable(FOLDERS[kind], plain_name(name)))
     if start_over:
         set_aside(folder)
     return folder

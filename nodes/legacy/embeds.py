@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from ...ipadapter_core import (
 )
 from ...ipadapter_core.legacy.settings import LegacySettings
 from ...ipadapter_core.prompt.embeds import EXTENSION, SavedEmbeds, combine_embeds, load_embeds, save_embeds
+from ...ipadapter_core.prompt.encode import Combine
 from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
 from .encode import vision
@@ -105,9 +106,8 @@ class IPAdapterCombineEmbeds(LegacyNode):
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        methods = choice(["concat", "add", "subtract", "average", "norm average", "max", "min"])
         return {
-            "required": {"embed1": EMBEDS, "method": methods},
+            "required": {"embed1": EMBEDS, "method": choice(get_args(Combine))},
             "optional": {f"embed{i}": EMBEDS for i in range(2, 6)} | compatibility(),
         }
 

@@ -108,7 +108,7 @@ class IPAdapterInsightFaceLoader(LegacyNode):
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {"provider": choice(["CPU", "CUDA", "ROCM"])},
-            "optional": {"model_name": choice(["buffalo_l", "antelopev2"])},  # since 2024-08-02
+            "optional": {"model_name": choice(host.faces.PACKS)},  # since 2024-08-02
         }
 
     def load_insightface(self, provider: str, model_name: str = "buffalo_l") -> tuple[Any, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from ...ipadapter_core import rules_for
-from ...ipadapter_core.images.noise import noise_picture
-from ...ipadapter_core.images.tiles import prepare_square, tiles_in_place
+from ...ipadapter_core.images.noise import Noise, noise_picture
+from ...ipadapter_core.images.tiles import Interpolation, Position, prepare_square, tiles_in_place
 from ...ipadapter_core.legacy.settings import LegacySettings, todays_option
 from .apply import SOURCE, apply_reference
 from .encode import Reference
@@ -42,7 +42,7 @@ class IPAdapterNoise(LegacyNode):
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "type": choice(["fade", "dissolve", "gaussian", "shuffle"]),
+                "type": choice(get_args(Noise)),
                 "strength": number(1.0, 0.0, 1.0),
                 "blur": integer(0, 0, 32),
             },
@@ -65,8 +65,8 @@ class PrepImageForClipVision(LegacyNode):
         return {
             "required": {
                 "image": IMAGE,
-                "interpolation": choice(["LANCZOS", "BICUBIC", "HAMMING", "BILINEAR", "BOX", "NEAREST"]),
-                "crop_position": choice(["top", "bottom", "left", "right", "center", "pad"]),
+                "interpolation": choice(get_args(Interpolation)),
+                "crop_position": choice(get_args(Position)),
                 "sharpening": number(0.0, 0.0, 1.0),
             },
             "optional": {"add_weight": former("BOOLEAN", "the picture twice")},

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
-from ...ipadapter_core.legacy.frame_weights import WeightsStrategy
+from ...ipadapter_core.legacy.frame_weights import Method, Timing, WeightsStrategy
 from ...ipadapter_core.legacy.settings import todays_option
 from .sockets import (
     CONDITIONING,
@@ -39,15 +39,13 @@ class IPAdapterWeights(LegacyNode):
     def INPUT_TYPES(cls) -> Inputs:
         counts = {name: integer(9999 if name == "end_frame" else 0, 0, 9999) for name in FRAME_COUNTS}
         later = {name: counts.pop(name) for name in FRAME_COUNTS[3:]}
-        timings = ["custom", "linear", "ease_in_out", "ease_in", "ease_out", "random"]
-        methods = ["full batch", "shift batches", "alternate batches"]
         return {
             "required": {
                 "weights": ("STRING", {"default": "1.0, 0.0", "multiline": True}),
-                "timing": choice(timings, "linear"),
+                "timing": choice(get_args(Timing), "linear"),
                 **counts,
             },
-            "optional": {**later, "method": choice(methods, "full batch"), "image": IMAGE},
+            "optional": {**later, "method": choice(get_args(Method), "full batch"), "image": IMAGE},
         }
 
     def weights(

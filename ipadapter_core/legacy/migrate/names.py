@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from ...attention.schedule import SCALINGS
+from ...images.noise import Noise
 from ..settings import COMBINE_METHODS, SIMPLE_WEIGHT_TYPES, WEIGHT_TYPES
 
 ADAPTER = "IMAGE_PROMPT_ADAPTER"
@@ -110,7 +111,7 @@ OPTIONS: dict[str, Callable[[str], Collection[str]]] = {
     "embeds_scaling": _any_of(*SCALINGS),
     "provider": _any_of("CPU", "CUDA", "ROCM", "DirectML", "OpenVINO", "CoreML"),
     "model_name": _any_of("buffalo_l", "antelopev2"),
-    "type": _any_of("fade", "dissolve", "gaussian", "shuffle"),
+    "type": _any_of(*get_args(Noise)),
     "method": _any_of(*COMBINE_METHODS, "max", "min"),
 }
 """Options of an old widget, by its name and the class type."""
