@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..ipadapter_core.lora.algorithms import trainings
 from . import host
 from .sockets import LORA_CATEGORY
 from .train_ip_adapter import FRESH, train, training_schema
@@ -26,8 +27,8 @@ class TrainLoRA(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "algorithm",
-                    options=["lora", "locon", "loha", "lokr", "dora"],
-                    tooltip="lora: attention layers. locon: convolutions and feed-forward layers too. dora: lora with learned magnitudes.",
+                    options=list(trainings()),
+                    tooltip=" ".join(f"{name}: {t.summary}." for name, (_, t) in trainings().items() if t.summary),
                 ),
                 io.Int.Input(
                     "rank",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -11,15 +10,6 @@ from torch import Tensor
 
 from ..errors import InvalidInputError, quoted
 from .base_names import by_name, dotted, is_ldm, text_path
-from .decomposed import Decomposed
-from .difference import Difference, Replacement
-from .generalized import Generalized
-from .hadamard import Hadamard
-from .ia3 import ChannelScale
-from .kronecker import Kronecker
-from .low_rank import LowRank
-from .orthogonal import Butterfly, Orthogonal
-from .update import Update, wide
 from .weights import Component, LoRAModule, LoRAWeights
 
 Spelling = Literal["kohya", "diffusers", "generic"]
@@ -105,72 +95,19 @@ def stem_of(module: LoRAModule, pair: tuple[str, str] | None, spelling: Spelling
 
 
 def _parts(module: LoRAModule) -> dict[str, Tensor]:
-    parts = {} if module.weight is None else _tensors_of(module.weight)
-    if module.bias is not None:
-        if not isinstance(module.bias, Difference):
-            raise InvalidInputError(f"the bias of {quoted(module.stem)} cannot be written")
-        norm = isinstance(module.weight, Difference) and module.weight.diff.ndim == 1
-        parts[".b_norm" if norm else ".diff_b"] = module.bias.diff
-    return parts
-
-
-def _tensors_of(update: Update) -> dict[str, Tensor]:
-    match update:
-        case LowRank():
-            parts = {".lora_down.weight": update.down, ".lora_up.weight": update.up}
-            if update.mid is not None:
-                parts[".lora_mid.weight"] = update.mid
-            return parts | _alpha(update.scale, update.rank)
-        case Hadamard():
-            names = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
-            return _named(update, "hada_", names) | _alpha(update.scale, update.rank)
-        case Kronecker():
-            names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
-            if update.rank is None and update.scale != 1:  # of a PEFT config; LyCORIS has no alpha for whole factors
-                assert update.w1 is not None
-                update = replace(update, w1=wide(update.w1) * update.scale)
-            parts = _named(update, "lokr_", names)
-            return parts | (_alpha(update.scale, update.rank) if update.rank is not None else {})
-        case Generalized():
-            matrices = {"a1": update.a_first, "a2": update.a_second, "b1": update.b_up, "b2": update.b_down}
-            parts = {f".{name}.weight": t for name, t in matrices.items()}
-            if update.b_mid is not None:
-                parts[".bm.weight"] = update.b_mid
-            return parts | _alpha(update.scale, update.rank)
-        case Decomposed():
-            rows = update.magnitude.reshape((-1, 1) if update.axis == "out" else (1, -1))
-            kernel = len(update.inner.down.shape) - 2 if isinstance(update.inner, LowRank) else 0
-            return _tensors_of(update.inner) | {".dora_scale": rows.reshape(*rows.shape, *[1] * kernel)}
-        case Orthogonal() | Butterfly():
-            parts = {".oft_blocks": update.blocks, ".alpha": torch.tensor(update.constraint)}
-            return parts if update.rescale is None else parts | {".rescale": update.rescale}
-        case Difference():
-            return {(".w_norm" if update.diff.ndim == 1 else ".diff"): update.diff}
-        case Replacement():
-            return {".set_weight": update.new}
-        case ChannelScale():
-            return {".weight": update.factor, ".on_input": torch.tensor(int(update.on_input))}
-        case _:
-            raise InvalidInputError(f"{update.title} cannot be written to a file")
-
-
-def _named(update: Update, prefix: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-    return {f".{prefix}{name}": t for name, t in update.tensors().items() if name in names}
-
-
-def _alpha(scale: float, rank: int | None) -> dict[str, Tensor]:
-    return {".alpha": torch.tensor(scale * (rank or 1))}
+    parts = {} if module.weight is None else module.weight.to_parts()
+    bias = {} if module.bias is None else module.bias.bias_to_parts(module.weight)
+    if bias is None:
+        raise InvalidInputError(f"the bias of {quoted(module.stem)} cannot be written")
+    return parts | bias
 
 
 def _peft(module: LoRAModule) -> dict[str, Tensor]:
-    update, magnitude = module.weight, None
-    if isinstance(update, Decomposed) and update.axis == "out":
-        update, magnitude = update.inner, update.magnitude
-    if not isinstance(update, LowRank) or update.mid is not None or module.bias is not None:
-        title = "a change of the bias" if update is None or module.bias is not None else update.title
+    update = None if module.bias is not None else module.weight
+    parts = None if update is None else update.to_peft()
+    if parts is None:
+        title = "a change of the bias" if update is None else update.title
         raise InvalidInputError(
             f"{quoted(module.stem)} is {title}, which PEFT's spelling cannot say; write 'kohya' or 'generic', or resize it first"
         )
-    up = update.up if update.scale == 1 else (wide(update.up) * update.scale).to(update.up.dtype)
-    parts = {".lora_A.weight": update.down, ".lora_B.weight": up}
-    return parts if magnitude is None else parts | {".lora_magnitude_vector.weight": magnitude}
+    return parts

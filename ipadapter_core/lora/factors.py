@@ -13,41 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInputError, quoted, reason
-from .difference import Difference, Replacement
-from .hadamard import Hadamard
-from .kronecker import Kronecker
-from .low_rank import LowRank
-from .update import Update, alike, product_norm
+from .algorithms.low_rank import LowRank
 from .weights import LoRAModule, LoRAWeights
-
-
-def factors_of(update: Update) -> tuple[Tensor, Tensor] | None:
-    """``up`` (o r) and ``down`` (r i·y·x) in float32 with the scale inside ``up``; None if it is not low-rank as it stands."""
-    if isinstance(update, Hadamard):
-        found = update.factors()
-        if found is None:
-            return None
-        update = found
-    if not isinstance(update, LowRank):
-        return None
-    up, down = alike(update.up.flatten(1), update.down.flatten(1))
-    if update.mid is not None:
-        up, down, mid = alike(up, down, update.mid)
-        down = torch.einsum("rs...,si->ri...", mid, down)
-    return up * update.scale, down.flatten(1)
-
-
-def frobenius(update: Update) -> float | None:
-    """‖ΔW‖ at strength 1; None for updates that depend on the weight. No more memory than the file's tensors justify."""
-    if isinstance(update, (Kronecker, Hadamard)):
-        return update.norm()
-    if isinstance(update, Difference):
-        return float(torch.linalg.vector_norm(update.diff.double()))
-    if isinstance(update, Replacement):
-        return None
-    factors = factors_of(update)
-    return None if factors is None else product_norm(*factors)
-
 
 MAX_STRENGTH = 1000.0
 
@@ -122,24 +89,17 @@ def low_rank_module(module: LoRAModule, up: Tensor, down: Tensor, kernel: tuple[
     return replace(module, weight=LowRank(down.contiguous(), up.contiguous(), 1.0))
 
 
-def kernel_of(update: Update) -> tuple[int, ...]:
-    """Kernel of the convolution that a low-rank update is for; empty for linear layers."""
-    if isinstance(update, LowRank):
-        return tuple((update.down if update.mid is None else update.mid).shape[2:])
-    return ()
-
-
 def resize(weights: LoRAWeights, smaller: Smaller) -> tuple[LoRAWeights, dict[str, float]]:
     """The same LoRA in smaller ranks, and the relative error per module. What is not low-rank stays as it is."""
     modules: list[LoRAModule] = []
     errors: dict[str, float] = {}
     for module in weights.modules:
-        factors = None if module.weight is None else factors_of(module.weight)
+        factors = None if module.weight is None else module.weight.factors()
         if factors is None or module.weight is None:
             modules.append(module)
             continue
         up, down, errors[module.stem] = compress(*factors, smaller)
-        modules.append(low_rank_module(module, up, down, kernel_of(module.weight)))
+        modules.append(low_rank_module(module, up, down, module.weight.kernel))
     return replace(weights, modules=tuple(modules)), errors
 
 
@@ -174,13 +134,13 @@ def combine(
         downs: list[Tensor] = []
         kernel: tuple[int, ...] = ()
         for module, strength in found:
-            factors = None if module.weight is None else factors_of(module.weight)
+            factors = None if module.weight is None else module.weight.factors()
             if factors is None or module.weight is None:
                 title = "nothing" if module.weight is None else module.weight.title
                 raise InvalidInputError(
-                    f"{quoted(module.stem)} is {title}, not a product of factors; only LoRA and LoHa can be summed"
+                    f"{quoted(module.stem)} is {title}, not a product of factors, and only those can be summed"
                 )
-            kernel = kernel or kernel_of(module.weight)
+            kernel = kernel or module.weight.kernel
             ups.append(factors[0] * strength)
             downs.append(factors[1])
         if len({(len(up), down.shape[1]) for up, down in zip(ups, downs, strict=True)}) > 1:

@@ -15,12 +15,9 @@ from ..errors import CorruptFileError, quoted
 from ..files.state_dict import Source
 from ..files.text import parse_json
 from .base_names import by_name, unet_paths
-from .decomposed import Decomposed
-from .factors import frobenius
 from .formats import describe_lora, load_lora
 from .selector import TYPES
 from .targets import Target
-from .update import Update
 from .weights import LoRAModule, LoRAWeights, left_out_lines
 
 COLUMNS = (
@@ -79,24 +76,16 @@ LISTED = 1000
 def module_facts(module: LoRAModule) -> dict[str, object]:
     """One module: its name in the file, part, algorithm, rank, alpha, the scale that they make, what decided the alpha."""
     update = module.weight
-    scale = scale_of(update)
     return {
         "module": module.stem,
         "component": module.component,
         "algorithm": "bias" if update is None else update.title,
         "rank": None if update is None else update.rank,
         "alpha": module.alpha,
-        "scale": scale,
+        "scale": getattr(update, "scale", None),
         "alpha_from": module.alpha_from,
         "bias": module.bias is not None,
     }
-
-
-def scale_of(update: Update | None) -> float | None:
-    """What the product of an update's factors is multiplied by; None for algorithms that have no such number."""
-    if isinstance(update, Decomposed):
-        return scale_of(update.inner)
-    return getattr(update, "scale", None)
 
 
 TRAINING_KEYS = (
@@ -239,7 +228,7 @@ def heat_map(weights: LoRAWeights) -> HeatMap:
     tests = [(column, [TYPES[word] for word in column.split()]) for column in COLUMNS]
     sums: dict[tuple[str, str], list[float]] = {}
     for module in weights.modules:
-        norm = None if module.weight is None else frobenius(module.weight)
+        norm = None if module.weight is None else module.weight.norm()
         if norm is None or module.weight is None:
             continue
         target = target_of(module, base)
@@ -328,9 +317,7 @@ def verify(source: Source) -> Verdict:
         remarks.append("the base model cannot be told from the names")
     remarks += [f"not applied: {line}" for line in left_out_lines(weights.left_out)]
     remarks += weights.notes
-    norms = {
-        m.stem: norm for m in weights.modules if m.weight is not None and (norm := frobenius(m.weight)) is not None
-    }
+    norms = {m.stem: norm for m in weights.modules if m.weight is not None and (norm := m.weight.norm()) is not None}
     zero = [stem for stem, norm in norms.items() if norm == 0]
     if zero and len(zero) == len(norms):
         problems.append("all its updates are zero: it changes nothing")

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..attention.call import UNCOND, ModelCall
 from ..errors import InvalidInputError
 from ..models.grids import Pyramid, TokenGrid
-from .low_rank import LowRank, prepared
 from .patch import LoRAPatch
 from .placement import Placement
 from .update import Change, Layer
@@ -78,9 +77,7 @@ class LiveLayer:
     def __init__(self, path: str, label: str, parts: Sequence[_Part]) -> None:
         self.path, self.label = path, label
         self.text = label.endswith((".attn2.to_k", ".attn2.to_v"))
-        self.low_rank = [
-            p for p in parts if isinstance(p.placement.update, LowRank) and p.placement.parameter == "weight"
-        ]
+        self.low_rank = [p for p in parts if p.placement.update.fuses and p.placement.parameter == "weight"]
         self.others = [p for p in parts if p not in self.low_rank]
         self.indices = {part.index for part in parts}
         self._fused: dict[tuple[object, ...], _Fused] = {}
@@ -183,8 +180,7 @@ class LiveLayer:
             begin = 0
             for part in (self.low_rank[i] for i in acting):
                 update, rows = part.placement.update, part.placement.rows
-                assert isinstance(update, LowRank)
-                down, up = prepared(update, layer, like)
+                down, up = update.products(layer, like)
                 if rows is not None:  # a part of a fused layer: zeros elsewhere
                     start, length = rows
                     up = F.pad(up, (0, 0, start, layer.shape[0] - start - length))

@@ -1,4 +1,4 @@
-"""How files spell modules and tensors: the one table of suffixes, and the one rule that makes names comparable.
+"""How files spell modules: the one table of prefixes, and the one rule that makes names comparable.
 
 Every trainer names a module by its path, with dots or underscores and a prefix of its own. Underscores cannot be turned
 back into dots, so names are compared with underscores, against names made from the model (``targets.py``).
@@ -7,56 +7,10 @@ back into dots, so names are compared with underscores, against names made from 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-from .weights import Component
-
-_ADAPTER = r"(?:\.(?!bias$)[^.]+)?"
-"""Name of the adapter, which PEFT keeps in the keys of a model's state dict and drops in files."""
-
-# A part of the key, what follows the module's name → the tensor's role. Checked in order; the first that matches wins.
-SUFFIXES: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
-    (part, re.compile(pattern), role)
-    for part, pattern, role in (
-        (".lora_magnitude_vector", rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$", "magnitude"),  # PEFT
-        (".dora_scale", r"\.dora_scale$", "dora_scale"),  # LyCORIS, kohya, OneTrainer
-        (".lora_B", r"\.lora_B(?:\.(?!bias)[^.]+)?\.bias$", "lora_bias"),  # PEFT with lora_bias, BFL control
-        (".lora_A", rf"\.lora_A(?:_\d+)?{_ADAPTER}(?:\.weight)?$", "down"),  # PEFT, with or without an adapter name
-        (".lora_B", rf"\.lora_B(?:_\d+)?{_ADAPTER}(?:\.weight)?$", "up"),
-        (".lora_E", rf"\.lora_E{_ADAPTER}$", "singular"),  # PEFT's AdaLoRA
-        (".lora_embedding_A", rf"\.lora_embedding_A{_ADAPTER}$", "embedding_down"),
-        (".lora_embedding_B", rf"\.lora_embedding_B{_ADAPTER}$", "embedding_up"),
-        (".lora_down", r"\.lora_down\.weight$", "down"),  # kohya
-        (".lora_up", r"\.lora_up\.weight$", "up"),
-        (".lora_mid", r"\.lora_mid\.weight$", "mid"),
-        (".down.", r"(?:\.lora_linear_layer|\.lora|_lora)\.down\.weight$", "down"),  # diffusers, old and oldest
-        (".up.", r"(?:\.lora_linear_layer|\.lora|_lora)\.up\.weight$", "up"),
-        ("lora.alpha", r"(?:\.lora|_lora)\.alpha$", "alpha"),
-        ("lora_linear_layer.alpha", r"\.lora_linear_layer\.alpha$", "alpha"),
-        (
-            ".down.",
-            r"(?<=_lora[12])\.down\.weight$",
-            "down",
-        ),  # XLabs: the number says picture or text, it stays in the name
-        (".up.", r"(?<=_lora[12])\.up\.weight$", "up"),
-        (".alpha", r"\.alpha$", "alpha"),
-        (".hada_", rf"\.hada_(w1_a|w1_b|w2_a|w2_b|t1|t2){_ADAPTER}$", r"hada_\1"),
-        (".lokr_", rf"\.lokr_(w1|w1_a|w1_b|w2|w2_a|w2_b|t1|t2){_ADAPTER}$", r"lokr_\1"),
-        (".weight", r"\.(a1|a2|b1|b2|bm)\.weight$", r"glora_\1"),
-        (".oft_blocks", r"\.oft_blocks$", "oft_blocks"),
-        (".scaled_oft", rf"\.oft_R{_ADAPTER}\.scaled_oft$", "oft_scaled"),  # OneTrainer
-        (".oft_R", rf"\.oft_R{_ADAPTER}\.weight$", "oft_r"),  # PEFT, OneTrainer
-        (".boft_", rf"\.boft_([Rs]){_ADAPTER}$", r"boft_\1"),  # PEFT
-        (".ia3_l", rf"\.ia3_l{_ADAPTER}$", "ia3_l"),
-        (".hra_u", rf"\.hra_u{_ADAPTER}$", "hra_u"),
-        (".rescale", r"\.rescale$", "rescale"),
-        (".diff", r"\.diff$", "diff"),
-        (".diff_b", r"\.diff_b$", "diff_b"),
-        (".set_weight", r"\.set_weight$", "set_weight"),
-        (".w_norm", r"\.w_norm$", "w_norm"),
-        (".b_norm", r"\.b_norm$", "b_norm"),
-        (".on_input", r"\.on_input$", "on_input"),
-    )
-)
+Component = Literal["unet", "te1", "te2", "te3"]
+"""The denoiser (UNet or transformer) and the text encoders: CLIP-L, CLIP-G (or OpenCLIP-H), T5."""
 
 PREFIXES: tuple[tuple[str, Component], ...] = (
     ("lora_te1_", "te1"),
@@ -93,18 +47,6 @@ _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, FSDP and checkpointing put before the name of any part they wrap."""
 
 _NUMBERED = re.compile(r"^(?:ip_adapter\.)?(\d+)\.(to_[qkv]|to_out)$")
-
-
-def split_key(key: str) -> tuple[str, str] | None:
-    """Module and role of a tensor's key; None if no algorithm has such a tensor."""
-    for part, pattern, role in SUFFIXES:
-        if part not in key:
-            continue
-        match = pattern.search(key)
-        if match is not None:
-            stem = key[: match.start()].removesuffix(".base_layer")
-            return stem, match.expand(role) if "\\" in role else role
-    return None
 
 
 def canonical(stem: str) -> tuple[Component, str]:

@@ -1,4 +1,4 @@
-"""What PEFT keeps beside the tensors: ``adapter_config.json``, or diffusers' copy of it in the header of a file.
+"""What a config of PEFT says: ``adapter_config.json``, or diffusers' copy of it in the header of a file.
 
 Scales, ranks by module and the algorithms' options; the methods and options that cannot be applied to a plain model are
 refused by name. Facts from peft 0.21.2: tuners/*/config.py and layer.py, utils/other.py.
@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
-from ..errors import AdapterError, CorruptFileError, UnknownFormatError, quoted
-from ..files.text import parse_json, read_bytes
+from ..errors import UnknownFormatError, quoted
 from .name_patterns import NamePatterns, full_match
 from .names import part_and_path
 
-HEADER_KEY = "lora_adapter_metadata"
-CONFIG_FILE = "adapter_config.json"
-MAX_HEADER_TEXT = 16 * 2**20
-READ = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "HRA")
-"""PEFT's names of the methods that can be read."""
+PEFT_ROOT = re.compile(r"^(?:module\.)?(?:(?:unet|transformer|text_encoder(?:_[23])?)\.)?base_model\.model\.")
+"""What PEFT's names begin with."""
 
 # part of a key → PEFT's method that has such tensors
 METHODS: tuple[tuple[str, str], ...] = (
@@ -142,10 +137,10 @@ class PeftConfig:
             return any(isinstance(end, str) and path.endswith(end) for end in cast("list[object]", wanted)[:1000])
         return None
 
-    def check(self) -> None:
-        """Raise UnknownFormatError, in one sentence, for what cannot be applied to a plain model."""
-        if self.method not in READ:
-            refuse_method(self.file, quoted(self.method))
+    def check(self, methods: Sequence[str]) -> None:
+        """Raise UnknownFormatError, in one sentence, for what cannot be applied to a plain model. ``methods`` can be read."""
+        if self.method not in map(str.upper, methods):
+            refuse_method(self.file, quoted(self.method), methods)
         for option, what in _OPTIONS:
             if self.table.get(option) not in (None, False, [], {}, ""):
                 raise UnknownFormatError(
@@ -184,75 +179,12 @@ class PeftConfig:
         return _number(value)
 
 
-def refuse_method(file: str, method: str) -> None:
-    """Raise for a method of PEFT that is not read."""
+def refuse_method(file: str, method: str, methods: Sequence[str]) -> NoReturn:
+    """Raise for a method of PEFT that is none of the ``methods`` that are read."""
     raise UnknownFormatError(
-        f"{file} is a PEFT {method} file; of PEFT's methods LoRA, AdaLoRA, LoHa, LoKr, OFT, BOFT, IA3 and HRA can be read. "
+        f"{file} is a PEFT {method} file; of PEFT's methods {', '.join(methods[:-1])} and {methods[-1]} can be read. "
         "Merge it into the model with PEFT, or train one of these"
     )
-
-
-def config_in_header(metadata: Mapping[str, str], file: str) -> tuple[dict[str, PeftConfig], list[str]]:
-    """diffusers' ``lora_adapter_metadata`` by the model's part (``unet``, ``text_encoder``; "" for all), and notes."""
-    text = metadata.get(HEADER_KEY)
-    if text is None:
-        return {}, []
-    try:
-        if len(text) > MAX_HEADER_TEXT:
-            raise CorruptFileError(f"it has {len(text):,} characters")
-        value = parse_json(text, HEADER_KEY)
-    except AdapterError as error:
-        return {}, [f"its {HEADER_KEY} cannot be read, so no alpha is taken from it ({error})"]
-    tables: dict[str, dict[str, Any]] = {}
-    for prefix, entry in (cast("dict[str, Any]", value) if isinstance(value, dict) else {}).items():
-        part, dot, name = prefix.partition(".")
-        tables.setdefault(part if dot else "", {})[name or prefix] = entry
-    return {part: PeftConfig(table, "header", file) for part, table in tables.items()}, []
-
-
-def config_beside(path: Path, file: str) -> PeftConfig | None:
-    """The ``adapter_config.json`` in a file's folder, which may belong to another file there. Raises as ``read_bytes`` and ``parse_json``."""
-    beside = path.parent / CONFIG_FILE
-    if not beside.exists():
-        return None
-    name = f"{CONFIG_FILE} beside {file}"
-    value = parse_json(read_bytes(beside), name)
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{quoted(name)} is no PEFT config: a table of options was expected")
-    return PeftConfig(cast("dict[str, Any]", value), CONFIG_FILE, file)
-
-
-def belongs(config: PeftConfig, path: Path, ranks: Mapping[str, int]) -> tuple[bool, str]:
-    """Whether a config beside a file is the file's, and what to say about it.
-
-    PEFT writes ``adapter_model.*``. A renamed file keeps its config if it is alone in its folder or if the ranks of its
-    modules (``ranks``, by path) are those of the config.
-    """
-    if path.name.startswith("adapter_model."):
-        return True, ""
-    others = _other_files(path)
-    if not others:
-        return True, ""
-    wrong = [(name, rank) for name, rank in list(ranks.items())[:2000] if config.rank_of(name) not in (None, rank)]
-    if wrong:
-        name, rank = wrong[0]
-        return False, (
-            f"{CONFIG_FILE} beside it was not read: it is for rank {config.rank_of(name)} in {quoted(name)}, which has {rank} "
-            "here, so it belongs to another file of the folder"
-        )
-    return (
-        True,
-        f"alpha and options from {CONFIG_FILE} beside it, though the folder has {len(others) + 1} files of weights",
-    )
-
-
-def _other_files(path: Path) -> list[str]:
-    kinds = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
-    try:
-        found = [p.name for p in path.parent.iterdir() if p.suffix.lower() in kinds and p.name != path.name]
-    except OSError:
-        return []
-    return found
 
 
 def path_of(stem: str) -> str:

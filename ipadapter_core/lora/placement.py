@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..errors import IncompatibleAdapterError, InvalidInputError, quoted
 from .embedding import Lookup
-from .ia3 import ChannelScale
 from .losses import Module, lost_part
 from .names import canonical
 from .targets import Place, Target, TargetTable
@@ -168,7 +167,7 @@ class _Found:
         for update in _placed(module, place, target):
             shape = _shape(update)
             if update.parameter == "bias" and not target.has_bias:
-                if not isinstance(update.update, ChannelScale):  # which has nothing to multiply
+                if not update.update.multiplies:
                     self.left_out.append(LeftOut(module.stem, NO_BIAS))
             elif update.update.fits(shape):
                 own = update.update.on(shape)

@@ -1,4 +1,4 @@
-"""What every algorithm shares: a change of one layer's weight, as numbers, as a merge, and as a side path.
+"""What every algorithm is: a change of one layer's weight, as numbers, as a merge, as a side path, in files, in training.
 
 Strength ``s`` is what the user sets: 0 is exactly the plain layer, 1 the trained change, any sign and size allowed.
 Additive algorithms, and DoRA and OFT, are linear in it: ``W + s (W' - W)``; only BOFT is not (see ``orthogonal.py``).
@@ -6,7 +6,7 @@ Additive algorithms, and DoRA and OFT, are linear in it: ``W + s (W' - W)``; onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, cast
@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import IncompatibleAdapterError
+from ..errors import IncompatibleAdapterError, InvalidInputError
+from .fresh import Settings, Training
+from .parts import Key, Parts
 
 Kind = Literal["linear", "conv", "norm", "embedding", "other"]
 Change = Callable[[Tensor, Tensor, float], Tensor]
@@ -127,11 +129,17 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
-    """A change of one weight. Tensors of a file in, everything computed in the dtype and on the device of what it meets."""
+    """A change of one weight, and all that is to be known of its algorithm; a subclass is one in full.
+
+    Tensors of a file in, everything computed in the dtype and on the device of what it meets.
+    """
 
     algorithm: ClassVar[str] = ""
+    """Its name for people."""
     reads_weight: ClassVar[bool] = False
     """Whether the change depends on the weight; then only pristine weights give the right one."""
+    multiplies: ClassVar[bool] = False
+    """Whether it only multiplies what is there, so that where there is nothing, nothing is lost."""
 
     @property
     def title(self) -> str:
@@ -143,6 +151,11 @@ class Update:
         """Inner width, None where there is none."""
         return None
 
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        """Shape of the weight that it was made for, None for a size that is open. A kernel may be counted as columns."""
+        raise NotImplementedError
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether it can act on a weight of this shape."""
         raise NotImplementedError
@@ -151,10 +164,28 @@ class Update:
         """The same for a weight of this shape; another reading where the file's tensors can be read in two ways."""
         return self
 
-    @property
-    def weight_shape(self) -> tuple[int | None, ...]:
-        """Shape of the weight that it was made for, None for a size that is open. A kernel may be counted as columns."""
-        raise NotImplementedError
+    def rows(self, start: int, length: int) -> Update:
+        """The part that acts on some output rows, for layers that another model keeps apart."""
+        return Rows(self, start, length)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Update:
+        """The same with other tensors, named as ``tensors`` names them."""
+        return replace(self, **tensors)
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Update:
+        """The same with its tensors moved or cast."""
+        return self.with_tensors({name: t.to(device=device, dtype=dtype) for name, t in self.tensors().items()})
+
+    def numel(self) -> int:
+        """Numbers held."""
+        return sum(t.numel() for t in self.tensors().values())
+
+    # --- on a weight -------------------------------------------------------------------------------------------------
 
     def delta(self, weight: Tensor) -> Tensor:
         """Change of ``weight`` at strength 1, in its shape, dtype and on its device."""
@@ -172,6 +203,15 @@ class Update:
         self.change(weight, total, strength)
         return total
 
+    # --- beside a layer ----------------------------------------------------------------------------------------------
+
+    fuses: ClassVar[bool] = False
+    """Whether it is a product of two matrices as it stands, which ``products`` gives; those on one layer run as one."""
+
+    def products(self, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``down`` in the layer's form (``r i``, a kernel for a convolution) and ``up`` ``o r``, which contains the scale."""
+        raise NotImplementedError
+
     def live(self, layer: Layer, like: Tensor) -> Change:
         """The side path for a layer whose output has the dtype and device of ``like``."""
         delta = self.delta(layer.ghost(like))
@@ -182,39 +222,125 @@ class Update:
         vector = self.delta(layer.bias_vector(like))
         return lambda x, y, s: layer.along(vector, y) * s
 
-    def rows(self, start: int, length: int) -> Update:
-        """The part that acts on some output rows, for layers that another model keeps apart."""
-        return Rows(self, start, length)
+    # --- in files ----------------------------------------------------------------------------------------------------
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by field name."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    keys: ClassVar[tuple[Key, ...]] = ()
+    """How files name its tensors, in every key format."""
+    marks: ClassVar[tuple[str, ...]] = ()
+    """Roles of tensors of which a module of this algorithm has at least one."""
+    wraps: ClassVar[bool] = False
+    """Whether it stands around another algorithm's update (``around``) instead of being read by itself."""
+    inner_width: ClassVar[str] = ""
+    """Role of the tensor whose first size is the rank."""
+    peft: ClassVar[tuple[str, ...]] = ()
+    """Methods of PEFT whose files it reads."""
 
-    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Update:
-        """The same with its tensors moved or cast."""
-        return replace(self, **{name: t.to(device=device, dtype=dtype) for name, t in self.tensors().items()})
+    @classmethod
+    def claims(cls, parts: Parts) -> bool:
+        """Whether a module of a file is of this algorithm."""
+        return any(mark in parts for mark in cls.marks)
 
-    def numel(self) -> int:
-        """Numbers held."""
-        return sum(t.numel() for t in self.tensors().values())
+    @classmethod
+    def from_parts(cls, parts: Parts) -> Update | Changes:
+        """The update of a module of a file. Raises CorruptFileError for tensors that do not belong together."""
+        raise NotImplementedError
+
+    @classmethod
+    def bias_from_parts(cls, parts: Parts) -> Update | None:
+        """The change of the module's bias, if it is said in this algorithm's tensors."""
+        return None
+
+    @classmethod
+    def around(cls, inner: Update, parts: Parts) -> Update:
+        """The update that this algorithm makes of another one, if the module has its tensors."""
+        return inner
+
+    def to_parts(self) -> dict[str, Tensor]:
+        """Tensors of a file, by what follows the module's name. Raises InvalidInputError for what no file can say."""
+        raise InvalidInputError(f"{self.title} cannot be written to a file")
+
+    def to_peft(self) -> dict[str, Tensor] | None:
+        """The same in PEFT's key format, which knows no alpha in a file; None if it cannot say it."""
+        return None
+
+    def bias_to_parts(self, weight: Update | None) -> dict[str, Tensor] | None:
+        """The same of a change of a bias, beside this change of the weight; None if no file can say it."""
+        return None
+
+    # --- in algebra --------------------------------------------------------------------------------------------------
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel of the convolution that its factors are for; empty for linear layers."""
+        return ()
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """``up`` (o r) and ``down`` (r i·y·x) in float32 with the scale inside ``up``; None if it is no product of two."""
+        return None
+
+    def norm(self) -> float | None:
+        """‖ΔW‖ at strength 1, in no more memory than the file's tensors justify; None if it depends on the weight."""
+        factors = self.factors()
+        return None if factors is None else product_norm(*factors)
+
+    # --- in training -------------------------------------------------------------------------------------------------
+
+    trainings: ClassVar[tuple[Training, ...]] = ()
+    """The names under which it is trained; empty if it cannot be begun from nothing."""
+    learns: ClassVar[bool] = True
+    """Whether one that was read from a file can be trained on."""
+
+    @classmethod
+    def fresh(cls, weight: Tensor, settings: Settings) -> Update:
+        """A new one for this weight, which changes nothing yet."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a module of a file changes: the weight, and the bias if its algorithm does."""
+
+    weight: Update
+    bias: Update | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows(Update):
-    """Some rows of another update, for layers that the file's model fuses (q, k and v in one) and ours does not."""
+class Wrapper(Update):
+    """An update that acts through another one, whose tensors are its own."""
 
     inner: Update
-    start: int
-    length: int
+
+    @property
+    def title(self) -> str:
+        return self.inner.title
 
     @property
     def rank(self) -> int | None:
         return self.inner.rank
 
     @property
-    def title(self) -> str:
-        return self.inner.title
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self.inner.weight_shape
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.inner.tensors(), **Update.tensors(self)}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Update:
+        own = {name: tensors[name] for name in Update.tensors(self)}
+        inner = {name: t for name, t in tensors.items() if name not in own}
+        return replace(self, inner=self.inner.with_tensors(inner), **own)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows(Wrapper):
+    """Some rows of another update, for layers that the file's model fuses (q, k and v in one) and ours does not."""
+
+    start: int
+    length: int
+
+    @property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        return self.length, *self.inner.weight_shape[1:]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """A part of a change that reads the weight would read rows that are elsewhere."""
@@ -223,21 +349,11 @@ class Rows(Update):
         rows = self.inner.weight_shape[0] or shape[0]
         return rows >= self.start + self.length and self.inner.fits((rows, *shape[1:]))
 
-    @property
-    def weight_shape(self) -> tuple[int | None, ...]:
-        return self.length, *self.inner.weight_shape[1:]
-
     def delta(self, weight: Tensor) -> Tensor:
         whole = weight.new_empty(
             self.inner.weight_shape[0] or 0, *weight.shape[1:]
         )  # additive: its numbers are not read
         return self.inner.delta(whole)[self.start : self.start + self.length]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.inner.tensors()
-
-    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Update:
-        return replace(self, inner=self.inner.to(device, dtype))
 
 
 def shape_text(shape: tuple[int | None, ...]) -> str:

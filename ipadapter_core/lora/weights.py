@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ..errors import quoted
+from .names import Component
 from .update import Update
-
-Component = Literal["unet", "te1", "te2", "te3"]
-"""The denoiser (UNet or transformer) and the text encoders: CLIP-L, CLIP-G (or OpenCLIP-H), T5."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type
 
 from ..errors import InvalidInputError, quoted, reason
 from ..files.text import NotUnicodeError, check_length, decode_text, read_bytes
+from ..lora.algorithms import trainings
 from ..lora.convert import Spelling
 from ..lora.selector import parse_selector
 from .objectives import LossConfig, predictions
@@ -36,7 +37,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor", "muon"]
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-Algorithm = Literal["lora", "locon", "loha", "lokr", "dora"]
+Algorithm = Annotated[str, OneOf(lambda: tuple(trainings()))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -545,10 +546,8 @@ def _check_lora(config: RunConfig) -> None:
         raise InvalidInputError("train.shard splits frozen layers, and a LoRA lies inside them; leave it out")
     if lora.dropout == 1:
         raise InvalidInputError("lora.dropout is 1, which leaves nothing to learn from; 0 to 0.3 are usual")
-    if lora.dropout and lora.algorithm == "dora":
-        raise InvalidInputError(
-            "lora.dropout is not defined for dora, whose magnitudes need the whole input; set it to 0"
-        )
+    if lora.dropout and (no_dropout := trainings()[lora.algorithm][1].no_dropout):
+        raise InvalidInputError(f"lora.dropout is not defined for {lora.algorithm}, {no_dropout}; set it to 0")
     if lora.text_learning_rate and not lora.text_encoders:
         raise InvalidInputError("lora.text_learning_rate is for layers of text encoders; set lora.text_encoders = true")
     if lora.text_learning_rate and config.train.optimizer == "prodigy":

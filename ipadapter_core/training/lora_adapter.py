@@ -6,7 +6,6 @@ that learns is the one that is used later, for every algorithm.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,24 +20,14 @@ from torch.utils.hooks import RemovableHandle
 from ..entries import some
 from ..errors import CorruptFileError, IncompatibleAdapterError, InvalidInputError, quoted
 from ..lora import Component, Layer, LoRAModule, LoRAWeights, Target, Update, load_lora, parse_selector, targets_of
-from ..lora.decomposed import Decomposed
-from ..lora.hadamard import Hadamard
-from ..lora.input_rotation import InputRotation
-from ..lora.kronecker import Kronecker
-from ..lora.low_rank import LowRank
+from ..lora.algorithms import trainings
 from ..lora.placement import place_lora
 from ..lora.saving import save_lora
 from ..lora.trainable import trainable as can_learn
-from ..lora.update import flat
 from .config import LoRAConfig, OutputConfig
 
 Parts = Mapping[Component, nn.Module]
 """The frozen models that a LoRA can change: the UNet, and text encoders where they are trained."""
-TARGETS = {
-    "lora": "all: 0, attn: 1",
-    "locon": "all: 0, attn: 1, ff: 1, proj: 1, resnet: 1, sampler: 1",
-}
-"""Which layers are trained where nothing is chosen; algorithms that are not named here are as lora."""
 
 
 class LearnedUpdate(nn.Module):
@@ -52,14 +41,7 @@ class LearnedUpdate(nn.Module):
         self._form = update.to(device=torch.device("meta"))
 
     def update(self, tensors: Mapping[str, Tensor] | None = None) -> Update:
-        return _filled(self._form, dict(self.named_parameters()) if tensors is None else tensors)
-
-
-def _filled(form: Update, tensors: Mapping[str, Tensor]) -> Update:
-    if isinstance(form, Decomposed):
-        inner = {name: tensor for name, tensor in tensors.items() if name != "magnitude"}
-        return replace(form, inner=_filled(form.inner, inner), magnitude=tensors["magnitude"])
-    return replace(form, **tensors)
+        return self._form.with_tensors(dict(self.named_parameters()) if tensors is None else tensors)
 
 
 class TrainedLoRA(nn.Module):
@@ -154,7 +136,8 @@ class Attached:
 def fresh_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
     """A new LoRA on the chosen layers; it starts as no change at all. Raises InvalidInputError if none is chosen."""
     listed = [target for component, model in parts.items() for target in targets_of(model, component).targets.values()]
-    text = config.targets or TARGETS.get(config.algorithm, TARGETS["lora"])
+    algorithm, training = trainings()[config.algorithm]
+    text = config.targets or training.targets
     selector = parse_selector(text)
     lost = selector.unmatched(listed)
     if lost:
@@ -175,72 +158,8 @@ def fresh_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
             raise InvalidInputError(
                 f"lora.targets chooses {target.path}, a grouped convolution, which none of these algorithms can change"
             )
-        updates[target] = _BUILDERS[config.algorithm](module.weight.detach().float(), config)
+        updates[target] = algorithm.fresh(module.weight.detach().float(), config)
     return TrainedLoRA(updates, config.dropout)
-
-
-def _scale(config: LoRAConfig, rank: int) -> float:
-    alpha = config.alpha or rank
-    return alpha / (math.sqrt(rank) if config.rslora else rank)
-
-
-def _random(*shape: int, std: float = 1.0) -> Tensor:
-    return torch.randn(*shape) * std
-
-
-def _low_rank(weight: Tensor, config: LoRAConfig) -> Update:
-    """`down` uniform as torch's layers start, `up` zero (LoRA's paper has a normal distribution; trainers this one)."""
-    rank = min(config.rank, *flat(tuple(weight.shape)))
-    down = torch.empty(rank, *weight.shape[1:])
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
-    return LowRank(down, up, _scale(config, rank))
-
-
-def _hadamard(weight: Tensor, config: LoRAConfig) -> Update:
-    """Spreads as in LyCORIS, whose second product starts at zero."""
-    rows, columns = flat(tuple(weight.shape))
-    rank = min(config.rank, rows, columns)
-    return Hadamard(
-        _random(rows, rank, std=0.1),
-        _random(rank, columns),
-        torch.zeros(rows, rank),
-        _random(rank, columns),
-        _scale(config, rank),
-    )
-
-
-def _kronecker(weight: Tensor, config: LoRAConfig) -> Update:
-    """A whole small matrix, and a large one that is whole too where factors of this rank would not be smaller."""
-    out, columns, *kernel = weight.shape
-    p, q = _divisor(out, config.factor), _divisor(columns, config.factor)
-    w1 = torch.empty(p, q)
-    nn.init.kaiming_uniform_(w1, a=math.sqrt(5))
-    m, n = out // p, columns // q
-    if config.rank * (m + n * math.prod(kernel)) >= m * n * math.prod(kernel):
-        return Kronecker(1.0, w1=w1, w2=torch.zeros(m, n, *kernel))
-    w2_b = torch.empty(config.rank, n, *kernel)
-    nn.init.kaiming_uniform_(w2_b, a=math.sqrt(5))
-    return Kronecker(_scale(config, config.rank), w1=w1, w2_a=torch.zeros(m, config.rank), w2_b=w2_b)
-
-
-def _divisor(size: int, most: int) -> int:
-    return max(d for d in range(1, min(size, most) + 1) if size % d == 0)
-
-
-def _decomposed(weight: Tensor, config: LoRAConfig) -> Update:
-    others = [axis for axis in range(weight.ndim) if axis != (0 if config.dora_axis == "out" else 1)]
-    magnitude = torch.linalg.vector_norm(weight, dim=others)
-    return Decomposed(_low_rank(weight, config), magnitude, config.dora_axis)
-
-
-_BUILDERS: Mapping[str, Callable[[Tensor, LoRAConfig], Update]] = {
-    "lora": _low_rank,
-    "locon": _low_rank,
-    "loha": _hadamard,
-    "lokr": _kronecker,
-    "dora": _decomposed,
-}
 
 
 # --- from a file ---------------------------------------------------------------------------------------------------------
@@ -269,7 +188,7 @@ def continued_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
                 f"{weights.name} changes the {placement.parameter} of {placement.target.path} in a way that cannot be trained on; "
                 "plain weights of whole layers are expected"
             )
-        if placement.target.is_embedding or isinstance(placement.update, InputRotation):
+        if placement.target.is_embedding or not placement.update.learns:
             raise IncompatibleAdapterError(
                 f"{weights.name} has {placement.update.title} on {placement.target.path}, which can be applied but not trained on"
             )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..lora.algorithms import trainings
 from ..lora.weights import TEXT_WIDTHS
 from .collection import Sample
 from .config import RunConfig
@@ -19,7 +20,6 @@ VERSIONS = {
     "SDXL": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
 }
 """What kohya and modelspec call the base models."""
-MODULES = {"lora": "networks.lora", "locon": "networks.lora", "dora": "lycoris.kohya"}
 
 
 def describe_training(
@@ -41,7 +41,7 @@ def describe_training(
         "ss_base_model_version": version,
         "ss_v2": model == "SD2",
         "ss_sd_model_name": Path(base.folder).name,
-        "ss_network_module": MODULES.get(lora.algorithm, "lycoris.kohya"),
+        "ss_network_module": trainings()[lora.algorithm][1].network,
         "ss_network_dim": lora.rank or "from the file it started from",
         "ss_network_alpha": lora.alpha or lora.rank or "from the file it started from",
         "ss_network_args": json.dumps({"algo": lora.algorithm, "rs_lora": lora.rslora, "targets": lora.targets}),

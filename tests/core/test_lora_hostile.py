@@ -20,8 +20,8 @@ from ipadapter_core.lora import Layer, describe_lora, load_lora, place_lora, tar
 from ipadapter_core.lora.convert import SPELLINGS, to_tensors
 from ipadapter_core.lora.extract import extract
 from ipadapter_core.lora.factors import Smaller, combine, compress, resize
-from ipadapter_core.lora.formats import LARGEST
 from ipadapter_core.lora.inspection import describe_facts, draw_heat_map, facts_of, heat_map, verify
+from ipadapter_core.lora.parts import LARGEST
 from ipadapter_core.lora.saving import save_lora
 from tiny_models import noise
 

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from ipadapter_core.errors import CorruptFileError, UnknownFormatError
 from ipadapter_core.lora import Layer, PlacedLoRA, load_lora, place_lora, targets_of
-from ipadapter_core.lora.input_rotation import InputButterfly, butterfly_order
+from ipadapter_core.lora.algorithms.input_butterfly import InputButterfly, butterfly_order
 from ipadapter_core.lora.name_patterns import NamePatterns, full_match
 from ipadapter_core.lora.peft_config import METHODS
 

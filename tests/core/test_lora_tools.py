@@ -21,7 +21,7 @@ from ipadapter_core.lora import LoRAWeights, load_lora, targets_of
 from ipadapter_core.lora.base_names import by_name, dotted, unet_paths
 from ipadapter_core.lora.convert import SPELLINGS, to_tensors
 from ipadapter_core.lora.extract import extract
-from ipadapter_core.lora.factors import Smaller, combine, factors_of, frobenius, resize
+from ipadapter_core.lora.factors import Smaller, combine, resize
 from ipadapter_core.lora.inspection import heat_map, lora_facts, verify
 from tiny_loras import ALGORITHMS, low_rank, state_for
 from tiny_models import SD15, noise, tiny_unet
@@ -170,7 +170,7 @@ def test_a_merge_is_the_weighted_sum() -> None:
 def test_loha_is_a_product_of_factors_exactly() -> None:
     (module,) = load_lora({f"x.{k}": t for k, t in ALGORITHMS["LoHa"]((12, 10), 2, 0).items()}).modules
     assert module.weight is not None
-    factors = factors_of(module.weight)
+    factors = module.weight.factors()
     assert factors is not None
     assert_close(factors[0] @ factors[1], module.weight.delta(torch.zeros(12, 10)))
 
@@ -179,7 +179,7 @@ def test_loha_is_a_product_of_factors_exactly() -> None:
 def test_norms_without_the_matrix(algorithm: str) -> None:
     (module,) = load_lora({f"x.{k}": t for k, t in ALGORITHMS[algorithm]((12, 10), 2, 0).items()}).modules
     assert module.weight is not None
-    norm = frobenius(module.weight)
+    norm = module.weight.norm()
     assert norm == pytest.approx(float(module.weight.delta(torch.zeros(12, 10)).norm()), rel=1e-4)
 
 

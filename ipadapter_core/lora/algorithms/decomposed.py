@@ -12,18 +12,29 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .update import Change, Layer, Update, near
+from ...errors import CorruptFileError, quoted
+from ..fresh import Settings, Training
+from ..parts import ADAPTER, Key, Parts, key
+from ..update import Change, Layer, Update, Wrapper, near
+from .low_rank import LowRank
 
 Axis = Literal["in", "out"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decomposed(Update):
+class Decomposed(Wrapper):
     """``magnitude`` has one number per output row or input column of the weight (``axis``)."""
 
     algorithm: ClassVar[str] = "DoRA"
     reads_weight: ClassVar[bool] = True
-    inner: Update
+    wraps: ClassVar[bool] = True
+    keys: ClassVar[tuple[Key, ...]] = (
+        key(".lora_magnitude_vector", rf"\.lora_magnitude_vector{ADAPTER}(?:\.weight)?$", "magnitude"),  # PEFT
+        key(".dora_scale", r"\.dora_scale$", "dora_scale"),  # LyCORIS, kohya, OneTrainer
+    )
+    trainings: ClassVar[tuple[Training, ...]] = (
+        Training("dora", "lora with learned magnitudes", no_dropout="whose magnitudes need the whole input"),
+    )
     magnitude: Tensor
     axis: Axis
 
@@ -32,8 +43,9 @@ class Decomposed(Update):
         return "DoRA" if self.inner.algorithm == "LoRA" else f"DoRA on {self.inner.title}"
 
     @property
-    def rank(self) -> int | None:
-        return self.inner.rank
+    def scale(self) -> float | None:
+        """Of the inner update, None if it has none."""
+        return getattr(self.inner, "scale", None)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         axis = 0 if self.axis == "out" else 1
@@ -41,10 +53,6 @@ class Decomposed(Update):
 
     def on(self, shape: tuple[int, ...]) -> Update:
         return replace(self, inner=self.inner.on(shape))
-
-    @property
-    def weight_shape(self) -> tuple[int | None, ...]:
-        return self.inner.weight_shape
 
     def factor(self, weight: Tensor) -> Tensor:
         """``m / ‖W + ΔW‖`` per row or column, shaped to multiply the weight."""
@@ -78,8 +86,34 @@ class Decomposed(Update):
         part = slice(start, start + length)
         return replace(self, inner=self.inner.rows(start, length), magnitude=self.magnitude[part])
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {**self.inner.tensors(), "magnitude": self.magnitude}
+    @classmethod
+    def around(cls, inner: Update, parts: Parts) -> Update:
+        magnitude = parts.get("dora_scale")
+        vector = parts.get("magnitude") if magnitude is None else None
+        if magnitude is None and vector is None:
+            return inner
+        if inner.reads_weight:
+            raise CorruptFileError(
+                f"{parts.file}: {quoted(parts.stem)} has a dora_scale on {inner.title}, which has no such form"
+            )
+        if vector is not None:
+            return cls(inner, vector.flatten(), "out")
+        assert magnitude is not None
+        axis: Axis = "in" if magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] > 1 else "out"
+        if magnitude.ndim == 1 and magnitude.shape[0] != inner.weight_shape[0]:
+            axis = "in"
+        return cls(inner, magnitude.flatten(), axis)
 
-    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Update:
-        return replace(self, inner=self.inner.to(device, dtype), magnitude=self.magnitude.to(device, dtype))
+    def to_parts(self) -> dict[str, Tensor]:
+        rows = self.magnitude.reshape((-1, 1) if self.axis == "out" else (1, -1))
+        return self.inner.to_parts() | {".dora_scale": rows.reshape(*rows.shape, *[1] * len(self.inner.kernel))}
+
+    def to_peft(self) -> dict[str, Tensor] | None:
+        parts = self.inner.to_peft() if self.axis == "out" else None
+        return None if parts is None else parts | {".lora_magnitude_vector.weight": self.magnitude}
+
+    @classmethod
+    def fresh(cls, weight: Tensor, settings: Settings) -> Update:
+        others = [axis for axis in range(weight.ndim) if axis != (0 if settings.dora_axis == "out" else 1)]
+        magnitude = torch.linalg.vector_norm(weight, dim=others)
+        return cls(LowRank.fresh(weight, settings), magnitude, settings.dora_axis)

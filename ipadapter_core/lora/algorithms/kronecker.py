@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .update import Change, Layer, Update, flat, near, product_norm, wide
+from ..fresh import Settings, Training, scale_for, uniform
+from ..parts import ADAPTER, Key, Parts, key
+from ..update import Change, Layer, Update, flat, near, product_norm, wide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,6 +23,13 @@ class Kronecker(Update):
     """
 
     algorithm: ClassVar[str] = "LoKr"
+    keys: ClassVar[tuple[Key, ...]] = (
+        key(".lokr_", rf"\.lokr_(w1|w1_a|w1_b|w2|w2_a|w2_b|t1|t2){ADAPTER}$", r"lokr_\1"),
+    )
+    marks: ClassVar[tuple[str, ...]] = ("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a")
+    inner_width: ClassVar[str] = "lokr_w2_b"
+    peft: ClassVar[tuple[str, ...]] = ("LoKr",)
+    trainings: ClassVar[tuple[Training, ...]] = (Training("lokr"),)
     scale: float = 1.0
     w1: Tensor | None = None
     w1_a: Tensor | None = None
@@ -42,7 +52,7 @@ class Kronecker(Update):
             second = product_norm(self.w2_a, self.w2_b)
         elif self.w2 is None:
             assert self.w2_a is not None
-            second = _norm(self.factors(wide(self.w2_a))[1])
+            second = _norm(self.halves(wide(self.w2_a))[1])
         else:
             second = _norm(self.w2)
         return abs(self.scale) * first * second
@@ -80,7 +90,7 @@ class Kronecker(Update):
     def weight_shape(self) -> tuple[int | None, ...]:
         return self._flat_shape()
 
-    def factors(self, like: Tensor, kernel: int = 0) -> tuple[Tensor, Tensor]:
+    def halves(self, like: Tensor, kernel: int = 0) -> tuple[Tensor, Tensor]:
         """w1 ``p q`` and w2 ``m n`` (``m n y x`` for a convolution whose weight has ``kernel`` more axes)."""
         first = near(self.w1, like) if self.w1 is not None else _product(self.w1_a, self.w1_b, like)
         if self.w2 is not None:
@@ -95,7 +105,7 @@ class Kronecker(Update):
         return first, second.reshape(*second.shape, *[1] * (kernel + 2 - second.ndim))
 
     def delta(self, weight: Tensor) -> Tensor:
-        first, second = self.factors(weight, weight.ndim - 2)
+        first, second = self.halves(weight, weight.ndim - 2)
         # torch.kron takes views, which fail for some layouts of a convolution's factors
         return torch.einsum("pq,mn...->pmqn...", first, second).reshape(weight.shape) * self.scale
 
@@ -103,7 +113,7 @@ class Kronecker(Update):
         kernel = len(layer.shape) - 2
         tensors = self.to(like.device, like.dtype)
         assert isinstance(tensors, Kronecker)
-        first, second = tensors.factors(like, kernel)
+        first, second = tensors.halves(like, kernel)
         if second[0].numel() * first.shape[1] != flat(layer.shape)[1]:
             raise AssertionError("a Kronecker product that does not fit was not refused")
         first = first * self.scale
@@ -122,6 +132,59 @@ class Kronecker(Update):
             return torch.einsum("pq,bqm...->bpm...", first, inner.unflatten(0, (x.shape[0], -1))).flatten(1, 2) * s
 
         return convolution
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> Update:
+        tensors: dict[str, Tensor] = {}
+        for half in ("w1", "w2"):
+            if f"lokr_{half}" in parts:
+                tensors[half] = parts.matrix(f"lokr_{half}")
+                continue
+            a, b = parts.matrix(f"lokr_{half}_a"), parts.matrix(f"lokr_{half}_b")
+            core = parts.get("lokr_t2") if half == "w2" else None
+            if core is not None:
+                fits = core.ndim > 2 and a.ndim == b.ndim == 2 and tuple(core.shape[:2]) == (a.shape[0], b.shape[0])
+                tensors["t2"] = core
+            else:
+                fits = a.ndim == 2 and a.shape[1] == b.shape[0]
+            if not fits:
+                raise parts.mismatch()
+            tensors |= {f"{half}_a": a, f"{half}_b": b}
+        if any(tensors[name].ndim > 2 for name in ("w1", "w1_b") if name in tensors):
+            raise parts.mismatch()
+        update = cls(1.0, **tensors)
+        rank = update.rank
+        if parts.config is not None and parts.config.method == "LOKR":  # whole factors count as of the config's rank
+            rank = parts.config.rank_of(parts.path) or rank
+        if rank is None:  # LyCORIS: with both factors whole, alpha counts for nothing (lokr.py)
+            parts.alpha = parts.number("alpha")
+            return update
+        return replace(update, scale=parts.scale(rank))
+
+    def to_parts(self) -> dict[str, Tensor]:
+        tensors = self.tensors()
+        if self.rank is not None:
+            return {f".lokr_{name}": t for name, t in tensors.items()} | {
+                ".alpha": torch.tensor(self.scale * self.rank)
+            }
+        if self.scale != 1:  # of a PEFT config; LyCORIS has no alpha for whole factors
+            tensors["w1"] = wide(tensors["w1"]) * self.scale
+        return {f".lokr_{name}": t for name, t in tensors.items()}
+
+    @classmethod
+    def fresh(cls, weight: Tensor, settings: Settings) -> Update:
+        """A whole small matrix, and a large one that is whole too where factors of this rank would not be smaller."""
+        out, columns, *kernel = weight.shape
+        p, q = _divisor(out, settings.factor), _divisor(columns, settings.factor)
+        w1, rank = uniform(p, q), settings.rank
+        m, n = out // p, columns // q
+        if rank * (m + n * math.prod(kernel)) >= m * n * math.prod(kernel):
+            return cls(1.0, w1=w1, w2=torch.zeros(m, n, *kernel))
+        return cls(scale_for(settings, rank), w1=w1, w2_a=torch.zeros(m, rank), w2_b=uniform(rank, n, *kernel))
+
+
+def _divisor(size: int, most: int) -> int:
+    return max(d for d in range(1, min(size, most) + 1) if size % d == 0)
 
 
 def _norm(tensor: Tensor) -> float:

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .update import Change, Layer, Update, flat, near
+from ...errors import CorruptFileError, quoted
+from ..parts import Key, Parts, key
+from ..update import Change, Layer, Update, flat, near
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,6 +22,8 @@ class Generalized(Update):
 
     algorithm: ClassVar[str] = "GLoRA"
     reads_weight: ClassVar[bool] = True
+    keys: ClassVar[tuple[Key, ...]] = (key(".weight", r"\.(a1|a2|b1|b2|bm)\.weight$", r"glora_\1"),)
+    marks: ClassVar[tuple[str, ...]] = ("glora_a1",)
     a_first: Tensor
     a_second: Tensor
     b_up: Tensor
@@ -77,3 +81,31 @@ class Generalized(Update):
             return (layer.again(mixed) + layer.pointwise(layer.apply(x, down), up)) * (s * self.scale)
 
         return change
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> Update:
+        a1, a2, b1, b2 = (parts.matrix(f"glora_{name}") for name in ("a1", "a2", "b1", "b2"))
+        core = parts.get("glora_bm")
+        readings: list[Generalized] = []
+        for a_first, a_second, b_up, b_down in ((a1, a2, b1, b2), (a2, a1, b2, b1)):  # LyCORIS today, and until 2.3
+            first, second, up = a_first.flatten(1), a_second.flatten(1), b_up.flatten(1)
+            a_fits = first.shape[1] == a_second.shape[0] and first.shape[0] == second.shape[1]
+            if core is None:
+                b_fits = up.shape[1] == b_down.shape[0]
+            else:
+                b_fits = core.ndim > 2 and tuple(core.shape[:2]) == (up.shape[1], b_down.shape[0])
+                b_fits = b_fits and b_down.flatten(1).shape[1] == b_down.shape[1]
+            if a_fits and b_fits and a_first.shape[0] == b_down.shape[1]:
+                readings.append(cls(a_first, a_second, b_up, b_down, parts.scale(int(a_second.shape[0])), core))
+        if not readings:
+            raise CorruptFileError(
+                f"{parts.file}: the four matrices of {quoted(parts.stem)} have no common inner width: a1 {list(a1.shape)}, "
+                f"a2 {list(a2.shape)}, b1 {list(b1.shape)}, b2 {list(b2.shape)}"
+            )
+        first, *rest = sorted(readings, key=lambda reading: reading.rank)  # without a layer: an inner width is small
+        return replace(first, other=rest[0]) if rest else first
+
+    def to_parts(self) -> dict[str, Tensor]:
+        matrices = {"a1": self.a_first, "a2": self.a_second, "b1": self.b_up, "b2": self.b_down, "bm": self.b_mid}
+        parts = {f".{name}.weight": t for name, t in matrices.items() if t is not None}
+        return parts | {".alpha": torch.tensor(self.scale * self.rank)}

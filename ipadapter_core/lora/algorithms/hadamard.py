@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..fresh import Settings, Training, normal, scale_for
+from ..parts import ADAPTER, Key, Parts, key
+from ..update import Change, Layer, Update, alike, flat, near
 from .low_rank import LowRank
-from .update import Change, Layer, Update, alike, flat, near
 
 MAX_FACTORS = 2**27
 """Numbers of the factors that stand for a LoHa; more than r² of them are no shorter way."""
@@ -24,6 +26,11 @@ class Hadamard(Update):
     """
 
     algorithm: ClassVar[str] = "LoHa"
+    keys: ClassVar[tuple[Key, ...]] = (key(".hada_", rf"\.hada_(w1_a|w1_b|w2_a|w2_b|t1|t2){ADAPTER}$", r"hada_\1"),)
+    marks: ClassVar[tuple[str, ...]] = ("hada_w1_a",)
+    inner_width: ClassVar[str] = "hada_w1_b"
+    peft: ClassVar[tuple[str, ...]] = ("LoHa",)
+    trainings: ClassVar[tuple[Training, ...]] = (Training("loha"),)
     w1_a: Tensor
     w1_b: Tensor
     w2_a: Tensor
@@ -71,7 +78,7 @@ class Hadamard(Update):
         second = _half(self.w2_a, self.w2_b, self.t2, weight)
         return (first * second).reshape(weight.shape) * self.scale
 
-    def factors(self) -> LowRank | None:
+    def low_rank(self) -> LowRank | None:
         """The same as one product of rank r²: (a1 ∘ a2)(b1 ∘ b2), columns and rows multiplied pairwise; None with cores, or too wide."""
         rows, columns = self._flat_shape()
         if self.t1 is not None or (rows + columns) * self.rank**2 > MAX_FACTORS:
@@ -81,15 +88,50 @@ class Hadamard(Update):
         down = torch.einsum("ri,si->rsi", w1_b, w2_b).flatten(0, 1)
         return LowRank(down, up, self.scale)
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        product = self.low_rank()
+        return None if product is None else product.factors()
+
     def live(self, layer: Layer, like: Tensor) -> Change:
         if self.t1 is None and 2 * self.rank**2 <= min(self._flat_shape()):
-            factors = self.factors()
-            assert factors is not None
-            return factors.live(layer, like)
+            product = self.low_rank()
+            assert product is not None
+            return product.live(layer, like)
         tensors = self.to(like.device, like.dtype)
         shape = layer.ghost(like)
         # r² is too wide for factors; the matrix is made in every call, so that no copy of the model's size stays
         return lambda x, y, s: layer.apply(x, tensors.delta(shape)) * s
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> Update:
+        w1_a, w1_b, w2_a, w2_b = (parts.matrix(f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        t1, t2 = parts.get("hada_t1"), parts.get("hada_t2")
+        sizes: list[tuple[int, ...]] = []
+        for a, b, core in ((w1_a, w1_b, t1), (w2_a, w2_b, t2)):
+            if core is None:
+                fits = a.ndim == 2 and a.shape[1] == b.shape[0]
+                sizes.append((int(a.shape[0]), int(b.flatten(1).shape[1])))
+            else:
+                fits = core.ndim > 2 and a.ndim == b.ndim == 2 and tuple(core.shape[:2]) == (a.shape[0], b.shape[0])
+                sizes.append((int(a.shape[1]), int(b.shape[1]), *core.shape[2:]))
+            if not fits:
+                raise parts.mismatch()
+        if sizes[0] != sizes[1] or (t1 is None) != (t2 is None):
+            raise parts.mismatch()
+        return cls(w1_a, w1_b, w2_a, w2_b, parts.scale(int(w1_b.shape[0])), t1, t2)
+
+    def to_parts(self) -> dict[str, Tensor]:
+        return {f".hada_{name}": t for name, t in self.tensors().items()} | {
+            ".alpha": torch.tensor(self.scale * self.rank)
+        }
+
+    @classmethod
+    def fresh(cls, weight: Tensor, settings: Settings) -> Update:
+        """Spreads as in LyCORIS, whose second product starts at zero."""
+        rows, columns = flat(tuple(weight.shape))
+        rank = min(settings.rank, rows, columns)
+        w1_a, w1_b = normal(rows, rank, std=0.1), normal(rank, columns)
+        return cls(w1_a, w1_b, torch.zeros(rows, rank), normal(rank, columns), scale_for(settings, rank))
 
 
 def _half(a: Tensor, b: Tensor, core: Tensor | None, like: Tensor) -> Tensor:
