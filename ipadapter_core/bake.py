@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from .attention.kv import Baked, SiteKV, Timed
 from .attention.masks import RegionMask
 from .attention.maths import split_heads
-from .attention.patch import AdapterPatch, BakedSite, resolve_weights
+from .attention.patch import AdapterPatch, resolve_weights
 from .attention.schedule import WeightSchedule
 from .checkpoints import AdapterWeights
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleAdapterError
 from .models.sites import ModelLayout
-from .models.unet import down_up_middle
 from .prompt.encode import ImagePrompt
 
-_Baked = WeakKeyDictionary[nn.Module, dict[ModelLayout, tuple[BakedSite, ...]]]
+_Baked = WeakKeyDictionary[nn.Module, dict[ModelLayout, tuple[SiteKV | None, ...]]]
 
 
 _BAKED: WeakKeyDictionary[ImagePrompt, _Baked] = WeakKeyDictionary()
@@ -59,35 +60,46 @@ def bake(
     if layout not in baked:
         if prepare is not None:
             prepare()
-        baked[layout] = _project(adapter, prompt, layout)
-    return AdapterPatch(adapter.name, layout, baked[layout], schedule, region, weights, rules, latent_weights)
+        baked[layout] = _sites(adapter, prompt, layout)
+    reach = adapter.spec.format.reach
+    return AdapterPatch(adapter.name, layout, baked[layout], schedule, region, weights, rules, latent_weights, reach)
 
 
-@torch.no_grad()
-def _project(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) -> tuple[BakedSite, ...]:
+def _sites(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) -> tuple[SiteKV | None, ...]:
+    """K and V of every site that the adapter's reach names."""
     weight = next(adapter.module.to_k_ip.parameters())
     tokens = torch.cat([prompt.uncond, prompt.cond]).to(weight.device, weight.dtype)
-    sites: list[BakedSite] = []
-    layers = down_up_middle(layout)
-    for index, site in enumerate(layout.sites):
-        k, v = (
-            split_heads(t, site.heads).contiguous().unflatten(0, (2, -1))
-            for t in adapter.key_value(layers.index(index), tokens)
-        )
-        sites.append(BakedSite(k, v, prompt.features.shape[1]))
+    images, reach = prompt.features.shape[1], adapter.spec.format.reach
+    sites: list[SiteKV | None] = [None] * len(layout.sites)
+    for layer, index in enumerate(reach.sites(layout)):
+        make = partial(_project, adapter, tokens, layer, layout.sites[index].heads)
+        sites[index] = Timed(make, images) if reach.timed else Baked(*make(None), images)
     return tuple(sites)
 
 
+@torch.no_grad()
+def _project(
+    adapter: AdapterWeights, tokens: Tensor, layer: int, heads: int, timestep: float | None
+) -> tuple[Tensor, Tensor]:
+    """K and V ``2 m h n d`` of one layer."""
+    k, v = adapter.key_value(layer, tokens, timestep)
+    return (
+        split_heads(k, heads).contiguous().unflatten(0, (2, -1)),
+        split_heads(v, heads).contiguous().unflatten(0, (2, -1)),
+    )
+
+
 def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
-    """Raise IncompatibleAdapterError unless the adapter's layers fit the model's sites one by one."""
+    """Raise IncompatibleAdapterError unless the adapter's layers fit the sites that it names one by one."""
     spec = adapter.spec
-    if spec.token_dim != layout.token_dim or len(spec.layer_channels) != len(layout.sites):
+    reached = spec.format.reach.sites(layout)
+    if spec.token_dim != layout.token_dim or len(spec.layer_channels) != len(reached):
         raise IncompatibleAdapterError(
             f"{adapter.name!r} is an adapter for {spec.base_model} ({len(spec.layer_channels)} attention layers, "
-            f"{spec.token_dim} wide); the model is {layout.name} ({len(layout.sites)} layers, {layout.token_dim} wide). "
+            f"{spec.token_dim} wide); the model is {layout.name} ({len(reached)} layers, {layout.token_dim} wide). "
             f"Load an adapter made for this model, or a {spec.base_model} model"
         )
-    for layer, index in enumerate(down_up_middle(layout)):
+    for layer, index in enumerate(reached):
         site, channels = layout.sites[index], spec.layer_channels[layer]
         if channels != site.channels:
             raise IncompatibleAdapterError(

@@ -25,7 +25,7 @@ class ModelCall:
 
     ``branches`` names the chunks of the batch in order (COND or UNCOND); each holds ``b / len(branches)`` latents.
     ``percent`` is the sampling progress, 0 (pure noise) .. 1 (done); it may read the device, so it is asked only for
-    windows and curves. ``latent`` is the whole latent's size, ``areas`` the part of it that each chunk sees (None: all);
+    windows and curves. ``timestep`` is that of training, 0..1000, read as rarely. ``latent`` is the whole latent's size, ``areas`` the part of it that each chunk sees (None: all);
     these two matter only for masks. ``frames`` are the latents' numbers in an animation that is sampled in windows.
     ``order`` and ``size`` are the host's own index of each chunk and the latent's size in this very call, for Rules that
     go by them.
@@ -33,6 +33,7 @@ class ModelCall:
 
     branches: tuple[int, ...] = (COND,)
     percent: Callable[[], float] = float
+    timestep: Callable[[], float] = float
     latent: tuple[int, int] | None = None
     areas: tuple[Area | None, ...] | None = None
     frames: Frames | None = None

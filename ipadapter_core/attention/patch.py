@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,77 +10,18 @@ from torch import Tensor
 from ..compatibility import CORRECT, Rules
 from ..device_cache import LIMIT, DeviceCache
 from ..errors import InvalidInputError
+from ..models.reach import Reach
 from ..models.sites import ModelLayout
 from .batch import Frames, fit_batch
 from .call import COND, UNCOND, SiteCall
+from .kv import SiteKV
 from .masks import RegionMask, inference_mode
-from .maths import KeyValue, Scale, add_image_attention, scale_for, split_mean
+from .maths import Scale, add_image_attention, scale_for
 from .presets import OFF, SiteWeight
 from .schedule import WeightSchedule
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BakedSite:
-    """Image K and V of one site, ``2 m h n d`` each (branch, own reference per latent or 1, …), without any strength.
-
-    ``images`` is how many references share the n tokens evenly. ``_prepared`` keeps the arrangement that each kind of
-    call needs; usual ones are views.
-    """
-
-    k: Tensor
-    v: Tensor
-    images: int = 1
-    _prepared: DeviceCache[KeyValue] = field(default_factory=DeviceCache[KeyValue], repr=False)
-
-    def arranged(
-        self,
-        branches: tuple[int, ...],
-        latents: int,
-        flipped: bool,
-        like: Tensor,
-        frames: Frames | None = None,
-        per_image: bool = False,
-    ) -> KeyValue:
-        """K and V for chunks of the given branches with ``latents`` members each, in dtype and on device of ``like``.
-
-        Flipped: the positive branch gets nothing, the negative one the positive's image. Per image: with the mean of
-        each image's values apart. A window of an animation is arranged anew for every call: there are as many as
-        steps times windows, and a window's K and V can be as big as the rest of the batch.
-        """
-        shared = self.k.shape[1] == 1
-        key = (branches, 1 if shared else latents, flipped, like.device, like.dtype, per_image, inference_mode())
-        found = self._prepared.get(key) if shared or frames is None else None
-        if found is None:
-            k, v = (
-                self._arrange(t, branches, latents, flipped, frames).to(like.device, like.dtype)
-                for t in (self.k, self.v)
-            )
-            found = KeyValue(k, v, split_mean(v), self._image_mean(v) if per_image and self.images > 1 else None)
-            if shared or frames is None:
-                self._prepared.keep(key, found)
-        return found
-
-    def _image_mean(self, v: Tensor) -> Tensor:
-        per_image = v.unflatten(2, (self.images, -1))
-        return per_image.mean(3, keepdim=True).expand_as(per_image).flatten(2, 3).contiguous()
-
-    def _arrange(
-        self, tensor: Tensor, branches: tuple[int, ...], latents: int, flipped: bool, frames: Frames | None
-    ) -> Tensor:
-        if not inference_mode() and not torch.compiler.is_compiling() and tensor.is_inference():
-            tensor = tensor.clone()  # autograd may not save tensors made in inference mode
-        if flipped:
-            tensor = torch.stack([tensor[COND], torch.zeros_like(tensor[COND])])
-        if tensor.shape[1] > 1:
-            tensor = fit_batch(tensor, latents, frames, dim=1)
-        start = branches[0]
-        if branches == tuple(range(start, start + len(branches))):
-            return tensor[start : start + len(branches)].flatten(0, 1)
-        return tensor[list(branches)].flatten(0, 1)
-
-    def release(self, device: torch.device) -> None:
-        """Forget arrangements that live on other devices than ``device``."""
-        self._prepared.release(device)
+H94 = Reach()
+"""The first families and most since: one layer for every cross-attention of a UNet."""
 
 
 class LatentWeights:
@@ -106,19 +47,20 @@ class LatentWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterPatch:
-    """An image prompt ready to be applied: baked K/V per site of ``layout``, schedule and mask.
+    """An image prompt ready to be applied: K/V per site of ``layout`` (None where the adapter has no layer), schedule and mask.
 
-    Changing the schedule or the mask bakes nothing: ``patch.with_schedule(…)`` shares the tensors.
+    ``reach`` says how the adapter acts at a site. Changing the schedule or the mask bakes nothing: ``patch.with_schedule(…)`` shares the tensors.
     """
 
     name: str
     layout: ModelLayout
-    sites: tuple[BakedSite, ...]
+    sites: tuple[SiteKV | None, ...]
     schedule: WeightSchedule
     mask: RegionMask | None
     weights: tuple[SiteWeight, ...]
     rules: Rules = CORRECT
     latent_weights: LatentWeights | None = None
+    reach: Reach = H94
 
     def __deepcopy__(self, memo: dict[int, object]) -> AdapterPatch:
         return self  # frozen: a copied model shares the keys and values
@@ -134,19 +76,26 @@ class AdapterPatch:
 
     def active(self, site: int) -> bool:
         """Whether the site can ever see the image; an inactive one needs no hook."""
-        return self.weights[site].weight != 0.0 and not self.schedule.window.never
+        return self.sites[site] is not None and self.weights[site].weight != 0.0 and not self.schedule.window.never
+
+    def release(self, site: int, device: torch.device) -> None:
+        """Forget what one site keeps on other devices than ``device``."""
+        kv = self.sites[site]
+        if kv is not None:
+            kv.release(device)
 
     def add_to(self, base: Tensor, site: int, at: SiteCall) -> Tensor:
         """Add this image's attention to the attention output ``base`` (``b l c``) of one site."""
         call, q, weight, window = at.call, at.q, self.weights[site], self.schedule.window
         factor = 1.0 if window.constant else window.at(call.percent())
-        if weight.weight * factor == 0.0:
+        site_kv = self.sites[site]
+        if weight.weight * factor == 0.0 or site_kv is None:
             return base
         branches = call.branches
         if self.rules.branches_by_index and call.order is not None:
             branches = tuple(UNCOND if index == 1 else COND for index in call.order)
         latents = q.shape[0] // len(branches)
-        kv = self.sites[site].arranged(branches, latents, weight.flipped, q, call.frames, self.rules.mean_per_image)
+        kv = site_kv.at(at, branches, weight.flipped, self.rules.mean_per_image)
         if self.latent_weights is None:
             scale = self._scale(site, weight.weight * factor)
         else:

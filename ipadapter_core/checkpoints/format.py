@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError, one_line
 from ..features import Encoded, Feature, find_encoder
 from ..files.state_dict import StateDict, TensorFile
+from ..models.reach import Reach
 from .projectors import TORCH, Operations
 
 TrainedUnconditional = Literal["zero_embeds", "zero_pixels"]
@@ -111,6 +112,8 @@ class Format(ABC):
     allowed: ClassVar[re.Pattern[str]]
     layer_keys: ClassVar[re.Pattern[str]] = LAYER_KEY
     before: ClassVar[tuple[str, ...]] = ()
+    reach: ClassVar[Reach] = Reach()
+    """Which attentions of a base model its layers serve."""
     encoder: ClassVar[str | None] = None
     """The encoder of all its files, where the feature's width does not tell it."""
 
@@ -129,6 +132,12 @@ class Format(ABC):
             for _ in range(2)
         )
         return k, v
+
+    def key_value(
+        self, module: AdapterModule, index: int, tokens: Tensor, timestep: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """K and V ``b n c`` of the i-th layer; ``timestep`` 0..1000 for a family whose reach is timed, else None."""
+        return cast(Tensor, module.to_k_ip[index](tokens)), cast(Tensor, module.to_v_ip[index](tokens))
 
     def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
         """Image tokens ``i n d`` of features ``i ...``; ``face_scale`` as in AdapterWeights.tokens()."""
@@ -256,11 +265,9 @@ class AdapterWeights:
             )
         return spec.format.tokens(self.module.projector, self._fitting(features), face_scale)
 
-    def key_value(self, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Image keys and values ``b n c`` at the cross-attention of checkpoint order ``index`` (key number 2·index+1)."""
-        key, value = self.module.to_k_ip[index], self.module.to_v_ip[index]
-        tokens = self._fitting(tokens)
-        return cast(Tensor, key(tokens)), cast(Tensor, value(tokens))
+    def key_value(self, index: int, tokens: Tensor, timestep: float | None = None) -> tuple[Tensor, Tensor]:
+        """Image keys and values ``b n c`` of the layer at ``index`` in checkpoint order (key number 2·index+1)."""
+        return self.spec.format.key_value(self.module, index, self._fitting(tokens), timestep)
 
     def _fitting(self, x: Tensor) -> Tensor:
         if self.module.casts_weights:

@@ -79,9 +79,10 @@ def main() -> None:
     from old_pack.CrossAttentionPatch import Attn2Replace, ipadapter_attention
     from old_pack.IPAdapterPlus import IPAdapter
 
+    from ipadapter_core.attention.kv import Baked
     from ipadapter_core.attention.masks import RegionMask
     from ipadapter_core.attention.maths import split_heads
-    from ipadapter_core.attention.patch import AdapterPatch, BakedSite
+    from ipadapter_core.attention.patch import AdapterPatch
     from ipadapter_core.attention.schedule import WeightSchedule
     from ipadapter_core.backends.comfy.unet import AttentionHook
     from ipadapter_core.models.sites import ModelLayout, Site
@@ -137,7 +138,7 @@ def main() -> None:
             )  # fmt: skip
             schedule = WeightSchedule(0.7, scaling=scaling)
             chosen = None if region is None else RegionMask.from_tensor(region)
-            patch = AdapterPatch("ours", layout, (BakedSite(*baked),), schedule, chosen, schedule.site_weights(layout))
+            patch = AdapterPatch("ours", layout, (Baked(*baked),), schedule, chosen, schedule.site_weights(layout))
             ours = AttentionHook(0, (patch,), None, host_attention.optimized_attention)
             with torch.no_grad():  # inference mode would hide the parts of composite operations from the counter
                 difference = (theirs(q, k, v, options) - ours(q, k, v, options)).abs().max()

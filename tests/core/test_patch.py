@@ -225,8 +225,9 @@ def test_another_dtype_is_converted_once(adapter: AdapterWeights, layout: ModelL
     assert got.dtype == torch.bfloat16
     assert_close(got.float(), added(patch, q.float(), 0, 1), rtol=0, atol=0.05)
     assert patch.sites[0].k.dtype == torch.float32
-    first = patch.sites[0].arranged((0, 1), 1, False, q)
-    assert patch.sites[0].arranged((0, 1), 1, False, q) is first
+    asked = call(q, layout, 0, 1)
+    first = patch.sites[0].at(asked, (0, 1), False)
+    assert patch.sites[0].at(asked, (0, 1), False) is first
 
 
 def test_a_mask_needs_a_grid(adapter: AdapterWeights, layout: ModelLayout) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ...attention.batch import Frames
@@ -71,6 +72,7 @@ class StepNote:
     sampling: Any
     entries: Mapping[object, str] = field(default_factory=dict[object, str])
     _percent: float | None = None
+    _timestep: float | None = None
 
     def name(self, conds: Sequence[dict[str, Any]] | None) -> str | None:
         """The guider's name of a conditioning; None for one that the guider does not have."""
@@ -84,6 +86,12 @@ class StepNote:
         if self._percent is None:
             self._percent = percent_of(float(self.sigma.flatten()[0]), self.sampling)
         return self._percent
+
+    def timestep(self) -> float:
+        """The timestep of training, 0..1000; asked only by image tokens that depend on it."""
+        if self._timestep is None:
+            self._timestep = timestep_of(self.sigma.flatten()[:1], self.sampling)
+        return self._timestep
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,16 @@ def percent_of(sigma: float, sampling: Any) -> float:
         return float(value >= table[-1])
     i = bisect_right(table, value)
     return (i - 1 + (value - table[i - 1]) / (table[i] - table[i - 1])) / (len(table) - 1)
+
+
+def timestep_of(sigma: Tensor, sampling: Any) -> float:
+    """The timestep 0..1000 at which a model was trained with this sigma ``1``.
+
+    Flow models are called with sigma times a number of their own (1 for Flux, 1000 for SD3).
+    """
+    value, last = (float(sampling.timestep(s).flatten()[0]) for s in (sigma, torch.ones_like(sigma)))
+    flow = last in (1.0, 1000.0)
+    return value * 1000 / last if flow else value
 
 
 def _progress_table(sampling: Any) -> list[float]:
@@ -260,8 +278,8 @@ def _model_call(options: Options, size: tuple[int, int] | None) -> ModelCall:
             latent = note.latent
     step = note.step if isinstance(note, CallNote) else note if isinstance(note, StepNote) else None
     frames = _frames(options.get("ad_params")) or _window(options.get("context_window"))
-    percent = _unknown_percent if step is None else step.percent
-    return ModelCall(branches, percent, latent, areas, frames, tuple(order), size)
+    percent, timestep = (_unknown, _unknown) if step is None else (step.percent, step.timestep)
+    return ModelCall(branches, percent, timestep, latent, areas, frames, tuple(order), size)
 
 
 def _frames(ad_params: Any) -> Frames | None:
@@ -285,7 +303,7 @@ def _window(window: Any) -> Frames | None:
     return Frames(frames, int(getattr(window, "total_frames", 0) or max(frames) + 1))
 
 
-def _unknown_percent() -> float:
+def _unknown() -> float:
     raise IncompatibleAdapterError(
         "this sampler runs the model outside ComfyUI's guiders, so the sampling progress is unknown; set start to 0, end to 1 "
         "and remove the curve, or use a sampler built on ComfyUI's own"

@@ -132,7 +132,7 @@ class AttentionHook:
         """The host moves patches when it (un)loads a model: copies on an accelerator are dropped with it."""
         if isinstance(device, torch.device) and device.type == "cpu":
             for patch in self.patches:
-                patch.sites[self.index].release(device)
+                patch.release(self.index, device)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionHook:

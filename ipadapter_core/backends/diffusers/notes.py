@@ -25,32 +25,30 @@ _NUMBERS = {"uncond": UNCOND, "cond": COND}
 class Step:
     """How far sampling is by the timestep that a model is called with."""
 
-    timestep: Tensor | float
+    called_with: Tensor | float
     unet: bool
-    _percent: float | None = None
+    _timestep: float | None = None
+
+    def timestep(self) -> float:
+        """The timestep of training, 0..1000; reading it synchronises the device, once per call and only where it is asked."""
+        if self._timestep is None:
+            given = self.called_with
+            value = float(given.flatten()[0]) if isinstance(given, Tensor) else float(given)
+            whole = not given.is_floating_point() if isinstance(given, Tensor) else isinstance(given, int)
+            self._timestep = value * 1000 if not self.unet and not whole and value <= 1.0 else value
+        return self._timestep
 
     def percent(self) -> float:
-        """Sampling progress 0..1; reading the timestep synchronises the device, once per call and only for windows or curves."""
-        if self._percent is None:
-            t = self.timestep
-            integer = isinstance(t, int) or (isinstance(t, Tensor) and not t.is_floating_point())
-            value = float(t.flatten()[0]) if isinstance(t, Tensor) else float(t)
-            self._percent = progress(value, unet=self.unet, fraction=not integer)
-        return self._percent
+        """Sampling progress: 0 is pure noise, 1 done, linear in the timesteps of training.
 
-
-def progress(timestep: float, *, unet: bool, fraction: bool = True) -> float:
-    """Sampling progress at a timestep: 0 is pure noise, 1 done, linear in the timesteps of training.
-
-    So start_percent and end_percent mean what they mean in ComfyUI, whose ``percent_to_sigma`` takes the sigma of
-    timestep (1 - percent) · 999 of a UNet; neither counts steps, so fewer steps or another scheduler leave a window at the
-    same noise. A UNet's timesteps are 0..999 with every scheduler, also the fractions that Karras and exponential sigmas
-    end on: 0.5 is nearly done. Transformers are trained on sigma · 1000: pipelines pass that (SD3, Sana) or sigma itself
-    (Flux, Qwen), of which 0.5 is the middle; whole numbers are never sigmas. The shift of a flow scheduler is not undone
-    here, as a model is not told it.
-    """
-    steps = 999.0 if unet else 1.0 if fraction and timestep <= 1.0 else 1000.0
-    return min(max(1 - timestep / steps, 0.0), 1.0)
+        So start_percent and end_percent mean what they mean in ComfyUI, whose ``percent_to_sigma`` takes the sigma of
+        timestep (1 - percent) · 999 of a UNet; neither counts steps, so fewer steps or another scheduler leave a window at
+        the same noise. A UNet's timesteps are 0..999 with every scheduler, also the fractions that Karras and exponential
+        sigmas end on: 0.5 is nearly done. Transformers are trained on sigma · 1000: pipelines pass that (SD3, Sana) or
+        sigma itself (Flux, Qwen), of which 0.5 is the middle; whole numbers are never sigmas. The shift of a flow
+        scheduler is not undone here, as a model is not told it.
+        """
+        return min(max(1 - self.timestep() / (999.0 if self.unet else 1000.0), 0.0), 1.0)
 
 
 class Beginning:
@@ -81,7 +79,7 @@ class Beginning:
             )
         step = Step(0.0 if timestep is None else timestep, hasattr(self.module, "down_blocks"))
         latent = None if sample is None or sample.ndim < 4 else (int(sample.shape[-2]), int(sample.shape[-1]))
-        return ModelCall(tuple(_NUMBERS[name] for name in names), step.percent, latent)
+        return ModelCall(tuple(_NUMBERS[name] for name in names), step.percent, step.timestep, latent)
 
 
 class Owner(Protocol):
