@@ -12,27 +12,12 @@ from torch import Tensor
 
 from ..errors import CorruptFileError
 from ..files.state_dict import StateDict
+from ..models.unet import UNETS, attention_paths
 
 LORA_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 LAYERS_AND_LORA = re.compile(
     r"ip_adapter\.(0|[1-9][0-9]{0,4})\.(to_[kv]_ip\.weight|to_(q|k|v|out)_lora\.(down|up)\.weight)"
 )
-
-# blocks as (name, transformers, depth of each), in the order of the numbers
-_BLOCKS: dict[int, tuple[tuple[str, int, int], ...]] = {
-    16: (
-        *((f"down_blocks.{i}", 2, 1) for i in (0, 1, 2)),
-        *((f"up_blocks.{i}", 3, 1) for i in (1, 2, 3)),
-        ("mid_block", 1, 1),
-    ),
-    70: (
-        ("down_blocks.1", 2, 2),
-        ("down_blocks.2", 2, 10),
-        ("up_blocks.0", 3, 10),
-        ("up_blocks.1", 3, 2),
-        ("mid_block", 1, 10),
-    ),
-}
 
 
 def take_lora(state: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -79,19 +64,6 @@ def check_lora(lora: StateDict, channels: Sequence[int], token_dim: int) -> None
             )
 
 
-def attention_paths(layers: int) -> tuple[str, ...] | None:
-    """diffusers' module paths of the transformer blocks in the order of the numbers; None for an unknown UNet."""
-    blocks = _BLOCKS.get(layers)
-    if blocks is None:
-        return None
-    return tuple(
-        f"{name}.attentions.{i}.transformer_blocks.{depth}"
-        for name, transformers, depths in blocks
-        for i in range(transformers)
-        for depth in range(depths)
-    )
-
-
 def kohya_lora(lora: StateDict, layers: int) -> dict[str, Tensor]:
     """The LoRA of a FaceID file under kohya's keys (``lora_unet_…_attn2_to_k.lora_down.weight``), scale 1 (no alpha).
 
@@ -99,7 +71,8 @@ def kohya_lora(lora: StateDict, layers: int) -> dict[str, Tensor]:
     """
     paths = attention_paths(layers)
     if paths is None:
-        raise CorruptFileError(f"the LoRA inside belongs to a UNet with {layers} cross-attentions; 16 and 70 are known")
+        known = " and ".join(str(n) for n in sorted({unet.attentions for unet in UNETS}))
+        raise CorruptFileError(f"the LoRA inside belongs to a UNet with {layers} cross-attentions; {known} are known")
     named: dict[str, Tensor] = {}
     for key, tensor in lora.items():
         match = LORA_KEY.fullmatch(key)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..features import RAW_FACE
 from ..files.state_dict import TensorFile
+from ..models.unet import SDXL
 from .format import EncoderSizes, Format, FreshSizes
 from .plus import Plus
 
@@ -27,7 +28,7 @@ class InstantID(Plus):
         """A face embedding has 512 numbers, and both files are for SDXL's text tokens of 2048."""
         into, out, norm = (file.tensors.get(f"image_proj.{key}.weight") for key in ("proj_in", "proj_out", "norm_out"))
         widths = [tuple(t.shape[:1]) for t in (out, norm) if t is not None]
-        return into is not None and tuple(into.shape[-1:]) == (512,) and (2048,) in widths
+        return into is not None and tuple(into.shape[-1:]) == (512,) and (SDXL.text_width,) in widths
 
     def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
         return cast(Tensor, projector(features[:, None]))  # one token to read

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from ..errors import CorruptFileError
 from ..features import FACE_TOKENS
 from ..files.state_dict import TensorFile
+from ..models.unet import SDXL
 from .embedded_lora import LAYERS_AND_LORA
 from .faceid import MLP_KEYS
 from .format import AdapterSpec, Format, resampler_depth, shape_of, tokens_in
+from .plus import KOLORS_ENCODER
 from .projectors import RESAMPLER_KEYS, Operations, ProjModelFaceIdPlus
 
 PERCEIVER = "image_proj.perceiver_resampler."
-KOLORS_TEXT_DIM, KOLORS_TOKEN_DIM = 4096, 2048
+KOLORS_TEXT_DIM, KOLORS_TOKEN_DIM = 4096, SDXL.text_width
 
 
 class FaceIDPlus(Format):
@@ -62,7 +64,7 @@ class FaceIDPlus(Format):
             token_dim=KOLORS_TOKEN_DIM if kolors else None, options=sizes | ({"text_dim": own_dim} if kolors else {}),
         )  # fmt: skip
         if kolors:
-            encoder = "ViT-L/14-336" if feature_dim == 1024 else spec.encoder
+            encoder = KOLORS_ENCODER.name if feature_dim == KOLORS_ENCODER.hidden_size else spec.encoder
             spec = replace(spec, base_model="Kolors", encoder=encoder)
         return replace(spec, options={**spec.options, "version": _version(spec, file)})
 

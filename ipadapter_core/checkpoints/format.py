@@ -16,6 +16,7 @@ from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputErr
 from ..features import Encoded, Feature, find_encoder
 from ..files.state_dict import StateDict, TensorFile
 from ..models.reach import Reach
+from ..models.unet import SDXL, unet_of_size
 from .projectors import TORCH, Operations
 
 TrainedUnconditional = Literal["zero_embeds", "zero_pixels"]
@@ -71,7 +72,7 @@ class AdapterSpec:
         """Side in pixels of the aligned face that its training looked at: 224 for SD1.5, 256 for SDXL, 336 for Kolors."""
         if self.base_model == "Kolors":
             return 336
-        return 256 if self.token_dim == 2048 else 224
+        return 256 if self.token_dim == SDXL.text_width else 224
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,8 +387,8 @@ def layer_channels(state: StateDict, token_dim: int, width: str) -> tuple[int, .
 
 def base_model(token_dim: int, layers: int) -> str:
     """The base model that has this width of text tokens and this number of cross-attentions."""
-    known = {(768, 16): "SD1.5", (1024, 16): "SD2", (2048, 70): "SDXL"}
-    return known.get((token_dim, layers), f"custom {token_dim}")
+    unet = unet_of_size(token_dim, layers)
+    return f"custom {token_dim}" if unet is None else unet.name
 
 
 def encoder_name(encoded: Encoded, width: int) -> str:

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..features import PENULTIMATE
+from ..features import ENCODERS, PENULTIMATE
 from ..files.state_dict import TensorFile
+from ..models.unet import SDXL
 from .format import AdapterSpec, EncoderSizes, Format, FreshSizes, resampler_depth, shape_of
 from .projectors import RESAMPLER_KEYS, Operations, Resampler
+
+KOLORS_ENCODER = ENCODERS["ViT-L/14-336"]
 
 
 class Plus(Format):
@@ -33,9 +36,9 @@ class Plus(Format):
             "inner_dim": inner_dim, "ff_dim": ff_dim,
         }  # fmt: skip
         spec = self.spec(state, width, num_tokens=queries, feature_dim=feature_dim, options=options)
-        if spec.base_model == "SDXL" and (hidden_dim, feature_dim) == (2048, 1024):
+        if spec.base_model == SDXL.name and (hidden_dim, feature_dim) == (spec.token_dim, KOLORS_ENCODER.hidden_size):
             # Kolors has SDXL's UNet, but another text encoder; its adapter was trained on 336-pixel pictures.
-            return replace(spec, base_model="Kolors", encoder="ViT-L/14-336")
+            return replace(spec, base_model="Kolors", encoder=KOLORS_ENCODER.name)
         return spec
 
     def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
@@ -43,7 +46,7 @@ class Plus(Format):
 
     def fresh(self, token_dim: int, encoder: EncoderSizes, sizes: FreshSizes) -> tuple[nn.Module, int]:
         queries = sizes.num_tokens or 16
-        hidden_dim = sizes.hidden_dim or (1280 if token_dim == 2048 else token_dim)
+        hidden_dim = sizes.hidden_dim or (SDXL.reference_width if token_dim == SDXL.text_width else token_dim)
         return Resampler(encoder.hidden_size, hidden_dim, token_dim, queries=queries, depth=sizes.depth), queries
 
 

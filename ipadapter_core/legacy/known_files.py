@@ -14,6 +14,7 @@ from itertools import takewhile
 from ..checkpoints import AdapterSpec
 from ..errors import InvalidInputError, quoted
 from ..features import ENCODERS
+from ..models.unet import SD15, SDXL
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class KnownFile:
 
 
 def base_of(token_dim: int) -> str:
-    """``sdxl`` for text tokens 2048 wide, else ``sd15``."""
-    return "sdxl" if token_dim == 2048 else "sd15"
+    """``sdxl`` for text tokens as wide as SDXL's, else ``sd15``."""
+    return "sdxl" if token_dim == SDXL.text_width else "sd15"
 
 
 OLD_MARKS: dict[str, tuple[str, int | None, str]] = {
@@ -125,7 +126,7 @@ def known_file(preset: str, base: str) -> KnownFile:
         raise InvalidInputError(f"unknown preset {quoted(preset)}; choose one of: {names}")
     chosen = next((entry for entry in found if entry.base == base), None)
     if chosen is None:
-        titles = {"sd15": "SD1.5", "sdxl": "SDXL"}
+        titles = {"sd15": SD15.name, "sdxl": SDXL.name}
         raise InvalidInputError(
             f"there is no {quoted(preset)} adapter for {titles[base]} models, only for "
             f"{' and '.join(titles[entry.base] for entry in found)}; choose another preset or model"

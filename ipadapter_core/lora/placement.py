@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import IncompatibleAdapterError, InvalidInputError, quoted
+from ..models.layers import Place
 from .embedding import Lookup
 from .losses import Module, lost_part
 from .names import canonical
-from .targets import Place, Target, TargetTable
+from .targets import Target, TargetTable
 from .update import Update, shape_text
 from .weights import Component, LeftOut, LoRAModule, LoRAWeights, left_out_lines
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import quoted
+from ..models import BASE_MODELS
+from ..models.unet import SDXL, UNet, unet_of_width
 from .names import Component
 from .update import Update
 
@@ -79,36 +81,19 @@ def left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
     return lines
 
 
-TEXT_WIDTHS = {768: "SD1.5", 1024: "SD2", 2048: "SDXL", 1280: "SDXL refiner"}
-"""Width of the text tokens that a UNet's cross-attention reads."""
-
-
 def guess_base_model(modules: tuple[LoRAModule, ...]) -> str:
     """The family that these names and shapes belong to."""
-    names = [module.name for module in modules if module.component == "unet"]
-    if any(name.startswith(("double_blocks_", "single_blocks_", "single_transformer_blocks_")) for name in names):
-        return "Flux"
-    if any(name.startswith("joint_blocks_") or "_attn_add_" in name or "_attn_to_add_" in name for name in names):
-        return "SD3"
-    for module in modules:
-        if (
-            module.component == "unet"
-            and module.weight is not None
-            and module.name.endswith(("attn2_to_k", "attn2_to_v"))
-        ):
+    unet = [module for module in modules if module.component == "unet"]
+    marked = [base for base in BASE_MODELS if base.marks and any(base.marks.search(module.name) for module in unet)]
+    transformer = next((base for base in marked if not isinstance(base, UNet)), None)
+    if transformer is not None:
+        return transformer.name
+    for module in unet:
+        if module.weight is not None and module.name.endswith(("attn2_to_k", "attn2_to_v")):
             for columns in module.weight.weight_shape[1:2]:
-                if columns in TEXT_WIDTHS:
-                    return TEXT_WIDTHS[columns]
-    if any(module.component == "te2" for module in modules):
-        return "SDXL"
-    if any(
-        name.startswith(("input_blocks_4_1_transformer_blocks_1", "down_blocks_2_attentions_0_transformer_blocks_9"))
-        for name in names
-    ):
-        return "SDXL"
-    if any(
-        name.startswith(("down_blocks_0_attentions", "down_blocks_3_", "up_blocks_3_", "input_blocks_1_1"))
-        for name in names
-    ):
-        return "SD1.5 or SD2"
-    return "unknown"
+                family = None if columns is None else unet_of_width(columns)
+                if family is not None:
+                    return family.name
+    if SDXL in marked or any(module.component == "te2" for module in modules):
+        return SDXL.name
+    return " or ".join(base.name for base in marked) or "unknown"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
-from .grids import TokenRule
+from .grids import Patches, TokenRule
+from .layers import LayerNames, Shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +66,42 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """A family as others know it: the repository with its configs, and its names in kohya's and modelspec's metadata.
+
+    ``velocity`` are the two names of its models that predict velocity, where these have others.
+    """
+
+    repository: str
+    kohya: str
+    modelspec: str
+    velocity: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModel:
     """A family of base models. A new one is a file in this room with such a value and a line in ``BASE_MODELS``.
 
-    ``walk`` finds the sites in every host's form of the model; related families share one walk, which names the family.
-    It is None where image prompts cannot act yet. ``text_width`` is the width of the text tokens and ``attentions`` the
-    number of sites of the full-size model. ``roles`` is None where nobody knows which sites carry style or composition.
-    ``tokens`` lays out a site's image tokens. ``reference_width`` is the width of the widest attention, by which the
-    channel penalty divides. ``training`` is None where nothing can be trained yet.
+    For image prompts: ``walk`` finds the sites in every host's form of the model; related families share one walk, which
+    names the family. Without it image prompts cannot act yet. ``roles`` is None where nobody knows which sites carry style
+    or composition. ``tokens`` lays out a site's image tokens. ``reference_width`` is the width of the widest attention, by
+    which the channel penalty divides.
+
+    For LoRAs: ``layers`` names the layers of a model, given the shapes of their weights, and gives None for a model of
+    another kind. ``marks`` is found in underscored names of layers that no other family has.
+
+    ``training`` is None where nothing can be trained yet, ``published`` where nothing is needed of it.
     """
 
     name: str
-    walk: Walk | None
-    text_width: int
-    attentions: int
-    roles: Roles | None
-    tokens: TokenRule
-    reference_width: int
+    walk: Walk | None = None
+    roles: Roles | None = None
+    tokens: TokenRule = field(default_factory=Patches)
+    reference_width: int = 0
+    layers: Callable[[nn.Module, Shapes], LayerNames | None] | None = None
+    marks: re.Pattern[str] | None = None
     training: Training | None = None
+    published: Published | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,150 @@
-"""Stable Diffusion UNets, as diffusers and as ComfyUI build them: one walk each, the same sites from both."""
+"""Stable Diffusion UNets, as diffusers and as ComfyUI build them.
+
+Both hosts' UNets, and the full-size ones that files are made for, are the same rows of res blocks with spatial transformers
+beside them; one rule gives every part its name in diffusers and in the original (LDM, ComfyUI).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 from torch import nn
 
 from .grids import Pyramid
-from .sites import BaseModel, ModelLayout, Roles, Site, Training
+from .layers import LayerNames, Names, Place, Shapes, underscored
+from .sites import BaseModel, ModelLayout, Published, Roles, Site, Training
+
+# --- parts and their names -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One resolution of a UNet, on the way down or up: its res blocks, and whether a sampler and transformers go with them."""
+
+    resnets: int
+    sampler: bool
+    attention: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A layer, or the stem of several, in diffusers and in the original; ``level`` counts the halvings of the latent's size."""
+
+    diffusers: str
+    ldm: str
+    level: int = 0
+
+
+# inside a res block: diffusers, LDM (diffusers' convert_original_stable_diffusion_to_diffusers.py)
+_RES_BLOCK = (
+    ("norm1", "in_layers.0"),
+    ("conv1", "in_layers.2"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"),
+    ("conv2", "out_layers.3"),
+    ("conv_shortcut", "skip_connection"),
+)
+_ENDS = (
+    ("conv_in", "input_blocks.0.0"),
+    ("time_embedding.linear_1", "time_embed.0"),
+    ("time_embedding.linear_2", "time_embed.2"),
+    ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"),
+    ("conv_norm_out", "out.0"),
+    ("conv_out", "out.2"),
+)
+# inside a spatial transformer: the same in both
+_AROUND = ("norm", "proj_in", "proj_out")
+_BLOCK = (
+    *(f"{attention}.{part}" for attention in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")),
+    "ff.net.0.proj",
+    "ff.net.2",
+    "norm1",
+    "norm2",
+    "norm3",
+)
+
+
+def _parts(down: Iterable[Level], up: Iterable[Level]) -> Iterator[Part]:
+    """Every part in execution order, but for the ends; spatial transformers by their stem."""
+    yield from (Part(*names) for names in _ENDS)
+    number, level = 1, 0  # the original's input block 0 is conv_in
+    for i, at in enumerate(down):
+        for j in range(at.resnets):
+            yield from _res_block(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{number}.0", level)
+            yield Part(f"down_blocks.{i}.attentions.{j}", f"input_blocks.{number}.1", level)
+            number += 1
+        if at.sampler:
+            yield Part(f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{number}.0.op", level)
+            number, level = number + 1, level + 1
+    yield from _res_block("mid_block.resnets.0", "middle_block.0", level)
+    yield Part("mid_block.attentions.0", "middle_block.1", level)
+    yield from _res_block("mid_block.resnets.1", "middle_block.2", level)
+    number = 0
+    for i, at in enumerate(up):
+        for j in range(at.resnets):
+            yield from _res_block(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{number}.0", level)
+            yield Part(f"up_blocks.{i}.attentions.{j}", f"output_blocks.{number}.1", level)
+            number += 1
+        if at.sampler:
+            place = 2 if at.attention else 1
+            yield Part(f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{number - 1}.{place}.conv", level)
+            level -= 1
+
+
+def _res_block(diffusers: str, ldm: str, level: int) -> Iterator[Part]:
+    yield from (Part(f"{diffusers}.{d}", f"{ldm}.{s}", level) for d, s in _RES_BLOCK)
+
+
+def _parts_of(model: nn.Module) -> dict[str, Part] | None:
+    """The parts of a diffusers or LDM UNet by their path in it; None for another model."""
+    if hasattr(model, "down_blocks"):
+        down, up = (_levels(model, *names) for names in (("down_blocks", "downsamplers"), ("up_blocks", "upsamplers")))
+        return {part.diffusers: part for part in _parts(down, up)}
+    if hasattr(model, "input_blocks"):
+        return {part.ldm: part for part in _parts(_ldm_down(model), _ldm_up(model))}
+    return None
+
+
+def _levels(model: nn.Module, blocks: str, samplers: str) -> Iterator[Level]:
+    for block in getattr(model, blocks, ()):
+        yield Level(len(block.resnets), bool(getattr(block, samplers, None)), bool(getattr(block, "attentions", None)))
+
+
+def _ldm_down(model: nn.Module) -> Iterator[Level]:
+    count = 0
+    for block in list(cast(Any, model).input_blocks)[1:]:
+        if hasattr(next(iter(block.children()), None), "op"):
+            yield Level(count, True, True)
+            count = 0
+        else:
+            count += 1
+    yield Level(count, False, True)
+
+
+def _ldm_up(model: nn.Module) -> Iterator[Level]:
+    count = 0
+    for block in getattr(model, "output_blocks", ()):
+        count += 1
+        for place, layer in enumerate(block.children()):
+            if type(layer).__name__ == "Upsample" and hasattr(layer, "conv"):
+                yield Level(count, True, place == 2)
+                count = 0
+    yield Level(count, False, True)
+
+
+def _in_processor_order(paths: Iterable[str]) -> list[str]:
+    """diffusers' paths in the order of its attention processors, by which adapter files number them: down, up, middle."""
+    return sorted(paths, key=lambda path: ("down", "up_b", "mid_").index(path[:4]))
+
 
 # --- sites -----------------------------------------------------------------------------------------------------------
+
+_GROUPS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,75 +158,38 @@ class SpatialTransformer:
     module: nn.Module
 
 
-def spatial_transformers(model: nn.Module) -> list[SpatialTransformer] | None:
+def spatial_transformers(model: nn.Module) -> list[SpatialTransformer]:
     """The spatial transformers of a diffusers ``UNet2DConditionModel`` or a LDM ``UNetModel``, in execution order."""
-    if all(hasattr(model, name) for name in ("down_blocks", "up_blocks", "mid_block", "conv_in")):
-        return list(_of_diffusers(model))
-    if all(hasattr(model, name) for name in ("input_blocks", "middle_block", "output_blocks")):
-        return list(_of_ldm(model))
-    return None
-
-
-def _of_diffusers(model: nn.Module) -> Iterator[SpatialTransformer]:
-    unet = cast(Any, model)
-    number, level = 1, 0  # ComfyUI's input block 0 is conv_in
-    for i, block in enumerate(unet.down_blocks):
-        attentions = list(getattr(block, "attentions", None) or [])
-        for j in range(len(block.resnets)):
-            if j < len(attentions):
-                yield SpatialTransformer("input", number, level, f"down_blocks.{i}.attentions.{j}", attentions[j])
-            number += 1
-        if getattr(block, "downsamplers", None):
-            number, level = number + 1, level + 1
-    if unet.mid_block is not None:
-        for j, attention in enumerate(getattr(unet.mid_block, "attentions", None) or []):
-            yield SpatialTransformer("middle", 0, level, f"mid_block.attentions.{j}", attention)
-    number = 0
-    for i, block in enumerate(unet.up_blocks):
-        attentions = list(getattr(block, "attentions", None) or [])
-        for j in range(len(block.resnets)):
-            if j < len(attentions):
-                yield SpatialTransformer("output", number, level, f"up_blocks.{i}.attentions.{j}", attentions[j])
-            number += 1
-        if getattr(block, "upsamplers", None):
-            level -= 1
-
-
-def _of_ldm(model: nn.Module) -> Iterator[SpatialTransformer]:
-    unet = cast(Any, model)
-    level = 0
-    for number, block in enumerate(unet.input_blocks):
-        for path, transformer in _transformers(block, f"input_blocks.{number}"):
-            yield SpatialTransformer("input", number, level, path, transformer)
-        level += _changes_size(block, "Downsample", "op")
-    if unet.middle_block is not None:
-        for path, transformer in _transformers(unet.middle_block, "middle_block"):
-            yield SpatialTransformer("middle", 0, level, path, transformer)
-    for number, block in enumerate(unet.output_blocks):
-        for path, transformer in _transformers(block, f"output_blocks.{number}"):
-            yield SpatialTransformer("output", number, level, path, transformer)
-        level -= _changes_size(block, "Upsample", "conv")
-
-
-def _transformers(block: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in block.named_modules(prefix=prefix):
+    found: list[SpatialTransformer] = []
+    for path, part in (_parts_of(model) or {}).items():
+        if ".attentions." not in part.diffusers:
+            continue
+        module = _submodule(model, path)
         if hasattr(module, "transformer_blocks"):
-            yield name, module
+            block, number = part.ldm.split(".")[:2]
+            group = _GROUPS[block]
+            found.append(
+                SpatialTransformer(group, 0 if group == "middle" else int(number), part.level, path, cast(Any, module))
+            )
+    return found
 
 
-def _changes_size(block: nn.Module, kind: str, operation: str) -> int:
-    return int(any(type(m).__name__ == kind and hasattr(m, operation) for m in block.children()))
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def walk_unet(model: nn.Module) -> ModelLayout | None:
     """The layout of a UNet: that of a known family if its size says so, else of a UNet named by its size."""
-    found = spatial_transformers(model)
-    if found is None:
+    whole = (("down_blocks", "up_blocks", "mid_block", "conv_in"), ("input_blocks", "middle_block", "output_blocks"))
+    if not any(all(hasattr(model, name) for name in names) for names in whole):
         return None
     sites: list[Site] = []
     levels: dict[int, int] = {}
     token_dim = 0
-    for order, at in enumerate(found):
+    for order, at in enumerate(spatial_transformers(model)):
         for depth, block in enumerate(cast(Any, at.module).transformer_blocks):
             attention = getattr(block, "attn2", None)
             if attention is not None:
@@ -102,32 +198,25 @@ def walk_unet(model: nn.Module) -> ModelLayout | None:
                 sites.append(Site(path, at.group, at.number, depth, order, channels, heads))
                 levels[order] = at.level
                 token_dim = token_dim or _features(attention.to_k, 1)
-    for base in UNETS:
-        if (base.attentions, base.text_width) == (len(sites), token_dim):
-            return ModelLayout(base, token_dim, tuple(sites))
-    name = f"UNet with {len(sites)} sites, width {token_dim}"
-    relative = SDXL if _wants_sizes(model) else SD15
-    unknown = replace(relative, name=name, text_width=token_dim, attentions=len(sites), roles=_roles_by(levels))
-    return ModelLayout(unknown, token_dim, tuple(sites))
+    return ModelLayout(
+        unet_of_size(token_dim, len(sites)) or _unknown(model, token_dim, len(sites), levels), token_dim, tuple(sites)
+    )
 
 
-def _wants_sizes(model: nn.Module) -> bool:
-    added = getattr(getattr(model, "config", None), "addition_embed_type", None)
-    return added == "text_time" or getattr(model, "label_emb", None) is not None
-
-
-def _halvings(model: nn.Module) -> int:
-    """Latents must halve as often as a diffusers UNet halves them."""
-    return 2 ** (len(cast(Any, model).config.block_out_channels) - 1)
-
-
-def _roles_by(levels: dict[int, int]) -> Roles | None:
-    """Roles of an unknown UNet: the lowest resolution composes, all others style; none with one resolution."""
-    if len(set(levels.values())) < 2:
-        return None
-    deepest = max(levels.values())
+def _unknown(model: nn.Module, token_dim: int, sites: int, levels: dict[int, int]) -> BaseModel:
+    """A UNet of another size: what holds for all, and the lowest of several resolutions composes, all others style."""
+    deepest = max(levels.values(), default=0)
     composition = {order for order, level in levels.items() if level == deepest}
-    return Roles(dict.fromkeys(composition, 1.0), frozenset(levels.keys() - composition))
+    style = frozenset(levels.keys() - composition)
+    added = getattr(getattr(model, "config", None), "addition_embed_type", None)
+    return BaseModel(
+        name=f"UNet with {sites} sites, width {token_dim}",
+        walk=walk_unet,
+        roles=Roles(dict.fromkeys(composition, 1.0), style) if style else None,
+        tokens=Pyramid(),
+        reference_width=SD15.reference_width,
+        training=SDXL.training if added == "text_time" else SD15.training,
+    )
 
 
 def _features(linear: Any, axis: int) -> int:
@@ -142,34 +231,170 @@ def down_up_middle(layout: ModelLayout) -> tuple[int, ...]:
     return tuple(sorted(range(len(layout.sites)), key=lambda i: places.get(layout.sites[i].group, 3)))
 
 
+# --- names of layers -------------------------------------------------------------------------------------------------
+
+
+def name_layers(model: nn.Module, shapes: Shapes) -> LayerNames | None:
+    """Names of a UNet's layers; None for another model."""
+    parts = _parts_of(model)
+    if parts is None:
+        return None
+    names: Names = {}
+    labels: dict[str, str] = {}
+    blocks: dict[str, str] = {}
+    for path in shapes:
+        stem = path
+        while stem and stem not in parts:
+            stem = stem.rpartition(".")[0]
+        spellings = [path]
+        if stem:
+            part, rest = parts[stem], path[len(stem) :]
+            spellings += [part.diffusers + rest, part.ldm + rest]
+            labels[path] = spellings[1]
+        blocks[path] = _block_word(spellings[-1])
+        names |= {underscored(name): (Place(path),) for name in spellings}
+    by_label = {label: path for path, label in labels.items()}
+    attentions = [label for label in by_label if label.endswith((".attn1.to_q", ".attn2.to_q"))]
+    for number, label in enumerate(_in_processor_order(attentions)):  # FaceID files
+        for layer in ("to_q", "to_k", "to_v", "to_out.0"):
+            path = f"{by_label[label].removesuffix('.to_q')}.{layer}"
+            if path in shapes:
+                names[underscored(f"processor.{number}.{layer}")] = (Place(path),)
+    widths = {shape[1] for path, shape in shapes.items() if path.endswith("attn2.to_k")}
+    family = unet_of_width(widths.pop()) if len(widths) == 1 else None
+    return LayerNames("unknown" if family is None else family.name, names, labels, blocks)
+
+
+def _block_word(ldm: str) -> str:
+    block, *rest = ldm.split(".")
+    short = {"input_blocks": "in", "middle_block": "mid", "output_blocks": "out"}.get(block)
+    return "base" if short is None else f"{short}{rest[0]}"
+
+
 # --- families --------------------------------------------------------------------------------------------------------
 
-REFERENCE_WIDTH = 1280
-"""Width of the widest attentions of SD1.5, SD2 and SDXL."""
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UNet(BaseModel):
+    """A family of UNets and the shape of its full-size model.
+
+    ``text_width`` is the width of the text tokens. ``channels`` are those of every level, ``depths`` its spatial
+    transformers' depth, 0 without any; two res blocks on the way down, three on the way up. ``middle`` is the depth in the
+    middle. ``heads`` are the heads of every attention, None where each is 64 wide. ``pooled`` is the width of the text
+    embedding that is read besides (0: none), ``resolution`` the side of the pictures it was made for.
+    """
+
+    text_width: int
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+    middle: int
+    heads: int | None
+    pooled: int
+    resolution: int
+
+    @property
+    def attentions(self) -> int:
+        """Number of cross-attentions, and of sites."""
+        return 5 * sum(self.depths) + self.middle
+
+    @property
+    def size_embedding(self) -> int:
+        """Numbers read besides the text: the pooled embedding, and six sizes of 256 numbers each."""
+        return self.pooled + 6 * 256 if self.pooled else 0
+
+
+@cache
+def full_size_layers(unet: UNet) -> tuple[Part, ...]:
+    """Every layer of a full-size UNet."""
+    last = len(unet.channels) - 1
+    down = [Level(2, i < last, depth > 0) for i, depth in enumerate(unet.depths)]
+    up = [Level(3, i < last, depth > 0) for i, depth in enumerate(reversed(unet.depths))]
+    layers: list[Part] = []
+    for part in _parts(down, up):
+        if ".attentions." not in part.diffusers:
+            layers.append(part)
+            continue
+        depth = unet.middle if part.diffusers.startswith("mid") else unet.depths[part.level]
+        inner = [*_AROUND, *(f"transformer_blocks.{i}.{name}" for i in range(depth) for name in _BLOCK)]
+        layers += [Part(f"{part.diffusers}.{n}", f"{part.ldm}.{n}", part.level) for n in inner if depth]
+    return tuple(layers)
+
+
+@cache
+def attention_paths(attentions: int) -> tuple[str, ...] | None:
+    """diffusers' paths of a full-size UNet's transformer blocks in the order of its attention processors; None for no such UNet."""
+    for unet in UNETS:
+        if unet.attentions == attentions:
+            found = (part.diffusers for part in full_size_layers(unet) if part.diffusers.endswith(".attn2.to_q"))
+            return tuple(path.removesuffix(".attn2.to_q") for path in _in_processor_order(found))
+    return None
+
+
+def unet_of_size(token_dim: int, attentions: int) -> UNet | None:
+    """The family with this width of text tokens and this number of cross-attentions."""
+    return next((unet for unet in UNETS if (unet.text_width, unet.attentions) == (token_dim, attentions)), None)
+
+
+def unet_of_width(token_dim: int) -> UNet | None:
+    """The family with this width of text tokens."""
+    return next((unet for unet in (*UNETS, REFINER) if unet.text_width == token_dim), None)
+
+
+_TRAINING = Training(
+    condition="text",
+    side_multiple=lambda unet: 2 ** (len(cast(Any, unet).config.block_out_channels) - 1),  # as often as it halves
+    checkpointed=("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel"),
+    units=("ResnetBlock2D", "BasicTransformerBlock"),
+)
 # Which spatial transformers carry style and composition: InstantStyle, arXiv 2404.02733, and ComfyUI_IPAdapter_plus.
-SD15 = BaseModel(
+SD15 = UNet(
     name="SD1.5",
     walk=walk_unet,
-    text_width=768,
-    attentions=16,
     roles=Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
     tokens=Pyramid(),
-    reference_width=REFERENCE_WIDTH,
-    training=Training(
-        condition="text",
-        side_multiple=_halvings,
-        checkpointed=("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel"),
-        units=("ResnetBlock2D", "BasicTransformerBlock"),
-    ),
+    reference_width=1280,
+    layers=name_layers,
+    marks=re.compile(r"^(down_blocks_0_attentions|down_blocks_3_|up_blocks_3_|input_blocks_1_1)"),
+    training=_TRAINING,
+    published=Published("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd_v1", "stable-diffusion-v1"),
+    text_width=768,
+    channels=(320, 640, 1280, 1280),
+    depths=(1, 1, 1, 0),
+    middle=1,
+    heads=8,
+    pooled=0,
+    resolution=512,
 )
-SD2 = replace(SD15, name="SD2", text_width=1024)
-SDXL = replace(
+SD2 = replace(
     SD15,
+    name="SD2",
+    published=Published(
+        "stabilityai/stable-diffusion-2-1",
+        "sd_v2",
+        "stable-diffusion-v2-512",
+        velocity=("sd_v2_768_v", "stable-diffusion-v2-768-v"),
+    ),
+    text_width=1024,
+    heads=None,
+)
+SDXL = replace(
+    SD2,
     name="SDXL",
-    text_width=2048,
-    attentions=70,
     roles=Roles({3: 1.0}, frozenset({6})),
-    training=replace(cast(Training, SD15.training), condition="text and sizes"),
+    marks=re.compile(r"^(input_blocks_4_1_transformer_blocks_1|down_blocks_2_attentions_0_transformer_blocks_9)"),
+    training=replace(_TRAINING, condition="text and sizes"),
+    published=Published("stabilityai/stable-diffusion-xl-base-1.0", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    text_width=2048,
+    channels=(320, 640, 1280),
+    depths=(0, 2, 10),
+    middle=10,
+    pooled=1280,
+    resolution=1024,
 )
 UNETS = (SD15, SD2, SDXL)
+REFINER = replace(
+    SDXL, name="SDXL refiner", walk=None, roles=None, published=None, text_width=1280,
+    channels=(384, 768, 1536, 1536), depths=(0, 4, 4, 0), middle=4,
+)  # fmt: skip
+"""No image prompt was ever trained for it; its LoRAs are told by its width."""
+REFERENCE_WIDTH = SD15.reference_width

@@ -15,6 +15,7 @@ from ..errors import CorruptFileError, InvalidInputError, out_of_memory, quoted,
 from ..features import ImageEncoder
 from ..generate import check_configs, hold_in_memory, load_pipeline, read_table
 from ..images.encoder import TransformersImageEncoder, vision_config
+from ..models.unet import unet_of_width
 from .adapter import EncoderSizes, freeze
 
 
@@ -124,15 +125,21 @@ def model_home(base: str, config: str) -> str:
         )
     home = Path(config) if config else path.with_suffix("")
     width, text = _single_file_widths(path)
-    kind = KINDS.get(text, f"unknown model with text tokens {text} wide")
+    known = unet_of_width(text)
+    published = None if known is None else known.published
+    kind = (
+        f"unknown model with text tokens {text} wide"
+        if known is None or published is None
+        else f"{known.name} model (text tokens {text} wide)"
+    )
     if not (home / "model_index.json").is_file():
         where = f"model.config {home}" if config else f"{home} (beside it, of its name)"
         raise InvalidInputError(
             f"{path.name} holds an {kind}, without configs and tokenizers, and {where} is no diffusers folder that has them; "
             f"set model.config to one of its architecture, of which only the .json and .txt files are needed"
             + (
-                f": hf download {REPOSITORIES[text]} --include '*.json' '*.txt' --local-dir {home}"
-                if text in REPOSITORIES
+                f": hf download {published.repository} --include '*.json' '*.txt' --local-dir {home}"
+                if published is not None
                 else ""
             )
         )
@@ -148,19 +155,6 @@ def model_home(base: str, config: str) -> str:
             f"{told[0]} channels and text tokens {told[1]} wide; give a folder of the same architecture"
         )
     return str(home)
-
-
-KINDS = {
-    768: "SD1.5 model (text tokens 768 wide)",
-    1024: "SD2 model (text tokens 1024 wide)",
-    2048: "SDXL model (text tokens 2048 wide)",
-}
-REPOSITORIES = {
-    768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    1024: "stabilityai/stable-diffusion-2-1",
-    2048: "stabilityai/stable-diffusion-xl-base-1.0",
-}
-"""Where configs and tokenizers of each lie."""
 
 
 def _single_file_widths(path: Path) -> tuple[int, int]:

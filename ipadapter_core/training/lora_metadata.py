@@ -8,18 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..lora.algorithms import trainings
-from ..lora.weights import TEXT_WIDTHS
+from ..models.unet import SD2, unet_of_width
 from .collection import Sample
 from .config import RunConfig
 from .frozen import FrozenBase
 from .objectives import Objective
-
-VERSIONS = {
-    "SD1.5": ("sd_v1", "stable-diffusion-v1/lora"),
-    "SD2": ("sd_v2", "stable-diffusion-v2-512/lora"),
-    "SDXL": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
-}
-"""What kohya and modelspec call the base models."""
 
 
 def describe_training(
@@ -27,10 +20,12 @@ def describe_training(
 ) -> dict[str, str]:
     """Metadata of a LoRA's file; the step count is added when it is saved. All values are texts, as safetensors asks."""
     lora, train, data, loss = config.lora, config.train, config.data, config.loss
-    model = TEXT_WIDTHS.get(int(base.unet.config.cross_attention_dim), "unknown")
-    version, architecture = VERSIONS.get(model, ("unknown", "unknown/lora"))
-    if objective.modelspec == "v" and model == "SD2":
-        version, architecture = "sd_v2_768_v", "stable-diffusion-v2-768-v/lora"
+    model = unet_of_width(int(base.unet.config.cross_attention_dim))
+    version, architecture = "unknown", "unknown"
+    if model is not None and model.published is not None:
+        version, architecture = model.published.kohya, model.published.modelspec
+        if objective.modelspec == "v" and model.published.velocity is not None:
+            version, architecture = model.published.velocity
     settings = config.as_dict()
     for section in ("output", "watch", "adapter"):
         settings.pop(section)
@@ -39,7 +34,7 @@ def describe_training(
         "trained_by": "ipadapter train",
         "settings": json.dumps(settings),
         "ss_base_model_version": version,
-        "ss_v2": model == "SD2",
+        "ss_v2": model is SD2,
         "ss_sd_model_name": Path(base.folder).name,
         "ss_network_module": trainings()[lora.algorithm][1].network,
         "ss_network_dim": lora.rank or "from the file it started from",
@@ -69,7 +64,7 @@ def describe_training(
         "ss_tag_frequency": json.dumps({config.output.name: _tags(samples)}),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": config.output.name,
-        "modelspec.architecture": architecture,
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": objective.modelspec,
         "modelspec.resolution": f"{data.resolution}x{data.resolution}",

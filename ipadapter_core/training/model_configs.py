@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import InvalidInputError
 from ..files.state_dict import describe_state_dict
+from ..models.unet import SD15, SDXL, UNet
 
 Config = dict[str, Any]
 
@@ -34,32 +35,40 @@ _SCHEDULER: Config = {
     "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
     "num_train_timesteps": 1000, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
 }  # fmt: skip
-_UNET: Config = {
-    "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "act_fn": "silu",
-    "norm_num_groups": 32, "flip_sin_to_cos": True, "freq_shift": 0,
-}  # fmt: skip
-_SD15: dict[str, Config] = {
-    "unet": {
-        **_UNET, "sample_size": 64, "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768,
-        "attention_head_dim": 8, "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-    },
-    "vae": {**_VAE, "sample_size": 512, "scaling_factor": 0.18215},
-    "text_encoder": _CLIP_L,
-}  # fmt: skip
-_SDXL: dict[str, Config] = {
-    "unet": {
-        **_UNET, "sample_size": 128, "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
-        "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
-        "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
-    },
-    "vae": {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
-    "text_encoder": _CLIP_L,
-    "text_encoder_2": _CLIP_G,
-}  # fmt: skip
-ARCHITECTURES: dict[str, dict[str, Config]] = {"SD1.5": _SD15, "SDXL": _SDXL}
+_VAES: dict[str, Config] = {
+    SD15.name: {"scaling_factor": 0.18215},
+    SDXL.name: {"scaling_factor": 0.13025, "force_upcast": True},
+}
+
+
+def _unet(model: UNet) -> Config:
+    config: Config = {
+        "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "act_fn": "silu",
+        "norm_num_groups": 32, "flip_sin_to_cos": True, "freq_shift": 0, "sample_size": model.resolution // 8,
+        "block_out_channels": [*model.channels], "cross_attention_dim": model.text_width,
+        "attention_head_dim": model.heads or [channels // 64 for channels in model.channels],
+    }  # fmt: skip
+    if model.pooled:
+        config |= {
+            "transformer_layers_per_block": [max(depth, 1) for depth in model.depths], "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": model.size_embedding,
+        }  # fmt: skip
+    cross = ["CrossAttn" if depth else "" for depth in model.depths]
+    down, up = [f"{kind}DownBlock2D" for kind in cross], [f"{kind}UpBlock2D" for kind in reversed(cross)]
+    return config | {"down_block_types": down, "up_block_types": up}
+
+
+def _parts(model: UNet) -> dict[str, Config]:
+    parts = {
+        "unet": _unet(model),
+        "vae": {**_VAE, "sample_size": model.resolution, **_VAES[model.name]},
+        "text_encoder": _CLIP_L,
+    }
+    return parts | {"text_encoder_2": _CLIP_G} if model.pooled else parts
+
+
+ARCHITECTURES: dict[str, dict[str, Config]] = {model.name: _parts(model) for model in (SD15, SDXL)}
 
 _FIRST, _TEXT, _LABEL = (
     f"model.diffusion_model.{key}.weight"
@@ -75,10 +84,9 @@ def architecture_of(checkpoint: Path) -> str:
     tensors = describe_state_dict(checkpoint).tensors
     shape = {key: tuple(tensors[key].shape) for key in (_FIRST, _TEXT, _LABEL) if key in tensors}
     found = (shape.get(_FIRST), shape.get(_TEXT, (0, 0))[1], shape.get(_LABEL, (0, 0))[1])
-    known = {"SD1.5": ((320, 4, 3, 3), 768, 0), "SDXL": ((320, 4, 3, 3), 2048, 2816)}
-    for name, sizes in known.items():
-        if found == sizes:
-            return name
+    for model in (SD15, SDXL):
+        if found == ((model.channels[0], 4, 3, 3), model.text_width, model.size_embedding):
+            return model.name
     if found[0] is not None and found[0][1] == 9:
         raise InvalidInputError(
             f"{checkpoint.name} is an inpainting model (9 input channels); train on its ordinary relative"
@@ -102,14 +110,14 @@ def write_model_configs(checkpoint: Path, tokenizer: Path, folder: Path) -> Path
     parts["scheduler"] = _SCHEDULER | {
         "prediction_type": "v_prediction" if "v_pred" in marks else "epsilon", "rescale_betas_zero_snr": "ztsnr" in marks,
     }  # fmt: skip
-    index: Config = {"_class_name": "StableDiffusionPipeline" if name == "SD1.5" else "StableDiffusionXLPipeline"}
+    index: Config = {"_class_name": "StableDiffusionPipeline" if name == SD15.name else "StableDiffusionXLPipeline"}
     files = {"unet": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}
     for part, config in parts.items():
         library = "transformers" if part.startswith("text") else "diffusers"
         index[part] = [library, config["architectures"][0] if library == "transformers" else config["_class_name"]]
         _write(folder / part / files.get(part, "config.json"), config)
     # the second encoder's tokenizer pads with "!", the token number 0
-    for part, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))[: 1 if name == "SD1.5" else 2]:
+    for part, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))[: 1 if name == SD15.name else 2]:
         index[part] = ["transformers", "CLIPTokenizer"]
         _write(folder / part / "tokenizer_config.json", {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>",
@@ -117,7 +125,7 @@ def write_model_configs(checkpoint: Path, tokenizer: Path, folder: Path) -> Path
         })  # fmt: skip
         for file in ("vocab.json", "merges.txt"):
             shutil.copyfile(tokenizer / file, folder / part / file)
-    if name == "SD1.5":
+    if name == SD15.name:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     _write(folder / "model_index.json", index)
     return folder

@@ -6,7 +6,7 @@ as released files do, because diffusers lists processors in the order down, up, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -175,19 +175,17 @@ def build_processors(
 ) -> dict[str, AttnProcessor | IPAttnProcessor]:
     """Processors for every attention of a UNet2DConditionModel, by the names of ``unet.attn_processors``.
 
-    Hidden sizes come from the block names and ``block_out_channels``. ``to_k_ip``/``to_v_ip`` start as copies of the
+    ``to_k_ip``/``to_v_ip`` start as copies of the
     layer's own ``to_k``/``to_v`` (the original's rule), or with a zero V so that step 0 is the base model.
     Install with ``unet.set_attn_processor(...)``.
     """
-    widths = list(unet.config.block_out_channels)
     processors: dict[str, AttnProcessor | IPAttnProcessor] = {}
     for name in unet.attn_processors:
         if name.endswith("attn1.processor"):
             processors[name] = AttnProcessor()
             continue
-        hidden_size = _hidden_size(name, widths)
         attention = unet.get_submodule(name.removesuffix(".processor"))
-        processor = IPAttnProcessor(hidden_size, attention.to_k.in_features, scale, num_tokens)
+        processor = IPAttnProcessor(attention.to_q.out_features, attention.to_k.in_features, scale, num_tokens)
         with torch.no_grad():
             processor.to_k_ip.weight.copy_(attention.to_k.weight)
             if init == "copy":
@@ -198,28 +196,19 @@ def build_processors(
     return processors
 
 
-def _hidden_size(name: str, widths: Sequence[int]) -> int:
-    """Width of an attention by its processor's name: the middle is as wide as the last block, the way up runs backwards."""
-    block = name.split(".")
-    if block[0] == "mid_block":
-        return widths[-1]
-    return widths[int(block[1])] if block[0] == "down_blocks" else widths[-1 - int(block[1])]
-
-
 def build_lora(
     unet: Any, *, rank: int = 4, alpha: float | None = None, where: Selector | None = None, install: bool = True
 ) -> TrainableLoRA:
     """LoRA layers on a frozen UNet2DConditionModel, collected for an optimiser; the UNet's own parameters are frozen.
 
     ``where`` chooses layers (None: all attentions, ``attn``). An attention of which all four projections are chosen gets
-    a ``LoRAAttnProcessor``, sized by block name and ``block_out_channels``, none as context width for ``attn1``; all other
+    a ``LoRAAttnProcessor``, with no context width for ``attn1``; all other
     linears and convolutions of resnets, transformers and samplers get a layer beside them.
     """
     unet.requires_grad_(False)
     targets = targets_of(unet).targets
     selector = where or parse_selector("all: 0, attn: 1")
     chosen = {target.path: target for target in trainable(selector.chosen(targets.values()))}
-    widths = list(unet.config.block_out_channels)
     layers: dict[str, nn.Module] = {}
     processors: dict[str, Any] = dict(unet.attn_processors)
     ours: list[LoRAAttnProcessor] = []
@@ -229,8 +218,9 @@ def build_lora(
         if not all(path in chosen for path in projections):
             continue
         context = None if site.endswith("attn1") else unet.config.cross_attention_dim
-        processor = LoRAAttnProcessor(_hidden_size(name, widths), context, rank, alpha)
-        weight = unet.get_submodule(projections[0]).weight
+        to_q = unet.get_submodule(projections[0])
+        processor = LoRAAttnProcessor(to_q.out_features, context, rank, alpha)
+        weight = to_q.weight
         processors[name] = processor.to(weight.device)
         ours.append(processor)
         layers |= {f"{name}.{part}": getattr(processor, part) for part in _PARTS}

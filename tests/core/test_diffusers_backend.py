@@ -567,7 +567,7 @@ def test_the_trainable_form_needs_its_image_tokens() -> None:
         call_unet(unet, X, TEXT[:, :3])
 
 
-def test_hidden_sizes_follow_the_block_names() -> None:
+def test_hidden_sizes_are_those_of_the_layers() -> None:
     unet = tiny_unet(SDXL)
     processors = [p for p in build_processors(unet, num_tokens=7).values() if isinstance(p, IPAttnProcessor)]
     assert tuple(p.hidden_size for p in processors) == checkpoint_channels(layout_of(unet))

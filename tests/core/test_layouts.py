@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ipadapter_core.errors import IncompatibleAdapterError
-from ipadapter_core.models import layout_of
+from ipadapter_core.models import flux, layout_of, sd3
 from ipadapter_core.models.sites import ModelLayout
-from ipadapter_core.models.unet import down_up_middle, spatial_transformers
+from ipadapter_core.models.unet import UNETS, down_up_middle, spatial_transformers
 from tiny_models import SD15, SDXL, LdmUNet, tiny_unet
 
 # The published numbering (reference: tencent-ailab/IP-Adapter's released files, diffusers' and ComfyUI's UNets).
@@ -209,3 +211,62 @@ def test_what_the_trainer_asks(kind: str, condition: str, multiple: int) -> None
     assert (training.condition, training.side_multiple(unet)) == (condition, multiple)
     classes = {type(module).__name__ for module in unet.modules()}
     assert {*training.checkpointed, *training.units} <= classes
+
+
+# --- stated once -----------------------------------------------------------------------------------------------------
+
+ROOMS = Path(__file__).resolve().parents[2] / "ipadapter_core"
+WIDTHS = {width for unet in UNETS for width in (unet.text_width, *unet.channels)}
+LISTS = (
+    "down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks",
+    *({*flux.BLOCKS, *sd3.BLOCKS} - {"transformer_blocks"}),
+)  # fmt: skip
+OTHER_SUBJECTS = {
+    "features.py": "widths of image encoders",
+    "images/encoder.py": "widths of image encoders",
+    "backends/diffusers/notes.py": "which clock a model runs by",
+    "checkpoints/containers.py": "keys by which a whole model is refused",
+    "lora/extract.py": "keys by which a whole model is read",
+    "training/frozen.py": "keys by which a whole model is read",
+    "training/model_configs.py": "keys by which a whole model is read",
+}
+
+
+def facts_of_base_models(source: str) -> list[str]:
+    """Widths of base models that choose something, and names of their lists of blocks; prose does not count."""
+    tree = ast.parse(source)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+    def widths(node: ast.AST) -> set[int]:
+        return {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and type(n.value) is int} & WIDTHS
+
+    found: list[str] = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Compare() if any(widths(side) for side in (node.left, *node.comparators)):
+                found.append(f"line {node.lineno} compares with a width")
+            case ast.Dict() if any(key is not None and widths(key) for key in node.keys):
+                found.append(f"line {node.lineno} is a table by width")
+            case ast.Tuple() | ast.List() | ast.Set() if len(widths(node)) > 1 and len(node.elts) < 10:
+                found.append(f"line {node.lineno} lists widths")
+            case ast.Constant(value=str(text)) if id(node) not in prose and any(name in text for name in LISTS):
+                found.append(f"line {node.lineno} names blocks")
+            case _:
+                pass
+    return found
+
+
+def test_facts_of_base_models_are_stated_in_their_room_alone() -> None:
+    files = {path.relative_to(ROOMS).as_posix(): path for path in ROOMS.rglob("*.py")}
+    found = {name: facts_of_base_models(path.read_text()) for name, path in files.items() if name[:7] != "models/"}
+    assert {name: facts for name, facts in found.items() if facts and name not in OTHER_SUBJECTS} == {}
+    assert facts_of_base_models((ROOMS / "models/unet.py").read_text()), "the rule sees nothing"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{768: 'SD1.5'}", "x = 'a' if width == 2048 else 'b'", "CHANNELS = (320, 640, 1280)", "f'{i}.double_blocks.{j}'"],
+)
+def test_a_fact_stated_again_is_found(source: str) -> None:
+    assert facts_of_base_models(source)
+    assert not facts_of_base_models('"""A base model with double_blocks."""\nSIDE = 1024\nlimits(640, 99)')
