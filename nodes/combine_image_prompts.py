@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..ipadapter_core import combine_prompts
+from ..ipadapter_core.prompt.encode import Combine
 from . import host
 from .sockets import CATEGORY, Prompt, adapter_input, combine_input
 
@@ -34,7 +37,7 @@ class CombineImagePrompts(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, adapter: host.adapters.ManagedAdapter, combine: str, **inputs: object) -> io.NodeOutput:
+    def execute(cls, adapter: host.adapters.ManagedAdapter, combine: Combine, **inputs: Any) -> io.NodeOutput:
         given = [i for i in range(1, COUNT + 1) if inputs.get(f"prompt_{i}") is not None]
         prompts = [inputs[f"prompt_{i}"] for i in given]
         strengths = [inputs[f"strength_{i}"] for i in given]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ..ipadapter_core.images.faces import FaceAnalyzer, Nth, Which
 from . import host
 from .sockets import CATEGORY, FaceModel, Prompt, adapter_input, combine_input, compatibility_input
 
-CHOICES = ("largest", "best", "all", "nth largest", "nth from left")
+Choice = Literal["largest", "best", "all", "nth largest", "nth from left"]
 
 
 class EncodeFacePrompt(io.ComfyNode):
@@ -27,7 +29,7 @@ class EncodeFacePrompt(io.ComfyNode):
                 io.Image.Input("image", tooltip="One or more pictures with a clear face and some room around it."),
                 io.Combo.Input(
                     "face",
-                    options=list(CHOICES),
+                    options=list(get_args(Choice)),
                     tooltip="Which face of every picture: the largest, the best detection, all of them (as several references), or "
                     "the one with the number below.",
                 ),
@@ -75,7 +77,7 @@ class EncodeFacePrompt(io.ComfyNode):
         adapter: host.adapters.ManagedAdapter,
         face_model: FaceAnalyzer,
         image: Tensor,
-        face: str,
+        face: Choice,
         number: int,
         combine: str,
         picture_strength: float,
@@ -85,7 +87,14 @@ class EncodeFacePrompt(io.ComfyNode):
         negative: Tensor | None = None,
         compatibility: str = "correct",
     ) -> io.NodeOutput:
-        which: Which = Nth(number, "left" if face == "nth from left" else "size") if face.startswith("nth") else face
+        which: Which
+        match face:
+            case "nth largest":
+                which = Nth(number, "size")
+            case "nth from left":
+                which = Nth(number, "left")
+            case _:
+                which = face
         prompt, found = host.adapters.encode_face(
             adapter, face_model, clip_vision, image, which=which, mask=mask, combine=combine, per_latent=per_latent,
             picture_scale=picture_strength, negative=negative, rules=rules_for(compatibility),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..ipadapter_core import describe_fit, describe_spec
-from ..ipadapter_core.backends.comfy.unet import applied_patches, comfy_layout
+from ..ipadapter_core.backends.comfy.unet import PatcherLike, applied_patches, comfy_layout
 from . import host
 from .sockets import CATEGORY, adapter_input
 
@@ -33,7 +33,7 @@ class InspectAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, adapter: host.adapters.ManagedAdapter, model: object | None = None) -> io.NodeOutput:
+    def execute(cls, adapter: host.adapters.ManagedAdapter, model: PatcherLike | None = None) -> io.NodeOutput:
         text = describe_spec(adapter.weights.spec, adapter.weights.name)
         if model is not None:
             text += "\n\n" + describe_fit(adapter.weights, comfy_layout(model), applied_patches(model))

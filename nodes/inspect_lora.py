@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..ipadapter_core.images.files import to_tensor
 from ..ipadapter_core.lora.inspection import describe_facts, draw_heat_map, facts_of, heat_map
 from . import host
 from .sockets import LORA_CATEGORY
@@ -36,7 +37,7 @@ class InspectLoRA(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         weights = host.lora.load(file).weights
         text = describe_facts(facts_of(weights))
-        image = host.frontend.picture_tensor(draw_heat_map(heat_map(weights), file))
+        image = to_tensor(draw_heat_map(heat_map(weights), file).convert("RGB"))[None]
         host.frontend.show_in_node(text, cls.hidden.unique_id)
         shown = ui.PreviewImage(image, cls=cls).as_dict()
         return io.NodeOutput(text, image, ui={**shown, "text": [text]})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..ipadapter_core.lora import Partial
-from ..ipadapter_core.lora.patch import MODES
+from ..ipadapter_core.lora.patch import MODES, Mode
 from . import host
 from .sockets import LORA_CATEGORY, MODE_TOOLTIP, STRENGTH_TOOLTIP, partial_input
 
@@ -47,12 +49,12 @@ class LoRAStack(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: object) -> str:
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
         return host.files.fingerprint("loras", *(file for file, _ in _rows(inputs)))
 
     @classmethod
     def execute(
-        cls, model: object, mode: str, clip: object | None = None, partial: Partial = "refuse", **inputs: object
+        cls, model: object, mode: Mode, clip: object | None = None, partial: Partial = "refuse", **inputs: Any
     ) -> io.NodeOutput:
         reports: list[str] = []
         shown: list[str] = []
@@ -65,7 +67,7 @@ class LoRAStack(io.ComfyNode):
         return io.NodeOutput(model, clip, "\n".join(reports) or "no row is on")
 
 
-def _rows(inputs: dict[str, object]) -> list[tuple[str, float]]:
+def _rows(inputs: dict[str, Any]) -> list[tuple[str, float]]:
     """File and strength of every row that acts."""
     rows = ((inputs[f"on_{i}"], inputs[f"file_{i}"], inputs[f"strength_{i}"]) for i in range(1, ROWS + 1))
     return [(file, strength) for on, file, strength in rows if on and file not in (NONE, None) and strength != 0]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ipadapter_core import RegionMask, WeightSchedule, Window
 from ..ipadapter_core.lora import Partial
 from ..ipadapter_core.lora.block_vectors import parse_where
-from ..ipadapter_core.lora.patch import MODES
+from ..ipadapter_core.lora.patch import MODES, Mode
 from . import host
 from .sockets import (
     LORA_CATEGORY,
@@ -79,7 +79,7 @@ class LoRAStrength(io.ComfyNode):
         strength: float,
         text_strength: float,
         selector: str,
-        mode: str,
+        mode: Mode,
         start: float,
         end: float,
         clip: object | None = None,

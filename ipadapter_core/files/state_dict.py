@@ -173,7 +173,9 @@ def open_tensors(source: str | os.PathLike[str]) -> list[tuple[Tensor, bool]]:
         items = cast("list[object]", content) if isinstance(content, (list, tuple)) else [content]
         views = [item for item in items if isinstance(item, (StoredView, NoTensor))]
         if not views or len(views) != len(items) or len(views) > MAX_ENTRIES:
-            raise CorruptFileError(f"{name} holds a {_kind(content)}; a tensor, or a list of them, was expected.")
+            raise CorruptFileError(
+                f"{name} holds a {_kind(pickled.content)}; a tensor, or a list of them, was expected."
+            )
         keyed = {f"embeds {number}": _whole(f"embeds {number}", view, name) for number, view in enumerate(views)}
         tensors = _in_memory(file, _placed(keyed, pickled, size, name), name)
     return [(tensor, content is not items[0]) for tensor in tensors.values()]
@@ -371,7 +373,8 @@ def _pickled_tensors(pickled: Pickled, size: int, name: str) -> dict[str, _Store
 
 
 def _kind(content: object) -> str:
-    return type(content).__name__ if isinstance(content, (list, tuple, dict, str, int, float)) else "single object"
+    plain: tuple[type, ...] = (list, tuple, dict, str, int, float)
+    return type(content).__name__ if isinstance(content, plain) else "single object"
 
 
 def _whole(key: str, view: StoredView | NoTensor, name: str) -> StoredView:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from ..attention.presets import SiteRule, parse_layers
 from ..attention.schedule import Scaling, WeightSchedule
@@ -112,7 +112,8 @@ class LegacySettings:
 
 def _numbers(weight: Any) -> tuple[float, ...]:
     """One weight or a list of them, as linked nodes of other packs give them."""
-    listed: Any = weight if isinstance(weight, Iterable) and not isinstance(weight, str) else (weight,)
+    several = isinstance(weight, Iterable) and not isinstance(weight, str)
+    listed = cast("Iterable[Any]", weight if several else (weight,))
     try:
         return tuple(float(w) for w in listed)
     except (TypeError, ValueError, OverflowError):

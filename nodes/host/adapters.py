@@ -31,6 +31,7 @@ from ...ipadapter_core import (
     project_by_model,
     rules_for,
 )
+from ...ipadapter_core.attention.schedule import Scaling
 from ...ipadapter_core.backends.comfy import unet as backend
 from ...ipadapter_core.checkpoints import as_version
 from ...ipadapter_core.images.faces import FaceAnalyzer, FoundFaces
@@ -155,7 +156,7 @@ def steer(
     *,
     strength: float,
     preset: str,
-    scaling: str,
+    scaling: Scaling,
     start: float,
     end: float,
 ) -> Any:

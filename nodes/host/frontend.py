@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import comfy.utils
-import numpy as np
-import torch
 from comfy_api.latest import ComfyAPI, io
 from server import PromptServer
 from torch import Tensor
@@ -95,8 +93,3 @@ def resized_like(image: Tensor, other: Tensor) -> Tensor:
         return image
     height, width = other.shape[1:3]
     return comfy.utils.common_upscale(image.movedim(-1, 1), width, height, "bilinear", "center").movedim(1, -1)
-
-
-def picture_tensor(picture: Any) -> Tensor:
-    """A Pillow picture as an IMAGE, 1 y x c in 0..1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -44,8 +44,9 @@ Node = TypeVar("Node", bound=type)
 def check_inputs(node: Node, method: str) -> Node:
     """Let a node's method look at its arguments first; returns the class. Signatures stay as they are."""
     owner = next(base for base in node.__mro__ if method in base.__dict__)
-    found = owner.__dict__[method]
-    function: Callable[..., Any] = found.__func__ if isinstance(found, classmethod) else found
+    found: Any = owner.__dict__[method]
+    of_class = isinstance(found, classmethod)  # as those of our nodes; those of the old ones are of objects
+    function: Callable[..., Any] = getattr(found, "__func__", found)
     if hasattr(function, "__wrapped__"):  # by a relative that shares it
         return node
     signature = inspect.signature(function)
@@ -57,10 +58,10 @@ def check_inputs(node: Node, method: str) -> Node:
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
         # our nodes take what their lists offer; the old ones have options by other names, and know them themselves
-        check_values(self.INPUT_TYPES(), given, strict=isinstance(found, classmethod))
+        check_values(self.INPUT_TYPES(), given, strict=of_class)
         return function(self, *args, **kwargs)
 
-    setattr(owner, method, classmethod(checked) if isinstance(found, classmethod) else checked)
+    setattr(owner, method, classmethod(checked) if of_class else checked)
     return node
 
 
@@ -80,25 +81,31 @@ def check_values(inputs: Mapping[str, Mapping[str, Any]], given: Mapping[str, An
 
 
 def _check(name: str, kind: Any, limits: Mapping[str, Any], value: Any, strict: bool) -> None:
-    if isinstance(value, (list, tuple)) and kind in ("INT", "FLOAT") and not strict:
-        if len(value) > ENTRIES:
-            raise InvalidInputError(f"{name} has {len(value):,} numbers; at most {ENTRIES:,} can be used")
-        for item in value:
+    items = _listed(value)
+    if items is not None and kind in ("INT", "FLOAT") and not strict:
+        if len(items) > ENTRIES:
+            raise InvalidInputError(f"{name} has {len(items):,} numbers; at most {ENTRIES:,} can be used")
+        for item in items:
             _check(name, kind, limits, item, strict)
     elif kind == "STRING":
         _check_text(name, value, LONGER.get(name, TEXT if limits.get("multiline") else LINE))
     elif kind in ("INT", "FLOAT", "BOOLEAN"):
         _check_number(name, kind, limits, value)
     elif isinstance(kind, (list, tuple)) or kind == "COMBO":
-        options = limits.get("options", ()) if kind == "COMBO" else kind
+        options = cast("Sequence[str]", limits.get("options", ()) if kind == "COMBO" else kind)
         if not isinstance(value, str) or (strict and value not in options):
             raise InvalidInputError(f"{name} is {quoted(value)}; choose one that the list offers{_few(options)}")
     else:
         _check_socket(name, kind, value)
 
 
-def _few(options: Any) -> str:
-    return f": {', '.join(map(str, options))}" if 0 < len(options) <= 20 else ""
+def _listed(value: Any) -> Sequence[Any] | None:
+    """A list or a pair as such; None for anything else."""
+    return cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else None
+
+
+def _few(options: Sequence[str]) -> str:
+    return f": {', '.join(options)}" if 0 < len(options) <= 20 else ""
 
 
 def _check_text(name: str, value: Any, limit: int) -> None:
@@ -113,7 +120,8 @@ def _check_text(name: str, value: Any, limit: int) -> None:
 
 
 def _check_number(name: str, kind: str, limits: Mapping[str, Any], value: Any) -> None:
-    if not isinstance(value, Integral if kind != "FLOAT" else Real):
+    wanted: Any = Real if kind == "FLOAT" else Integral
+    if not isinstance(value, wanted):
         what = {"INT": "a whole number", "FLOAT": "a number", "BOOLEAN": "true or false"}[kind]
         raise InvalidInputError(f"{name} is {_a(value)}; {what} was expected")
     low, high = limits.get("min", -math.inf), limits.get("max", math.inf)
@@ -125,7 +133,8 @@ def _check_number(name: str, kind: str, limits: Mapping[str, Any], value: Any) -
 
 def _check_socket(name: str, kind: Any, value: Any) -> None:
     if kind in _TENSORS:
-        parts = value if kind == "EMBEDS" and isinstance(value, (list, tuple)) else [value]
+        parts = _listed(value) if kind == "EMBEDS" else None
+        parts = [value] if parts is None else parts
         if not parts or not all(isinstance(t, Tensor) and t.ndim in _TENSORS[kind] for t in parts):
             raise InvalidInputError(f"{name} is {_a(value)}; {kind} was expected: connect a node that makes it")
     elif kind in _CLASSES:

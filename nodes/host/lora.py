@@ -91,7 +91,7 @@ class MergedUpdates(comfy.weight_adapter.WeightAdapterBase):
 
     @classmethod
     def of(cls, parts: tuple[backend.Part, ...]) -> MergedUpdates:
-        return cls(set(), parts)
+        return cls(set[str](), parts)
 
     @property
     def parts(self) -> tuple[backend.Part, ...]:
@@ -139,13 +139,13 @@ class LiveFactors(nn.Module):
 
 
 def apply(
-    model: Any | None,
-    clip: Any | None,
+    model: Any,
+    clip: Any,
     loaded: LoadedLoRA,
     mode: Mode,
     partial: Partial = "refuse",
     **settings: Any,
-) -> tuple[Any | None, Any | None, str, str]:
+) -> tuple[Any, Any, str, str]:
     """A LoRA on clones of MODEL and CLIP, a text that says what was done, and the part of it that belongs into the node.
 
     ``settings`` are those of LoRAPatch.

@@ -6,8 +6,9 @@ They are V1 classes because other packs call them as such (``nodes.NODE_CLASS_MA
 from __future__ import annotations
 
 from . import apply, embeds, first_version, loaders, pictures, weights
+from .sockets import LegacyNode
 
-LEGACY_NODES: dict[str, tuple[type, str]] = {
+LEGACY_NODES: dict[str, tuple[type[LegacyNode], str]] = {
     "IPAdapter": (apply.IPAdapter, "IPAdapter"),
     "IPAdapterAdvanced": (apply.IPAdapterAdvanced, "IPAdapter Advanced"),
     "IPAdapterBatch": (apply.IPAdapterBatch, "IPAdapter Batch (Adv.)"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
 from ...ipadapter_core import rules_for
+from ...ipadapter_core.attention.schedule import Scaling
 from ...ipadapter_core.legacy.settings import SIMPLE_WEIGHT_TYPES, LegacySettings, todays_option
 from .. import host
 from .encode import Reference, encode_reference
@@ -108,7 +110,7 @@ class IPAdapterAdvanced(LegacyNode):
         clip_vision: Any = None,
         attn_mask: Any = None,
         insightface: Any = None,
-        embeds_scaling: str = "V only",
+        embeds_scaling: Scaling = "V only",
         layer_weights: str | None = None,
         ipadapter_params: dict[str, Any] | None = None,
         encode_batch_size: int = 0,
@@ -290,4 +292,5 @@ class IPAdapterPreciseCompositionBatch(IPAdapterPreciseComposition):
 
 def _first(value: Any) -> Any:
     """A widget's number, also where a list of weights was wired to it."""
-    return value[0] if isinstance(value, (list, tuple)) and value else value
+    given = cast("Sequence[Any]", value)
+    return given[0] if isinstance(value, (list, tuple)) and given else given

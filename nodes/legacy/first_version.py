@@ -17,7 +17,7 @@ from ...ipadapter_core import (
     unconditional_features,
 )
 from ...ipadapter_core.images.noise import negative_picture
-from ...ipadapter_core.images.tiles import masked_tiles, prepare_square
+from ...ipadapter_core.images.tiles import Position, masked_tiles, prepare_square
 from ...ipadapter_core.legacy.settings import FIRST_WEIGHT_TYPES, LegacySettings
 from ...ipadapter_core.prompt.embeds import combine_embeds
 from ...ipadapter_core.prompt.needs import check_encoder
@@ -178,8 +178,8 @@ class IPAdapterTilesMasked(LegacyNode):
         positive, negative = _encoded(pipeline, image, noise, compatibility)
         if masks is None:
             return (_applied(model, pipeline, positive, negative, settings, None, compatibility),)
-        negatives = negative.expand(len(positive), *negative.shape[1:]).split(1)
-        for tile, without, mask in zip(positive.split(1), negatives, masks, strict=True):
+        negatives = negative.expand(len(positive), *negative.shape[1:])
+        for tile, without, mask in zip(torch.split(positive, 1), torch.split(negatives, 1), masks, strict=True):
             model = _applied(model, pipeline, tile, without, settings, mask, compatibility)
         return (model,)
 
@@ -238,7 +238,7 @@ class PrepImageForInsightFace(LegacyNode):
         }
 
     def prep_image(
-        self, image: Tensor, crop_position: str, sharpening: float = 0.0, pad_around: bool = True
+        self, image: Tensor, crop_position: Position, sharpening: float = 0.0, pad_around: bool = True
     ) -> tuple[Any, ...]:
         square = prepare_square(image, 580 if pad_around else 640, position=crop_position, sharpening=sharpening)
         if pad_around:  # white beyond any scale, as the old node padded

@@ -70,10 +70,10 @@ class IPAdapterUnifiedLoader(LegacyNode):
             clip_file = find_encoder(spec, file)
             clip_vision = host.clip_vision.load(clip_file)
         if feature.embedding is not None:
-            insightface = host.faces.load("buffalo_l", provider)
+            insightface, runs_on = host.faces.load("buffalo_l", provider), provider
         else:
-            insightface, provider = (None if earlier is None else earlier.insightface), None
-        return model, pack(adapter, file, clip_vision, clip_file, insightface, provider)
+            insightface, runs_on = (None if earlier is None else earlier.insightface), None
+        return model, pack(adapter, file, clip_vision, clip_file, insightface, runs_on)
 
 
 class IPAdapterUnifiedLoaderFaceID(IPAdapterUnifiedLoader):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ipadapter_core import rules_for
+from ...ipadapter_core.attention.schedule import Scaling
 from ...ipadapter_core.images.noise import Noise, noise_picture
 from ...ipadapter_core.images.tiles import Interpolation, Position, prepare_square, tiles_in_place
 from ...ipadapter_core.legacy.settings import LegacySettings, todays_option
@@ -50,7 +51,7 @@ class IPAdapterNoise(LegacyNode):
         }
 
     def make_noise(
-        self, type: str, strength: float, blur: int, image_optional: Tensor | None = None
+        self, type: Noise, strength: float, blur: int, image_optional: Tensor | None = None
     ) -> tuple[Any, ...]:
         return (noise_picture(type, strength, blur, image_optional),)
 
@@ -73,7 +74,7 @@ class PrepImageForClipVision(LegacyNode):
         }
 
     def prep_image(
-        self, image: Tensor, interpolation: str = "LANCZOS", crop_position: str = "center", sharpening: float = 0.0,
+        self, image: Tensor, interpolation: Interpolation = "LANCZOS", crop_position: Position = "center", sharpening: float = 0.0,
         add_weight: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
         interpolation = todays_option("interpolation", interpolation)
@@ -99,7 +100,7 @@ class IPAdapterTiled(LegacyNode):
     def apply_tiled(
         self, model: Any, ipadapter: Any, image: Tensor, weight: Any, weight_type: str, start_at: float, end_at: float,
         sharpening: float, combine_embeds: str = "concat", image_negative: Tensor | None = None,
-        attn_mask: Tensor | None = None, clip_vision: Any = None, embeds_scaling: str = "V only",
+        attn_mask: Tensor | None = None, clip_vision: Any = None, embeds_scaling: Scaling = "V only",
         encode_batch_size: int = 0, compatibility: str = "IPAdapter_plus",
     ) -> tuple[Any, ...]:  # fmt: skip
         found = understand(ipadapter)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -61,6 +61,7 @@ def understand(value: Any) -> Pipeline:
             f"the ipadapter input carries a {type(value).__name__}, which is no adapter that this pack knows; connect an "
             "IPAdapter loader (or Load IP-Adapter of this pack)"
         )
+    value = cast("Mapping[str, Any]", value)
     if "ipadapter" in value:
         inner = _part(value, "ipadapter")
         if inner is None:
@@ -86,7 +87,7 @@ def understand(value: Any) -> Pipeline:
 
 def _part(pipeline: Mapping[str, Any], name: str) -> Any:
     part = pipeline.get(name)
-    return part.get("model") if isinstance(part, Mapping) and "model" in part else None
+    return cast("Mapping[str, Any]", part).get("model") if isinstance(part, Mapping) else None
 
 
 def pack(

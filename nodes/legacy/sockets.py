@@ -6,7 +6,7 @@ stand at the head of the optional inputs: a graph from before then has no value 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ...ipadapter_core import COMPATIBILITIES, SCALINGS
 from ...ipadapter_core.errors import quoted
@@ -80,6 +80,8 @@ class LegacyNode:
 
     CATEGORY = CATEGORY
     DEPRECATED = True
+    FUNCTION: ClassVar[str]
+    """The name of the method that runs it."""
     REPLACEMENT = "Encode Image Prompt and Apply Adapter to Model"
 
     def __init_subclass__(cls, **more: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from torch import Tensor
 
@@ -49,8 +49,8 @@ class IPAdapterWeights(LegacyNode):
         }
 
     def weights(
-        self, weights: str = "", timing: str = "custom", frames: int = 0, start_frame: int = 0, end_frame: int = 9999,
-        add_starting_frames: int = 0, add_ending_frames: int = 0, method: str = "full batch",
+        self, weights: str = "", timing: Timing = "custom", frames: int = 0, start_frame: int = 0, end_frame: int = 9999,
+        add_starting_frames: int = 0, add_ending_frames: int = 0, method: Method = "full batch",
         weights_strategy: dict[str, Any] | None = None, image: Tensor | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         timing = todays_option("timing", timing)
@@ -96,7 +96,8 @@ class IPAdapterCombineWeights(LegacyNode):
         return {"required": {"weights_1": number(0.0, 0.0, 1.0), "weights_2": number(0.0, 0.0, 1.0)}}
 
     def combine(self, weights_1: Any, weights_2: Any) -> tuple[list[float], int]:
-        both = [w for value in (weights_1, weights_2) for w in (value if isinstance(value, list) else [value])]
+        lists = (cast("list[float]", w) if isinstance(w, list) else [w] for w in (weights_1, weights_2))
+        both = [w for weights in lists for w in weights]
         return both, len(both)
 
 
@@ -124,9 +125,7 @@ class IPAdapterRegionalConditioning(LegacyNode):
         mask: Tensor | None = None, positive: Any = None, negative: Any = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         for conds in (positive, negative):
-            if conds is not None and not all(
-                isinstance(c, (list, tuple)) and len(c) == 2 and isinstance(c[1], dict) for c in conds
-            ):
+            if conds is not None and not all(map(_is_conditioning, conds)):
                 raise InvalidInputError("positive or negative is no conditioning: connect CLIP Text Encode or its like")
         if mask is not None:
             region = {"mask": mask, "set_area_to_bounds": False, "mask_strength": prompt_weight}
@@ -158,13 +157,24 @@ class IPAdapterCombineParams(LegacyNode):
         return ({name: [row[i] for row in rows] for i, name in enumerate(PARAM_NAMES)},)
 
 
+def _is_conditioning(value: Any) -> bool:
+    match value:
+        case [_, dict()]:
+            return True
+        case _:
+            return False
+
+
 def rows_of(params: Any) -> list[tuple[Any, ...]]:
     """What IPADAPTER_PARAMS hold, a row of PARAM_NAMES for each region.
 
     Raises InvalidInputError for anything else: a graph may hold a table of its own making.
     """
-    columns = [params.get(name) for name in PARAM_NAMES] if isinstance(params, dict) else [None]
-    rows = [] if any(not isinstance(column, list) for column in columns) else list(zip(*columns, strict=False))
+    table = cast("dict[str, Any]", params) if isinstance(params, dict) else {}
+    columns: list[Any] = [table.get(name) for name in PARAM_NAMES]
+    rows: list[tuple[Any, ...]] = []
+    if all(isinstance(column, list) for column in columns):
+        rows = list(zip(*columns, strict=False))
     kinds = (Tensor, Tensor, (Real, list, tuple), str, Real, Real)
     known = all(
         isinstance(value, kind) or (value is None and kind is Tensor)

@@ -194,7 +194,14 @@ class Saved:
                 nodes.append(self._rewired(entry, number, ids, leaving))
         for number, node in made.nodes.items():
             if number not in self.nodes:
-                frame = {"id": number, "pos": list(node.place), "size": [320, 200], "flags": {}, "order": 0, "mode": 0}
+                frame: Json = {
+                    "id": number,
+                    "pos": list(node.place),
+                    "size": [320, 200],
+                    "flags": {},
+                    "order": 0,
+                    "mode": 0,
+                }
                 nodes.append({**frame, **sockets(node)})
         return nodes
 
@@ -276,7 +283,7 @@ def read_link(raw: Any) -> Link | None:
 
 def _link_row(link: Link, raw: Any) -> Any:
     values = [link.id, link.source, link.output, link.target, link.slot, link.type]
-    return {**raw, **dict(zip(ROW, values, strict=True))} if isinstance(raw, dict) else [*values, *row(raw)[6:]]
+    return {**table(raw), **dict(zip(ROW, values, strict=True))} if isinstance(raw, dict) else [*values, *row(raw)[6:]]
 
 
 def _forget(out: Json, gone: set[NodeId], changed: set[NodeId]) -> None:
