@@ -14,9 +14,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ...lora.live import LiveLayer, LiveStack, Running, mask_like
+from ...lora.live import LiveLayer, LiveStack
 from ...lora.patch import LoRAPatch
 from ...lora.placement import Partial, PlacedLoRA, Placement, place_lora
+from ...lora.running import Running, mask_like
 from ...lora.targets import TargetTable, targets_of
 from ...lora.update import wide
 from ...lora.weights import Component, LoRAWeights

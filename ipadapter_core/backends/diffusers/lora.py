@@ -21,9 +21,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...attention.call import ModelCall
 from ...errors import InvalidInputError
-from ...lora.live import LiveLayer, LiveStack, Running, mask_like
+from ...lora.live import LiveLayer, LiveStack
 from ...lora.patch import LoRAPatch
 from ...lora.placement import Partial, Placement, place_lora
+from ...lora.running import Running, mask_like
 from ...lora.targets import TargetTable, targets_of
 from ...lora.update import shape_text, wide
 from ...lora.weights import Component, LoRAWeights
