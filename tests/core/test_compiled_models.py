@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -305,6 +306,72 @@ def test_gradients_through_a_compiled_checkpointed_model(unet: Any) -> None:
 # --- ComfyUI ---------------------------------------------------------------------------------------------------------
 
 
+def compiled_host(host: Any, models: Sequence[Any]) -> Counter[str]:
+    """Let models of a host run compiled code, as its own node does it; what was made and what runs is counted."""
+    counted: Counter[str] = Counter()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        counted["made"] += 1
+
+        def run(*args: Any) -> Any:
+            counted["run"] += 1
+            return graph.forward(*args)
+
+        return run
+
+    module = host.model.diffusion_model
+    skip = {"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]}
+    code = torch.compile(module, backend=backend, options=skip)
+
+    def through_compiled(executor: Any, *args: Any) -> Any:
+        host.model.diffusion_model = code
+        try:
+            return executor(*args)
+        finally:
+            host.model.diffusion_model = module
+
+    for model in models:
+        model.add_wrapper_with_key("apply_model", "torch.compile", through_compiled)
+    return counted
+
+
+def test_image_prompts_break_no_graph_of_a_compiled_comfyui_model() -> None:
+    """One graph per model call, made once: neither steps, strengths, prompts nor regions are part of it. Other sites are,
+    and so is another node's hook below ours, which is left to break the graph as it does by itself."""
+    host = tiny_host()
+    layout = comfy.comfy_layout(host)
+    adapter = tiny_adapter(layout)
+    patch = bake(adapter, tiny_prompt(adapter), layout, WeightSchedule(0.7, end_percent=0.5))
+    other = bake(adapter, tiny_prompt(adapter, seed=3), layout, WeightSchedule(1.3), noise(64, 64))
+    theirs = host.clone()
+    text = comfy.torch_attention
+    theirs.set_model_attn2_replace(lambda q, k, v, extra: 0.5 * text(q, k, v, extra["n_heads"]), "middle", 0)
+    models: list[Any] = [
+        comfy.apply(host, patch),
+        comfy.apply(comfy.apply(host, patch), other),
+        comfy.apply(theirs, patch),
+    ]
+    conds: Any = {
+        name: [conditioning(noise(1, 7, TOKEN_DIM, seed=i))] for i, name in enumerate(("positive", "negative"))
+    }
+    x = noise(1, 4, 8, 8)
+    calls = [(0, 0.2), (0, 0.8), (1, 0.2), (1, 0.8), (0, 0.2), (2, 0.2), (2, 0.8), (0, 0.8)]
+    with torch.no_grad():
+        expected = [Guider(models[i], conds)(x, percent) for i, percent in calls]
+        counted = compiled_host(host, models)
+        made: list[int] = []
+        for (i, percent), want in zip(calls, expected, strict=True):
+            before = counted["run"]
+            for name, out in Guider(models[i], conds)(x, percent).items():
+                assert_close(out, want[name], rtol=0, atol=1e-4)
+            made.append(counted["made"])
+            if i < 2:
+                assert counted["run"] - before == 1, "a graph broke"
+        assert made[:5] == [1] * 5, "code was made anew"
+        assert made[5] > 1, "another node's hook is part of the code, and shares none"
+        assert made[5:] == made[5:6] * 3, "code was made anew"
+
+
 def test_clones_of_a_compiled_comfyui_model() -> None:
     """The host compiles the module that all clones share and drops the guards on transformer_options, where prompts are."""
     host = tiny_host()
@@ -321,21 +388,9 @@ def test_clones_of_a_compiled_comfyui_model() -> None:
     }
     x = noise(1, 4, 8, 8)
     expected = [Guider(model, conds)(x, percent) for model, percent in models]
-    module = host.model.diffusion_model
-    skip = {"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]}
-    code = torch.compile(module, backend="eager", options=skip)
-
-    def through_compiled(executor: Any, *args: Any) -> Any:
-        host.model.diffusion_model = code
-        try:
-            return executor(*args)
-        finally:
-            host.model.diffusion_model = module
-
-    for model, _ in models:
-        model.add_wrapper_with_key("apply_model", "torch.compile", through_compiled)
+    compiled_host(host, [model for model, _ in models])
     for i in (1, 0, 2, 3, 4, 0, 1):
         model, percent = models[i]
         for name, out in Guider(model, conds)(x, percent).items():
             assert_close(out, expected[i][name], rtol=0, atol=1e-4, msg=f"model {i}: {{}}".format)
-    assert not any(m._forward_hooks for m in module.modules())
+    assert not any(m._forward_hooks for m in host.model.diffusion_model.modules())

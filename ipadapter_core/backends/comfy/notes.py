@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import threading
 from bisect import bisect_right
 from collections import Counter
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from ...attention.batch import Frames
 from ...attention.call import COND, UNCOND, Area, ModelCall
 from ...errors import IncompatibleAdapterError
+from .compiled import acting
 from .marks import marked
 
 KEY = "image_prompt"
@@ -186,11 +188,7 @@ def note_chunks(
             chunks[entry.get("uuid")] = Chunk(UNCOND if negative else COND, _area(entry.get("area"), latent))
             copied.append(entry)
         distinct.append(None if entries is None else copied)
-    noted = _with_note(model_options, CallNote(step, chunks, latent))
-    unet = getattr(model, "diffusion_model", None)
-    slots = noted["transformer_options"].get("patches_replace", {}).get("attn2", {})
-    with marked(unet, lambda: f"image prompts in {sorted(map(repr, slots))}"):
-        return executor(model, distinct, x, timestep, noted)
+    return executor(model, distinct, x, timestep, _with_note(model_options, CallNote(step, chunks, latent)))
 
 
 def _with_note(model_options: dict[str, Any], note: object) -> dict[str, Any]:
@@ -209,8 +207,15 @@ def _area(area: Sequence[Any] | None, latent: tuple[int, int]) -> Area | None:
 
 def note_call(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """APPLY_MODEL wrapper: describe the call, once for all that acts in it."""
-    args, kwargs = noted(args, kwargs, {KEY: call_of(x, args, kwargs)})
-    return executor(x, *args, **kwargs)
+    call = call_of(x, args, kwargs)
+    args, kwargs = noted(args, kwargs, {KEY: call})
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        return executor(x, *args, **kwargs)
+    slots: Mapping[Any, Any] = _options(args, kwargs).get("patches_replace", {}).get("attn2", {})
+    kinds = sorted(f"{key!r} {getattr(hook, 'kind', '')}" for key, hook in slots.items())
+    unet = getattr(executor.class_obj, "diffusion_model", None)
+    with acting(call, slots.values()), marked(unet, lambda: f"image prompts in {kinds}"):
+        return executor(x, *args, **kwargs)
 
 
 def call_of(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention.call import SiteCall
+from ...attention.call import ModelCall, SiteCall
 from ...attention.maths import split_heads
 from ...attention.patch import AdapterPatch
 from ...errors import IncompatibleAdapterError
 from ...models import layout_of
 from ...models.sites import ModelLayout, Site
 from ..calls import watch_hooks
+from .compiled import add_at_site
 from .notes import Attention, PatcherLike, call_at, install_notes
 
 
@@ -112,21 +113,42 @@ class AttentionHook:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         if torch.compiler.is_compiling():
-            # ComfyUI drops guards on transformer_options: traced, this call's branches would be frozen into the graph.
-            return cast(Any, torch.compiler.disable(self._run))(q, k, v, extra_options)
+            return self._traced(q, k, v, extra_options)
         return self._run(q, k, v, extra_options)
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    def _traced(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        if add_at_site is None or self.previous is not None or torch.is_grad_enabled():
+            # Somebody else's hook may read what must not be frozen, and the operation has no gradient.
+            return cast(Any, torch.compiler.disable(self._run))(q, k, v, extra_options)
+        rows, columns = (extra_options.get("activations_shape") or (0, 0))[-2:]
         heads: int = extra_options["n_heads"]
+        return add_at_site(self._base(q, k, v, extra_options), q, self.index, heads, rows, columns)
+
+    def at_site(self, call: ModelCall, base: Tensor, q: Tensor, heads: int, shape: tuple[int, int]) -> Tensor:
+        """What compiled code does here, see CompiledHook."""
+        return self._add(base, SiteCall(call, q, heads, shape if shape[0] else None))
+
+    @property
+    def kind(self) -> str:
+        """What is part of code compiled for this hook."""
+        return "image prompts" if self.previous is None else "image prompts after another node's hook"
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        out = self._base(q, k, v, extra_options)
+        call = SiteCall(call_at(extra_options), q, extra_options["n_heads"], extra_options.get("activations_shape"))
+        return self._add(out, call)
+
+    def _base(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         if self.previous is not None:
-            out = self.previous(q, k, v, extra_options)
-        else:
-            precision = extra_options.get("attn_precision")
-            out = self.attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
-        call = SiteCall(call_at(extra_options), q, heads, extra_options.get("activations_shape"))
+            return self.previous(q, k, v, extra_options)
+        heads: int = extra_options["n_heads"]
+        precision = extra_options.get("attn_precision")
+        return self.attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
+
+    def _add(self, base: Tensor, call: SiteCall) -> Tensor:
         for patch in self.patches:
-            out = patch.add_to(out, self.index, call)
-        return out
+            base = patch.add_to(base, self.index, call)
+        return base
 
     def to(self, device: Any) -> AttentionHook:
         """The host moves patches when it (un)loads a model: copies on an accelerator are dropped with it."""
