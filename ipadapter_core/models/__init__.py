@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from ..errors import IncompatibleAdapterError
@@ -18,14 +16,14 @@ BASE_MODELS: tuple[BaseModel, ...] = (SD15, SD2, SDXL, FLUX, SD3)
 """Every known family."""
 
 
-def layout_of(model: nn.Module, base_models: Sequence[BaseModel] = BASE_MODELS) -> ModelLayout:
+def layout_of(model: nn.Module) -> ModelLayout:
     """The sites of a base model in diffusers' or ComfyUI's form (``UNet2DConditionModel``, ``UNetModel``).
 
     Raises IncompatibleAdapterError for a model of another family, or of one where image prompts cannot act.
     """
-    *most, last = [base.name for base in base_models if base.walk]
+    *most, last = [base.name for base in BASE_MODELS if base.walk]
     families = f"{', '.join(most)} {{}} {last}"
-    for walk in dict.fromkeys(base.walk for base in base_models):
+    for walk in dict.fromkeys(base.walk for base in BASE_MODELS):
         layout = None if walk is None else walk(model)
         if layout is not None:
             if not layout.sites:
@@ -34,7 +32,7 @@ def layout_of(model: nn.Module, base_models: Sequence[BaseModel] = BASE_MODELS) 
                     f"could steer; use a text-to-image model of the {families.format('or')} family"
                 )
             return layout
-    others = [base.name for base in base_models if not base.walk]
+    others = [base.name for base in BASE_MODELS if not base.walk]
     raise IncompatibleAdapterError(
         f"the model is a {type(model).__name__}, which has no UNet cross-attention; image prompts of this pack work with "
         f"the {families.format('and')} families (and fine-tunes such as Illustrious, NoobAI or Pony), "
@@ -42,9 +40,9 @@ def layout_of(model: nn.Module, base_models: Sequence[BaseModel] = BASE_MODELS) 
     )
 
 
-def names_of_layers(model: nn.Module, shapes: Shapes, base_models: Sequence[BaseModel] = BASE_MODELS) -> LayerNames:
+def names_of_layers(model: nn.Module, shapes: Shapes) -> LayerNames:
     """All names of a UNet's or transformer's layers; of an unknown model, its own paths. ``shapes`` are those of the weights."""
-    for name_layers in dict.fromkeys(base.layers for base in base_models):
+    for name_layers in dict.fromkeys(base.layers for base in BASE_MODELS):
         named = None if name_layers is None else name_layers(model, shapes)
         if named is not None:
             return named
