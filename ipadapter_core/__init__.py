@@ -1,9 +1,16 @@
 """Image prompts for diffusion models, independent of any user interface.
 
+```python
+from ipadapter_core import TransformersImageEncoder, WeightSchedule, bake, encode_image_prompt, layout_of, load_adapter
+from ipadapter_core.backends.diffusers import apply
+
 adapter = load_adapter("ip-adapter_sd15.safetensors")
-prompt = encode_image_prompt(adapter, TransformersImageEncoder("image_encoder"), image)
+encoder = TransformersImageEncoder.from_pretrained("image_encoder")
+prompt = encode_image_prompt(adapter, encoder, image)  # image: 1 y x 3 in 0..1
 patch = bake(adapter, prompt, layout_of(unet), WeightSchedule(strength=0.8))
-with backends.diffusers.apply(unet, patch): ...
+with apply(unet, patch):
+    pictures = pipeline("a garden").images  # the pipeline that the UNet is of
+```
 """
 
 from .attention.call import ModelCall, SiteCall

@@ -1,0 +1,124 @@
+"""What the documents show: Python runs as written, and every command line is one that the command understands."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ipadapter_core.commands import cli
+from ipadapter_core.demo.world import FOLDER, load_world
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not {"node_modules", ".venv", "tests"} & set(path.relative_to(ROOT).parts)
+]
+FILES = {
+    "ip-adapter_sd15.safetensors": "adapters/ip-adapter-base.safetensors",
+    "ip-adapter-plus_sd15.safetensors": "adapters/ip-adapter-plus.safetensors",
+    "style.safetensors": "loras/style-lora.safetensors",
+    "image_encoder": "image_encoder",
+}
+"""Files that snippets name, and what of the demo world stands for them."""
+
+
+def blocks(text: str, language: str) -> Iterator[tuple[int, str]]:
+    """Line and text of every fenced block of a language."""
+    for found in re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, found.start()) + 2, found[1]
+
+
+def examples(path: Path) -> Iterator[tuple[int, str]]:
+    """The same of the docstrings in a file, by the line where these begin."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+            yield from ((node.body[0].lineno, block) for _, block in blocks(text, "python"))
+
+
+def snippets() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in DOCUMENTS:
+        for line, text in blocks(path.read_text(encoding="utf-8"), "python"):
+            found[f"{path.relative_to(ROOT)}:{line}"] = text
+    for folder in ("ipadapter_core", "nodes"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for line, text in examples(path):
+                found[f"{path.relative_to(ROOT)}:{line}"] = text
+    return found
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """Place and text of every command of ours in the documents' shell blocks."""
+    for path in DOCUMENTS:
+        for number, text in blocks(path.read_text(encoding="utf-8"), "bash"):
+            for at, line in enumerate(text.replace("\\\n", " ").splitlines()):
+                for part in line.split("&&"):
+                    if found := re.search(r"(?:^|\s)(?:ipadapter|-m ipadapter_core) (.*)", part):
+                        yield f"{path.relative_to(ROOT)}:{number + at}", found[1]
+
+
+def mentions() -> Iterator[tuple[str, str]]:
+    """Place and text of every command of ours that running text mentions."""
+    for path in DOCUMENTS:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for found in re.finditer(r"`ipadapter ([^`]+)`", line):
+                yield f"{path.relative_to(ROOT)}:{number}", found[1]
+
+
+SNIPPETS = snippets()
+COMMANDS = {f"{place} {text}": text for place, text in command_lines()}
+MENTIONS = {f"{place} {text}": text for place, text in mentions()}
+
+
+def test_the_documents_are_read() -> None:
+    places = {place.split(":")[0] for place in SNIPPETS}
+    assert {"README.md", "ipadapter_core/__init__.py"} <= places
+    assert {"README.md", "ipadapter_core/training/README.md"} <= {place.split(":")[0] for place in COMMANDS}
+    assert len(MENTIONS) > 5
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What snippets take for granted, on the demo world; the folder of the test has the files that they name."""
+    for name, source in FILES.items():
+        copy = shutil.copytree if (FOLDER / source).is_dir() else shutil.copyfile
+        copy(FOLDER / source, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    world = load_world()
+    pipeline = world.pipeline
+
+    class OneStep(type(pipeline)):
+        def __call__(self, prompt: str) -> Any:
+            return super().__call__(prompt, num_inference_steps=1)
+
+    monkeypatch.setattr(pipeline, "__class__", OneStep)
+    return {"pipeline": pipeline, "unet": pipeline.unet, "image": torch.rand(1, 40, 30, 3)}
+
+
+@pytest.mark.parametrize("place", SNIPPETS)
+def test_python_runs_as_written(place: str, names: dict[str, Any]) -> None:
+    exec(compile(SNIPPETS[place], place, "exec"), names)
+
+
+@pytest.mark.parametrize("place", COMMANDS)
+def test_command_lines_are_understood(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert callable(cli._parse(shlex.split(COMMANDS[place], comments=True)).run)
+
+
+@pytest.mark.parametrize("place", MENTIONS)
+def test_commands_that_texts_mention_are_there(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli._parse([*shlex.split(MENTIONS[place]), "--help"])
+    assert ended.value.code == 0
+    command = " ".join(MENTIONS[place].split()[: 2 if MENTIONS[place].startswith("lora ") else 1])
+    assert f"usage: ipadapter {command}" in capsys.readouterr().out
