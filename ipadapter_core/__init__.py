@@ -42,18 +42,13 @@ from .images.encoder import TransformersImageEncoder
 from .images.preprocess import preprocess
 from .models import layout_of
 from .models.sites import BaseModel, ModelLayout, Site
-from .prompt.encode import (
-    ImagePrompt,
-    combine_features,
-    combine_prompts,
-    encode_features,
-    encode_image_prompt,
-    prompt_from_features,
-    unconditional_features,
-)
+from .prompt.combine import combine_features, combine_prompts
+from .prompt.encode import encode_features, encode_image_prompt, prompt_from_features, unconditional_features
 from .prompt.faces import encode_face_prompt
 from .prompt.file import load_prompt, save_prompt
+from .prompt.image_prompt import ImagePrompt
 from .prompt.model_projection import project_by_model
+from .prompt.options import EncodeOptions
 from .report import describe_fit, describe_spec, spec_facts
 from .training.processors import AttnProcessor, IPAttnProcessor, build_processors
 
@@ -76,6 +71,7 @@ __all__ = [
     "Compatibility",
     "CorruptFileError",
     "CrossAttentionSite",
+    "EncodeOptions",
     "EncoderSpec",
     "IPAttnProcessor",
     "ImageEncoder",

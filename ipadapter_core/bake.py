@@ -18,7 +18,7 @@ from .checkpoints import AdapterWeights
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleAdapterError
 from .models.sites import ModelLayout
-from .prompt.encode import ImagePrompt
+from .prompt.image_prompt import ImagePrompt
 
 _Baked = WeakKeyDictionary[nn.Module, dict[ModelLayout, tuple[SiteKV | None, ...]]]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from PIL import Image, PngImagePlugin
@@ -20,25 +19,14 @@ from .backends.diffusers.unet import apply_to_pipeline
 from .bake import bake, check_adapter
 from .checkpoints import AdapterWeights
 from .errors import CorruptFileError, InvalidInputError, UnsafeFileError, out_of_memory, quoted, reason
-from .features import Crop
 from .files.text import read_bytes, read_json, regular_file
 from .files.whole import written_whole
 from .images.encoder import TransformersImageEncoder
 from .images.files import MAX_FILE, decode_grey, read_picture, to_tensor
 from .models import layout_of
-from .prompt.encode import Combine, Unconditional, encode_image_prompt
+from .prompt.encode import encode_image_prompt
+from .prompt.options import EncodeOptions
 from .quiet import quietly
-
-
-@dataclass(frozen=True, slots=True)
-class PromptSettings:
-    """How one adapter's references are read and applied."""
-
-    schedule: WeightSchedule = field(default_factory=WeightSchedule)
-    crop: Crop | Literal["tiles"] = "center"
-    combine: Combine = "concat"
-    unconditional: Unconditional = "auto"
-    strengths: tuple[float, ...] = ()
 
 
 def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
@@ -158,28 +146,15 @@ def prepare_patch(
     adapter: AdapterWeights,
     encoder: TransformersImageEncoder,
     images: Sequence[Tensor],
-    settings: PromptSettings,
+    options: EncodeOptions | None = None,
+    schedule: WeightSchedule | None = None,
     mask: RegionMask | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    per_latent: bool = False,
 ) -> AdapterPatch:
     """Encode references and bake them for the pipeline's UNet; every check comes before any computing."""
-    layout = layout_of(pipeline.unet)
+    layout, schedule = layout_of(pipeline.unet), schedule or WeightSchedule()
     check_adapter(adapter, layout)
-    settings.schedule.site_weights(layout)
-    prompt = encode_image_prompt(
-        adapter,
-        encoder,
-        images,
-        crop=settings.crop,
-        combine=settings.combine,
-        strengths=settings.strengths or None,
-        unconditional=settings.unconditional,
-        per_latent=per_latent,
-        progress=progress,
-    )
-    return bake(adapter, prompt, layout, settings.schedule, mask)
+    schedule.site_weights(layout)
+    return bake(adapter, encode_image_prompt(adapter, encoder, images, options), layout, schedule, mask)
 
 
 def generate(

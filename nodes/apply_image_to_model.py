@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import WeightSchedule
+from ..ipadapter_core import EncodeOptions, WeightSchedule, rules_for
+from ..ipadapter_core.prompt.combine import Combine
 from . import host
 from .sockets import (
     CATEGORY,
@@ -55,7 +56,7 @@ class ApplyImageToModel(io.ComfyNode):
         adapter: host.adapters.ManagedAdapter,
         clip_vision: object,
         image: Tensor,
-        combine: str,
+        combine: Combine,
         per_latent: bool,
         mask: Tensor | None = None,
         negative: Tensor | None = None,
@@ -63,14 +64,7 @@ class ApplyImageToModel(io.ComfyNode):
         compatibility: str = "correct",
         **steering: Any,
     ) -> io.NodeOutput:
-        prompt = host.adapters.encode(
-            adapter,
-            clip_vision,
-            image,
-            combine=combine,
-            per_latent=per_latent,
-            negative=negative,
-            compatibility=compatibility,
-        )
+        options = EncodeOptions(combine=combine, per_latent=per_latent, rules=rules_for(compatibility))
+        prompt = host.adapters.encode(adapter, clip_vision, image, options, negative=negative)
         patched = host.adapters.steer(model, adapter, prompt, mask, schedule, compatibility, **steering)
         return io.NodeOutput(patched)

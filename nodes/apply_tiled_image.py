@@ -8,8 +8,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import WeightSchedule, rules_for
+from ..ipadapter_core import EncodeOptions, WeightSchedule, rules_for
 from ..ipadapter_core.images.tiles import tiles_in_place
+from ..ipadapter_core.prompt.combine import Combine
 from . import host
 from .sockets import (
     CATEGORY,
@@ -72,7 +73,7 @@ class ApplyTiledImageToModel(io.ComfyNode):
         adapter: host.adapters.ManagedAdapter,
         clip_vision: object,
         image: Tensor,
-        combine: str,
+        combine: Combine,
         per_latent: bool,
         sharpening: float,
         mask: Tensor | None = None,
@@ -81,9 +82,10 @@ class ApplyTiledImageToModel(io.ComfyNode):
         compatibility: str = "correct",
         **steering: Any,
     ) -> io.NodeOutput:
-        tiles, regions = tiles_in_place(image, mask, sharpening, rules_for(compatibility))
-        options = {"combine": combine, "per_latent": per_latent, "negative": negative, "compatibility": compatibility}
+        rules = rules_for(compatibility)
+        tiles, regions = tiles_in_place(image, mask, sharpening, rules)
+        options = EncodeOptions(combine=combine, per_latent=per_latent, rules=rules)
         for tile, region in zip(tiles, regions, strict=True):
-            prompt = host.adapters.encode(adapter, clip_vision, tile, **options)
+            prompt = host.adapters.encode(adapter, clip_vision, tile, options, negative=negative)
             model = host.adapters.steer(model, adapter, prompt, region, schedule, compatibility, **steering)
         return io.NodeOutput(model, torch.cat(tiles), torch.cat(regions))

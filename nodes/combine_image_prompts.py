@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ipadapter_core import combine_prompts
-from ..ipadapter_core.prompt.encode import Combine
+from ..ipadapter_core.prompt.combine import Combine
 from . import host
 from .sockets import CATEGORY, Prompt, adapter_input, combine_input
 

@@ -7,8 +7,9 @@ from typing import Literal, get_args
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import rules_for
+from ..ipadapter_core import EncodeOptions, rules_for
 from ..ipadapter_core.images.faces import FaceAnalyzer, Nth, Which
+from ..ipadapter_core.prompt.combine import Combine
 from . import host
 from .sockets import CATEGORY, FaceModel, Prompt, adapter_input, combine_input, compatibility_input
 
@@ -79,7 +80,7 @@ class EncodeFacePrompt(io.ComfyNode):
         image: Tensor,
         face: Choice,
         number: int,
-        combine: str,
+        combine: Combine,
         picture_strength: float,
         per_latent: bool,
         clip_vision: object | None = None,
@@ -95,8 +96,14 @@ class EncodeFacePrompt(io.ComfyNode):
                 which = Nth(number, "left")
             case _:
                 which = face
+        options = EncodeOptions(
+            which=which,
+            combine=combine,
+            per_latent=per_latent,
+            face_scale=picture_strength,
+            rules=rules_for(compatibility),
+        )
         prompt, found = host.adapters.encode_face(
-            adapter, face_model, clip_vision, image, which=which, mask=mask, combine=combine, per_latent=per_latent,
-            picture_scale=picture_strength, negative=negative, rules=rules_for(compatibility),
-        )  # fmt: skip
+            adapter, face_model, clip_vision, image, options, mask=mask, negative=negative
+        )
         return io.NodeOutput(prompt, found.crops)

@@ -7,9 +7,10 @@ from typing import get_args
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import parse_numbers
+from ..ipadapter_core import EncodeOptions, parse_numbers, rules_for
 from ..ipadapter_core.features import Crop
-from ..ipadapter_core.prompt.encode import Unconditional
+from ..ipadapter_core.prompt.combine import Combine
+from ..ipadapter_core.prompt.options import PromptCrop, Unconditional
 from . import host
 from .sockets import (
     CATEGORY,
@@ -71,20 +72,19 @@ class EncodeImagePrompt(io.ComfyNode):
         adapter: host.adapters.ManagedAdapter,
         clip_vision: object,
         image: Tensor,
-        crop: str,
-        combine: str,
+        crop: PromptCrop,
+        combine: Combine,
         strengths: str,
-        unconditional: str,
+        unconditional: Unconditional,
         per_latent: bool,
         mask: Tensor | None = None,
         negative: Tensor | None = None,
         compatibility: str = "correct",
     ) -> io.NodeOutput:
-        options = {"crop": crop, "combine": combine, "unconditional": unconditional, "per_latent": per_latent}
-        options["compatibility"] = compatibility
         values = parse_numbers(strengths)
-        values = values * len(image) if len(values) == 1 else values or None
-        prompt = host.adapters.encode(
-            adapter, clip_vision, image, masks=mask, negative=negative, strengths=values, **options
-        )
+        options = EncodeOptions(
+            crop=crop, combine=combine, unconditional=unconditional, per_latent=per_latent,
+            strengths=values * len(image) if len(values) == 1 else values or None, rules=rules_for(compatibility),
+        )  # fmt: skip
+        prompt = host.adapters.encode(adapter, clip_vision, image, options, masks=mask, negative=negative)
         return io.NodeOutput(prompt)

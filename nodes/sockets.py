@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..ipadapter_core import COMPATIBILITIES, PRESETS, SCALINGS
 from ..ipadapter_core.lora import PARTIAL
-from ..ipadapter_core.prompt.encode import Combine
+from ..ipadapter_core.prompt.combine import Combine
 
 CATEGORY = "image prompt"
 LORA_CATEGORY = "image prompt/lora"

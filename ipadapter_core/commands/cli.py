@@ -21,7 +21,8 @@ from ..checkpoints import describe_adapter, load_adapter
 from ..console import complain, file_argument, forget_output, progress_bar, show_everything
 from ..errors import AdapterError, InvalidInputError, out_of_memory, reason
 from ..features import Crop
-from ..prompt.encode import Combine, Unconditional
+from ..prompt.combine import Combine
+from ..prompt.options import EncodeOptions, Unconditional
 from ..report import describe_spec, spec_facts
 from .lora import add_lora
 from .migrate import add_migrate
@@ -202,7 +203,6 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
 
     from ..generate import (
-        PromptSettings,
         generate,
         grid_of,
         hold_in_memory,
@@ -218,20 +218,20 @@ def run_generate(args: argparse.Namespace) -> None:
     for name in ("steps", "batch"):
         if getattr(args, name) < 1:
             raise InvalidInputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    settings = PromptSettings(
-        schedule=WeightSchedule(
-            strength=args.strength,
-            preset=args.preset,
-            start_percent=args.start,
-            end_percent=args.end,
-            scaling=args.scaling,
-            site_factors=parse_site_factors(args.sites),
-            curve=parse_curve(args.curve),
-        ),
+    options = EncodeOptions(
         crop=args.crop,
         combine=args.combine,
         unconditional=args.unconditional,
-        strengths=tuple(parse_numbers(args.image_strengths)),
+        strengths=parse_numbers(args.image_strengths) or None,
+    )
+    schedule = WeightSchedule(
+        strength=args.strength,
+        preset=args.preset,
+        start_percent=args.start,
+        end_percent=args.end,
+        scaling=args.scaling,
+        site_factors=parse_site_factors(args.sites),
+        curve=parse_curve(args.curve),
     )
     images = [read_image(path) for path in args.image]
     mask = read_mask(args.mask) if args.mask else None
@@ -249,7 +249,7 @@ def run_generate(args: argparse.Namespace) -> None:
         encoder = load_image_encoder(args.model, args.image_encoder, adapter)
         adapter.module.to(args.device)
         encoder.model.to(args.device)
-        patches = [prepare_patch(pipeline, adapter, encoder, images, settings, mask)]
+        patches = [prepare_patch(pipeline, adapter, encoder, images, options, schedule, mask)]
     guidance = args.guidance if args.guidance is not None else _usual_guidance(args.model)
     seeds = [args.seed + i for i in range(args.batch)]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,9 @@ from ..attention.masks import RegionMask
 from ..attention.schedule import WeightSchedule
 from ..checkpoints import AdapterWeights, load_adapter
 from ..errors import InvalidInputError
-from ..generate import PromptSettings, generate, load_image_encoder, load_pipeline, prepare_patch, read_image
+from ..generate import generate, load_image_encoder, load_pipeline, prepare_patch, read_image
 from ..images.encoder import TransformersImageEncoder
+from ..prompt.options import EncodeOptions
 
 FOLDER = Path(__file__).parent / "world"
 REFERENCES = Path(__file__).parent / "references"
@@ -61,12 +62,8 @@ class World:
         if images is not None:
             references = list(images.permute(0, 2, 3, 1).split(1))
             region = None if mask is None else RegionMask.from_tensor(mask)
-            settings = PromptSettings(schedule=schedule)
-            patches = [
-                prepare_patch(
-                    self.pipeline, self.adapters[family], self.encoder, references, settings, region, per_latent=True
-                )
-            ]
+            adapter, options = self.adapters[family], EncodeOptions(per_latent=True)
+            patches = [prepare_patch(self.pipeline, adapter, self.encoder, references, options, schedule, region)]
         pictures = generate(
             self.pipeline, patches, prompts, negative=negative, steps=steps, guidance=GUIDANCE, seeds=seeds
         )

@@ -86,10 +86,31 @@ def sharpen(pixels: Tensor, amount: float) -> Tensor:
     return torch.nan_to_num((plus * weight + around[1][1]) * torch.reciprocal(1 + 4 * weight)).clamp(0, 1)
 
 
-# --- noise ------------------------------------------------------------------------------------------------------------
+MOST_TILES = 16
+"""Of one picture; a longer strip would bury all other references, and the text."""
 
 
-# --- tiles ------------------------------------------------------------------------------------------------------------
+def square_tiles(image: Tensor) -> list[tuple[slice, slice]]:
+    """Rows and columns of squares that together cover ``1 h w c``, evenly spread along its long side; they overlap.
+
+    A tenth of a square more than fits is cut off instead. Raises InvalidInputError for more than MOST_TILES.
+    """
+    h, w = image.shape[1:3]
+    side, long = min(h, w), max(h, w)
+    starts = covering(long, side)
+    if len(starts) > MOST_TILES:
+        raise InvalidInputError(
+            f"a reference of {w}x{h} would become {len(starts)} tiles, at most {MOST_TILES} are made; cut it before"
+        )
+    short = slice(0, side)
+    spans = [slice(start, start + side) for start in starts]
+    return [(span, short) if h > w else (short, span) for span in spans]
+
+
+def split_tiles(image: Tensor, count: int) -> list[Tensor]:
+    """``1 h w c`` in count x count parts, row by row; what division leaves over at the right and bottom is dropped."""
+    h, w = (max(1, side // count) for side in image.shape[1:3])
+    return [image[:, y * h : (y + 1) * h, x * w : (x + 1) * w] for y in range(count) for x in range(count)]
 
 
 def tiles_in_place(
@@ -173,15 +194,24 @@ def placed_tiles(
     return tiles, regions
 
 
+def covering(length: int, side: int) -> list[int]:
+    """Where spans of ``side`` that together cover ``length`` start, evenly spread; they overlap.
+
+    A tenth of a span more than fits is cut off instead, at both ends.
+    """
+    count = max(1, math.ceil(length / side - 0.1))
+    spare = length - side
+    return [round(spare * i / (count - 1)) for i in range(count)] if count > 1 else [spare // 2]
+
+
 MOST_BYTES = 2**33
 """Of the masks of all tiles together."""
 NEARLY_SQUARE, MOST_SQUARES = 4 / 3, 16
 
 
 def _spans(length: int, side: int) -> list[tuple[int, Tensor]]:
-    """Where spans of ``side`` that cover ``length`` start, evenly spread, and how much of each number is each one's own."""
-    count = max(1, math.ceil(length / side - 0.1))
-    starts = [round((length - side) * i / (count - 1)) for i in range(count)] if count > 1 else [(length - side) // 2]
+    """Where spans start that cover ``length``, and how much of each number is each one's own."""
+    starts = covering(length, side)
     at = torch.arange(length) + 0.5
     rise = [torch.ones(length)]
     for before, start in pairwise(starts):  # a neighbour fades in where they overlap, or over a gap of what is cut off

@@ -19,7 +19,8 @@ from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputErr
 from ..features import ENCODERS, FEATURES, ImageEncoder
 from ..files.state_dict import LONGEST_NAME
 from .embeds import MOST_REFERENCES, SavedEmbeds, load_embeds, save_embeds
-from .encode import ImagePrompt, project_features, unconditional_features
+from .encode import unconditional_features
+from .image_prompt import ImagePrompt, project_features
 from .needs import check_encoder
 
 UNNAMED = "saved embeds"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import IncompatibleAdapterError
-from .encode import ImagePrompt
+from .image_prompt import ImagePrompt
 
 ATTRIBUTE = "encoder_hid_proj"
 """What diffusers and ComfyUI's Kolors nodes call the layer, on the UNet itself."""

@@ -18,7 +18,7 @@ from ..errors import AdapterError
 from ..generate import generate, grid_of, to_pillow
 from ..images.files import decode_picture
 from ..models import layout_of
-from ..prompt.encode import ImagePrompt
+from ..prompt.image_prompt import ImagePrompt
 from .batches import Batch, Item, assemble
 from .collection import Sample
 from .config import WatchConfig

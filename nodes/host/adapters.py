@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,6 +18,7 @@ from ...ipadapter_core import (
     AdapterPatch,
     AdapterSpec,
     AdapterWeights,
+    EncodeOptions,
     ImagePrompt,
     RegionMask,
     Rules,
@@ -97,27 +98,44 @@ def describe(file: str) -> AdapterSpec | None:
     return _DESCRIBED[key]
 
 
-def encode(adapter: ManagedAdapter, clip_vision: Any, images: Tensor, **options: Any) -> ImagePrompt:
+def encode(
+    adapter: ManagedAdapter,
+    clip_vision: Any,
+    images: Tensor,
+    options: EncodeOptions,
+    *,
+    masks: Tensor | None = None,
+    negative: Tensor | None = None,
+) -> ImagePrompt:
     """encode_image_prompt with ComfyUI's encoder, memory manager and progress bar."""
-    encoder = ClipVisionEncoder(clip_vision)
-    options["masks"] = real_mask(options.get("masks"))
-    rules = rules_for(options.pop("compatibility", "correct"))
-    return encode_image_prompt(adapter.to_device(), encoder, images, progress=progress_bar(), rules=rules, **options)
+    encoder, options = ClipVisionEncoder(clip_vision), replace(options, progress=progress_bar())
+    weights = adapter.to_device()
+    return encode_image_prompt(weights, encoder, images, options, masks=real_mask(masks), negative=negative)
 
 
-def load_image_prompt(adapter: ManagedAdapter, file: str, clip_vision: Any | None, **options: Any) -> ImagePrompt:
+def load_image_prompt(
+    adapter: ManagedAdapter, file: str, clip_vision: Any | None, *, per_latent: bool, rules: Rules
+) -> ImagePrompt:
     """load_prompt with ComfyUI's encoder, memory manager and folders."""
     encoder = None if clip_vision is None else ClipVisionEncoder(clip_vision)
-    return load_prompt(files.path("image_prompts", file), adapter.to_device(), encoder, **options)
+    path = files.path("image_prompts", file)
+    return load_prompt(path, adapter.to_device(), encoder, per_latent=per_latent, rules=rules)
 
 
 def encode_face(
-    adapter: ManagedAdapter, face_model: FaceAnalyzer, clip_vision: Any | None, images: Tensor, **options: Any
+    adapter: ManagedAdapter,
+    face_model: FaceAnalyzer,
+    clip_vision: Any | None,
+    images: Tensor,
+    options: EncodeOptions,
+    *,
+    mask: Tensor | None = None,
+    negative: Tensor | None = None,
 ) -> tuple[ImagePrompt, FoundFaces]:
     """encode_face_prompt with ComfyUI's encoder, memory manager and progress bar."""
     encoder = None if clip_vision is None else ClipVisionEncoder(clip_vision)
-    options["mask"] = real_mask(options.get("mask"))
-    return encode_face_prompt(adapter.to_device(), face_model, encoder, images, progress=progress_bar(), **options)
+    options, weights = replace(options, progress=progress_bar()), adapter.to_device()
+    return encode_face_prompt(weights, face_model, encoder, images, options, mask=real_mask(mask), negative=negative)
 
 
 def real_mask(mask: Tensor | None) -> Tensor | None:

@@ -7,19 +7,18 @@ from typing import Any, get_args
 from torch import Tensor
 
 from ...ipadapter_core import (
+    EncodeOptions,
     InvalidInputError,
     combine_features,
-    encode_features,
     prompt_from_features,
     rules_for,
     unconditional_features,
 )
 from ...ipadapter_core.legacy.settings import LegacySettings
+from ...ipadapter_core.prompt.combine import Combine, at_strength
 from ...ipadapter_core.prompt.embeds import EXTENSION, SavedEmbeds, combine_embeds, load_embeds, save_embeds
-from ...ipadapter_core.prompt.encode import Combine
-from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
-from .encode import vision
+from .encode import encode_pictures, vision
 from .first_encoder import encode_first
 from .pipeline import Pipeline, understand
 from .sockets import (
@@ -86,16 +85,11 @@ class IPAdapterEncoder(LegacyNode):
         rules = rules_for(compatibility)
         found = understand(ipadapter)
         encoder = vision(Pipeline(found.adapter, found.clip_vision if clip_vision is None else clip_vision))
-        spec = found.adapter.weights.spec
-        check_encoder(spec, encoder)
-        feature = spec.format.feature.encoded
-        features = encode_features(
-            feature, encoder, image, mask=mask, rules=rules, progress=host.frontend.progress_bar()
-        )
-        neutral = unconditional_features(found.adapter.weights, encoder, features, rules)
-        if weight != 1:
-            features = features * weight if rules.features_scaled else neutral + (features - neutral) * weight
-        count = len(features) if feature == "image_embeds" else 1
+        adapter = found.adapter.weights
+        options = EncodeOptions(rules=rules, progress=host.frontend.progress_bar())
+        features, neutral = encode_pictures(adapter, encoder, image, None, options, mask)
+        features = at_strength(features, neutral, weight, rules)
+        count = len(features) if adapter.spec.format.feature.encoded == "image_embeds" else 1
         return features, neutral.expand(count, *neutral.shape[1:])
 
 
@@ -158,7 +152,8 @@ class IPAdapterEmbeds(LegacyNode):
             clip_vision = found.clip_vision if clip_vision is None else clip_vision
             encoder = None if clip_vision is None else host.clip_vision.ClipVisionEncoder(clip_vision)
             neg_embed = unconditional_features(adapter, encoder, pos_embed, rules)
-        prompt = prompt_from_features(adapter, pos_embed, neg_embed, per_latent=self.UNFOLD, rules=rules)
+        options = EncodeOptions(per_latent=self.UNFOLD, rules=rules)
+        prompt = prompt_from_features(adapter, pos_embed, neg_embed, options)
         model, _ = host.adapters.apply(model, found.adapter, prompt, settings.schedule(), attn_mask, rules)
         return model, None  # the place of the faces, which other packs unpack
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from ...ipadapter_core import (
+    AdapterWeights,
+    EncodeOptions,
+    ImageEncoder,
     ImagePrompt,
     InvalidInputError,
     Rules,
+    encode_face_prompt,
     encode_features,
     prompt_from_features,
     unconditional_features,
 )
 from ...ipadapter_core.images.faces import FaceAnalyzer, InsightFaceAnalyzer
 from ...ipadapter_core.legacy.settings import LegacySettings
-from ...ipadapter_core.prompt.faces import encode_face_prompt
 from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
 from .pipeline import Pipeline
@@ -49,47 +53,57 @@ class Encoded:
 
 def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacySettings, rules: Rules) -> Encoded:
     """Encode and project the pictures of one node."""
+    options = EncodeOptions(
+        combine=settings.combine_embeds, per_latent=settings.unfold_batch, chunk=reference.batch_size or 8,
+        progress=host.frontend.progress_bar(), rules=rules,
+    )  # fmt: skip
     if pipeline.adapter.weights.spec.format.feature.embedding is not None:
-        return _encode_faces(pipeline, reference, settings, rules)
-    encoder = vision(pipeline)
-    adapter = pipeline.adapter.to_device()
-    feature = adapter.spec.format.feature.encoded
+        return _encode_faces(pipeline, reference, settings, options)
+    encoder, adapter = vision(pipeline), pipeline.adapter.to_device()
+    tiled = replace(options, tiles=min(reference.tiles, 16), tile_ratio=reference.tile_ratio)
+    negative = reference.negative
+    if negative is not None and not isinstance(negative, Tensor):
+        negative = negative(reference.image)
+    features, uncond = encode_pictures(adapter, encoder, reference.image, negative, tiled)
+    prompt = partial(prompt_from_features, adapter, uncond=uncond, options=options, encoder=encoder.name)
+    if reference.composition is None:
+        return Encoded(prompt(features))
+    composition = encode_features(adapter.spec.format.feature.encoded, encoder, reference.composition, tiled)
+    return Encoded(prompt(features), prompt(composition))
+
+
+def encode_pictures(
+    adapter: AdapterWeights,
+    encoder: ImageEncoder,
+    images: Tensor,
+    negative: Tensor | None,
+    options: EncodeOptions,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features of pictures, and of what stands for no image beside them or of the negative pictures."""
+    encoded = adapter.spec.format.feature.encoded
+    if encoded is None:
+        raise InvalidInputError(f"{adapter.name} reads nothing but faces: take IPAdapter FaceID in this node's place")
     check_encoder(adapter.spec, encoder)
-    chunk = reference.batch_size or 8
-    options = {"rules": rules, "chunk": chunk, "progress": host.frontend.progress_bar()}
-    tiled = {**options, "tiles": min(reference.tiles, 16), "tile_ratio": reference.tile_ratio}
-    features = encode_features(feature, encoder, reference.image, **tiled)
-    if reference.negative is None:
-        uncond = unconditional_features(adapter, encoder, features, rules)
-    else:
-        negative = reference.negative
-        pictures = negative if isinstance(negative, Tensor) else negative(reference.image)
-        uncond = encode_features(feature, encoder, pictures, **options)
-
-    def prompt(features: Tensor) -> ImagePrompt:
-        return prompt_from_features(
-            adapter, features, uncond, combine=settings.combine_embeds, per_latent=settings.unfold_batch,
-            chunk=chunk, encoder=encoder.name, rules=rules,
-        )  # fmt: skip
-
-    composition = None
-    if reference.composition is not None:
-        composition = prompt(encode_features(feature, encoder, reference.composition, **tiled))
-    return Encoded(prompt(features), composition)
+    features = encode_features(encoded, encoder, images, options, mask=mask)
+    if negative is None:
+        return features, unconditional_features(adapter, encoder, features, options.rules)
+    return features, encode_features(encoded, encoder, negative, replace(options, tiles=1))
 
 
-def _encode_faces(pipeline: Pipeline, reference: Reference, settings: LegacySettings, rules: Rules) -> Encoded:
+def _encode_faces(
+    pipeline: Pipeline, reference: Reference, settings: LegacySettings, options: EncodeOptions
+) -> Encoded:
     """The face of every picture, and what an image encoder sees in its crop where the adapter reads that too."""
     adapter = pipeline.adapter.to_device()
     encoder = None if adapter.spec.format.feature.encoded is None else vision(pipeline)
     # as the old pack: where the node has no weight of its own for it, twice the weight
     weight = settings.weight if isinstance(settings.weight, (int, float)) else settings.weight[0]
     scale = 2 * weight if reference.weight_faceidv2 is None else reference.weight_faceidv2
+    options = replace(options, face_scale=scale, face_side=reference.crop)
     prompt, found = encode_face_prompt(
-        adapter, face_analyzer(pipeline), encoder, reference.image, combine=settings.combine_embeds,
-        per_latent=settings.unfold_batch, picture_scale=scale, negative=reference.negative, crop=reference.crop,
-        chunk=reference.batch_size or 8, progress=host.frontend.progress_bar(), rules=rules,
-    )  # fmt: skip
+        adapter, face_analyzer(pipeline), encoder, reference.image, options, negative=reference.negative
+    )
     return Encoded(prompt, faces=found.crops)
 
 

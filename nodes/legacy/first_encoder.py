@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ipadapter_core import InvalidInputError, encode_features, rules_for
+from ...ipadapter_core import EncodeOptions, InvalidInputError, encode_features, rules_for
 from ...ipadapter_core.images.noise import negative_picture
 from ...ipadapter_core.legacy.settings import first_feature_weight
+from ...ipadapter_core.prompt.combine import at_strength
 from ...ipadapter_core.prompt.encode import no_image_features
 from .. import host
 
@@ -37,18 +38,14 @@ def encode_first(
     given = [(image_1, weight_1), (image_2, weight_2), (image_3, weight_3), (image_4, weight_4)]
     pictures = [(host.frontend.resized_like(image, image_1), weight) for image, weight in given if image is not None]
     images = torch.cat([image for image, _ in pictures])
-    feature = "penultimate" if plus else "image_embeds"
-    features = encode_features(feature, encoder, images, rules=rules, progress=host.frontend.progress_bar())
+    encoded = "penultimate" if plus else "image_embeds"
+    options = EncodeOptions(rules=rules, progress=host.frontend.progress_bar())
+    features = encode_features(encoded, encoder, images, options)
+    neutral = no_image_features(encoded, encoder, features, rules)
+    negative = neutral.expand_as(features)
     if noise > 0:
-        negative = encode_features(feature, encoder, negative_picture(images, noise), rules=rules)
-    else:
-        negative = no_image_features(feature, encoder, features, rules).expand_as(features)
-    weights = torch.tensor([first_feature_weight(weight) for image, weight in pictures for _ in image])
-    weights = weights.view(-1, *[1] * (features.ndim - 1)).to(features)
-    if rules.features_scaled:
-        weighted = features * weights
-    else:
-        neutral = no_image_features(feature, encoder, features, rules)
-        weighted = neutral + (features - neutral) * weights
-    pair = torch.stack([weighted, negative])
+        negative = encode_features(encoded, encoder, negative_picture(images, noise), options)
+    weights = [first_feature_weight(weight) for image, weight in pictures for _ in image]
+    weighted = [at_strength(f, neutral, w, rules) for f, w in zip(features.split(1), weights, strict=True)]
+    pair = torch.stack([torch.cat(weighted), negative])
     return pair, pair[1]

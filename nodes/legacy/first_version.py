@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from ...ipadapter_core import (
+    EncodeOptions,
     InvalidInputError,
-    encode_features,
     prompt_from_features,
     rules_for,
-    unconditional_features,
 )
 from ...ipadapter_core.images.noise import negative_picture
 from ...ipadapter_core.images.tiles import Position, masked_tiles, prepare_square
 from ...ipadapter_core.legacy.settings import FIRST_WEIGHT_TYPES, LegacySettings
 from ...ipadapter_core.prompt.embeds import combine_embeds
-from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
-from .encode import Reference, encode_reference, vision
+from .encode import Reference, encode_pictures, encode_reference, vision
 from .pipeline import Pipeline, understand
 from .sockets import (
     ADAPTER,
@@ -247,15 +245,9 @@ class PrepImageForInsightFace(LegacyNode):
 
 
 def _encoded(pipeline: Pipeline, image: Tensor, noise: float, switch: str) -> tuple[Tensor, Tensor]:
-    rules = rules_for(switch, v1=True)
-    encoder = vision(pipeline)
-    adapter = pipeline.adapter.weights
-    feature = adapter.spec.format.feature.encoded
-    check_encoder(adapter.spec, encoder)
-    positive = encode_features(feature, encoder, image, rules=rules, progress=host.frontend.progress_bar())
-    if noise > 0:
-        return positive, encode_features(feature, encoder, negative_picture(image, noise), rules=rules)
-    return positive, unconditional_features(adapter, encoder, positive, rules)
+    options = EncodeOptions(rules=rules_for(switch, v1=True), progress=host.frontend.progress_bar())
+    negative = negative_picture(image, noise) if noise > 0 else None
+    return encode_pictures(pipeline.adapter.weights, vision(pipeline), image, negative, options)
 
 
 def _applied(
@@ -263,5 +255,6 @@ def _applied(
 ) -> Any:
     rules = rules_for(switch, v1=True)
     adapter = pipeline.adapter.to_device()
-    prompt = prompt_from_features(adapter, positive, negative, per_latent=settings.unfold_batch, rules=rules)
+    options = EncodeOptions(per_latent=settings.unfold_batch, rules=rules)
+    prompt = prompt_from_features(adapter, positive, negative, options)
     return host.adapters.apply(model, pipeline.adapter, prompt, settings.schedule(), mask, rules)[0]

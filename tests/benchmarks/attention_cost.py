@@ -32,7 +32,7 @@ from ipadapter_core import AdapterPatch, WeightSchedule, bake, describe_adapter,
 from ipadapter_core.attention.schedule import SCALINGS
 from ipadapter_core.backends.comfy import unet as comfy_backend
 from ipadapter_core.backends.diffusers import unet as diffusers_backend
-from ipadapter_core.prompt.encode import ImagePrompt
+from ipadapter_core.prompt.image_prompt import ImagePrompt
 from tiny import SDXL_CHANNELS, adapter_shapes
 from tiny_models import (
     SD15,

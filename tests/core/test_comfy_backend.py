@@ -26,7 +26,7 @@ from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
 from ipadapter_core.bake import bake
 from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.models.unet import down_up_middle
-from ipadapter_core.prompt.encode import ImagePrompt
+from ipadapter_core.prompt.image_prompt import ImagePrompt
 from tiny_models import (
     SD15,
     SDXL,

@@ -24,7 +24,10 @@ from ipadapter_core.bake import bake
 from ipadapter_core.compatibility import CORRECT, IPADAPTER_PLUS, IPADAPTER_PLUS_V1, Rules, rules_for
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.images.preprocess import preprocess, preprocess_as_host
-from ipadapter_core.prompt.encode import combine_features, merge_tiles, prompt_from_features, split_tiles
+from ipadapter_core.images.tiles import split_tiles
+from ipadapter_core.prompt.combine import combine_features
+from ipadapter_core.prompt.encode import prompt_from_features
+from ipadapter_core.prompt.tiles import merge_tiles
 from tiny_models import SD15, SDXL, FakePatcher, noise, tiny_adapter, tiny_host, tiny_prompt
 
 

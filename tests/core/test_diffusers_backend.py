@@ -23,7 +23,7 @@ from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
 from ipadapter_core.bake import bake
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.models import layout_of
-from ipadapter_core.prompt.encode import ImagePrompt
+from ipadapter_core.prompt.image_prompt import ImagePrompt
 from ipadapter_core.training.processors import IPAttnProcessor, build_processors
 from tiny import nested
 from tiny_models import (

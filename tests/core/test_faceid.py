@@ -26,7 +26,8 @@ from ipadapter_core.files.state_dict import TensorFile
 from ipadapter_core.images.faces import Face, template
 from ipadapter_core.models.sites import ModelLayout, Site
 from ipadapter_core.models.unet import SDXL as SDXL_MODEL
-from ipadapter_core.prompt.encode import combine_prompts, encode_image_prompt, prompt_from_features
+from ipadapter_core.prompt.combine import combine_prompts
+from ipadapter_core.prompt.encode import encode_image_prompt, prompt_from_features
 from ipadapter_core.prompt.faces import encode_face_prompt
 from ipadapter_core.prompt.model_projection import project_by_model
 from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, fill, tiny_state

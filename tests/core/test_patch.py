@@ -23,7 +23,7 @@ from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.models import layout_of
 from ipadapter_core.models.sites import ModelLayout
 from ipadapter_core.models.unet import down_up_middle
-from ipadapter_core.prompt.encode import ImagePrompt
+from ipadapter_core.prompt.image_prompt import ImagePrompt
 from ipadapter_core.report import describe_fit
 from tiny import SD15_CHANNELS, tiny_state
 from tiny_models import (

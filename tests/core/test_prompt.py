@@ -16,14 +16,10 @@ from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.features import ImageFeatures
 from ipadapter_core.images.encoder import TransformersImageEncoder
 from ipadapter_core.images.preprocess import preprocess
-from ipadapter_core.prompt.encode import (
-    Combine,
-    ImagePrompt,
-    combine_features,
-    combine_prompts,
-    encode_image_prompt,
-    square_tiles,
-)
+from ipadapter_core.images.tiles import square_tiles
+from ipadapter_core.prompt.combine import Combine, combine_features, combine_prompts
+from ipadapter_core.prompt.encode import encode_image_prompt
+from ipadapter_core.prompt.image_prompt import ImagePrompt
 from tiny import tiny_state
 
 SIZE, HIDDEN, EMBED, TOKENS = 28, 32, 24, 4

@@ -16,8 +16,10 @@ from torch.testing import assert_close
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
 from ipadapter_core.errors import AdapterError, CorruptFileError, IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.features import ImageFeatures, pack_face
-from ipadapter_core.prompt.encode import ImagePrompt, combine_prompts, encode_image_prompt, prompt_from_features
+from ipadapter_core.prompt.combine import combine_prompts
+from ipadapter_core.prompt.encode import encode_image_prompt, prompt_from_features
 from ipadapter_core.prompt.file import load_prompt, save_prompt
+from ipadapter_core.prompt.image_prompt import ImagePrompt
 from tiny import tiny_state
 
 HIDDEN, EMBED, TOKENS, FACE = 32, 24, 17, 16

@@ -53,7 +53,8 @@ from ipadapter_core.lora.convert import SPELLINGS
 from ipadapter_core.lora.factors import Smaller, combine, resize
 from ipadapter_core.lora.inspection import describe_facts, draw_heat_map, heat_map, lora_facts, verify
 from ipadapter_core.models import layout_of
-from ipadapter_core.prompt.encode import combine_prompts, prompt_from_features
+from ipadapter_core.prompt.combine import combine_prompts
+from ipadapter_core.prompt.encode import prompt_from_features
 from ipadapter_core.report import describe_spec, spec_facts
 from ipadapter_core.training.collection import collect, hold_out, look
 from ipadapter_core.training.config import DataConfig, OutputConfig, load_config, parse_overrides, write_config

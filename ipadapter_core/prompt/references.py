@@ -1,0 +1,100 @@
+"""Reference pictures on their way to the encoder: one by one, cut into tiles, as pixel values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInputError
+from ..features import Crop, ImageEncoder
+from ..images.preprocess import preprocess, preprocess_as_host
+from ..images.tiles import square_tiles
+from .options import EncodeOptions
+
+Part = tuple[Tensor, Tensor | None]
+"""A picture ``1 h w c`` that is encoded alone, and its mask ``1 h w``."""
+
+
+def parts_of(
+    images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None, options: EncodeOptions
+) -> list[list[Part]]:
+    """Every reference as the parts of it that are encoded alone: one, or with ``crop`` "tiles" its tiles."""
+    singles = single_images(images)
+    seen = list(zip(singles, single_masks(masks, singles), strict=True))
+    if options.crop != "tiles":
+        return [[one] for one in seen]
+    parts = [_tiles(*one, keep_hidden=options.per_latent) for one in seen]
+    lengths = [len(part) for part in parts]
+    if options.per_latent and len(set(lengths)) > 1:
+        raise InvalidInputError(
+            f"the images of a latent each become {', '.join(map(str, lengths))} tiles; with per_latent they need as many each: "
+            "give images of one shape"
+        )
+    return parts
+
+
+def negatives_of(negative: Tensor | None, count: int, options: EncodeOptions) -> list[Tensor]:
+    """The negative pictures of ``count`` references, none, one, or with ``per_latent`` one each."""
+    negatives = [] if negative is None else single_images(negative)
+    if len(negatives) not in ((0, 1, count) if options.per_latent else (0, 1)):
+        wanted = f"one or {count}" if options.per_latent else "one"
+        raise InvalidInputError(f"got {len(negatives)} negative images; {wanted} can be used here")
+    return negatives
+
+
+def pixels_of(image: Tensor, mask: Tensor | None, encoder: ImageEncoder, options: EncodeOptions) -> Tensor:
+    """The encoder's pixel values of a picture ``1 h w c``."""
+    if options.rules.host_pixels:
+        return preprocess_as_host(image, encoder, mask=mask)
+    crop: Crop = "center" if options.crop == "tiles" else options.crop
+    return preprocess(image, encoder, crop=crop, mask=mask)
+
+
+def no_image_pixels(rule: str, encoder: ImageEncoder, like: Tensor) -> Tensor:
+    """Pixel values that stand for no image: zeros, or those of a black picture."""
+    # zero *normalised* pixels, the encoder's mean colour: tencent ip_adapter.py; the black image is what users of the
+    # old pack have their pictures from
+    if rule == "zero_pixels":
+        return torch.zeros_like(like)
+    size = encoder.image_size
+    return preprocess(torch.zeros(1, size, size, 3, device=like.device), encoder)
+
+
+def single_images(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One ``1 h w c`` tensor per image; shapes are judged by preprocess()."""
+    singles: list[Tensor] = []
+    for image in [images] if isinstance(images, Tensor) else images:
+        if image.ndim == 4 and image.shape[0] > 0:
+            singles += image.split(1)
+        else:
+            singles.append(image[None] if image.ndim == 3 else image)
+    if not singles:
+        raise InvalidInputError("the list of images is empty; give at least one image")
+    return singles
+
+
+def single_masks(masks: Tensor | Sequence[Tensor | None] | None, images: list[Tensor]) -> list[Tensor | None]:
+    """One ``1 h w`` mask or None per image."""
+    if masks is None:
+        return [None] * len(images)
+    if isinstance(masks, Tensor):
+        masks = list(masks[None] if masks.ndim == 2 else masks)
+        if len(masks) == 1:
+            masks = masks * len(images)
+    if len(masks) != len(images):
+        raise InvalidInputError(f"got {len(masks)} masks for {len(images)} images; give one mask, or one per image")
+    return [mask[None] if mask is not None and mask.ndim == 2 else mask for mask in masks]
+
+
+def _tiles(image: Tensor, mask: Tensor | None, *, keep_hidden: bool) -> list[Part]:
+    """A picture and its mask cut into square_tiles(); those that the mask hides only where asked for."""
+    if image.ndim != 4 or 0 in image.shape or (mask is not None and mask.shape[-2:] != image.shape[1:3]):
+        return [(image, mask)]  # preprocess() says what is wrong with it
+    cut = [
+        (image[:, rows, columns], None if mask is None else mask[..., rows, columns])
+        for rows, columns in square_tiles(image)
+    ]
+    seen = [part for part in cut if part[1] is None or bool(part[1].any())]
+    return cut if keep_hidden or not seen else seen
