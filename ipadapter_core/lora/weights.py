@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import quoted
-from ..models import BASE_MODELS
+from ..models import marked
 from ..models.unet import SDXL, UNet, unet_of_width
 from .names import Component
 from .update import Update
@@ -84,8 +84,8 @@ def left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
 def guess_base_model(modules: tuple[LoRAModule, ...]) -> str:
     """The family that these names and shapes belong to."""
     unet = [module for module in modules if module.component == "unet"]
-    marked = [base for base in BASE_MODELS if base.marks and any(base.marks.search(module.name) for module in unet)]
-    transformer = next((base for base in marked if not isinstance(base, UNet)), None)
+    possible = marked([module.name for module in unet])
+    transformer = next((base for base in possible if not isinstance(base, UNet)), None)
     if transformer is not None:
         return transformer.name
     for module in unet:
@@ -94,6 +94,6 @@ def guess_base_model(modules: tuple[LoRAModule, ...]) -> str:
                 family = None if columns is None else unet_of_width(columns)
                 if family is not None:
                     return family.name
-    if SDXL in marked or any(module.component == "te2" for module in modules):
+    if SDXL in possible or any(module.component == "te2" for module in modules):
         return SDXL.name
-    return " or ".join(base.name for base in marked) or "unknown"
+    return " or ".join(base.name for base in possible) or "unknown"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from ..errors import IncompatibleAdapterError
@@ -38,6 +40,11 @@ def layout_of(model: nn.Module) -> ModelLayout:
         f"the {families.format('and')} families (and fine-tunes such as Illustrious, NoobAI or Pony), "
         f"not with {', '.join(others)} or other transformers"
     )
+
+
+def marked(names: Collection[str]) -> list[BaseModel]:
+    """The families that alone have such layers, by underscored names."""
+    return [base for base in BASE_MODELS if base.marks and any(map(base.marks.search, names))]
 
 
 def names_of_layers(model: nn.Module, shapes: Shapes) -> LayerNames:

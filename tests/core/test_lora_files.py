@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from host.shrunk import UNETS, unet_shapes
+from ipadapter_core import models
 from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.errors import CorruptFileError, IncompatibleAdapterError, InvalidInputError, UnknownFormatError
 from ipadapter_core.lora import (
@@ -30,6 +32,8 @@ from ipadapter_core.lora import (
 )
 from ipadapter_core.lora.losses import lost_part
 from ipadapter_core.lora.trainable import trainable
+from ipadapter_core.models.layers import LayerNames, Link, fused, linked_names, numbered_blocks
+from ipadapter_core.models.sites import BaseModel
 from tiny_loras import ALGORITHMS
 from tiny_models import SD15, SDXL, noise, tiny_unet
 
@@ -412,6 +416,35 @@ def test_sd3_names() -> None:
     )
     assert actual["joint_blocks.0.x_block.attn.qkv.weight"][H:].abs().max() == 0
     assert_close(actual["joint_blocks.0.x_block.attn.proj.weight"], product(state, f"{stem}.to_out.0"))
+
+
+def test_a_new_base_model_is_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file says how its layers are linked; every key format, the blocks' words and the family follow."""
+
+    def name_layers(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> LayerNames | None:
+        if "trunk.0.mix.qkv" not in shapes:
+            return None
+        links = [
+            *fused("trunk.0.mix.qkv", "blocks.0.attn.to_{}", H),
+            Link("trunk.0.mix.proj", "blocks.0.attn.to_out.0"),
+        ]
+        names, labels = linked_names(links, shapes, is_original=True)
+        return LayerNames("Fake", names, labels, numbered_blocks(shapes, {"trunk": "trunk"}))
+
+    fake = BaseModel(name="Fake", layers=name_layers, marks=re.compile("^(trunk|blocks)_[0-9]+_(mix|attn)_"))
+    monkeypatch.setattr(models, "BASE_MODELS", (*models.BASE_MODELS, fake))
+    model = Skeleton({"trunk.0.mix.qkv": (3 * H, H), "trunk.0.mix.proj": (H, H)})
+    table = targets_of(model)
+    assert (table.family, {target.block for target in table.targets.values()}) == ("Fake", {"trunk0"})
+    stems = [f"transformer.blocks.0.attn.to_{part}" for part in ("q", "k", "v", "out.0")]
+    state = {key: tensor for stem in stems for key, tensor in lora_for(stem, (H, H)).items()}
+    found = placed(state, model)
+    assert (found.weights.base_model, found.unmatched) == ("Fake", ())
+    actual = changes(found)
+    assert_close(actual["trunk.0.mix.qkv.weight"], torch.cat([product(state, stem) for stem in stems[:3]]))
+    assert_close(actual["trunk.0.mix.proj.weight"], product(state, stems[3]))
+    with pytest.raises(IncompatibleAdapterError, match="not with Flux, SD3, Fake or other transformers"):
+        models.layout_of(model)
 
 
 def test_text_encoders() -> None:
