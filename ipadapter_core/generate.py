@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention.masks import RegionMask
 from .attention.patch import AdapterPatch
 from .attention.schedule import WeightSchedule
-from .backends.diffusers.unet import apply_to_pipeline
+from .backends.diffusers.doors import apply_to_pipeline
 from .bake import bake, check_adapter
 from .checkpoints import AdapterWeights
 from .errors import CorruptFileError, InvalidInputError, UnsafeFileError, out_of_memory, quoted, reason

@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..ipadapter_core import describe_fit, describe_spec
-from ..ipadapter_core.backends.comfy.unet import PatcherLike, applied_patches, comfy_layout
+from ..ipadapter_core.backends.comfy.doors import applied_patches, comfy_layout
+from ..ipadapter_core.backends.comfy.notes import PatcherLike
 from . import host
 from .sockets import CATEGORY, adapter_input
 

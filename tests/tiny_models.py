@@ -316,6 +316,9 @@ class Sampling:
         w = t.frac()
         return ((1 - w) * self.log_sigmas[low] + w * self.log_sigmas[high]).exp()
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return (sigma.log() - self.log_sigmas[:, None]).abs().argmin(0).view(sigma.shape)
+
     def percent_to_sigma(self, percent: float) -> float:
         if percent <= 0:
             return 999999999.9
@@ -375,9 +378,14 @@ class FakePatcher:
     def set_model_attn2_replace(
         self, patch: Any, block_name: str, number: int, transformer_index: int | None = None
     ) -> None:
+        self.set_model_patch_replace(patch, "attn2", block_name, number, transformer_index)
+
+    def set_model_patch_replace(
+        self, patch: Any, name: str, block_name: str, number: int, transformer_index: int | None = None
+    ) -> None:
         options = self.model_options["transformer_options"] = self.model_options["transformer_options"].copy()
         replace = options["patches_replace"] = options.get("patches_replace", {}).copy()
-        slots = replace["attn2"] = replace.get("attn2", {}).copy()
+        slots = replace[name] = replace.get(name, {}).copy()
         slots[(block_name, number) if transformer_index is None else (block_name, number, transformer_index)] = patch
 
     def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable[..., Any]) -> None:

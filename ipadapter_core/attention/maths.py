@@ -6,6 +6,7 @@ Letters: ``b`` batch (chunks of conditionings times latents), ``l`` latent token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -108,3 +109,9 @@ def _mean_part(q: Tensor, kv: KeyValue, heads: int, scale: Scale) -> Tensor:
 def split_mean(v: Tensor) -> Tensor:
     """Mean over the image tokens of values ``g h n d``, as ``g 1 (h d)``."""
     return v.mean(2, keepdim=True).transpose(1, 2).flatten(2)
+
+
+def inside(tokens: Tensor, part: slice, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """A sequence ``b n c`` with ``act`` done to part of its tokens; the input stays as it is."""
+    start, stop, _ = part.indices(tokens.shape[1])
+    return torch.cat([tokens[:, :start], act(tokens[:, start:stop]), tokens[:, stop:]], 1)

@@ -33,7 +33,7 @@ from ...ipadapter_core import (
     rules_for,
 )
 from ...ipadapter_core.attention.schedule import Scaling
-from ...ipadapter_core.backends.comfy import unet as backend
+from ...ipadapter_core.backends.comfy import doors as backend
 from ...ipadapter_core.checkpoints import as_version
 from ...ipadapter_core.images.faces import FaceAnalyzer, FoundFaces
 from . import files

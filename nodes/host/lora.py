@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...ipadapter_core import InvalidInputError, check_adapter
 from ...ipadapter_core.backends.comfy import lora as backend
-from ...ipadapter_core.backends.comfy.unet import comfy_layout
+from ...ipadapter_core.backends.comfy.doors import comfy_layout
 from ...ipadapter_core.checkpoints import kohya_lora
 from ...ipadapter_core.entries import some
 from ...ipadapter_core.errors import quoted

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...ipadapter_core import ENCODERS, AdapterSpec, InvalidInputError
-from ...ipadapter_core.backends.comfy.unet import comfy_layout
+from ...ipadapter_core.backends.comfy.doors import comfy_layout
 from ...ipadapter_core.checkpoints import kohya_lora
 from ...ipadapter_core.images.faces import PROVIDERS
 from ...ipadapter_core.legacy.known_files import KnownFile, base_of, choose_encoder, choose_file, known_file

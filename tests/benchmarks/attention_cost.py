@@ -30,8 +30,8 @@ if __name__ == "__main__":  # pytest has tests/ on its path already
 
 from ipadapter_core import AdapterPatch, WeightSchedule, bake, describe_adapter, layout_of, load_adapter
 from ipadapter_core.attention.schedule import SCALINGS
-from ipadapter_core.backends.comfy import unet as comfy_backend
-from ipadapter_core.backends.diffusers import unet as diffusers_backend
+from ipadapter_core.backends.comfy import doors as comfy_backend
+from ipadapter_core.backends.diffusers import doors as diffusers_backend
 from ipadapter_core.prompt.image_prompt import ImagePrompt
 from tiny import SDXL_CHANNELS, adapter_shapes
 from tiny_models import (

@@ -146,9 +146,12 @@ def hook_and_options(prompts: int, attention: Callable[..., Any]) -> tuple[Calla
     """Our hook on one site with so many image prompts, and what ComfyUI tells it in a model call of both conditionings."""
     import torch
 
-    from ipadapter_core.attention.patch import AdapterPatch, BakedSite
+    from ipadapter_core.attention.call import COND, UNCOND, ModelCall
+    from ipadapter_core.attention.kv import Baked
+    from ipadapter_core.attention.patch import AdapterPatch
     from ipadapter_core.attention.schedule import WeightSchedule
-    from ipadapter_core.backends.comfy.unet import KEY, AttentionHook, CallNote, Chunk
+    from ipadapter_core.backends.comfy.notes import KEY
+    from ipadapter_core.backends.comfy.unet import AttentionHook
     from ipadapter_core.models.sites import ModelLayout, Site
     from ipadapter_core.models.unet import SD15
 
@@ -156,7 +159,7 @@ def hook_and_options(prompts: int, attention: Callable[..., Any]) -> tuple[Calla
     layout = ModelLayout(SD15, WIDTH, (site,))
     schedule = WeightSchedule(0.7)
     patches = tuple(
-        AdapterPatch("a", layout, (BakedSite(*torch.randn(2, 2, 1, HEADS, IMAGE_TOKENS, CHANNELS // HEADS)),), schedule,
+        AdapterPatch("a", layout, (Baked(*torch.randn(2, 2, 1, HEADS, IMAGE_TOKENS, CHANNELS // HEADS)),), schedule,
                      None, schedule.site_weights(layout))
         for _ in range(prompts)
     )  # fmt: skip
@@ -169,7 +172,7 @@ def hook_and_options(prompts: int, attention: Callable[..., Any]) -> tuple[Calla
         "transformer_index": 2,
         "original_shape": [BATCH, 4, 8, 8],
         "activations_shape": [BATCH, CHANNELS, 2, 2],
-        KEY: CallNote(None, {"u": Chunk(0, None), "c": Chunk(1, None)}, (8, 8)),
+        KEY: ModelCall((UNCOND, COND), latent=(8, 8), order=(1, 0), size=(8, 8)),
     }
     return AttentionHook(0, patches, None, attention), options
 

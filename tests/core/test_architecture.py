@@ -91,7 +91,7 @@ def all_rooms() -> set[str]:
 
 def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
     """Every kind of import that the rules below rest on."""
-    found = set(imports(CORE / "backends/comfy/unet.py"))
+    found = set(imports(CORE / "backends/comfy/doors.py"))
     assert {
         "ipadapter_core.attention.patch",
         "ipadapter_core.attention.patch.AdapterPatch",
@@ -99,7 +99,7 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
         "torch.nn",
     } <= found
     assert "ipadapter_core.checkpoints.format" in set(imports(CORE / "checkpoints/__init__.py"))
-    assert offenders([CORE / "backends/comfy/unet.py"], *core("attention")), "a rule could not fail"
+    assert offenders([CORE / "backends/comfy/doors.py"], *core("attention")), "a rule could not fail"
 
 
 def test_the_core_never_imports_the_host() -> None:
@@ -124,7 +124,7 @@ def test_the_core_never_imports_the_pack_around_it() -> None:
 
 
 def test_importing_the_core_loads_neither_diffusers_nor_transformers() -> None:
-    code = "import sys, ipadapter_core, ipadapter_core.backends.comfy.unet, ipadapter_core.backends.diffusers.unet; print(*sys.modules)"
+    code = "import sys, ipadapter_core, ipadapter_core.backends.comfy.doors, ipadapter_core.backends.diffusers.doors; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert {"torch", "ipadapter_core"} <= loaded

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import ipadapter_core.attention.maths as attention
+import ipadapter_core.backends.comfy.doors as backend
 import ipadapter_core.backends.comfy.notes as notes
-import ipadapter_core.backends.comfy.unet as backend
 from ipadapter_core.attention.batch import Frames
 from ipadapter_core.attention.call import SiteCall
 from ipadapter_core.attention.patch import AdapterPatch

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-import ipadapter_core.backends.comfy.unet as backend
+import ipadapter_core.backends.comfy.doors as backend
 from ipadapter_core.attention.batch import Frames, fit_batch
 from ipadapter_core.attention.call import COND, UNCOND, ModelCall, SiteCall
 from ipadapter_core.attention.masks import RegionMask

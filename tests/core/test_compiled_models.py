@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from ipadapter_core import WeightSchedule, Window, bake, layout_of
 from ipadapter_core.attention.maths import split_heads
 from ipadapter_core.attention.patch import AdapterPatch
+from ipadapter_core.backends.comfy import doors as comfy
 from ipadapter_core.backends.comfy import lora as comfy_lora
-from ipadapter_core.backends.comfy import unet as comfy
+from ipadapter_core.backends.diffusers import doors as images
 from ipadapter_core.backends.diffusers import lora as loras
-from ipadapter_core.backends.diffusers import unet as images
 from ipadapter_core.lora.patch import LoRAPatch, masked
 from tiny_loras import tiny_lora
 from tiny_models import TOKEN_DIM, Guider, conditioning, noise, tiny_adapter, tiny_host, tiny_prompt, tiny_unet

@@ -21,8 +21,8 @@ from benchmarks.attention_cost import (
     sdxl_plus_file,
 )
 from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
-from ipadapter_core.backends.comfy import unet as comfy_backend
-from ipadapter_core.backends.diffusers import unet as diffusers_backend
+from ipadapter_core.backends.comfy import doors as comfy_backend
+from ipadapter_core.backends.diffusers import doors as diffusers_backend
 from ipadapter_core.bake import bake
 from ipadapter_core.checkpoints import describe_adapter
 from ipadapter_core.models import layout_of

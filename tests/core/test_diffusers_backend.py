@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import ipadapter_core.attention.maths as attention
-import ipadapter_core.backends.diffusers.unet as backend
+import ipadapter_core.backends.diffusers.doors as backend
 from ipadapter_core.attention.patch import AdapterPatch
 from ipadapter_core.attention.presets import SiteRule
 from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule

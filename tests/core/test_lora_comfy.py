@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ipadapter_core import RegionMask, WeightSchedule, Window, bake
+from ipadapter_core.backends.comfy import doors as image_backend
 from ipadapter_core.backends.comfy import lora as backend
-from ipadapter_core.backends.comfy import unet as image_backend
 from ipadapter_core.lora import load_lora
 from ipadapter_core.lora.patch import LoRAPatch, masked
 from ipadapter_core.lora.selector import parse_selector

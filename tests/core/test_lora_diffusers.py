@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ipadapter_core import WeightSchedule, Window, bake, layout_of
+from ipadapter_core.backends.diffusers import doors as image_backend
 from ipadapter_core.backends.diffusers import lora as backend
-from ipadapter_core.backends.diffusers import unet as image_backend
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.lora.live import LiveStack
 from ipadapter_core.lora.patch import LoRAPatch, choose_mode, masked

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from benchmarks.attention_cost import cost_of
 from ipadapter_core import ModelCall, WeightSchedule, bake, layout_of
 from ipadapter_core.attention.call import COND, UNCOND
+from ipadapter_core.backends.comfy import doors as comfy
 from ipadapter_core.backends.comfy import lora as comfy_lora
 from ipadapter_core.backends.comfy import notes as comfy_notes
-from ipadapter_core.backends.comfy import unet as comfy
+from ipadapter_core.backends.diffusers import doors as diffusers
 from ipadapter_core.backends.diffusers import lora as diffusers_lora
 from ipadapter_core.backends.diffusers import notes as diffusers_notes
-from ipadapter_core.backends.diffusers import unet as diffusers
 from ipadapter_core.lora.patch import LoRAPatch
 from tiny_loras import tiny_lora
 from tiny_models import (

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ipadapter_core import RegionMask, WeightSchedule, Window, bake, layout_of
 from ipadapter_core.attention.patch import AdapterPatch
+from ipadapter_core.backends.diffusers import doors as images
 from ipadapter_core.backends.diffusers import lora as loras
-from ipadapter_core.backends.diffusers import unet as images
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.lora.patch import LoRAPatch, masked
 from tiny_loras import tiny_lora

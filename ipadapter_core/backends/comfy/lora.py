@@ -23,9 +23,10 @@ from ...lora.update import wide
 from ...lora.weights import Component, LoRAWeights
 from ...models.sites import ModelLayout, Site
 from ..calls import Calls, Hooks, eagerly, uncompiled, watch_hooks
+from .doors import comfy_layout
 from .marks import marked
 from .notes import KEY, Attention, PatcherLike, call_of, install_notes, noted
-from .unet import AttentionHook, comfy_layout, key_part, occupant_of, torch_attention
+from .unet import AttentionHook, key_part, occupant_of, torch_attention
 
 LORA_KEY = "image_prompt_lora"
 """Our entry in transformer_options and the key of our wrapper."""

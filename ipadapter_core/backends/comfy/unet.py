@@ -5,56 +5,43 @@ A hook sits in every site's slot, keeps whatever was there and calls it first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...attention.call import ModelCall, SiteCall
 from ...attention.maths import split_heads
 from ...attention.patch import AdapterPatch
 from ...errors import IncompatibleAdapterError
-from ...models import layout_of
 from ...models.sites import ModelLayout, Site
-from ..calls import watch_hooks
 from .compiled import add_at_site
-from .notes import Attention, PatcherLike, call_at, install_notes
+from .notes import Attention, PatcherLike, call_at
 
 
-def comfy_layout(model: PatcherLike) -> ModelLayout:
-    """Sites of a ComfyUI MODEL; IncompatibleAdapterError if it is no UNet with cross-attention."""
-    unet: nn.Module = model.get_model_object("diffusion_model")
-    return layout_of(unet)
+class UNetDoor:
+    """Prompts in the ``attn2`` slots of a UNet's cross-attentions."""
 
+    def install(self, clone: PatcherLike, patch: AdapterPatch, attention: Attention) -> None:
+        layout, reach = patch.layout, patch.reach
+        if (reach.query, reach.join) != ("projected", "attention"):
+            raise IncompatibleAdapterError(
+                f"{patch.name!r} acts on the {reach.query} query and the {reach.join} of a transformer, and {layout.name} is a "
+                "UNet; load an adapter made for this model"
+            )
+        slots = _slots(clone)
+        for index, site in enumerate(layout.sites):
+            if patch.active(index):
+                hook = AttentionHook.joining(_occupant(slots, site), index, patch, attention)
+                clone.set_model_attn2_replace(hook, site.group, site.number, _key_part(slots, layout, site))
 
-def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None = None) -> PatcherLike:
-    """A clone of ``model`` on which ``patch`` acts besides everything already applied; ``model`` itself is untouched.
-
-    ``attention`` is the host's ``(q, k, v, heads, attn_precision=, transformer_options=)`` for the text part.
-    """
-    watch_hooks()
-    layout = comfy_layout(model)
-    if layout != patch.layout:
-        raise IncompatibleAdapterError(
-            f"the image prompt was prepared for {patch.layout.name}, the model is {layout.name}; prepare it for this model"
-        )
-    clone = model.clone()
-    slots = _slots(clone)
-    for index, site in enumerate(layout.sites):
-        if patch.active(index):
-            hook = AttentionHook.joining(_occupant(slots, site), index, patch, attention or torch_attention)
-            clone.set_model_attn2_replace(hook, site.group, site.number, _key_part(slots, layout, site))
-    install_notes(clone)
-    return clone
-
-
-def applied_patches(model: PatcherLike) -> tuple[AdapterPatch, ...]:
-    """The image prompts that act on a MODEL, in order; one that acts nowhere leaves no trace and is not listed."""
-    hooks = [hook for hook in _slots(model).values() if isinstance(hook, AttentionHook)]
-    return tuple(dict.fromkeys(patch for hook in hooks for patch in hook.patches))
+    def installed(self, model: PatcherLike) -> Iterator[AdapterPatch]:
+        for hook in _slots(model).values():
+            if isinstance(hook, AttentionHook):
+                yield from hook.patches
 
 
 def occupant_of(model: PatcherLike, site: Site) -> Any:

@@ -1,5 +1,5 @@
-"""diffusers: image prompts (``unet``) and LoRAs (``lora``) on its pipelines."""
+"""diffusers: image prompts (``doors``) and LoRAs (``lora``) on its pipelines."""
 
-from .unet import AppliedAdapters, apply, apply_to_pipeline
+from .doors import AppliedAdapters, apply, apply_to_pipeline
 
 __all__ = ["AppliedAdapters", "apply", "apply_to_pipeline"]

@@ -1,0 +1,68 @@
+"""ComfyUI: image prompts on a duck-typed MODEL, through the door of its kind of model (comfy is not imported)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import nn
+
+from ...attention.patch import AdapterPatch
+from ...errors import IncompatibleAdapterError
+from ...models import layout_of
+from ...models.sites import ModelLayout, Walk
+from ...models.unet import walk_unet
+from ..calls import watch_hooks
+from .notes import Attention, PatcherLike, install_notes
+from .unet import UNetDoor, torch_attention
+
+
+class Door(Protocol):
+    """How image prompts get into one kind of model: hooks at its sites that keep what is there and call it first.
+
+    A hook learns of its model call by ``notes.call_at(options)``, makes a ``SiteCall`` of the site's query, and adds every
+    patch to the attention or behind the block, as the patch's ``reach`` says. One file for each door.
+    """
+
+    def install(self, clone: PatcherLike, patch: AdapterPatch, attention: Attention) -> None:
+        """Let a prompt act at every site where it is active. Hooks are never changed: clones share them.
+
+        Raises IncompatibleAdapterError for an adapter whose reach the door does not know.
+        """
+        ...
+
+    def installed(self, model: PatcherLike) -> Iterable[AdapterPatch]:
+        """The prompts in this kind of hook on a MODEL, perhaps each several times; nothing for a model of another kind."""
+        ...
+
+
+DOORS: dict[Walk | None, Door] = {walk_unet: UNetDoor()}
+"""By the walk that finds a model's sites, which related base models share."""
+
+
+def comfy_layout(model: PatcherLike) -> ModelLayout:
+    """Sites of a ComfyUI MODEL; IncompatibleAdapterError if it has none that an image prompt could act at."""
+    inside: nn.Module = model.get_model_object("diffusion_model")
+    return layout_of(inside)
+
+
+def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None = None) -> PatcherLike:
+    """A clone of ``model`` on which ``patch`` acts besides everything already applied; ``model`` itself is untouched.
+
+    ``attention`` is the host's ``(q, k, v, heads, attn_precision=, transformer_options=)`` for the text part.
+    """
+    watch_hooks()
+    layout = comfy_layout(model)
+    if layout != patch.layout:
+        raise IncompatibleAdapterError(
+            f"the image prompt was prepared for {patch.layout.name}, the model is {layout.name}; prepare it for this model"
+        )
+    clone = model.clone()
+    DOORS[layout.model.walk].install(clone, patch, attention or torch_attention)
+    install_notes(clone)
+    return clone
+
+
+def applied_patches(model: PatcherLike) -> tuple[AdapterPatch, ...]:
+    """The image prompts that act on a MODEL, in order; one that acts nowhere leaves no trace and is not listed."""
+    return tuple(dict.fromkeys(patch for door in DOORS.values() for patch in door.installed(model)))

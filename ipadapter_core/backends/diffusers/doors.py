@@ -1,0 +1,280 @@
+"""diffusers: image attention added inside a model by module hooks, through the door of its kind of model.
+
+Hooks leave all modules and processors in place, so others' work on the same model keeps running, and removing the hooks
+restores the model exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...attention.call import ModelCall, SiteCall
+from ...attention.masks import RegionMask
+from ...attention.patch import AdapterPatch
+from ...attention.schedule import WeightSchedule
+from ...errors import IncompatibleAdapterError, InvalidInputError
+from ...models import layout_of
+from ...models.reach import Reach
+from ...models.sites import ModelLayout, Site, Walk
+from ...models.unet import walk_unet
+from ..calls import Calls, eagerly, uncompiled
+from .notes import Around, Beginning, Branch, Branches
+from .unet import UNetEntry
+
+
+class Entry(Protocol):
+    """How one kind of adapter enters one site: two modules of it, run in this order in every call.
+
+    The first one's output is the query. The image attention is added to what the second one reads (``before``) or gives.
+    """
+
+    @property
+    def before(self) -> bool: ...
+    @property
+    def bypassed(self) -> str:
+        """Why the first module did not run before the second, and what to do."""
+        ...
+
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """The two modules now: a LoRA may have replaced them since the last call. Asked at every call."""
+        ...
+
+    def query(self, output: Tensor, call: ModelCall) -> Tensor:
+        """The tokens that ask, ``b l c``, of the first module's output."""
+        ...
+
+    def added(self, value: Tensor, call: ModelCall, add: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the second module reads or gives, with ``add`` done to those same tokens."""
+        ...
+
+
+Door = Callable[[nn.Module, ModelLayout, Site, Reach], Entry]
+"""The entry of adapters with one reach at one site of a model. Raises IncompatibleAdapterError where there is none."""
+
+DOORS: dict[Walk | None, Door] = {walk_unet: UNetEntry.of}
+"""By the walk that finds a model's sites, which related base models share. One file for each door."""
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One call of a model with its image prompts, per hooked place, as they were when it began."""
+
+    acting: tuple[tuple[AdapterPatch, ...], ...]
+    model: ModelCall = field(default_factory=ModelCall)
+    q: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+
+class AppliedAdapters:
+    """Adapters acting on one UNet until ``remove()``; also a context manager that removes them at its end.
+
+    Any number of threads may call the UNet. A call sees one state: changes act from the next one on.
+    """
+
+    def __init__(self, unet: nn.Module, patches: Sequence[AdapterPatch], branches: Branches) -> None:
+        self._patches, self._branches = tuple(patches), branches
+        self.calls: Calls[_Call] = Calls()
+        layout, reaches = patches[0].layout, dict.fromkeys(patch.reach for patch in patches)
+        door = DOORS[layout.model.walk]
+        self._places = [(i, reach) for reach in reaches for i in sorted(reach.sites(layout))]
+        self._hooks = [
+            _SiteHook(self, place, i, layout.sites[i], door(unet, layout, layout.sites[i], reach))
+            for place, (i, reach) in enumerate(self._places)
+        ]
+        self._without = _Call(((),) * len(self._places))
+        self._acting = self._per_place()
+        self._removed = False
+        self._around = Around.join(unet, self)
+        for hook in self._hooks:
+            hook.attach()
+
+    @property
+    def patches(self) -> tuple[AdapterPatch, ...]:
+        """What is applied now, in order."""
+        return self._patches
+
+    def set_schedule(self, schedule: WeightSchedule, index: int = 0) -> None:
+        """Another schedule for one adapter from the next UNet call on; computes no keys or values."""
+        self._replace(index, self._patches[index].with_schedule(schedule))
+
+    def set_mask(self, mask: RegionMask | Tensor | None, index: int = 0) -> None:
+        """Another region for one adapter from the next UNet call on."""
+        self._replace(index, self._patches[index].with_mask(mask))
+
+    def remove(self) -> None:
+        """Take every hook off the UNet; it is then as it was before. Calling it again does nothing.
+
+        Calls that other threads are inside of end as they began, and a gradient that a checkpoint with
+        ``use_reentrant=True`` still has to compute sees what its call saw: the hooks go when these are over.
+        """
+        if not self._removed:
+            self._removed = True
+            self._acting = self._without.acting
+            self.calls.when_over(self._detach)
+
+    def __enter__(self) -> AppliedAdapters:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _replace(self, index: int, patch: AdapterPatch) -> None:
+        if self._removed:
+            raise InvalidInputError("these adapters were removed from their UNet; apply them again")
+        patches = list(self._patches)
+        patches[index] = patch
+        self._patches = tuple(patches)
+        self._acting = self._per_place()
+        self.calls.changed()
+
+    def _per_place(self) -> tuple[tuple[AdapterPatch, ...], ...]:
+        return tuple(
+            tuple(patch for patch in self._patches if patch.reach == reach and patch.active(i))
+            for i, reach in self._places
+        )
+
+    def _detach(self) -> None:
+        self._around.leave(self)
+        for hook in self._hooks:
+            hook.detach()
+
+    def begin(self, call: Beginning) -> None:
+        """A call of the UNet begins."""
+        if call.sample is None or call.timestep is None:
+            return self.calls.begin(self._without)  # the UNet will say what it misses
+        if not self._removed:
+            for hook in self._hooks:
+                hook.attach()  # a LoRA may have replaced the layers since
+        self.calls.begin(_Call(self._acting, call.described(self._branches)))
+
+    def found(self) -> _Call:
+        """The UNet call that a layer belongs to which runs outside of one."""
+        return eagerly(self.calls.found, self._without, self._outside)
+
+    def _outside(self) -> _Call:
+        raise InvalidInputError(
+            "an attention of this UNet ran on its own, outside of a call of the UNet, where an image prompt does not know its "
+            "branches and progress; call the UNet itself, or remove the image prompt first"
+        )
+
+
+_ATTACHING = Lock()
+
+
+class _SiteHook:
+    """The pair of hooks at one site for adapters of one reach: remember the query, add the image attention.
+
+    They stay while the adapters are applied, also where no image acts now: compiled code is made for the hooks it saw.
+    """
+
+    def __init__(self, owner: AppliedAdapters, place: int, index: int, site: Site, entry: Entry) -> None:
+        self.owner, self.place, self.index, self.site, self.entry = owner, place, index, site, entry
+        self._calls = owner.calls
+        self._modules: tuple[nn.Module, nn.Module] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        modules = self.entry.modules()
+        if self._current(modules):
+            return
+        with _ATTACHING:
+            if not self._current(modules):
+                self.detach()
+                query, join = modules
+                self._handles = [
+                    query.register_forward_hook(self._remember),
+                    join.register_forward_pre_hook(self._extend)
+                    if self.entry.before
+                    else join.register_forward_hook(self._extend_output),
+                ]
+                self._modules = modules
+
+    def _current(self, modules: tuple[nn.Module, nn.Module]) -> bool:
+        return self._modules is not None and self._modules[0] is modules[0] and self._modules[1] is modules[1]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._modules = [], None
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        call = self._calls.running()
+        if call is None:
+            call = self.owner.found()
+        if call.acting[self.place]:
+            call.q[self.place] = self.entry.query(output, call.model)
+
+    def _extend(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        call = self._calls.running()
+        if call is None:
+            call = self.owner.found()
+        return (self._added(args[0], call), *args[1:]) if call.acting[self.place] else None
+
+    def _extend_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        call = self._calls.running()
+        if call is None:
+            call = self.owner.found()
+        return self._added(output, call) if call.acting[self.place] else None
+
+    def _added(self, value: Tensor, call: _Call) -> Tensor:
+        q = call.q.pop(self.place, None)
+        if q is None:
+            raise IncompatibleAdapterError(f"an image prompt cannot act at {self.site.path}: {self.entry.bypassed}")
+        return self.entry.added(value, call.model, partial(self._add, SiteCall(call.model, q, self.site.heads), call))
+
+    def _add(self, at: SiteCall, call: _Call, base: Tensor) -> Tensor:
+        for patch in call.acting[self.place]:
+            base = patch.add_to(base, self.index, at)
+        return base
+
+
+def apply(unet: nn.Module, *patches: AdapterPatch, branches: Branches = ("uncond", "cond")) -> AppliedAdapters:
+    """Let image prompts act on a diffusers model such as UNet2DConditionModel, besides whatever else is installed on it.
+
+    ``branches`` says what the batch of a UNet call consists of, in order: diffusers' pipelines put the negative prompt
+    first; without classifier-free guidance it is ``("cond",)``; a callable is asked at every call.
+    Raises IncompatibleAdapterError if a patch was baked for another layout; the UNet is then untouched.
+    """
+    if not patches:
+        raise InvalidInputError("apply() needs at least one image prompt")
+    unet = uncompiled(unet)
+    layout = layout_of(unet)
+    for patch in patches:
+        if patch.layout != layout:
+            raise IncompatibleAdapterError(
+                f"{patch.name!r} was prepared for {patch.layout.name}, the model is {layout.name}; prepare it for this model"
+            )
+    return AppliedAdapters(unet, patches, branches)
+
+
+def apply_to_pipeline(pipeline: Any, *patches: AdapterPatch) -> AppliedAdapters:
+    """Like ``apply`` on ``pipeline.unet``, asking the pipeline at every call whether guidance is on."""
+    return apply(pipeline.unet, *patches, branches=_GuidanceOf(pipeline))
+
+
+class _GuidanceOf:
+    """The branches that a pipeline batches now. Copied with the pipeline it asks the copy, with a UNet alone the same one."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+
+    def __call__(self) -> Sequence[Branch]:
+        guided = getattr(self._pipeline, "do_classifier_free_guidance", None)
+        if guided is None:
+            raise InvalidInputError(
+                "the UNet was called before its pipeline was, so whether guidance is on is unknown; call the pipeline, or say "
+                "what the batch consists of with apply(unet, ..., branches=...)"
+            )
+        return ("uncond", "cond") if guided else ("cond",)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GuidanceOf:
+        return _GuidanceOf(memo.get(id(self._pipeline), self._pipeline))
