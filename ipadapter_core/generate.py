@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,7 +75,9 @@ def check_configs(folder: Path) -> None:
     folder that brings code, which older versions of diffusers run unasked.
     """
     code = next((path for pattern in ("*.py", "*/*.py") for path in folder.glob(pattern)), None)
-    parts: list[Any] = [part for part in read_table(folder / "model_index.json").values() if isinstance(part, list)]
+    parts: list[list[object]] = [
+        part for part in read_table(folder / "model_index.json").values() if isinstance(part, list)
+    ]
     if code is not None or any(part[:1] and part[0] not in LIBRARIES for part in parts):
         raise UnsafeFileError(
             f"{quoted(folder)} brings code of its own ({quoted(code.name) if code else 'model_index.json names it'}), which is not run; "
@@ -177,7 +179,7 @@ def generate(
         )
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
-    def report(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def report(_: object, step: int, __: object, values: dict[str, object]) -> dict[str, object]:
         if progress is not None:
             progress(step + 1, steps)
         return values
@@ -207,7 +209,7 @@ def to_pillow(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().to(torch.uint8).numpy())
 
 
-def save_picture(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object]) -> None:
     """Write a PNG with its facts as JSON in the text chunk ``ipadapter``; the file appears whole or not at all."""
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text("ipadapter", json.dumps(facts))

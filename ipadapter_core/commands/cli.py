@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from .. import __version__
 from ..attention.presets import PRESETS, parse_site_factors
@@ -24,6 +24,7 @@ from ..features import Crop
 from ..prompt.combine import Combine
 from ..prompt.options import EncodeOptions, Unconditional
 from ..report import describe_spec, spec_facts
+from . import Commands
 from .lora import add_lora
 from .migrate import add_migrate
 from .train import add_training
@@ -100,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_generate(commands: Any) -> None:
+def _add_generate(commands: Commands) -> None:
     p = commands.add_parser("generate", help="pictures from a prompt and reference images", formatter_class=_Defaults)
     p.set_defaults(run=run_generate)
     p.add_argument(
@@ -156,14 +157,14 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="print the facts as JSON instead of text")
 
 
-def _add_inspect(commands: Any) -> None:
+def _add_inspect(commands: Commands) -> None:
     p = commands.add_parser("inspect", help="what an adapter file is and needs")
     p.set_defaults(run=run_inspect)
     p.add_argument("file", type=file_argument, help="IP-Adapter file")
     p.add_argument("--json", action="store_true", help="print as JSON")
 
 
-def _add_demo(commands: Any) -> None:
+def _add_demo(commands: Commands) -> None:
     p = commands.add_parser(
         "demo", help="draw a sheet with the shipped demo world and measure it", formatter_class=_Defaults
     )

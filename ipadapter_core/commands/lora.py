@@ -6,9 +6,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ..attention.schedule import parse_numbers
 from ..console import file_argument
@@ -20,11 +19,12 @@ from ..lora.formats import load_lora
 from ..lora.inspection import describe_facts, draw_heat_map, heat_map, lora_facts, verify
 from ..lora.saving import DTYPES, save_lora
 from ..lora.weights import LoRAWeights, left_out_lines
+from . import Commands
 
 _log = logging.getLogger(__name__)
 
 
-def add_lora(commands: Any) -> None:
+def add_lora(commands: Commands) -> None:
     """The subcommand ``lora`` with its own subcommands."""
     parser = commands.add_parser("lora", help="look at, convert, resize, merge and extract LoRA files")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
@@ -66,8 +66,10 @@ def add_lora(commands: Any) -> None:
     _add_output(p)
 
 
-def _action(actions: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
-    p: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text)
+def _action(
+    actions: Commands, name: str, text: str, run: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    p = actions.add_parser(name, help=text, description=text)
     p.set_defaults(run=run)
     p.add_argument("--json", action="store_true", help="print as JSON")
     return p
@@ -121,7 +123,7 @@ def run_heatmap(args: argparse.Namespace) -> None:
         print(f"{heat.text()}\n{out}")
 
 
-def _plain(values: Any) -> list[list[float | None]]:
+def _plain(values: Iterable[Iterable[float]]) -> list[list[float | None]]:
     return [[None if v != v else float(v) for v in row] for row in values]
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from ..console import file_argument
 from ..errors import InvalidInputError, quoted
 from ..legacy.migrate import migrate_graph
 from ..legacy.migrate.files import read_graph
+from . import Commands
 
 
-def add_migrate(commands: Any) -> None:
+def add_migrate(commands: Commands) -> None:
     p = commands.add_parser("migrate", help="rewrite a workflow of ComfyUI_IPAdapter_plus with the nodes of this pack")
     p.set_defaults(run=run_migrate)
     p.add_argument(

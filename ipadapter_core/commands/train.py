@@ -8,18 +8,18 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from ..console import complain, file_argument
 from ..errors import InvalidInputError, reason
 from ..lora.convert import SPELLINGS
 from ..lora.formats import load_lora
 from ..lora.saving import save_lora
+from . import Commands
 
 OVERRIDES = "changes to the config, such as train.steps=2000 data.cache=/fast/cache"
 
 
-def add_training(commands: Any) -> None:
+def add_training(commands: Commands) -> None:
     """Add them to the parser of `ipadapter`."""
     p = commands.add_parser("train", help="train an IP-Adapter or a LoRA")
     p.set_defaults(run=run_train)

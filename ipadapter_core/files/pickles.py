@@ -11,9 +11,9 @@ import io
 import math
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeGuard, cast
 
 import torch
 
@@ -212,8 +212,8 @@ class _Reader:
 
     def __init__(self, file: io.BytesIO, name: str) -> None:
         self.file, self.name = file, name
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[object] = []
+        self.memo: dict[int, object] = {}
         self.storages: dict[str, Storage] = {}
 
     def read(self) -> object:
@@ -255,7 +255,7 @@ class _Reader:
             raise CorruptFileError(f"{self.name} holds a number of {number.bit_length():,} bits: {DAMAGED}.")
         return number
 
-    def _step(self, code: str, argument: Any) -> None:
+    def _step(self, code: str, argument: object) -> None:
         stack = self.stack
         match code:
             case "PROTO" | "FRAME":
@@ -320,12 +320,12 @@ class _Reader:
             case _:
                 raise ValueError(f"the step {code} is none of torch.save's")
 
-    def _last(self, count: int) -> list[Any]:
+    def _last(self, count: int) -> list[object]:
         if len(self.stack) < count:
             raise IndexError("nothing left")
         return self.stack[-count:]
 
-    def _since_mark(self) -> list[Any]:
+    def _since_mark(self) -> list[object]:
         """Take what was pushed since the last mark."""
         stack = self.stack
         at = len(stack) - 1
@@ -335,7 +335,7 @@ class _Reader:
         del stack[at:]
         return items
 
-    def _push_name(self, module: Any, name: Any) -> None:
+    def _push_name(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("a name that is no text")
         full = f"{module}.{name}"
@@ -351,11 +351,11 @@ class _Reader:
             "was run. Use a .safetensors version, or have its author save plain tensors."
         )
 
-    def _storage(self, identity: Any) -> Storage:
-        kind, typed, key, _, count, *view = identity
+    def _storage(self, identity: object) -> Storage:
+        kind, typed, key, _, count, *view = _several(identity)
         if kind != "storage" or not isinstance(typed, _Name) or type(key) not in (str, int):
             raise ValueError("a storage without name and type")
-        if type(count) is not int or not 0 <= count < 2**62:
+        if not _is_size(count):
             raise ValueError("a storage of impossible size")
         if view and view[0] is not None:
             raise ValueError("a storage that shows a part of another one")
@@ -364,11 +364,11 @@ class _Reader:
             raise ValueError("a storage of two types or sizes")
         return storage
 
-    def _made(self, called: Any, arguments: Any) -> object:
+    def _made(self, called: object, arguments: object) -> object:
         make = _MADE.get(called.name) if isinstance(called, _Name) else None
-        if make is None or not isinstance(arguments, tuple):
+        if make is None:
             raise ValueError(f"a call of {called.name if isinstance(called, _Name) else type(called).__name__}")
-        return make(*cast("tuple[Any, ...]", arguments))
+        return make(*_several(arguments))
 
 
 _NUMBERS = frozenset({"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"})
@@ -377,19 +377,30 @@ _PUSHES = frozenset(
 )
 
 
-def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+def _several(value: object) -> Sequence[object]:
+    """What a tuple or a list holds. Raises TypeError for anything else."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"a {type(value).__name__} in place of several values")
+    return cast("Sequence[object]", value)
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _pairs(items: Sequence[object]) -> list[tuple[object, object]]:
     return list(zip(items[::2], items[1::2], strict=True))
 
 
-def _set(target: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
+def _set(target: object, pairs: Iterable[tuple[object, object]]) -> None:
     """Entries of a table; keys of other kinds name no weights, and hashing a nest of tuples could take for ever."""
     if isinstance(target, dict):
         cast("dict[object, object]", target).update((k, v) for k, v in pairs if type(k) in (str, int))
 
 
-def _table(pairs: Any = (), /) -> dict[object, object]:
+def _table(pairs: object = (), /) -> dict[object, object]:
     table: dict[object, object] = {}
-    _set(table, ((key, value) for key, value in pairs))
+    _set(table, ((key, value) for key, value in map(_several, _several(pairs))))
     return table
 
 
@@ -402,22 +413,28 @@ def _opaque(*_: object) -> object:
     return _OPAQUE
 
 
-def _view(storage: Any, offset: Any, shape: Any, stride: Any, *_: object) -> StoredView:
-    return _checked(storage, storage.dtype, offset, shape, stride)
+def _view(storage: object, offset: object, shape: object, stride: object, *_: object) -> StoredView:
+    return _checked(storage, None, offset, shape, stride)
 
 
-def _typed_view(storage: Any, offset: Any, shape: Any, stride: Any, _r: object, _h: object, dtype: Any, *_: object):
-    found = _dtype(dtype.name.rpartition(".")[2])
-    if found is None or storage.dtype.itemsize != 1:
+def _typed_view(
+    storage: object, offset: object, shape: object, stride: object, _r: object, _h: object, dtype: object, *_: object
+) -> StoredView:
+    found = _dtype(dtype.name.rpartition(".")[2]) if isinstance(dtype, _Name) else None
+    if found is None or not isinstance(storage, Storage) or storage.dtype.itemsize != 1:
         raise ValueError("a tensor of no type")
     return _checked(storage, found, offset, shape, stride)
 
 
-def _checked(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, stride: Any) -> StoredView:
-    """A view that lies inside its storage."""
-    numbers = (offset, *shape, *stride)
-    if len(shape) != len(stride) or len(shape) > 16 or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
+def _checked(storage: object, dtype: torch.dtype | None, offset: object, listed: object, steps: object) -> StoredView:
+    """A view that lies inside its storage, of its type unless another is said."""
+    shape, stride = ([n for n in _several(numbers)[:17] if _is_size(n)] for numbers in (listed, steps))
+    whole = (len(shape), len(stride)) == (len(_several(listed)), len(_several(steps)))
+    if not whole or len(shape) != len(stride) or len(shape) > 16 or not _is_size(offset):
         raise ValueError("a tensor of impossible shape")
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor without numbers")
+    dtype = dtype or storage.dtype
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if 0 not in shape and last >= storage.count * storage.dtype.itemsize // dtype.itemsize:
         raise ValueError("a tensor that is larger than its storage")
@@ -430,11 +447,16 @@ def _parameter(data: object, *_: object) -> object:
     return data
 
 
-def _of_type(make: Any, kind: Any, arguments: Any, *_: object) -> object:
+def _of_type(make: object, kind: object, arguments: object, *_: object) -> object:
     """A tensor with attributes of its own."""
-    if kind.name not in _CLASSES or make.name not in _MADE:
+    if (
+        not isinstance(make, _Name)
+        or not isinstance(kind, _Name)
+        or kind.name not in _CLASSES
+        or make.name not in _MADE
+    ):
         raise ValueError("a tensor of a foreign kind")
-    return _MADE[make.name](*arguments)
+    return _MADE[make.name](*_several(arguments))
 
 
 def _no_tensor(why: str) -> Callable[..., object]:

@@ -367,14 +367,14 @@ def _pickled_tensors(pickled: Pickled, size: int, name: str) -> dict[str, _Store
         raise CorruptFileError(f"{name} holds one single tensor, a table of named weights was expected.")
     if not isinstance(content, Mapping):
         raise CorruptFileError(f"{name} holds a {_kind(content)}, a table of named weights was expected.")
-    leaves = _leaves(cast("Mapping[Any, object]", content), name)
+    leaves = _leaves(cast("Mapping[object, object]", content), name)
     views = {key: _whole(key, leaf, name) for key, leaf in leaves if isinstance(leaf, (StoredView, NoTensor))}
     return _placed(views, pickled, size, name)
 
 
 def _kind(content: object) -> str:
-    plain: tuple[type, ...] = (list, tuple, dict, str, int, float)
-    return type(content).__name__ if isinstance(content, plain) else "single object"
+    name = type(content).__name__
+    return name if isinstance(content, (list, tuple, dict, str, int, float)) else "single object"
 
 
 def _whole(key: str, view: StoredView | NoTensor, name: str) -> StoredView:
@@ -457,7 +457,7 @@ def _nodes(mapping: Mapping[Any, object], prefix: str, depth: int, name: str) ->
             yield "", None  # counted, so that a tree of such keys cannot go on for ever
         elif isinstance(value, Mapping):
             yield "", None
-            yield from _nodes(cast("Mapping[Any, object]", value), f"{prefix}{key}.", depth + 1, name)
+            yield from _nodes(cast("Mapping[object, object]", value), f"{prefix}{key}.", depth + 1, name)
         else:
             yield f"{prefix}{key}", value
 

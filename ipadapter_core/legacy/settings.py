@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 from ..attention.presets import SiteRule, parse_layers
 from ..attention.schedule import Scaling, WeightSchedule
@@ -112,9 +112,11 @@ class LegacySettings:
 
 def _numbers(weight: Any) -> tuple[float, ...]:
     """One weight or a list of them, as linked nodes of other packs give them."""
-    several = isinstance(weight, Iterable) and not isinstance(weight, str)
-    listed = cast("Iterable[Any]", weight if several else (weight,))
     try:
-        return tuple(float(w) for w in listed)
+        return tuple(float(w) for w in (weight if _is_several(weight) else (weight,)))
     except (TypeError, ValueError, OverflowError):
         raise InvalidInputError(f"weight is {quoted(weight)}; a number or a list of numbers was expected") from None
+
+
+def _is_several(weight: object) -> TypeGuard[Iterable[Any]]:
+    return isinstance(weight, Iterable) and not isinstance(weight, str)

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ...errors import InvalidInputError, quoted
 from .apply import apply_nodes, is_chained, load_adapter_nodes, load_face_model, loader_obstacle
 from .bases import Bases
 from .embeds import change_embeds, embed_pairs, embeds_obstacle
-from .graph import Json, Migration, NodeId, fed_besides, label, number_of, row, settings_of, shown, table
+from .graph import Json, Migration, NodeId, fed_besides, is_row, label, number_of, row, settings_of, shown, table
 from .names import EMBEDS, FACE_LOADER, FACE_MODELS, FACE_WIDGETS, LOADERS, NOISE, OLD_TYPES, SOCKETS, UNIFIED, WIDGETS
 from .prompt import Prompt, is_prompt
 from .replacements import REPLACEMENTS, Replacement, replace_in_prompt
@@ -39,13 +38,13 @@ class Migrated:
     rewritten: int
 
 
-def migrate(workflow: Mapping[str, Any], base: str | None = None) -> tuple[Json, list[str]]:
+def migrate(workflow: Mapping[str, object], base: str | None = None) -> tuple[Json, list[str]]:
     """The workflow with our nodes, and one line for each thing that changed or stays, as ``migrate_graph`` gives them."""
     made = migrate_graph(workflow, base)
     return made.graph, made.report
 
 
-def migrate_graph(graph: Any, base: str | None = None) -> Migrated:
+def migrate_graph(graph: object, base: str | None = None) -> Migrated:
     """A workflow (as saved, or as exported for the API) with our nodes; ``graph`` itself stays as it is.
 
     ``base`` (sd15 or sdxl) tells which files unified loaders mean; by default the names of checkpoints do, and where these
@@ -54,13 +53,13 @@ def migrate_graph(graph: Any, base: str | None = None) -> Migrated:
     raw = table(graph)
     for wrapper in ("workflow", "prompt"):  # what was sent to ComfyUI, or kept beside a picture
         inner = table(raw.get(wrapper))
-        if "nodes" not in raw and (isinstance(inner.get("nodes"), list) or is_prompt(inner)):
+        if "nodes" not in raw and (is_row(inner.get("nodes")) or is_prompt(inner)):
             made = migrate_graph(inner, base)
             return Migrated({**raw, wrapper: made.graph}, made.report, made.found, made.rewritten)
-    if not isinstance(raw.get("nodes"), list) and is_prompt(raw):
+    if not is_row(raw.get("nodes")) and is_prompt(raw):
         _check_size(len(raw))
         return _migrate_prompt(raw, base)
-    if not isinstance(raw.get("nodes"), list):
+    if not is_row(raw.get("nodes")):
         raise InvalidInputError(
             "this is no workflow: neither as ComfyUI's menu saves it (nodes and links) nor exported as API (a table of nodes "
             "with class_type); load it in ComfyUI and save it"
@@ -132,17 +131,17 @@ MAX_NESTING = 20
 def _graphs(raw: Json, name: str, depth: int) -> Iterable[tuple[str, Json]]:
     yield name, raw
     for entry in map(table, row(table(raw.get("definitions")).get("subgraphs"))):
-        if depth < MAX_NESTING and isinstance(entry.get("nodes"), list):
+        if depth < MAX_NESTING and is_row(entry.get("nodes")):
             yield from _graphs(entry, str(entry.get("id")), depth + 1)
 
 
 def _with_subgraphs(raw: Json, written: Mapping[int, Json], depth: int) -> Json:
     out = written[id(raw)]
     definitions = table(raw.get("definitions"))
-    if depth >= MAX_NESTING or not isinstance(definitions.get("subgraphs"), list):
+    if depth >= MAX_NESTING or not is_row(definitions.get("subgraphs")):
         return out
     subgraphs = [
-        _with_subgraphs(entry, written, depth + 1) if isinstance(table(entry).get("nodes"), list) else entry
+        _with_subgraphs(table(entry), written, depth + 1) if is_row(table(entry).get("nodes")) else entry
         for entry in row(definitions["subgraphs"])
     ]
     return {**out, "definitions": {**definitions, "subgraphs": subgraphs}}

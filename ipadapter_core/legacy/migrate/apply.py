@@ -9,7 +9,7 @@ from ...errors import InvalidInputError
 from ...features import ENCODERS
 from ..known_files import known_file
 from ..settings import SIMPLE_WEIGHT_TYPES
-from .graph import Json, Migration, NodeId, Target, fed_besides, label, settings_of
+from .graph import Json, Migration, NodeId, Settings, Target, fed_besides, label, settings_of
 from .names import (
     ADAPTER,
     FACE_LOADER,
@@ -166,7 +166,7 @@ def apply_nodes(made: Migration, number: NodeId, loaded: Mapping[NodeId, Loaded]
     made.report.append(f"{old} (node {label(number)}) is {encoder} (node {label(encode)}) and Apply Adapter to Model")
 
 
-def steering_widgets(values: Json, preset: str) -> Json:
+def steering_widgets(values: Settings, preset: str) -> Json:
     """Widgets of the nodes that apply, all but the last."""
     return {
         "strength": values.get("weight", 1.0), "preset": preset, "scaling": values.get("embeds_scaling", "V only"),

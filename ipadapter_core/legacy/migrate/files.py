@@ -11,11 +11,11 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ...errors import AdapterError, CorruptFileError, InvalidInputError, quoted
 from ...files.text import MAX_BYTES, parse_json, read_bytes, regular_file
-from .graph import Json, table
+from .graph import Json, is_row, table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NAMES = ("workflow", "prompt")
@@ -35,7 +35,7 @@ _OTHERS: tuple[tuple[int, bytes, str], ...] = (
 )
 
 
-def read_graph(path: str | os.PathLike[str]) -> Any:
+def read_graph(path: str | os.PathLike[str]) -> object:
     """The JSON value of a workflow file, or of the workflow that a PNG, WebP, JPEG, .latent or .safetensors file carries.
 
     Raises FileNotFoundError, and InvalidInputError or CorruptFileError in one sentence.
@@ -62,7 +62,7 @@ def read_graph(path: str | os.PathLike[str]) -> Any:
         ) from None
 
 
-def _from_texts(found: dict[str, Text], path: Path) -> Any:
+def _from_texts(found: dict[str, Text], path: Path) -> object:
     wrong: AdapterError | None = None
     for name in NAMES:
         if name in found:
@@ -250,7 +250,7 @@ def _named_text(content: bytes, order: str) -> Iterator[tuple[str, Text]]:
             value = table(parse_json(_utf8(content), "the entry", constants=True))
         except CorruptFileError:
             return
-        if isinstance(value.get("nodes"), list):
+        if is_row(value.get("nodes")):
             yield "workflow", value
         for name in NAMES:
             text = value.get(name)

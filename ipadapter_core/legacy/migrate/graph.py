@@ -7,14 +7,16 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 from ...compatibility import COMPATIBILITIES
 from ...errors import quoted
 from ..settings import todays_option
 from .names import DEFAULTS, OPTIONS, OUR_NODES, SETTINGS, SWITCH, TEXTS
 
-Json = dict[str, Any]
+Json = dict[str, object]
+Settings = dict[str, Any]
+"""Widgets of an old node by name, each of the kind that its node has there."""
 NodeId = int | str
 Target = tuple[NodeId, str]
 """A node and one of its inputs."""
@@ -40,7 +42,7 @@ class Node:
 
     id: NodeId
     type: str
-    widgets: Mapping[str, Any] | tuple[Any, ...] = ()
+    widgets: Mapping[str, object] | tuple[object, ...] = ()
     place: tuple[float, float] = (0.0, 0.0)
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
     outputs: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -124,7 +126,7 @@ class Migration:
     rewritten: int = 0
     report: list[str] = field(default_factory=list[str])
 
-    def add(self, kind: str, place: tuple[float, float], /, **widgets: Any) -> NodeId:
+    def add(self, kind: str, place: tuple[float, float], /, **widgets: object) -> NodeId:
         """Put a node of OUR_NODES into the graph, at a place on the canvas, with a value for each of its widgets."""
         number = self.fresh()
         self.nodes[number] = Node(
@@ -133,7 +135,7 @@ class Migration:
         self.changed.add(number)
         return number
 
-    def become(self, number: NodeId, kind: str, /, **widgets: Any) -> None:
+    def become(self, number: NodeId, kind: str, /, **widgets: object) -> None:
         """Make a node one of OUR_NODES, with a value for each of its widgets."""
         ours = OUR_NODES[kind]
         self.nodes[number] = replace(
@@ -195,7 +197,7 @@ class Migration:
                     todo.append((target, self.edges[target]))
 
 
-def _in_order(kind: str, widgets: Mapping[str, Any]) -> tuple[Any, ...]:
+def _in_order(kind: str, widgets: Mapping[str, object]) -> tuple[object, ...]:
     """Values as saved graphs give them, by position. Raises ValueError unless each widget has one."""
     names = OUR_NODES[kind].widgets
     if set(names) != set(widgets):
@@ -213,9 +215,9 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(name if re.fullmatch(r"\w{1,40}", name) else quoted(name, 40) for name in sorted(names)[:5])
 
 
-def settings_of(node: Node) -> tuple[Json, str]:
+def settings_of(node: Node) -> tuple[Settings, str]:
     """The widgets of an old node by name, under today's names of options; and what is wrong with one, if anything is."""
-    values: Json = {}
+    values: Settings = {}
     for name, value in node.named(SETTINGS[node.type]).items():
         value = todays_option(name, value)
         if name in OPTIONS:
@@ -239,7 +241,7 @@ def fed_besides(made: Migration, number: NodeId, sockets: Collection[str]) -> st
     return f"{shown(others)} comes from another node" if others else ""
 
 
-def number_in(value: Any) -> float | int | None:
+def number_in(value: object) -> float | int | None:
     """A number, also one that is written as a text; None for anything else."""
     if isinstance(value, str) and len(value) < 40:
         try:
@@ -251,7 +253,7 @@ def number_in(value: Any) -> float | int | None:
     return value if abs(value) < 2**53 and math.isfinite(value) else None
 
 
-def number_of(value: Any) -> NodeId | None:
+def number_of(value: object) -> NodeId | None:
     """What JavaScript takes for the same key: 5, 5.0 and "5" are one node. None for what can be no key."""
     if isinstance(value, str):
         return int(value) if re.fullmatch(r"0|-?[1-9]\d{0,14}", value, re.ASCII) else value
@@ -260,11 +262,21 @@ def number_of(value: Any) -> NodeId | None:
     return int(value) if value == int(value) else None
 
 
-def table(value: Any) -> Json:
+def is_table(value: object) -> TypeGuard[Json]:
+    """Whether it is a JSON object."""
+    return isinstance(value, dict)
+
+
+def is_row(value: object) -> TypeGuard[list[object]]:
+    """Whether it is a JSON array."""
+    return isinstance(value, list)
+
+
+def table(value: object) -> Json:
     """A JSON object; empty for anything else."""
-    return cast("Json", value) if isinstance(value, dict) else {}
+    return value if is_table(value) else {}
 
 
-def row(value: Any) -> list[Any]:
+def row(value: object) -> list[object]:
     """A JSON array; empty for anything else."""
-    return cast("list[Any]", value) if isinstance(value, list) else []
+    return value if is_row(value) else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from ...attention.schedule import SCALINGS
 from ...images.noise import Noise
@@ -117,7 +117,7 @@ OPTIONS: dict[str, Callable[[str], Collection[str]]] = {
 """Options of an old widget, by its name and the class type."""
 TEXTS = ("preset", "ipadapter_file", "embeds", "filename_prefix")
 
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, object]] = {
     **{name: {"style_boost": 1.0} if "Style" in name else {"composition_boost": 0.0} for name in PRECISE},
     FACE_LOADER: {"lora_strength": 0.6, "provider": "CPU"},
     "IPAdapterInsightFaceLoader": {"provider": "CPU", "model_name": "buffalo_l"},

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .graph import Edge, Json, Migration, Node, NodeId, Target, Wires, number_of, row, table
+from .graph import Edge, Json, Migration, Node, NodeId, Target, Wires, is_table, number_of, row, table
 from .names import OUR_NODES
 
 
-def is_prompt(value: Any) -> bool:
+def is_prompt(value: object) -> bool:
     """Whether it is a table of nodes that say what they are."""
     entries = [table(entry) for entry in table(value).values()]
     return bool(entries) and all(
-        isinstance(entry.get("class_type"), str) and isinstance(entry.get("inputs"), dict) for entry in entries
+        isinstance(entry.get("class_type"), str) and is_table(entry.get("inputs")) for entry in entries
     )
 
 
@@ -33,7 +31,7 @@ class Prompt:
         for number, key in self._keys.items():
             inputs = table(table(raw[key]).get("inputs"))
             widgets = {name: value for name, value in inputs.items() if self._edge(value) is None}
-            self.nodes[number] = Node(number, table(raw[key])["class_type"], widgets)
+            self.nodes[number] = Node(number, str(table(raw[key])["class_type"]), widgets)
         for number, key in self._keys.items():
             for name, value in table(table(raw[key]).get("inputs")).items():
                 edge = self._edge(value)
@@ -41,11 +39,13 @@ class Prompt:
                     self.edges[number, name] = edge
         self._before = self.edges.copy()
 
-    def _edge(self, value: Any) -> Edge | None:
-        if len(row(value)) != 2 or isinstance(value[1], bool) or not isinstance(value[1], int) or value[1] < 0:
-            return None
-        source = number_of(value[0])
-        return Edge(source, value[1], "*") if source in self._keys else None
+    def _edge(self, value: object) -> Edge | None:
+        match row(value):
+            case [origin, int(output)] if not isinstance(output, bool) and output >= 0:
+                source = number_of(origin)
+                return Edge(source, output, "*") if source in self._keys else None
+            case _:
+                return None
 
     def written(self, made: Migration) -> Json:
         """The prompt with what changed in it; other nodes as they were."""
@@ -60,8 +60,9 @@ class Prompt:
                 if made.edges.into(number) == before:
                     out[key] = self.raw[key]
                     continue
-                inputs = {n: v for n, v in table(self.raw[key].get("inputs")).items() if n in into or n not in before}
-                out[key] = {**self.raw[key], "inputs": {**inputs, **into}}
+                old = table(self.raw[key])
+                inputs = {n: v for n, v in table(old.get("inputs")).items() if n in into or n not in before}
+                out[key] = {**old, "inputs": {**inputs, **into}}
                 continue
             widgets = dict(zip(OUR_NODES[node.type].widgets, node.widgets, strict=True))
             out[key] = {**table(self.raw.get(key)), "class_type": node.type, "inputs": {**widgets, **into}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from .graph import Json, table
 from .names import APPLY_WIDGETS, NEW_NAMES, NOISE, SWITCH, TILED
@@ -21,12 +20,12 @@ class Replacement:
     new: str
     widgets: tuple[str, ...]
     inputs: Mapping[str, str]
-    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    values: Mapping[str, object] = field(default_factory=dict[str, object])
     outputs: int = 1
 
 
 def _replacement(
-    old: str, new: str, widgets: tuple[str, ...], sockets: tuple[str, ...] = (), **values: Any
+    old: str, new: str, widgets: tuple[str, ...], sockets: tuple[str, ...] = (), **values: object
 ) -> Replacement:
     return Replacement(old, new, widgets, {NEW_NAMES.get(name, name): name for name in (*sockets, *widgets)}, values)
 
@@ -56,7 +55,7 @@ REPLACEMENTS: tuple[Replacement, ...] = (
 """Nodes that one node of ours replaces; all others take two of ours (migrate() makes those) or stay as they are."""
 
 
-def replace_in_prompt(prompt: Mapping[str, Any], known: Collection[str]) -> None:
+def replace_in_prompt(prompt: Mapping[str, object], known: Collection[str]) -> None:
     """Put our nodes in the place of old ones that ``known`` does not list, in a prompt (API format).
 
     What is not connected in the old node stays unconnected. (ComfyUI's own replacement stops at such an input, and where

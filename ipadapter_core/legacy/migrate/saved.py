@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from .graph import Edge, Json, Migration, Node, NodeId, Target, Wires, number_of, row, table
+from .graph import Edge, Json, Migration, Node, NodeId, Target, Wires, is_row, is_table, number_of, row, table
 from .names import OLD_TYPES
 
 ROW = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
@@ -95,7 +94,7 @@ class Saved:
                 self._connect(target, link)
         self._before = self.edges.copy()
 
-    def _read_inputs(self, number: NodeId, inputs: list[Any]) -> None:
+    def _read_inputs(self, number: NodeId, inputs: list[object]) -> None:
         for slot, entry in enumerate(map(table, inputs)):
             name, link = entry.get("name"), number_of(entry.get("link"))
             target = (number, name if isinstance(name, str) else f"#{slot}")
@@ -115,7 +114,7 @@ class Saved:
 
     def _outside(self, key: str, default: int) -> NodeId | None:
         """What a subgraph is given, or gives, as a node of its own; None for a graph that is none, or has none."""
-        if not isinstance(self.raw.get(key), dict):
+        if not is_table(self.raw.get(key)):
             return None
         number = number_of(table(self.raw[key]).get("id"))
         number = default if number is None else number
@@ -168,7 +167,7 @@ class Saved:
             return list(made.nodes[target[0]].inputs).index(target[1])
         return self._slots[target]
 
-    def _nodes(self, made: Migration, ids: dict[Target, NodeId], leaving: dict[Output, list[NodeId]]) -> list[Any]:
+    def _nodes(self, made: Migration, ids: dict[Target, NodeId], leaving: dict[Output, list[NodeId]]) -> list[object]:
         def sockets(node: Node) -> Json:
             return {
                 "type": node.type,
@@ -183,15 +182,15 @@ class Saved:
                 "widgets_values": list(node.widgets),
             }
 
-        nodes: list[Any] = []
+        nodes: list[object] = []
         for entry in row(self.raw.get("nodes")):
             number = number_of(table(entry).get("id"))
             if number is None or self._entries[number] > 1:
                 nodes.append(entry)
             elif number in made.changed:
-                nodes.append({**entry, **sockets(made.nodes[number])})
+                nodes.append({**table(entry), **sockets(made.nodes[number])})
             else:
-                nodes.append(self._rewired(entry, number, ids, leaving))
+                nodes.append(self._rewired(table(entry), number, ids, leaving))
         for number, node in made.nodes.items():
             if number not in self.nodes:
                 frame: Json = {
@@ -213,21 +212,21 @@ class Saved:
         for name, edge in self._before.into(number).items():
             if ids.get((number, name)) != edge.link:
                 slot = self._slots[number, name]
-                inputs[slot] = {**inputs[slot], "link": ids.get((number, name))}
+                inputs[slot] = {**table(inputs[slot]), "link": ids.get((number, name))}
         outputs = self._with_links(row(entry.get("outputs")), number, "links", leaving)
         changes: Json = {"inputs": inputs} if inputs != entry.get("inputs") and inputs else {}
         return {**entry, **changes, **({} if outputs is None else {"outputs": outputs})}
 
     def _with_links(
-        self, sockets: list[Any], number: NodeId, key: str, leaving: dict[Output, list[NodeId]]
-    ) -> list[Any] | None:
+        self, sockets: list[object], number: NodeId, key: str, leaving: dict[Output, list[NodeId]]
+    ) -> list[object] | None:
         """Sockets with the links that leave them (inputs know them better in a damaged file); None where they have these."""
         new = list(sockets)
         for slot, raw in enumerate(sockets):
             was = {self._before[target].link for target in self._before.consumers(number, slot)}
             now = leaving.get((number, slot), [])
             held = table(raw).get(key)
-            if not isinstance(raw, dict) or not (held is None or isinstance(held, list)):
+            if not is_table(raw) or not (held is None or is_row(held)):
                 continue
             kept = [link for link in row(held) if number_of(link) not in was - set(now)]
             known = {number_of(link) for link in kept}
@@ -246,12 +245,12 @@ class Saved:
         outputs = list(row(self.raw.get("outputs")))
         for name, edge in self._before.into(self._outlet).items():
             slot, now = self._slots[self._outlet, name], ids.get((self._outlet, name))
-            if now != edge.link and slot < len(outputs) and isinstance(outputs[slot], dict):
-                outputs[slot] = {**outputs[slot], "linkIds": [] if now is None else [now]}
+            if now != edge.link and slot < len(outputs) and is_table(outputs[slot]):
+                outputs[slot] = {**table(outputs[slot]), "linkIds": [] if now is None else [now]}
                 out["outputs"] = outputs
 
-    def _rows(self, links: dict[NodeId, Link], gone: set[NodeId]) -> list[Any]:
-        rows: list[Any] = []
+    def _rows(self, links: dict[NodeId, Link], gone: set[NodeId]) -> list[object]:
+        rows: list[object] = []
         entries = row(self.raw.get("links"))
         last = {link.id: place for place, link in enumerate(map(read_link, entries)) if link is not None}
         for place, raw in enumerate(entries):
@@ -260,14 +259,14 @@ class Saved:
                 rows.append(raw)
             elif link.id in links and last[link.id] == place:
                 rows.append(_link_row(links[link.id], raw))
-        as_objects = isinstance(entries[0], dict) if entries else isinstance(self.raw.get("inputNode"), dict)
+        as_objects = is_table(entries[0]) if entries else is_table(self.raw.get("inputNode"))
         rows += [_link_row(link, {} if as_objects else []) for link in links.values() if link.id not in last]
         return rows
 
 
-def read_link(raw: Any) -> Link | None:
+def read_link(raw: object) -> Link | None:
     """A link that says where it comes from and goes to; None for anything else."""
-    values = [table(raw).get(key) for key in ROW] if isinstance(raw, dict) else row(raw)[:6]
+    values = [table(raw).get(key) for key in ROW] if is_table(raw) else row(raw)[:6]
     if len(values) < 6:
         return None
     number, source, target = (number_of(values[i]) for i in (0, 1, 3))
@@ -281,9 +280,9 @@ def read_link(raw: Any) -> Link | None:
     return Link(number, source, output, target, slot, values[5] if isinstance(values[5], str) else "*")
 
 
-def _link_row(link: Link, raw: Any) -> Any:
+def _link_row(link: Link, raw: object) -> object:
     values = [link.id, link.source, link.output, link.target, link.slot, link.type]
-    return {**table(raw), **dict(zip(ROW, values, strict=True))} if isinstance(raw, dict) else [*values, *row(raw)[6:]]
+    return {**table(raw), **dict(zip(ROW, values, strict=True))} if is_table(raw) else [*values, *row(raw)[6:]]
 
 
 def _forget(out: Json, gone: set[NodeId], changed: set[NodeId]) -> None:
@@ -298,18 +297,18 @@ def _forget(out: Json, gone: set[NodeId], changed: set[NodeId]) -> None:
             raw for raw in row(out["floatingLinks"]) if (link := read_link(raw)) is None or link.id not in loose
         ]
 
-    def dots(raw: Any) -> Any:
+    def dots(raw: object) -> object:
         ids = table(raw).get("linkIds")
-        if not isinstance(ids, list) or not any(number_of(link) in gone for link in row(ids)):
+        if not is_row(ids) or not any(number_of(link) in gone for link in row(ids)):
             return raw
-        return {**raw, "linkIds": [link for link in row(ids) if number_of(link) not in gone]}
+        return {**table(raw), "linkIds": [link for link in row(ids) if number_of(link) not in gone]}
 
-    if isinstance(out.get("reroutes"), list):
+    if is_row(out.get("reroutes")):
         out["reroutes"] = [dots(raw) for raw in row(out["reroutes"])]
     extra = table(out.get("extra"))
-    if isinstance(extra.get("reroutes"), list):
+    if is_row(extra.get("reroutes")):
         extra = {**extra, "reroutes": [dots(raw) for raw in row(extra["reroutes"])]}
-    if isinstance(extra.get("linkExtensions"), list):
+    if is_row(extra.get("linkExtensions")):
         kept = [raw for raw in row(extra["linkExtensions"]) if number_of(table(raw).get("id")) not in gone]
         extra = {**extra, "linkExtensions": kept}
     if extra:
@@ -318,19 +317,19 @@ def _forget(out: Json, gone: set[NodeId], changed: set[NodeId]) -> None:
 
 def _count(out: Json, numbers: Numbers) -> None:
     """The last numbers given out, where a file of its kind has them."""
-    if isinstance(out.get("state"), dict):
-        out["state"] = {**out["state"], "lastNodeId": numbers.last_node, "lastLinkId": numbers.last_link}
-    if "last_node_id" in out or not isinstance(out.get("state"), dict):
+    if is_table(out.get("state")):
+        out["state"] = {**table(out["state"]), "lastNodeId": numbers.last_node, "lastLinkId": numbers.last_link}
+    if "last_node_id" in out or not is_table(out.get("state")):
         out |= {"last_node_id": numbers.last_node, "last_link_id": numbers.last_link}
 
 
-def _whole(value: Any) -> int:
+def _whole(value: object) -> int:
     number = number_of(value)
     return number if isinstance(number, int) else 0
 
 
-def _place(pos: Any) -> tuple[float, float]:
+def _place(pos: object) -> tuple[float, float]:
     """Left and top on the canvas, saved as an array or as a table of its places."""
-    found = [table(pos).get(key) for key in ("0", "1")] if isinstance(pos, dict) else row(pos)[:2]
+    found = [table(pos).get(key) for key in ("0", "1")] if is_table(pos) else row(pos)[:2]
     numbers = [float(v) for v in found if isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9]
     return (numbers[0], numbers[1]) if len(numbers) == 2 else (0.0, 0.0)
