@@ -52,6 +52,7 @@ __all__ = [
     "kohya_lora",
     "load_adapter",
     "save_adapter",
+    "trainable_families",
 ]
 
 FORMATS: tuple[Format, ...] = (
@@ -194,6 +195,11 @@ def claimants(file: TensorFile) -> list[Format]:
     return _foremost(format for format in FORMATS if format.detect(file))
 
 
+def trainable_families() -> tuple[str, ...]:
+    """The names of the families that can be trained anew."""
+    return tuple(format.name for format in FORMATS if format.trains)
+
+
 def format_named(name: str) -> Format:
     """The format of a family. Raises InvalidInputError for a name that is none's."""
     for format in FORMATS:
@@ -296,9 +302,9 @@ def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:
 
 def as_version(adapter: AdapterWeights, version: int) -> AdapterWeights:
     """A FaceID Plus adapter read as version 1 or 2, against what its name says (others as they are); tensors are shared."""
-    if adapter.spec.options.get("version") in (None, version):
+    spec = adapter.spec.format.as_version(adapter.spec, version)
+    if spec == adapter.spec:
         return adapter
-    spec = replace(adapter.spec, options={**adapter.spec.options, "version": version})
     module = empty_module(spec, BARE)
     module.load_state_dict(adapter.module.state_dict(), assign=True)
     return replace(adapter, spec=spec, module=module.requires_grad_(False).eval())
@@ -319,7 +325,7 @@ def _as_metadata(spec: AdapterSpec) -> dict[str, str]:
         "feature": spec.feature,
         "feature_dim": str(spec.feature_dim),
         "unconditional": spec.unconditional,
-        **({"faceid_version": str(spec.options["version"])} if "version" in spec.options else {}),
+        **spec.format.metadata(spec),
     }
 
 

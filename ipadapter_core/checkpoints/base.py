@@ -19,6 +19,7 @@ class Base(Format):
     unconditional = "zero_embeds"
     anchor = "proj.weight"
     allowed = re.compile(r"(proj|norm)\.(weight|bias)")
+    trains = True
 
     def parse(self, file: TensorFile) -> AdapterSpec:
         proj, norm = "image_proj.proj.weight", "image_proj.norm.weight"

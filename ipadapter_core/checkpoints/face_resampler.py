@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..features import RAW_FACE
 from ..files.state_dict import TensorFile
 from ..models.unet import SDXL
-from .format import EncoderSizes, Format, FreshSizes
 from .plus import Plus
 
 
@@ -23,6 +22,7 @@ class InstantID(Plus):
     unconditional = "zero_embeds"
     encoder = "InsightFace"
     before = ("plus",)
+    trains = False
 
     def marks(self, file: TensorFile) -> bool:
         """A face embedding has 512 numbers, and both files are for SDXL's text tokens of 2048."""
@@ -32,9 +32,6 @@ class InstantID(Plus):
 
     def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
         return cast(Tensor, projector(features[:, None]))  # one token to read
-
-    def fresh(self, token_dim: int, encoder: EncoderSizes, sizes: FreshSizes) -> tuple[nn.Module, int]:
-        return Format.fresh(self, token_dim, encoder, sizes)
 
 
 class PortraitUnnorm(InstantID):

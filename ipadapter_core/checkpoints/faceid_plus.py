@@ -82,6 +82,12 @@ class FaceIDPlus(Format):
     def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
         return cast(Tensor, projector(features, face_scale))
 
+    def as_version(self, spec: AdapterSpec, version: int) -> AdapterSpec:
+        return replace(spec, options={**spec.options, "version": version})
+
+    def metadata(self, spec: AdapterSpec) -> dict[str, str]:
+        return {"faceid_version": str(spec.options["version"])}
+
 
 def _version(spec: AdapterSpec, file: TensorFile) -> int:
     """1 or 2, which no shape tells: by metadata, else by the released file names; Kolors' only one is a 2."""

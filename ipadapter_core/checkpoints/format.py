@@ -117,6 +117,8 @@ class Format(ABC):
     """Which attentions of a base model its layers serve."""
     encoder: ClassVar[str | None] = None
     """The encoder of all its files, where the feature's width does not tell it."""
+    trains: ClassVar[bool] = False
+    """Whether new adapters of it are trained, see ``fresh``."""
 
     @abstractmethod
     def parse(self, file: TensorFile) -> AdapterSpec:
@@ -147,9 +149,17 @@ class Format(ABC):
     def fresh(self, token_dim: int, encoder: EncoderSizes, sizes: FreshSizes) -> tuple[nn.Module, int]:
         """A projector of random weights to train, in the shapes of the released files, and its number of image tokens.
 
-        Raises InvalidInputError for a family that this package does not train.
+        Asked of families that say so in ``trains``.
         """
-        raise InvalidInputError(f"{self.name} adapters are not trained here; choose another adapter.family")
+        raise NotImplementedError
+
+    def as_version(self, spec: AdapterSpec, version: int) -> AdapterSpec:
+        """The spec read as another version of the family; the same where there are none."""
+        return spec
+
+    def metadata(self, spec: AdapterSpec) -> dict[str, str]:
+        """What a saved file says of itself beyond what every family's does."""
+        return {}
 
     def marks(self, file: TensorFile) -> bool:
         """Whether a file with the family's keys is of it, where keys alone do not tell."""

@@ -19,6 +19,7 @@ class FullFace(Format):
     unconditional = "zero_pixels"
     anchor = "proj.3.weight"
     allowed = re.compile(r"proj\.[023]\.(weight|bias)")
+    trains = True
 
     def parse(self, file: TensorFile) -> AdapterSpec:
         hidden_dim, feature_dim = shape_of(file.tensors, "image_proj.proj.0.weight", rank=2)

@@ -23,6 +23,7 @@ class Plus(Format):
     unconditional = "zero_pixels"
     anchor = "latents"
     allowed = re.compile(rf"latents|{RESAMPLER_KEYS}")
+    trains = True
 
     def parse(self, file: TensorFile) -> AdapterSpec:
         state = file.tensors

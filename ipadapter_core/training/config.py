@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
+from ..checkpoints import trainable_families
 from ..errors import InvalidInputError, quoted, reason
 from ..files.text import NotUnicodeError, check_length, decode_text, read_bytes
 from ..lora.algorithms import trainings
@@ -31,7 +32,7 @@ class OneOf:
 
 
 Prediction = Annotated[str, OneOf(lambda: ("auto", *predictions()))]
-Family = Literal["base", "plus", "full-face"]
+Family = Annotated[str, OneOf(trainable_families)]
 Kind = Literal["auto", "folder", "json", "webdataset", "huggingface"]
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor", "muon"]

@@ -24,7 +24,7 @@ from ...ipadapter_core.files.access import plain_name
 from ...ipadapter_core.files.text import check_length
 from ...ipadapter_core.images.files import read_picture, to_tensor
 from ...ipadapter_core.images.preprocess import check_finite
-from ...ipadapter_core.training.config import Family, Precision, parse_config
+from ...ipadapter_core.training.config import Family, Precision, choices_of, parse_config
 from ...ipadapter_core.training.job import run_job
 from ...ipadapter_core.training.limits import graph_settings
 from ...ipadapter_core.training.model_configs import write_model_configs
@@ -32,7 +32,7 @@ from ...ipadapter_core.training.results import publish, set_aside
 from .access import readable, readable_folders, writable
 from .frontend import show_in_node
 
-FAMILIES: tuple[Family, ...] = get_args(Family)
+FAMILIES = choices_of(Family)
 PRECISIONS = sorted(get_args(Precision))  # bf16 is what the node begins with
 INSIDE = "inside the base model's folder"
 FOLDERS = {"ipadapter": "ipadapter_training", "loras": "lora_training"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from functools import cache
@@ -14,10 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ipadapter_core import checkpoints
-from ipadapter_core.checkpoints import FORMATS, AdapterWeights, claimants, describe_adapter, load_adapter, save_adapter
+from ipadapter_core.checkpoints import (
+    FORMATS,
+    AdapterWeights,
+    claimants,
+    describe_adapter,
+    format_named,
+    load_adapter,
+    save_adapter,
+    trainable_families,
+)
 from ipadapter_core.checkpoints import format as formats_of_checkpoints
 from ipadapter_core.checkpoints.containers import normalise
-from ipadapter_core.checkpoints.format import Format, checkpoint_key, module_key
+from ipadapter_core.checkpoints.format import EncoderSizes, Format, checkpoint_key, module_key
 from ipadapter_core.errors import (
     AdapterError,
     CorruptFileError,
@@ -27,6 +37,7 @@ from ipadapter_core.errors import (
 )
 from ipadapter_core.files.state_dict import TensorFile
 from ipadapter_core.report import describe_spec, spec_facts
+from ipadapter_core.training.config import AdapterConfig
 from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, nested, tiny_state
 
 FAMILIES = ("base", "plus", "full-face")
@@ -422,6 +433,29 @@ def refusal(family: str, state: dict[str, Tensor]) -> str:
     with pytest.raises(AdapterError) as caught:
         describe_adapter(state, name=PUBLIC[family][1])
     return str(caught.value)
+
+
+def test_no_other_file_asks_for_a_family_by_name() -> None:
+    """Comparisons of texts; the demo trains two adapters of its own, and may."""
+    root, names = Path(checkpoints.__file__).parents[1], {format.name for format in FORMATS}
+    asked: list[str] = []
+    for path in [*root.rglob("*.py"), *(root.parent / "nodes").rglob("*.py")]:
+        if {"checkpoints", "demo", "lora", "models"} & {*path.parts}:  # LoRAs have a block "base"
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Compare, ast.MatchValue)):
+                told = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+                asked += [f"{path.name}:{node.lineno} {ast.unparse(node)}"] if told & names else []
+    assert asked == []
+
+
+def test_families_that_are_trained() -> None:
+    assert trainable_families() == ("base", "plus", "full-face")
+    for family in trainable_families():
+        _, num_tokens = format_named(family).fresh(32, EncoderSizes(24, 40, 5), AdapterConfig(depth=1))
+        assert num_tokens == {"base": 4, "plus": 16, "full-face": 5}[family]
+    with pytest.raises(InvalidInputError, match="'pluss' is no family of adapters; choose one of: base, plus"):
+        format_named("pluss")
 
 
 def test_every_family_has_a_public_file_here() -> None:

@@ -30,6 +30,7 @@ from ipadapter_core.prompt.combine import combine_prompts
 from ipadapter_core.prompt.encode import encode_image_prompt, prompt_from_features
 from ipadapter_core.prompt.faces import encode_face_prompt
 from ipadapter_core.prompt.model_projection import project_by_model
+from ipadapter_core.prompt.options import EncodeOptions
 from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, fill, tiny_state
 
 SD15 = {"token_dim": 768, "channels": SD15_CHANNELS, "face_dim": 512}
@@ -190,6 +191,15 @@ def test_a_face_to_steer_away_from() -> None:
     assert_close(old.uncond, plain.uncond, rtol=0, atol=0)
     with pytest.raises(InvalidInputError, match="also in the negative picture: one face found 0 faces"):
         encode_face_prompt(adapter, OneFace(), None, grey(0.2), negative=grey(0.0))
+
+
+def test_options_of_faces_have_their_former_names_too() -> None:
+    adapter = load_adapter(tiny_state("faceid-plus", face_dim=512, feature_dim=520), name="plusv2.bin")
+    options = EncodeOptions(face_scale=0.3, face_side=112, which="all")
+    prompt, found = encode_face_prompt(adapter, OneFace(), Sees(), grey(0.2), options)
+    former, _ = encode_face_prompt(adapter, OneFace(), Sees(), grey(0.2), crop=112, picture_scale=0.3, which="all")
+    assert_close((prompt.cond, prompt.uncond), (former.cond, former.uncond), rtol=0, atol=0)
+    assert (found.crops.shape, prompt.face_scale) == ((1, 112, 112, 3), 0.3)
 
 
 def test_faceid_plus_steers_away_from_a_look() -> None:

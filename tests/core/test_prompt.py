@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
+from ipadapter_core.compatibility import IPADAPTER_PLUS
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.features import ImageFeatures
 from ipadapter_core.images.encoder import TransformersImageEncoder
 from ipadapter_core.images.preprocess import preprocess
 from ipadapter_core.images.tiles import square_tiles
-from ipadapter_core.prompt.combine import Combine, combine_features, combine_prompts
+from ipadapter_core.prompt.combine import Combine, at_strength, combine_features, combine_prompts
 from ipadapter_core.prompt.encode import encode_image_prompt
 from ipadapter_core.prompt.image_prompt import ImagePrompt
+from ipadapter_core.prompt.options import EncodeOptions
 from tiny import tiny_state
 
 SIZE, HIDDEN, EMBED, TOKENS = 28, 32, 24, 4
@@ -262,6 +264,36 @@ def test_weak_images_fade_to_nothing_not_to_the_negative(family: str) -> None:
         adapter(family), [encode(family, photos(1), negative=negative)], combine="add", strengths=[0]
     )
     same(later, prompt)
+
+
+def test_strength_under_the_old_packs_rule_scales_the_feature() -> None:
+    features, neutral = torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 1.0]])
+    assert_close(at_strength(features, neutral, 0.5), torch.tensor([[2.0, 0.0]]))
+    assert_close(at_strength(features, neutral, 0.5, IPADAPTER_PLUS), torch.tensor([[1.5, -0.5]]))
+    assert at_strength(features, neutral, 1.0) is features
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"crop": "tiles", "strengths": [0.5, 2]}, {"combine": "add"}, {"per_latent": True, "unconditional": "black"}],
+)
+def test_options_are_one_value_or_keywords(changes: dict[str, Any]) -> None:
+    images = photos(2, h=80)
+    same(
+        encode_image_prompt(adapter(), encoder(), images, EncodeOptions(**changes)),
+        encode("plus", images, **changes),
+        **exact,
+    )
+    mixed = encode_image_prompt(adapter(), encoder(), images, EncodeOptions(**changes), chunk=1)
+    same(mixed, encode("plus", images, chunk=1, **changes), **exact)
+
+
+def test_an_option_that_there_is_not_is_an_error_of_python() -> None:
+    with pytest.raises(TypeError, match="strenghts"):
+        encode("plus", photos(1), strenghts=[1.0])
 
 
 # --- sizes, masks, crops, chunks ------------------------------------------------------------------------------------
