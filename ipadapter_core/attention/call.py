@@ -6,17 +6,41 @@ Both hosts describe their calls so, and image prompts and LoRAs read the same de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .batch import Frames
+from .maths import KeyValue, Scale, query_rows
 
 Area = tuple[int, int, int, int]
 """Part of the latent that a model call sees: height, width, top, left, in latents (ComfyUI's order)."""
 
 UNCOND, COND = 0, 1
 """Branches of classifier-free guidance; baked tensors hold them in this order, the order in which hosts batch them."""
+
+
+@dataclass(slots=True, eq=False)
+class Ready:
+    """What one image prompt needs at one site, resolved: ``factor`` is the step's, ``scale`` with it."""
+
+    kv: KeyValue
+    scale: Scale
+    mask: Tensor | None
+    factor: float
+    groups: int
+    tokens: int
+    device: torch.device
+
+
+@dataclass(slots=True, eq=False)
+class Acting:
+    """One image prompt in one model call: the step's factor, and what is ready at each site for calls of this kind."""
+
+    factor: float
+    branches: tuple[int, ...]
+    sites: list[Ready | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +63,8 @@ class ModelCall:
     frames: Frames | None = None
     order: tuple[int, ...] | None = None
     size: tuple[int, int] | None = None
+    acting: dict[object, Acting] = field(default_factory=dict[object, "Acting"], repr=False)
+    """By image prompt: what all its sites have in common in this call, put here by the first."""
 
     @property
     def seen(self) -> tuple[int, int] | None:
@@ -47,7 +73,7 @@ class ModelCall:
         return self.latent if area is None else area[:2]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class SiteCall:
     """One attention of a model call, the same for every image prompt on the site.
 
@@ -59,3 +85,11 @@ class SiteCall:
     q: Tensor
     heads: int
     shape: Sequence[int] | None = None
+    _rows: Tensor | None = None
+
+    def rows(self, groups: int) -> Tensor:
+        """``query_rows`` for so many groups, kept for the next image prompt on the site."""
+        rows = self._rows
+        if rows is None or rows.shape[0] != groups:
+            rows = self._rows = query_rows(self.q, self.heads, groups)
+        return rows

@@ -22,6 +22,11 @@ TIMESTEPS_KEPT = 2
 class SiteKV(Protocol):
     """Image K and V of one site."""
 
+    @property
+    def constant(self) -> bool:
+        """Whether they are the same at every step."""
+        ...
+
     def at(self, call: SiteCall, branches: tuple[int, ...], flipped: bool, per_image: bool = False) -> KeyValue:
         """K and V for chunks of the given branches, in dtype and on device of the call's queries.
 
@@ -47,6 +52,10 @@ class Baked:
     v: Tensor
     images: int = 1
     _prepared: DeviceCache[KeyValue] = field(default_factory=DeviceCache[KeyValue], repr=False)
+
+    @property
+    def constant(self) -> bool:
+        return True
 
     def at(self, call: SiteCall, branches: tuple[int, ...], flipped: bool, per_image: bool = False) -> KeyValue:
         """As SiteKV says.
@@ -98,6 +107,10 @@ class Timed:
     make: Callable[[float], tuple[Tensor, Tensor]]
     images: int = 1
     _kept: DeviceCache[Baked] = field(default_factory=lambda: DeviceCache[Baked](TIMESTEPS_KEPT), repr=False)
+
+    @property
+    def constant(self) -> bool:
+        return False
 
     def at(self, call: SiteCall, branches: tuple[int, ...], flipped: bool, per_image: bool = False) -> KeyValue:
         timestep = call.call.timestep()

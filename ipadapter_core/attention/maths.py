@@ -66,37 +66,45 @@ def scale_for(scaling: Scaling, weight: float | Tensor, channels: int, reference
             return Scale(penalised, 1.0, penalised - 1.0)
 
 
-def attend(q: Tensor, kv: KeyValue, heads: int, key_scale: float | Tensor = 1.0) -> Tensor:
-    """Attention of latent tokens ``b l c`` to image tokens; returns ``b l c``.
+def query_rows(q: Tensor, heads: int, groups: int) -> Tensor:
+    """Queries ``b l c`` as ``g h (b/g l) d``: members that share image tokens are folded into the query length, so K and V
+    are never repeated."""
+    return q.reshape(groups, -1, heads, q.shape[-1] // heads).transpose(1, 2)
 
-    Batch members that share image tokens are folded into the query length, so K and V are never repeated.
-    """
-    b, length, channels = q.shape
-    groups = kv.k.shape[0]
+
+def attend(q: Tensor, kv: KeyValue, heads: int, key_scale: float | Tensor = 1.0, rows: Tensor | None = None) -> Tensor:
+    """Attention of latent tokens ``b l c`` to image tokens; returns ``b l c``. ``rows`` are the query's, if there already."""
+    b, length, channels = q.shape  # numbers: to reshape by a torch.Size takes twice as long
     if isinstance(key_scale, Tensor):
-        q, key_scale = q * key_scale, 1.0
+        rows, key_scale = query_rows(q * key_scale, heads, kv.k.shape[0]), 1.0
+    elif rows is None:
+        rows = query_rows(q, heads, kv.k.shape[0])
     if key_scale < 0:  # fused kernels take the row maximum before they scale
-        q, key_scale = -q, -key_scale
-    rows = q.reshape(groups, b // groups * length, heads, channels // heads).transpose(1, 2)
+        rows, key_scale = -rows, -key_scale
     scale = None if key_scale == 1.0 else key_scale * (channels // heads) ** -0.5
     out = F.scaled_dot_product_attention(rows, kv.k, kv.v, scale=scale)
     return out.transpose(1, 2).reshape(b, length, channels)
 
 
-def add_image_attention(base: Tensor, q: Tensor, kv: KeyValue, heads: int, scale: Scale, mask: Tensor | None) -> Tensor:
-    """``base + mask · (output · attend(q, key·K, V) + mean · mean(V))``, all ``b l c``; mask ``1|b l 1`` or None."""
-    image = attend(q, kv, heads, scale.key)
-    if isinstance(scale.mean, Tensor) or scale.mean != 0.0:
-        mean = _mean_part(q, kv, heads, scale)
-        if isinstance(scale.mean, Tensor):
-            image = torch.addcmul(image, mean, scale.mean)
+def add_image_attention(
+    base: Tensor, q: Tensor, kv: KeyValue, heads: int, scale: Scale, mask: Tensor | None, rows: Tensor | None = None
+) -> Tensor:
+    """``base + mask · (output · attend(q, key·K, V) + mean · mean(V))``, all ``b l c``; mask ``1|b l 1`` or None.
+
+    ``rows`` are ``query_rows`` of ``q`` for ``kv``, where another image prompt on the site made them.
+    """
+    image = attend(q, kv, heads, scale.key, rows)
+    output, mean = scale.output, scale.mean
+    if isinstance(mean, Tensor) or mean != 0.0:
+        if isinstance(mean, Tensor):
+            image = torch.addcmul(image, _mean_part(q, kv, heads, scale), mean)
         else:
-            image = torch.add(image, mean, alpha=scale.mean)
-    if isinstance(scale.output, Tensor):
-        return torch.addcmul(base, image, scale.output if mask is None else mask * scale.output)
+            image = torch.add(image, _mean_part(q, kv, heads, scale), alpha=mean)
+    if isinstance(output, Tensor):
+        return torch.addcmul(base, image, output if mask is None else mask * output)
     if mask is None:
-        return torch.add(base, image, alpha=scale.output)
-    return torch.addcmul(base, image, mask, value=scale.output)
+        return torch.add(base, image, alpha=output)
+    return torch.addcmul(base, image, mask, value=output)
 
 
 def _mean_part(q: Tensor, kv: KeyValue, heads: int, scale: Scale) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..errors import InvalidInputError
 from ..models.reach import Reach
 from ..models.sites import ModelLayout
 from .batch import Frames, fit_batch
-from .call import COND, UNCOND, SiteCall
+from .call import COND, UNCOND, Acting, Ready, SiteCall
 from .kv import SiteKV
 from .masks import RegionMask, inference_mode
 from .maths import Scale, add_image_attention, scale_for
@@ -22,6 +22,10 @@ from .schedule import WeightSchedule
 
 H94 = Reach()
 """The first families and most since: one layer for every cross-attention of a UNet."""
+
+
+KINDS = 8
+"""Kinds of calls (batch, latent, device, dtype) for which a prompt keeps what is ready at its sites."""
 
 
 class LatentWeights:
@@ -61,6 +65,9 @@ class AdapterPatch:
     rules: Rules = CORRECT
     latent_weights: LatentWeights | None = None
     reach: Reach = H94
+    _kinds: DeviceCache[list[Ready | None]] = field(
+        default_factory=lambda: DeviceCache[list[Ready | None]](KINDS), init=False, repr=False
+    )
 
     def __deepcopy__(self, memo: dict[int, object]) -> AdapterPatch:
         return self  # frozen: a copied model shares the keys and values
@@ -80,29 +87,62 @@ class AdapterPatch:
 
     def release(self, site: int, device: torch.device) -> None:
         """Forget what one site keeps on other devices than ``device``."""
+        self._kinds.release(device)
         kv = self.sites[site]
         if kv is not None:
             kv.release(device)
 
     def add_to(self, base: Tensor, site: int, at: SiteCall) -> Tensor:
         """Add this image's attention to the attention output ``base`` (``b l c``) of one site."""
-        call, q, weight, window = at.call, at.q, self.weights[site], self.schedule.window
-        factor = 1.0 if window.constant else window.at(call.percent())
-        site_kv = self.sites[site]
-        if weight.weight * factor == 0.0 or site_kv is None:
+        if torch.compiler.is_compiling():  # what is kept would be part of the code, and code be made for every call
+            acting = Acting(*self._now(at), [None] * len(self.sites))
+        else:
+            acting = at.call.acting.get(self)
+            if acting is None:
+                acting = at.call.acting[self] = self._acting(at)
+        if acting.factor == 0.0:
             return base
+        q, ready = at.q, acting.sites[site]
+        if ready is None or ready.factor != acting.factor or ready.tokens != q.shape[1] or ready.device != q.device:
+            ready = self._ready(site, at, acting)
+            if ready is None:
+                return base
+        return add_image_attention(base, q, ready.kv, at.heads, ready.scale, ready.mask, at.rows(ready.groups))
+
+    def _acting(self, at: SiteCall) -> Acting:
+        """What the sites have in common in a call."""
+        call, q = at.call, at.q
+        factor, branches = self._now(at)
+        kind = (branches, q.shape[0], q.device, q.dtype, call.latent, call.areas, call.size, inference_mode())
+        if call.frames is not None:  # windows of an animation are too many to keep
+            return Acting(factor, branches, [None] * len(self.sites))
+        return Acting(factor, branches, self._kinds.made(kind, lambda: [None] * len(self.sites)))
+
+    def _now(self, at: SiteCall) -> tuple[float, tuple[int, ...]]:
+        """The factor of a call's step, and the branches as this prompt sees them."""
+        call, window = at.call, self.schedule.window
         branches = call.branches
         if self.rules.branches_by_index and call.order is not None:
             branches = tuple(UNCOND if index == 1 else COND for index in call.order)
-        latents = q.shape[0] // len(branches)
-        kv = site_kv.at(at, branches, weight.flipped, self.rules.mean_per_image)
+        return 1.0 if window.constant else window.at(call.percent()), branches
+
+    def _ready(self, site: int, at: SiteCall, acting: Acting) -> Ready | None:
+        """Resolve what acts at a site; None if nothing does."""
+        call, q, weight, site_kv, factor = at.call, at.q, self.weights[site], self.sites[site], acting.factor
+        if weight.weight == 0.0 or site_kv is None:
+            return None
+        latents = q.shape[0] // len(acting.branches)
+        kv = site_kv.at(at, acting.branches, weight.flipped, self.rules.mean_per_image)
         if self.latent_weights is None:
             scale = self._scale(site, weight.weight * factor)
         else:
-            rows = self.latent_weights.of(site, len(branches), latents, call.frames, q)
+            rows = self.latent_weights.of(site, len(acting.branches), latents, call.frames, q)
             scale = self._scale(site, rows if factor == 1.0 else rows * factor)
         mask = None if self.mask is None else self._mask_rows(self.mask, at, latents)
-        return add_image_attention(base, q, kv, at.heads, scale, mask)
+        ready = Ready(kv, scale, mask, factor, kv.k.shape[0], q.shape[1], q.device)
+        if site_kv.constant:
+            acting.sites[site] = ready
+        return ready
 
     def _scale(self, site: int, weight: float | Tensor) -> Scale:
         return scale_for(

@@ -160,7 +160,9 @@ def test_the_comparison_with_the_formula_can_fail(
     else:
         real = attention.attend
         monkeypatch.setattr(
-            attention, "attend", lambda q, kv, heads, key_scale=1.0: real(q, kv, heads, key_scale * 1.1)
+            attention,
+            "attend",
+            lambda q, kv, heads, key_scale=1.0, rows=None: real(q, kv, heads, key_scale * 1.1, rows),
         )
     with pytest.raises(AssertionError, match="not close"):
         same(sample(model, bake(adapter, prompt, layout, schedule)), expected)

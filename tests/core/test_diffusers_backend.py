@@ -165,7 +165,9 @@ def test_the_parity_test_can_fail(broken: str, monkeypatch: pytest.MonkeyPatch) 
     else:
         real = attention.attend
         monkeypatch.setattr(
-            attention, "attend", lambda q, kv, heads, key_scale=1.0: real(q, kv, heads, key_scale * 1.1)
+            attention,
+            "attend",
+            lambda q, kv, heads, key_scale=1.0, rows=None: real(q, kv, heads, key_scale * 1.1, rows),
         )
     with pytest.raises(AssertionError, match="not close"):
         assert_close(run_applied(reference.unet, patch, **options), expected, **TOLERANCE)
