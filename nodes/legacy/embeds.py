@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from ...ipadapter_core import (
@@ -14,6 +15,7 @@ from ...ipadapter_core import (
     rules_for,
     unconditional_features,
 )
+from ...ipadapter_core.attention.schedule import Scaling
 from ...ipadapter_core.legacy.settings import LegacySettings
 from ...ipadapter_core.prompt.combine import Combine, at_strength
 from ...ipadapter_core.prompt.embeds import EXTENSION, SavedEmbeds, combine_embeds, load_embeds, save_embeds
@@ -106,13 +108,13 @@ class IPAdapterCombineEmbeds(LegacyNode):
         }
 
     def batch(
-        self, embed1: Tensor, method: str, embed2: Tensor | None = None, embed3: Tensor | None = None,
+        self, embed1: Tensor, method: Combine, embed2: Tensor | None = None, embed3: Tensor | None = None,
         embed4: Tensor | None = None, embed5: Tensor | None = None, compatibility: str = "IPAdapter_plus",
     ) -> tuple[Any, ...]:  # fmt: skip
         joined = combine_embeds([e for e in (embed1, embed2, embed3, embed4, embed5) if e is not None])
         if method == "concat":
             return (joined,)
-        return (combine_features(joined.split(1), method, rules_for(compatibility)),)
+        return (combine_features(torch.split(joined, 1), method, rules_for(compatibility)),)
 
 
 class IPAdapterEmbeds(LegacyNode):
@@ -135,7 +137,7 @@ class IPAdapterEmbeds(LegacyNode):
     def apply_ipadapter(
         self, model: Any, ipadapter: Any, pos_embed: Tensor, weight: Any, weight_type: str, start_at: float, end_at: float,
         neg_embed: Tensor | None = None, attn_mask: Tensor | None = None, clip_vision: Any = None,
-        embeds_scaling: str = "V only", compatibility: str = "IPAdapter_plus",
+        embeds_scaling: Scaling = "V only", compatibility: str = "IPAdapter_plus",
     ) -> tuple[Any, ...]:  # fmt: skip
         found = understand(ipadapter)
         rules = rules_for(compatibility)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from ...ipadapter_core import (
 )
 from ...ipadapter_core.images.faces import FaceAnalyzer, InsightFaceAnalyzer
 from ...ipadapter_core.legacy.settings import LegacySettings
+from ...ipadapter_core.prompt.combine import Combine
 from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
 from .pipeline import Pipeline
@@ -54,10 +56,11 @@ class Encoded:
 def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacySettings, rules: Rules) -> Encoded:
     """Encode and project the pictures of one node."""
     options = EncodeOptions(
-        combine=settings.combine_embeds, per_latent=settings.unfold_batch, chunk=reference.batch_size or 8,
+        combine=cast("Combine", settings.combine_embeds), per_latent=settings.unfold_batch, chunk=reference.batch_size or 8,
         progress=host.frontend.progress_bar(), rules=rules,
     )  # fmt: skip
-    if pipeline.adapter.weights.spec.format.feature.embedding is not None:
+    feature = pipeline.adapter.weights.spec.format.feature
+    if feature.embedding is not None or feature.encoded is None:
         return _encode_faces(pipeline, reference, settings, options)
     encoder, adapter = vision(pipeline), pipeline.adapter.to_device()
     tiled = replace(options, tiles=min(reference.tiles, 16), tile_ratio=reference.tile_ratio)
@@ -68,7 +71,7 @@ def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacyS
     prompt = partial(prompt_from_features, adapter, uncond=uncond, options=options, encoder=encoder.name)
     if reference.composition is None:
         return Encoded(prompt(features))
-    composition = encode_features(adapter.spec.format.feature.encoded, encoder, reference.composition, tiled)
+    composition = encode_features(feature.encoded, encoder, reference.composition, tiled)
     return Encoded(prompt(features), prompt(composition))
 
 

@@ -46,6 +46,6 @@ def encode_first(
     if noise > 0:
         negative = encode_features(encoded, encoder, negative_picture(images, noise), options)
     weights = [first_feature_weight(weight) for image, weight in pictures for _ in image]
-    weighted = [at_strength(f, neutral, w, rules) for f, w in zip(features.split(1), weights, strict=True)]
+    weighted = [at_strength(f, neutral, w, rules) for f, w in zip(torch.split(features, 1), weights, strict=True)]
     pair = torch.stack([torch.cat(weighted), negative])
     return pair, pair[1]
