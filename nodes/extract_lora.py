@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..ipadapter_core.lora.convert import SPELLINGS
+from ..ipadapter_core.lora.convert import KEY_FORMATS
 from ..ipadapter_core.lora.extract import extract
 from ..ipadapter_core.lora.factors import Smaller
 from ..ipadapter_core.lora.saving import save_lora
@@ -38,7 +38,7 @@ class ExtractLoRA(io.ComfyNode):
                     tooltip="Share of every layer's squared difference to keep; below 1 each layer gets the rank that it needs.",
                 ),
                 io.Combo.Input(
-                    "spelling", options=list(SPELLINGS), tooltip="How names are written; kohya is read by every UI."
+                    "spelling", options=list(KEY_FORMATS), tooltip="How names are written; kohya is read by every UI."
                 ),
                 io.String.Input(
                     "filename_prefix", default="extracted", tooltip="Name under output/loras; a number is added."
@@ -59,7 +59,7 @@ class ExtractLoRA(io.ComfyNode):
         facts = save_lora(
             weights,
             Path(host.access.free_path(filename_prefix, "loras", ".safetensors")),
-            spelling=spelling,
+            key_format=spelling,
             dtype="float16",
         )
         mean = sum(errors.values()) / len(errors)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..ipadapter_core.lora.convert import SPELLINGS
+from ..ipadapter_core.lora.convert import KEY_FORMATS
 from ..ipadapter_core.lora.factors import Smaller, resize
 from ..ipadapter_core.lora.saving import DTYPES, save_lora
 from ..ipadapter_core.lora.weights import left_out_lines
@@ -21,7 +21,7 @@ class SaveLoRA(io.ComfyNode):
             node_id="ImagePromptLoRASave",
             display_name="Save/Convert LoRA",
             category=LORA_CATEGORY,
-            description="Writes a LoRA in another spelling, type or rank to output/loras, where LoRA lists find it.",
+            description="Writes a LoRA in another key format, type or rank to output/loras, where LoRA lists find it.",
             inputs=[
                 io.Combo.Input("file", options=host.files.names("loras"), tooltip="The LoRA to convert."),
                 io.String.Input(
@@ -29,7 +29,7 @@ class SaveLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "spelling",
-                    options=list(SPELLINGS),
+                    options=list(KEY_FORMATS),
                     tooltip="kohya: read by every UI. diffusers: PEFT's names, plain LoRA and DoRA only. generic: ComfyUI's own.",
                 ),
                 io.Combo.Input("dtype", options=list(DTYPES), tooltip="Type of the numbers; keep: as they are."),
@@ -53,7 +53,7 @@ class SaveLoRA(io.ComfyNode):
         facts = save_lora(
             weights,
             Path(host.access.free_path(filename_prefix, "loras", ".safetensors")),
-            spelling=spelling,
+            key_format=spelling,
             dtype=dtype,
         )
         text = f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"

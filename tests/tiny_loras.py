@@ -79,7 +79,7 @@ ALGORITHMS: dict[str, Callable[[tuple[int, ...], int, int], Weights]] = {
 def state_for(
     targets: Iterable[Target], algorithm: str = "LoRA", *, rank: int = 3, seed: int = 0, prefix: str = "lora_unet_"
 ) -> Weights:
-    """One module per target, by its own name in kohya's spelling."""
+    """One module per target, by its own name in kohya's key format."""
     state: Weights = {}
     for n, target in enumerate(targets):
         if len(target.shape) > 1:

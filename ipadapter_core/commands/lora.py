@@ -12,7 +12,7 @@ from pathlib import Path
 from ..attention.schedule import parse_numbers
 from ..console import file_argument
 from ..errors import InvalidInputError, quoted
-from ..lora.convert import SPELLINGS
+from ..lora.convert import KEY_FORMATS
 from ..lora.extract import extract
 from ..lora.factors import Smaller, combine, resize
 from ..lora.formats import load_lora
@@ -55,7 +55,7 @@ def add_lora(commands: Commands) -> None:
     _add_sizes(p)
     _add_output(p)
 
-    p = _action(actions, "convert", "another spelling of the same numbers", run_convert)
+    p = _action(actions, "convert", "another key format of the same numbers", run_convert)
     p.add_argument("file", type=file_argument, help="LoRA file")
     _add_output(p)
 
@@ -82,7 +82,7 @@ def _add_sizes(p: argparse.ArgumentParser, rank: int | None = None) -> None:
 
 def _add_output(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=file_argument, required=True, help="file to write (.safetensors)")
-    p.add_argument("--spelling", choices=SPELLINGS, default="kohya", help="how names are written")
+    p.add_argument("--key-format", "--spelling", choices=KEY_FORMATS, default="kohya", help="how names are written")
     p.add_argument("--dtype", choices=DTYPES, default="keep", help="type of the numbers")
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
@@ -96,7 +96,7 @@ def _loaded(file: Path) -> LoRAWeights:
 
 
 def _saved(args: argparse.Namespace, weights: LoRAWeights, errors: Mapping[str, float] | None = None) -> None:
-    facts = save_lora(weights, args.out, spelling=args.spelling, dtype=args.dtype, overwrite=args.overwrite)
+    facts = save_lora(weights, args.out, key_format=args.key_format, dtype=args.dtype, overwrite=args.overwrite)
     text = f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
     if errors:
         worst = max(errors, key=lambda stem: errors[stem])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..console import complain, file_argument
 from ..errors import InvalidInputError, reason
-from ..lora.convert import SPELLINGS
+from ..lora.convert import KEY_FORMATS
 from ..lora.formats import load_lora
 from ..lora.saving import save_lora
 from . import Commands
@@ -44,14 +44,16 @@ def add_training(commands: Commands) -> None:
     p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
     p.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
 
-    p = commands.add_parser("export", help="an adapter or LoRA in another layout, spelling or precision")
+    p = commands.add_parser("export", help="an adapter or LoRA in another layout, key format or precision")
     p.set_defaults(run=run_export)
-    p.add_argument("source", type=file_argument, help="adapter file, or LoRA with --spelling")
+    p.add_argument("source", type=file_argument, help="adapter file, or LoRA with --key-format")
     p.add_argument("target", type=file_argument, help=".bin: nested as the first released files; .safetensors: flat")
     p.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default=None, help="default: as in the source"
     )
-    p.add_argument("--spelling", choices=SPELLINGS, default=None, help="write the keys of a LoRA in this way")
+    p.add_argument(
+        "--key-format", "--spelling", choices=KEY_FORMATS, default=None, help="write the keys of a LoRA in this way"
+    )
     p.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -127,9 +129,9 @@ def run_export(args: argparse.Namespace) -> None:
 
     from ..checkpoints import EXTENSIONS, load_adapter, save_adapter
 
-    if args.spelling is not None:
+    if args.key_format is not None:
         facts = save_lora(
-            load_lora(args.source), args.target, spelling=args.spelling, dtype=args.dtype or "keep", overwrite=True
+            load_lora(args.source), args.target, key_format=args.key_format, dtype=args.dtype or "keep", overwrite=True
         )
         print(
             json.dumps(facts)

@@ -76,7 +76,7 @@ def settings(work: Path, world: Path, pictures: Path, steps: int, batch: int, ra
             },
             "output": {
                 "folder": str(work / "style-lora"), "name": "style-lora", "state_every": 100, "save_every": 0,
-                "spelling": "kohya", "dtype": "float16",
+                "key_format": "kohya", "dtype": "float16",
             },
         },
         "train_lora",

@@ -1,4 +1,4 @@
-"""``LoRAWeights`` → the tensors of a file in a chosen spelling; numbers are moved, not recomputed, wherever possible."""
+"""``LoRAWeights`` → the tensors of a file in a chosen key format; numbers are moved, not recomputed, wherever possible."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ..errors import InvalidInputError, quoted
 from .base_names import by_name, dotted, is_ldm, text_path
 from .weights import Component, LoRAModule, LoRAWeights
 
-Spelling = Literal["kohya", "diffusers", "generic"]
-SPELLINGS: tuple[Spelling, ...] = get_args(Spelling)
+KeyFormat = Literal["kohya", "diffusers", "generic"]
+KEY_FORMATS: tuple[KeyFormat, ...] = get_args(KeyFormat)
+Spelling, SPELLINGS = KeyFormat, KEY_FORMATS  # older names
 
 _KOHYA: Mapping[Component, str] = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "te3": "lora_te3_"}
 _DIFFUSERS: Mapping[Component, str] = {
@@ -31,24 +32,24 @@ _GENERIC: Mapping[Component, str] = {
 
 
 def to_tensors(
-    weights: LoRAWeights, spelling: Spelling = "kohya", dtype: torch.dtype | None = None
+    weights: LoRAWeights, key_format: KeyFormat = "kohya", dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file. ``dtype`` None keeps each tensor's.
 
     ``kohya`` and ``generic`` carry every algorithm and keep alpha as a tensor. ``diffusers`` is PEFT's, with the scale
     multiplied into ``lora_B``, so that readers who know no alpha get it right; it carries LoRA and row-wise DoRA.
-    Raises InvalidInputError for what a spelling cannot say.
+    Raises InvalidInputError for what a key format cannot say.
     """
-    if spelling not in SPELLINGS:
-        raise InvalidInputError(f"unknown spelling {quoted(spelling)}; choose one of: {', '.join(SPELLINGS)}")
+    if key_format not in KEY_FORMATS:
+        raise InvalidInputError(f"unknown key format {quoted(key_format)}; choose one of: {', '.join(KEY_FORMATS)}")
     tensors: dict[str, Tensor] = {}
     known = by_name(weights.base_model)
     if any(m.component == "unet" and m.name not in known for m in weights.modules):
         known = {}  # a pruned or unknown model: its blocks are numbered otherwise, so each name stays what it is
     for module in weights.modules:
         pair = known.get(module.name) if module.component == "unet" else None
-        stem = stem_of(module, pair, spelling, sdxl="te2" in weights.components or weights.base_model == "SDXL")
-        parts = _peft(module) if spelling == "diffusers" else _parts(module)
+        stem = stem_of(module, pair, key_format, sdxl="te2" in weights.components or weights.base_model == "SDXL")
+        parts = _peft(module) if key_format == "diffusers" else _parts(module)
         for role, tensor in parts.items():
             keep = dtype is None or role == ".alpha" or not tensor.is_floating_point()
             tensors[stem + role] = (tensor if keep else _cast(tensor, dtype, module.stem)).contiguous()
@@ -65,33 +66,33 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, stem: str) -> Tensor:
     return cast
 
 
-def stem_of(module: LoRAModule, pair: tuple[str, str] | None, spelling: Spelling, *, sdxl: bool = False) -> str:
-    """A module's name in a spelling; ``pair`` is its (diffusers, LDM) path where that is known.
+def stem_of(module: LoRAModule, pair: tuple[str, str] | None, key_format: KeyFormat, *, sdxl: bool = False) -> str:
+    """A module's name in a key format; ``pair`` is its (diffusers, LDM) path where that is known.
 
     SDXL is spelled by LDM names in kohya's files, SD1.5 by diffusers names.
     """
     component = module.component
     if component == "unet":
-        if spelling == "kohya":
+        if key_format == "kohya":
             path = module.name if pair is None else pair[sdxl]
             return _KOHYA[component] + path.replace(".", "_")
-        wants_ldm = spelling == "generic"
+        wants_ldm = key_format == "generic"
         if pair is None and is_ldm(module.name) != wants_ldm:
             raise InvalidInputError(
-                f"{quoted(module.stem)} is in no table of full-size models, so its name in the spelling '{spelling}' is unknown; "
+                f"{quoted(module.stem)} is in no table of full-size models, so its name in the key format '{key_format}' is unknown; "
                 f"write '{'diffusers' if wants_ldm else 'generic'}' or 'kohya'"
             )
         prefix = _GENERIC if wants_ldm else _DIFFUSERS
         return prefix[component] + (dotted(module.name) if pair is None else pair[wants_ldm])
     path = text_path(module.name)
-    if spelling == "kohya":
+    if key_format == "kohya":
         prefix = "lora_te_" if component == "te1" and not sdxl else _KOHYA[component]
         return prefix + (path or module.name).replace(".", "_")
     if path is None:
         raise InvalidInputError(
-            f"{quoted(module.stem)} is no known layer of a CLIP text encoder; use the spelling 'kohya'"
+            f"{quoted(module.stem)} is no known layer of a CLIP text encoder; use the key format 'kohya'"
         )
-    return (_DIFFUSERS if spelling == "diffusers" else _GENERIC)[component] + path
+    return (_DIFFUSERS if key_format == "diffusers" else _GENERIC)[component] + path
 
 
 def _parts(module: LoRAModule) -> dict[str, Tensor]:
@@ -108,6 +109,6 @@ def _peft(module: LoRAModule) -> dict[str, Tensor]:
     if parts is None:
         title = "a change of the bias" if update is None else update.title
         raise InvalidInputError(
-            f"{quoted(module.stem)} is {title}, which PEFT's spelling cannot say; write 'kohya' or 'generic', or resize it first"
+            f"{quoted(module.stem)} is {title}, which PEFT's key format cannot say; write 'kohya' or 'generic', or resize it first"
         )
     return parts

@@ -24,8 +24,8 @@ class Lookup(Wrapper):
     def change(self, weight: Tensor, total: Tensor, strength: float) -> None:
         self.inner.change(weight, total, strength)
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
-        if self.inner.fuses:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
+        if self.inner.joins:
             down, table = self.inner.products(layer, like)
             return lambda x, y, s: F.embedding(x, table) @ down * s
         weight = layer.weight(like.device, torch.promote_types(like.dtype, torch.float32))

@@ -153,4 +153,4 @@ def combine(
             up, down, errors[first.stem] = compress(up, down, smaller)
         modules.append(low_rank_module(first, up, down, kernel))
     name = " + ".join(f"{s:g}×{lora.name}" for lora, s in zip(loras, strengths, strict=True))
-    return LoRAWeights(name, tuple(modules), loras[0].spelling, {}), errors
+    return LoRAWeights(name, tuple(modules), loras[0].key_format, {}), errors

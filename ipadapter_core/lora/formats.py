@@ -16,7 +16,7 @@ from ..errors import CorruptFileError, UnknownFormatError, quoted
 from ..files.state_dict import Source, StoredTensors, TensorFile, open_state_dict
 from . import algorithms
 from .grouping import Modules, all_keys, grouped, take_saved
-from .names import canonical, spelling_of
+from .names import canonical, key_format_of
 from .parts import Parts, checked
 from .peft_config import METHODS, path_of, refuse_method
 from .peft_files import config_for, configs_of
@@ -31,7 +31,7 @@ UNUSED = "tensors that their module's algorithm has no use for"
 
 
 def load_lora(source: Source, *, name: str | None = None) -> LoRAWeights:
-    """Read a LoRA of any spelling and algorithm; tensors stay in the file's dtype on the CPU (float8 becomes bfloat16).
+    """Read a LoRA of any key format and algorithm; tensors stay in the file's dtype on the CPU (float8 becomes bfloat16).
 
     Raises the errors of ``open_state_dict``; UnknownFormatError if no key is of a LoRA, or for methods that are not read;
     CorruptFileError for incomplete modules, impossible shapes, NaN, infinite and absurd numbers.
@@ -86,7 +86,7 @@ def parse_lora(file: TensorFile, path: str | Path | None = None) -> LoRAWeights:
         some = ", ".join(quoted(item.name) for item in left_out[:3])
         raise UnknownFormatError(f"{file.name} has alphas but no weights of a LoRA: {some}")
     return LoRAWeights(
-        file.name, tuple(found), spelling_of(list(file.tensors)), file.metadata, tuple(left_out), tuple(notes)
+        file.name, tuple(found), key_format_of(list(file.tensors)), file.metadata, tuple(left_out), tuple(notes)
     )
 
 

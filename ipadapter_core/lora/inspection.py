@@ -50,7 +50,8 @@ def facts_of(weights: LoRAWeights) -> dict[str, object]:
     return {
         "name": weights.name,
         "base_model": weights.base_model,
-        "spelling": weights.spelling,
+        "key_format": weights.key_format,
+        "spelling": weights.key_format,
         "modules": dict(components),
         "algorithms": dict(Counter(u.title for u in updates)),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
@@ -138,7 +139,7 @@ def describe_facts(facts: Mapping[str, object]) -> str:
     lines = [
         str(facts["name"]),
         f"  base model     {facts['base_model']}",
-        f"  spelling       {facts['spelling']}",
+        f"  key format     {facts['key_format']}",
         f"  algorithms     {pairs('algorithms')}",
         f"  ranks          {pairs('ranks')}",
         f"  modules        {pairs('modules')}" + (f", {facts['biases']} biases" if facts["biases"] else ""),

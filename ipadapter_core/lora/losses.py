@@ -27,14 +27,14 @@ def kind_of(name: str) -> str | None:
     return None if found is None else name[found.end() :]
 
 
-def lost_part(placed: Iterable[Module], lost: Iterable[Module], parts: Container[Component]) -> str | None:
+def lost_part(matched: Iterable[Module], lost: Iterable[Module], parts: Container[Component]) -> str | None:
     """What of a LoRA is lost, in words, if that matters; None if not. Components that are not in ``parts`` do not count.
 
     It matters if more than LOST_SHARE of a component's modules have no place, or all of a kind of layer that occurs at
     least twice.
     """
-    there = Counter(component for component, _ in set(placed))
-    kinds = {(component, kind_of(name)) for component, name in placed}
+    there = Counter(component for component, _ in set(matched))
+    kinds = {(component, kind_of(name)) for component, name in matched}
     gone = [(component, name) for component, name in set(lost) if component in parts]
     missing = Counter(component for component, _ in gone)
     for component, count in missing.items():

@@ -87,7 +87,7 @@ def part_and_path(stem: str) -> tuple[Component | None, str]:
 
 
 def to_name(path: str) -> str:
-    """A module path in the spelling in which names are compared."""
+    """A module path as names are compared."""
     name = path.replace(".", "_")
     name = re.sub(r"_processor_(?=to_|add_)", "_", name)
     return name + "_0" if name.endswith("_to_out") else name
@@ -97,11 +97,11 @@ _OMI = ("clip_l.", "clip_g.", "t5.", "bundle_emb.")
 _OMI_PARTS = (".qkv.0.", ".linear1.0.", ".attn.qkv.1.")
 
 
-def spelling_of(keys: list[str]) -> str:
+def key_format_of(keys: list[str]) -> str:
     """A name for how a file spells its keys, for people."""
     if any(key.startswith(_OMI) or any(part in key for part in _OMI_PARTS) for key in keys):
         return "OneTrainer (OMI)"
-    for sign, spelling in (
+    for sign, key_format in (
         ("ip_adapter.", "inside an IP-Adapter file"),
         ("_lora1.down", "XLabs"),
         (".processor.qkv_lora.", "XLabs"),
@@ -118,5 +118,5 @@ def spelling_of(keys: list[str]) -> str:
         ("_lora.up", "diffusers attention processors (old)"),
     ):
         if any(sign in key for key in keys):
-            return spelling
+            return key_format
     return "plain module names"

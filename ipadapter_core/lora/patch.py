@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention.masks import RegionMask
 from ..attention.schedule import Window
 from ..errors import InvalidInputError
-from .placement import PlacedLoRA, Placement
+from .matching import MatchedLoRA, TargetMatch
 from .selector import Selector
 from .weights import Component
 
@@ -28,7 +28,7 @@ class LoRAPatch:
     when it acts, ``mask`` in which region.
     """
 
-    placed: PlacedLoRA
+    matched: MatchedLoRA
     strength: float = 1.0
     text_strength: float | None = None
     uncond_strength: float | None = None
@@ -46,11 +46,16 @@ class LoRAPatch:
         return self  # frozen: a copied model shares the file's tensors
 
     @property
-    def name(self) -> str:
-        return self.placed.weights.name
+    def placed(self) -> MatchedLoRA:
+        """Older name of ``matched``."""
+        return self.matched
 
     @property
-    def needs_live(self) -> str | None:
+    def name(self) -> str:
+        return self.matched.weights.name
+
+    @property
+    def needs_unfused(self) -> str | None:
         """Why it cannot be merged, or None if it can."""
         if not self.window.constant:
             return "its strength changes over the steps"
@@ -64,11 +69,11 @@ class LoRAPatch:
         """Strength in one part, before selector and window."""
         return self.strength if component == "unet" or self.text_strength is None else self.text_strength
 
-    def acting(self, component: Component) -> tuple[tuple[Placement, float], ...]:
+    def acting(self, component: Component) -> tuple[tuple[TargetMatch, float], ...]:
         """Every placement in one part with the selector's factor, those with factor 0 left out."""
-        placements = self.placed.of(component)
-        factors = self.selector.factors(p.target for p in placements)
-        return tuple((p, factor) for p, factor in zip(placements, factors, strict=True) if factor != 0)
+        matches = self.matched.of(component)
+        factors = self.selector.factors(p.target for p in matches)
+        return tuple((p, factor) for p, factor in zip(matches, factors, strict=True) if factor != 0)
 
     def with_strength(self, strength: float) -> LoRAPatch:
         """The same at another strength everywhere."""
@@ -97,7 +102,7 @@ def choose_mode(
     the side path writes none and costs ``n r (a + b)`` multiplications per layer and step. Raises InvalidInputError if
     merging is asked for what only a side path can do.
     """
-    reasons = [reason for patch in patches if (reason := patch.needs_live)]
+    reasons = [reason for patch in patches if (reason := patch.needs_unfused)]
     if mode == "merged":
         if reasons:
             raise InvalidInputError(f"mode 'merged' is not possible: {reasons[0]}; choose 'live' or 'auto'")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..device_cache import DeviceCache
-from .placement import Placement
+from .matching import TargetMatch
 from .update import Layer
 
 
@@ -24,13 +24,13 @@ class Part:
     """What the patch of this ``index`` does to one layer, and the selector's ``factor`` there."""
 
     index: int
-    placement: Placement
+    match: TargetMatch
     factor: float
 
     @property
-    def fuses(self) -> bool:
+    def joins(self) -> bool:
         """Whether it is a product of two matrices on the weight."""
-        return self.placement.update.fuses and self.placement.parameter == "weight"
+        return self.match.update.joins and self.match.parameter == "weight"
 
 
 class Acting(NamedTuple):
@@ -42,7 +42,7 @@ class Acting(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Fused:
+class _Joined:
     """Low-rank updates of one layer as two matrices; ``columns`` are where each one's rank begins and ends."""
 
     down: Tensor
@@ -54,67 +54,67 @@ class Products:
     """What is kept for the low-rank LoRAs of one layer, by those that act."""
 
     def __init__(self) -> None:
-        self._fused: DeviceCache[_Fused] = DeviceCache()
+        self._joined: DeviceCache[_Joined] = DeviceCache()
         self._vectors: DeviceCache[Tensor] = DeviceCache()  # a curve has a value per step
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the factors that are kept for devices now."""
-        return sum(t.nbytes for fused in list(self._fused.values()) for t in (fused.down, fused.up))
+        return sum(t.nbytes for joined in list(self._joined.values()) for t in (joined.down, joined.up))
 
     def release(self) -> None:
         """Forget what was made for a device."""
-        self._fused.release()
+        self._joined.release()
         self._vectors.release()
 
     def add(self, layer: Layer, x: Tensor, y: Tensor, acting: Sequence[Acting]) -> Tensor:
         """``y`` and what they add to it."""
-        fused = self._prepare(layer, tuple(one.part for one in acting), y)
-        inner, alpha = layer.apply(x, fused.down), 1.0
+        joined = self._prepare(layer, tuple(one.part for one in acting), y)
+        inner, alpha = layer.apply(x, joined.down), 1.0
         strengths = [one.strengths for one in acting]
         if any(len(s) > 1 or one.mask is not None for s, one in zip(strengths, acting, strict=True)):
-            inner = self._scaled(layer, inner, fused, acting)
+            inner = self._scaled(layer, inner, joined, acting)
         elif len(set(strengths)) == 1:
             alpha = strengths[0][0]
         else:
             numbers = [
-                s for (s,), (begin, end) in zip(strengths, fused.columns, strict=True) for _ in range(begin, end)
+                s for (s,), (begin, end) in zip(strengths, joined.columns, strict=True) for _ in range(begin, end)
             ]
             inner = inner * layer.channels(self._kept(tuple(numbers), y))
         if layer.kind == "conv":
-            return torch.add(y, layer.pointwise(inner, fused.up), alpha=alpha)
+            return torch.add(y, layer.pointwise(inner, joined.up), alpha=alpha)
         if y.ndim == 2:
-            return torch.addmm(y, inner, fused.up.T, alpha=alpha)
-        rows = torch.addmm(y.reshape(-1, y.shape[-1]), inner.reshape(-1, inner.shape[-1]), fused.up.T, alpha=alpha)
+            return torch.addmm(y, inner, joined.up.T, alpha=alpha)
+        rows = torch.addmm(y.reshape(-1, y.shape[-1]), inner.reshape(-1, inner.shape[-1]), joined.up.T, alpha=alpha)
         return rows.view(y.shape)
 
-    def _scaled(self, layer: Layer, inner: Tensor, fused: _Fused, acting: Sequence[Acting]) -> Tensor:
+    def _scaled(self, layer: Layer, inner: Tensor, joined: _Joined, acting: Sequence[Acting]) -> Tensor:
         """Each one's columns times its strengths and its region."""
         pieces: list[Tensor] = []
         channel = 1 if layer.kind == "conv" else -1
-        for (begin, end), one in zip(fused.columns, acting, strict=True):
+        for (begin, end), one in zip(joined.columns, acting, strict=True):
             piece = inner.narrow(channel, begin, end - begin) * self._per_row(one.strengths, inner)
             pieces.append(piece if one.mask is None else piece * one.mask)
         return torch.cat(pieces, channel)
 
-    def _prepare(self, layer: Layer, parts: tuple[Part, ...], like: Tensor) -> _Fused:
+    def _prepare(self, layer: Layer, parts: tuple[Part, ...], like: Tensor) -> _Joined:
         key = (parts, like.device, like.dtype, torch.is_inference_mode_enabled())
-        found = self._fused.get(key)
+        found = self._joined.get(key)
         if found is None:
             downs: list[Tensor] = []
             ups: list[Tensor] = []
             columns: list[tuple[int, int]] = []
             begin = 0
             for part in parts:
-                down, up = part.placement.update.products(layer, like)
-                if part.placement.rows is not None:  # a part of a fused layer: zeros elsewhere
-                    start, length = part.placement.rows
+                down, up = part.match.update.products(layer, like)
+                if part.match.rows is not None:  # a part of a fused layer: zeros elsewhere
+                    start, length = part.match.rows
                     up = F.pad(up, (0, 0, start, layer.shape[0] - start - length))
                 downs.append(down)
                 ups.append(up)
                 columns.append((begin, begin + down.shape[0]))
                 begin += down.shape[0]
-            found = self._fused.keep(key, _Fused(torch.cat(downs), torch.cat(ups, 1), tuple(columns)))
+            found = self._joined.keep(key, _Joined(torch.cat(downs), torch.cat(ups, 1), tuple(columns)))
         return found
 
     def _per_row(self, strengths: tuple[float, ...], like: Tensor) -> float | Tensor:

@@ -17,9 +17,19 @@ DTYPES = ("keep", "float32", "float16", "bfloat16")
 
 
 def save_lora(
-    weights: LoRAWeights, path: Path, *, spelling: str = "kohya", dtype: str = "keep", overwrite: bool = False
+    weights: LoRAWeights,
+    path: Path,
+    *,
+    key_format: str = "kohya",
+    dtype: str = "keep",
+    overwrite: bool = False,
+    spelling: str = "",
 ) -> dict[str, object]:
-    """Write a LoRA file whole or not at all; returns what was written. Raises InvalidInputError if it exists."""
+    """Write a LoRA file whole or not at all; returns what was written. Raises InvalidInputError if it exists.
+
+    ``spelling`` is the older name of ``key_format``.
+    """
+    key_format = spelling or key_format
     if path.suffix != ".safetensors":
         raise InvalidInputError(
             f"{quoted(path, 300)} does not end in .safetensors, the only kind of file that is written"
@@ -27,14 +37,15 @@ def save_lora(
     if _exists(path) and not overwrite:
         raise InvalidInputError(f"{quoted(path, 300)} exists already; choose another name or overwrite it")
     wanted = None if dtype == "keep" else getattr(torch, dtype)
-    tensors, metadata = to_tensors(weights, spelling, wanted)  # pyright: ignore[reportArgumentType]
+    tensors, metadata = to_tensors(weights, key_format, wanted)  # pyright: ignore[reportArgumentType]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as place:
             save_file({key: t.clone() for key, t in tensors.items()}, place, {"format": "pt", **metadata})
     except (OSError, SafetensorError, ValueError) as error:  # a full disk, a forbidden folder, names that are no text
         raise InvalidInputError(f"{quoted(path, 300)} cannot be written ({reason(error)})") from None
-    return {"file": str(path), "modules": len(weights.modules), "bytes": path.stat().st_size, "spelling": spelling}
+    written = {"file": str(path), "modules": len(weights.modules), "bytes": path.stat().st_size}
+    return {**written, "key_format": key_format, "spelling": key_format}  # the latter is its older name
 
 
 def _exists(path: Path) -> bool:

@@ -205,19 +205,19 @@ class Update:
 
     # --- beside a layer ----------------------------------------------------------------------------------------------
 
-    fuses: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
     """Whether it is a product of two matrices as it stands, which ``products`` gives; those on one layer run as one."""
 
     def products(self, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
         """``down`` in the layer's form (``r i``, a kernel for a convolution) and ``up`` ``o r``, which contains the scale."""
         raise NotImplementedError
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         """The side path for a layer whose output has the dtype and device of ``like``."""
         delta = self.delta(layer.ghost(like))
         return lambda x, y, s: layer.apply(x, delta) * s
 
-    def live_bias(self, layer: Layer, like: Tensor) -> Change:
+    def unfused_bias(self, layer: Layer, like: Tensor) -> Change:
         """The side path of a change of the bias."""
         vector = self.delta(layer.bias_vector(like))
         return lambda x, y, s: layer.along(vector, y) * s

@@ -1,4 +1,4 @@
-"""A parsed LoRA: which module of which part gets which update. Nothing beyond this knows key spellings."""
+"""A parsed LoRA: which module of which part gets which update. Nothing beyond this knows key formats."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class LeftOut:
 class LoRAModule:
     """The change of one module: of its weight, its bias, or both.
 
-    ``stem`` is the module as the file spells it, ``name`` the same in one spelling: the path of the module in the model
-    that the file was made for, dots as underscores, no prefix. ``alpha`` is what the update's scale was made from, None for
+    ``stem`` is the module as the file spells it, ``name`` the same as names are compared: the path of the module in the
+    model that the file was made for, dots as underscores, no prefix. ``alpha`` is what the update's scale was made from, None for
     algorithms without one; ``alpha_from`` says what decided it: ``tensor``, ``header``, ``adapter_config.json``, ``default``.
     """
 
@@ -41,14 +41,19 @@ class LoRAModule:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoRAWeights:
-    """All modules of one file, its text metadata, its spelling, what of it is no update, and notes on how it was read."""
+    """All modules of one file, its text metadata, its key format, what of it is no update, and notes on how it was read."""
 
     name: str
     modules: tuple[LoRAModule, ...]
-    spelling: str
+    key_format: str
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def spelling(self) -> str:
+        """Older name of ``key_format``."""
+        return self.key_format
 
     @property
     def ignored(self) -> tuple[str, ...]:

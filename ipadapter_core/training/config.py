@@ -18,7 +18,7 @@ from ..checkpoints import trainable_families
 from ..errors import InvalidInputError, quoted, reason
 from ..files.text import NotUnicodeError, check_length, decode_text, read_bytes
 from ..lora.algorithms import trainings
-from ..lora.convert import Spelling
+from ..lora.convert import KeyFormat
 from ..lora.selector import parse_selector
 from .objectives import LossConfig, predictions
 from .processors import Init
@@ -199,7 +199,7 @@ class OutputConfig:
     dtype: Dtype = "float16"
     nested: bool = False
     """Also write the final adapter as nested .bin."""
-    spelling: Spelling = "kohya"
+    key_format: KeyFormat = "kohya"
     """How a LoRA's keys are written."""
     trigger: str = ""
     """Words that a LoRA's file names as its trigger phrase; they belong into the captions too."""
@@ -302,6 +302,7 @@ def parse_config(values: Mapping[str, Any], where: str, start: RunConfig | None 
         current: Any = getattr(start, section)
         checked: dict[str, Any] = {}
         for key, value in cast("Mapping[str, Any]", entries).items():
+            key = RENAMED.get(f"{section}.{key}", key)
             if key not in KEYS[section]:
                 elsewhere = f"; it belongs below [{_OWNERS[key]}]" if key in _OWNERS else _nearest(key, _names(section))
                 raise InvalidInputError(f"{where}: [{section}] has no key {quoted(key)}{elsewhere}")
@@ -364,6 +365,9 @@ def _sections() -> dict[str, dict[str, Any]]:
 
 KEYS: Mapping[str, Mapping[str, Any]] = _sections()
 """Section to key to type, read from the dataclasses above."""
+
+RENAMED = {"output.spelling": "key_format"}
+"""Older names of settings, which are read for one version more."""
 
 _OWNERS = {key: section for section, keys in KEYS.items() for key in keys}
 

@@ -27,7 +27,7 @@ FROM_GRAPHS: dict[str, frozenset[str]] = {
         "bad_steps device ignore_memory",
         "watch": "log_every validate_every validation timesteps sample_every sample_prompts sample_count sample_steps guidance "
         "tensorboard plot",
-        "output": "save_every keep state_every keep_states dtype nested spelling trigger",
+        "output": "save_every keep state_every keep_states dtype nested key_format trigger",
     }.items()
 }
 """Settings that say how a run learns. Names of files and folders, kinds of sources and numbers of processes are not among

@@ -21,7 +21,7 @@ from ..entries import some
 from ..errors import CorruptFileError, IncompatibleAdapterError, InvalidInputError, quoted
 from ..lora import Component, Layer, LoRAModule, LoRAWeights, Target, Update, load_lora, parse_selector, targets_of
 from ..lora.algorithms import trainings
-from ..lora.placement import place_lora
+from ..lora.matching import match_lora
 from ..lora.saving import save_lora
 from ..lora.trainable import trainable as can_learn
 from .config import LoRAConfig, OutputConfig
@@ -79,7 +79,7 @@ class TrainedLoRA(nn.Module):
             x = args[0].to(output.dtype)
             if self.dropout and self.training:
                 x = F.dropout(x, self.dropout)
-            return output + learned.update().live(layer, output)(x, output, 1.0)
+            return output + learned.update().unfused(layer, output)(x, output, 1.0)
 
         return add
 
@@ -101,10 +101,10 @@ class TrainedLoRA(nn.Module):
         return LoRAWeights("the LoRA in training", tuple(modules), "trained")
 
     def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], config: OutputConfig) -> Path:
-        """Write these weights to `path` in the configured spelling and type; alphas stay float32."""
+        """Write these weights to `path` in the configured key format and type; alphas stay float32."""
         named = {"ss_steps" if key == "steps" else key: value for key, value in metadata.items()}
         weights = replace(self.weights(torch.float32, state), metadata=named)
-        save_lora(weights, path, spelling=config.spelling, dtype=config.dtype, overwrite=True)
+        save_lora(weights, path, key_format=config.key_format, dtype=config.dtype, overwrite=True)
         return path
 
 
@@ -166,7 +166,7 @@ def fresh_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
 
 
 def continued_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
-    """A LoRA that starts from a file of any spelling and algorithm; the file says its layers and ranks.
+    """A LoRA that starts from a file of any key format and algorithm; the file says its layers and ranks.
 
     Raises IncompatibleAdapterError if it does not fit the models or would be trained in part only.
     """
@@ -176,23 +176,23 @@ def continued_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
             f"{weights.name} also changes text encoders ({', '.join(weights.components)}); set lora.text_encoders = true to "
             "train all of it on"
         )
-    placed = place_lora(weights, {component: targets_of(model, component) for component, model in parts.items()})
-    if placed.unmatched:
+    matched = match_lora(weights, {component: targets_of(model, component) for component, model in parts.items()})
+    if matched.unmatched:
         raise IncompatibleAdapterError(
-            f"{placed.summary()}; all of a file must have a place to be trained on (ipadapter lora verify)"
+            f"{matched.summary()}; all of a file must have a place to be trained on (ipadapter lora verify)"
         )
     updates: dict[Target, Update] = {}
-    for placement in placed.placements:
-        if placement.parameter == "bias" or placement.rows is not None or placement.target in updates:
+    for match in matched.matches:
+        if match.parameter == "bias" or match.rows is not None or match.target in updates:
             raise IncompatibleAdapterError(
-                f"{weights.name} changes the {placement.parameter} of {placement.target.path} in a way that cannot be trained on; "
+                f"{weights.name} changes the {match.parameter} of {match.target.path} in a way that cannot be trained on; "
                 "plain weights of whole layers are expected"
             )
-        if placement.target.is_embedding or not placement.update.learns:
+        if match.target.is_embedding or not match.update.learns:
             raise IncompatibleAdapterError(
-                f"{weights.name} has {placement.update.title} on {placement.target.path}, which can be applied but not trained on"
+                f"{weights.name} has {match.update.title} on {match.target.path}, which can be applied but not trained on"
             )
-        updates[placement.target] = placement.update
+        updates[match.target] = match.update
     return TrainedLoRA(updates, config.dropout)
 
 

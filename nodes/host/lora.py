@@ -22,8 +22,8 @@ from ...ipadapter_core.checkpoints import kohya_lora
 from ...ipadapter_core.entries import some
 from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.lora import LoRAWeights, Partial, load_lora
-from ...ipadapter_core.lora.live import LiveStack
 from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
+from ...ipadapter_core.lora.unfused import UnfusedStack
 from . import files
 from .adapters import ManagedAdapter, attention
 
@@ -64,8 +64,8 @@ def apply_face(model: Any, adapter: ManagedAdapter, strength: float) -> tuple[An
         return model, "strength 0: the model is as it was"
     check_adapter(weights, comfy_layout(model))
     lora = kohya_lora(weights.lora, len(weights.spec.layer_channels))
-    placed = backend.place(load_lora(lora, name=weights.name), model)  # refuses what the host would leave out unsaid
-    return apply_by_host(model, lora, strength), "\n".join((placed.summary(), *placed.report()))
+    matched = backend.place(load_lora(lora, name=weights.name), model)  # refuses what the host would leave out unsaid
+    return apply_by_host(model, lora, strength), "\n".join((matched.summary(), *matched.report()))
 
 
 _LORAS: WeakValueDictionary[files.Version, LoadedLoRA] = WeakValueDictionary()
@@ -120,7 +120,7 @@ class LiveFactors(nn.Module):
     used and forgotten when the manager moves this module.
     """
 
-    def __init__(self, stack: LiveStack) -> None:
+    def __init__(self, stack: UnfusedStack) -> None:
         super().__init__()
         self.stack = stack
         for i, tensor in enumerate(stack.tensors()):
@@ -131,7 +131,7 @@ class LiveFactors(nn.Module):
         return self
 
     @classmethod
-    def managed(cls, stack: LiveStack, load: Any, offload: Any, **settings: Any) -> comfy.model_patcher.ModelPatcher:
+    def managed(cls, stack: UnfusedStack, load: Any, offload: Any, **settings: Any) -> comfy.model_patcher.ModelPatcher:
         """The stack under the memory manager; ``settings`` are what the host passes when it wants another one."""
         patcher = comfy.model_patcher.ModelPatcher(cls(stack), load_device=load, offload_device=offload)
         patcher.cached_patcher_init = (cls.managed, (stack, load, offload))  # for hosts that spread over devices
@@ -150,23 +150,23 @@ def apply(
 
     ``settings`` are those of LoRAPatch.
     """
-    placed = backend.place(loaded.weights, model, None if clip is None else clip.cond_stage_model, partial)
-    patch = LoRAPatch(placed, **settings)
-    lines = [placed.summary(), *placed.report()]
+    matched = backend.place(loaded.weights, model, None if clip is None else clip.cond_stage_model, partial)
+    patch = LoRAPatch(matched, **settings)
+    lines = [matched.summary(), *matched.report()]
     shown = "\n".join(lines)
     if model is not None and patch.strength != 0:
         choice = choose_mode([patch], mode, quantised=_quantised(model), offloaded=_offloaded(model))
         lines.append(f"runs {choice.mode}: {choice.reason}")
         if choice.mode == "live":
-            model = backend.apply_live(model, patch, attention)
-            stack = backend.live_stack(model)
+            model = backend.apply_unfused(model, patch, attention)
+            stack = backend.unfused_stack(model)
             if stack is not None:
                 managed = LiveFactors.managed(stack, model.load_device, model.offload_device)
                 model.set_additional_models(backend.LORA_KEY, [managed])
         else:
             model = backend.apply_merged(model, patch, ("unet",), MergedUpdates.of)
-        lines.append(patch.selector.table(p.target for p in placed.of("unet")))
-        lost = patch.selector.unmatched(p.target for p in placed.placements)
+        lines.append(patch.selector.table(p.target for p in matched.of("unet")))
+        lost = patch.selector.unmatched(p.target for p in matched.matches)
         if lost:
             lines.append(
                 f"selector entries that match no layer of this LoRA: {some([quoted(where) for where in lost])}"

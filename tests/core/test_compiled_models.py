@@ -216,7 +216,7 @@ def test_the_wrapped_model_takes_adapters_as_the_model_inside(unet: Any) -> None
         with apply(model, patch):  # type: ignore[operator]
             assert_close(call(model), expected, **CLOSE)
         assert torch.equal(call(model), without)
-    assert loras.place(type("Pipeline", (), {"unet": model})(), tiny_lora(unet, "attn1")).placed.placements
+    assert loras.place(type("Pipeline", (), {"unet": model})(), tiny_lora(unet, "attn1")).matched.matches
 
 
 def test_another_dtype_between_calls(unet: Any) -> None:
@@ -382,7 +382,7 @@ def test_clones_of_a_compiled_comfyui_model() -> None:
     weights = tiny_lora(host.get_model_object("diffusion_model"), "attn1: 1")
     lora = LoRAPatch(comfy_lora.place(weights, host), window=Window(end_percent=0.5))
     models: list[tuple[Any, float]] = [(host, 0.2), (comfy.apply(host, patch), 0.2), (comfy.apply(host, last), 0.2)]
-    models += [(comfy_lora.apply_live(host, lora), percent) for percent in (0.2, 0.8)]
+    models += [(comfy_lora.apply_unfused(host, lora), percent) for percent in (0.2, 0.8)]
     conds: Any = {
         name: [conditioning(noise(1, 7, TOKEN_DIM, seed=i))] for i, name in enumerate(("positive", "negative"))
     }

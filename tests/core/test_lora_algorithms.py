@@ -400,7 +400,7 @@ def test_merged_and_live_are_the_formula(name: str, kind: str, strength: float) 
 
     x = input_of(kind)
     y = layer(x)
-    change = update.live(Layer(layer), y)
+    change = update.unfused(Layer(layer), y)
     live = y + change(x, y, strength)
     layer.weight.data = expected
     assert_close(live, layer(x), rtol=1e-8, atol=1e-8)
@@ -438,7 +438,7 @@ def test_half_precision_files_and_layers_stay_close(name: str, kind: str, dtype:
     assert_close(merged.double(), expected, rtol=tolerance, atol=tolerance)
     x = input_of(kind, dtype)
     y = layer(x)
-    live = (y + update.live(Layer(layer), y)(x, y, 1.0)).double()
+    live = (y + update.unfused(Layer(layer), y)(x, y, 1.0)).double()
     reference = layer_of(kind)
     reference.weight.data, reference.bias.data = expected, layer.bias.data.double()
     assert_close(live, reference(x.double()), rtol=tolerance, atol=2 * tolerance)
@@ -458,7 +458,7 @@ def test_norms_and_biases(norm: str, strength: float) -> None:
     x = made(2, 5, OUT, seed=5) if norm == "layer" else made(2, OUT, 3, 4, seed=5)
     y = module(x)
     layer = Layer(module)
-    live = y + found.weight.live(layer, y)(x, y, strength) + found.bias.live_bias(layer, y)(x, y, strength)
+    live = y + found.weight.unfused(layer, y)(x, y, strength) + found.bias.unfused_bias(layer, y)(x, y, strength)
     module.weight.data += strength * tensors["lora_unet_norm.w_norm"]
     module.bias.data += strength * tensors["lora_unet_norm.b_norm"]
     assert_close(live, module(x), rtol=1e-9, atol=1e-9)

@@ -49,7 +49,7 @@ def sample(host: Any, percent: float = 0.5, **more: Any) -> dict[str, Tensor]:
 
 def live(host: Any, *patches: LoRAPatch) -> Any:
     for patch in patches:
-        host = backend.apply_live(host, patch)
+        host = backend.apply_unfused(host, patch)
     return host
 
 
@@ -120,8 +120,8 @@ def test_branches_chains_and_stacks(host: FakePatcher) -> None:
     a, b = patch_on(host, seed=1, strength=0.5), patch_on(host, seed=2, strength=-1.0)
     one = live(host, a)
     both, other = live(one, b), live(host, b)
-    assert backend.live_patches(both) == (a, b)
-    assert backend.live_patches(one) == (a,), "chaining changed the model it started from"
+    assert backend.unfused_patches(both) == (a, b)
+    assert backend.unfused_patches(one) == (a,), "chaining changed the model it started from"
     results = [sample(model) for model in (one, both, other)]
     assert_same(results[1], sample(live(host, b, a)))
     assert_same(results[1], merged_sample(host, a, b))
@@ -137,7 +137,7 @@ def test_merged_ones_on_one_weight_are_one_patch(host: FakePatcher) -> None:
 
 def test_others_patches_on_a_weight_stay(host: FakePatcher) -> None:
     patch = patch_on(host, where="attn1 q")
-    key = f"diffusion_model.{patch.placed.placements[0].key}"
+    key = f"diffusion_model.{patch.matched.matches[0].key}"
     host.patches[key] = [(1.0, "theirs", 1.0, None, None)]
     first = backend.apply_merged(host, patch, ("unet",), Merged)
     second = backend.apply_merged(first, patch, ("unet",), Merged)

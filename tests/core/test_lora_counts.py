@@ -43,7 +43,7 @@ def added(unet: Any, *found: LoRAPatch) -> Cost:
 
 def layers(patch: LoRAPatch) -> tuple[int, int]:
     """Linear layers and convolutions that it acts on."""
-    shapes = [p.target.shape for p in patch.placed.placements]
+    shapes = [p.target.shape for p in patch.matched.matches]
     return sum(len(s) == 2 for s in shapes), sum(len(s) == 4 for s in shapes)
 
 
@@ -113,7 +113,7 @@ def test_a_changed_strength_writes_no_weight(unet: Any) -> None:
     assert writes.count == 0
     assert not torch.equal(outputs[0], outputs[1])
     with backend.merge(unet, one) as merged:
-        assert merged.writes == len(one.placed.placements)
+        assert merged.writes == len(one.matched.matches)
 
 
 def test_a_region_costs_a_share_and_not_a_pass(unet: Any) -> None:

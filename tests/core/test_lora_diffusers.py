@@ -18,10 +18,10 @@ from ipadapter_core import WeightSchedule, Window, bake, layout_of
 from ipadapter_core.backends.diffusers import doors as image_backend
 from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.lora.live import LiveStack
+from ipadapter_core.lora.matching import TargetMatch
 from ipadapter_core.lora.patch import LoRAPatch, choose_mode, masked
-from ipadapter_core.lora.placement import Placement
 from ipadapter_core.lora.selector import parse_selector
+from ipadapter_core.lora.unfused import UnfusedStack
 from tiny_loras import ALGORITHMS, tiny_lora
 from tiny_models import SD15, SDXL, TOKEN_DIM, call_unet, noise, tiny_adapter, tiny_prompt, tiny_unet
 
@@ -73,7 +73,7 @@ def effect(a: Tensor, b: Tensor) -> float:
 def test_merged_is_live(unet: Any, algorithm: str, strength: float) -> None:
     """Linears and convolutions of resnets, transformers, down- and upsamplers alike."""
     patch = patch_on(unet, algorithm=algorithm, strength=strength)
-    kinds = {len(p.target.shape) for p in patch.placed.placements}
+    kinds = {len(p.target.shape) for p in patch.matched.matches}
     assert {2, 4} <= kinds
     plain, beside = run(unet), live(unet, patch)
     assert effect(plain, beside) > 0.005
@@ -168,7 +168,7 @@ def test_strength_is_a_number_for_the_time_of_a_block(unet: Any) -> None:
 def test_selectors_choose_layers(unet: Any) -> None:
     patch = patch_on(unet, where="attn1: 1, attn2: 1")
     only = patch_on(unet, where="attn1: 1, attn2: 1", selector=parse_selector("attn1: 0"))
-    by_hand = LiveStack([only])
+    by_hand = UnfusedStack([only])
     assert by_hand.layers
     assert all(".attn2." in path for path in by_hand.layers)
     assert_close(live(unet, only), merged(unet, only), **CLOSE)
@@ -236,15 +236,15 @@ def test_a_merge_that_fails_midway_changes_no_weight(
     first = backend.merge(unet, patch_on(unet)) if merged_before else None
     before = weights_of(unet)
     patch = patch_on(unet, seed=1)
-    real = Placement.change
+    real = TargetMatch.change
     count = iter(range(10**6))
 
-    def change(self: Placement, *args: Any) -> None:
+    def change(self: TargetMatch, *args: Any) -> None:
         if next(count) == 20:
             raise error
         real(self, *args)
 
-    monkeypatch.setattr(Placement, "change", change)
+    monkeypatch.setattr(TargetMatch, "change", change)
     with pytest.raises(type(error)):
         backend.merge(unet, patch)
     monkeypatch.undo()
@@ -258,7 +258,7 @@ def test_a_merge_that_fails_midway_changes_no_weight(
 
 
 def weight_names(patch: LoRAPatch) -> list[str]:
-    return [placement.key for placement in patch.placed.placements]
+    return [match.key for match in patch.matched.matches]
 
 
 @pytest.mark.parametrize("stored", ["int8", "float8", "meta", "resized", "inference"])

@@ -1,4 +1,4 @@
-"""Files of every spelling on models of every naming: the same tiny LoRA gives the same update, or a message that helps."""
+"""Files of every key format on models of every naming: the same tiny LoRA gives the same update, or a message that helps."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.errors import CorruptFileError, IncompatibleAdapterError, InvalidInputError, UnknownFormatError
 from ipadapter_core.lora import (
     Layer,
-    PlacedLoRA,
+    MatchedLoRA,
     TargetTable,
     describe_lora,
     load_lora,
-    place_lora,
-    placement,
+    match_lora,
+    matching,
     targets_of,
 )
 from ipadapter_core.lora.losses import lost_part
@@ -103,14 +103,14 @@ PAIRS = {
 }
 
 
-def placed(weights: Weights, model: nn.Module, **more: Any) -> PlacedLoRA:
-    return place_lora(load_lora(weights, **more), {"unet": targets_of(model)})
+def placed(weights: Weights, model: nn.Module, **more: Any) -> MatchedLoRA:
+    return match_lora(load_lora(weights, **more), {"unet": targets_of(model)})
 
 
-def changes(found: PlacedLoRA) -> dict[str, Tensor]:
+def changes(found: MatchedLoRA) -> dict[str, Tensor]:
     """Whole delta per parameter."""
     out: dict[str, Tensor] = {}
-    for p in found.placements:
+    for p in found.matches:
         shape = p.target.shape if p.parameter == "weight" else p.target.shape[:1]
         whole = out.setdefault(p.key, torch.zeros(shape))
         start, length = p.rows or (0, shape[0])
@@ -129,7 +129,7 @@ def under(name: str) -> str:
     return name.replace(".", "_")
 
 
-Spelling = Callable[[str, str, Tensor, Tensor], Weights]
+KeyFormat = Callable[[str, str, Tensor, Tensor], Weights]
 
 
 def suffixed(stem: str, up: Tensor, down: Tensor, names: tuple[str, str]) -> Weights:
@@ -145,7 +145,7 @@ OLD, LINEAR_LAYER = (
         ".lora_linear_layer.up.weight",
     ),
 )
-SPELLINGS: dict[str, Spelling] = {
+KEY_FORMATS: dict[str, KeyFormat] = {
     "kohya, diffusers names": lambda d, s, a, b: suffixed(f"lora_unet_{under(d)}", b, a, KOHYA),
     "kohya, LDM names": lambda d, s, a, b: suffixed(f"lora_unet_{under(s)}", b, a, KOHYA),
     "SimpleTuner": lambda d, s, a, b: suffixed(f"lycoris_{under(d)}", b, a, KOHYA),
@@ -160,9 +160,9 @@ SPELLINGS: dict[str, Spelling] = {
 }
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("key_format", KEY_FORMATS)
 @pytest.mark.parametrize("naming", ["diffusers", "ldm"])
-def test_every_spelling_is_the_same_update(spelling: str, naming: str) -> None:
+def test_every_key_format_is_the_same_update(key_format: str, naming: str) -> None:
     model = tiny_unet(SD15) if naming == "diffusers" else ldm("sd15")
     table = targets_of(model)
     state: Weights = {}
@@ -170,7 +170,7 @@ def test_every_spelling_is_the_same_update(spelling: str, naming: str) -> None:
     for diffusers, ldm_name in PAIRS.items():
         path = diffusers if naming == "diffusers" else ldm_name
         down, up = pair_of(table, path)
-        state |= SPELLINGS[spelling](diffusers, ldm_name, down, up)
+        state |= KEY_FORMATS[key_format](diffusers, ldm_name, down, up)
         expected[f"{path}.weight"] = (up.flatten(1) @ down.flatten(1)).reshape(table.targets[path].shape)
     found = placed(state, model)
     assert not found.unmatched
@@ -192,10 +192,8 @@ def test_old_attention_processors() -> None:
             down, up = pair_of(table, f"{stem}.{target}", 4)
             state |= suffixed(f"{prefix}{stem}.processor.{layer}_lora", up, down, (".down.weight", ".up.weight"))
         found = placed(state, model)
-        assert {p.target.path for p in found.placements} == {
-            f"{stem}.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")
-        }
-        assert found.weights.spelling == "diffusers attention processors (old)"
+        assert {p.target.path for p in found.matches} == {f"{stem}.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")}
+        assert found.weights.key_format == "diffusers attention processors (old)"
 
 
 @pytest.mark.parametrize("prefix", ["ip_adapter.", ""])
@@ -214,7 +212,7 @@ def test_faceid_numbers_are_diffusers_attention_processors(prefix: str) -> None:
             state[f"{prefix}{i}.to_k_ip.weight"] = noise(4, 4)
     state["image_proj.proj.weight"] = noise(4, 4)
     found = placed(state, unet)
-    assert [p.target.path for p in found.placements] == [f"{path}.to_q" for path in order]
+    assert [p.target.path for p in found.matches] == [f"{path}.to_q" for path in order]
     assert found.weights.ignored == ()
     numbers = targets_of(ldm("sd15")).names
     pairs = dict(zip(range(len(order)), order, strict=True))
@@ -317,7 +315,7 @@ def test_xlabs_names(naming: str) -> None:
         state |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
         products[stem.split(".", 1)[0] + stem.rsplit(".", 1)[1]] = up @ down
     found = placed(state, model)
-    assert found.weights.spelling == "XLabs"
+    assert found.weights.key_format == "XLabs"
     assert not found.unmatched
     assert not found.weights.ignored
     actual = changes(found)
@@ -392,8 +390,8 @@ def test_oft_of_a_fused_layer_on_separate_layers(constraint: float) -> None:
     weight = noise(3 * H, H)
     whole = fused.delta(weight)
     found = placed(state, model)
-    assert [p.target.path.rsplit(".", 1)[1] for p in found.placements] == ["to_q", "to_k", "to_v"]
-    for i, p in enumerate(found.placements):
+    assert [p.target.path.rsplit(".", 1)[1] for p in found.matches] == ["to_q", "to_k", "to_v"]
+    for i, p in enumerate(found.matches):
         rows = slice(i * H, (i + 1) * H)
         assert_close(p.update.delta(weight[rows]), whole[rows], rtol=1e-5, atol=1e-6)
     across = {f"{stem}.oft_blocks": noise(2, 12, 12), f"{stem}.alpha": torch.tensor(0.0)}
@@ -448,7 +446,7 @@ def test_a_new_base_model_is_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_text_encoders() -> None:
-    """Three spellings, on a transformers encoder with and without its wrapper, and on ComfyUI's pair."""
+    """Three key formats, on a transformers encoder with and without its wrapper, and on ComfyUI's pair."""
     layer = "encoder.layers.0.self_attn.q_proj"
     shape = (H, H)
     bare, wrapped = Skeleton({layer: shape}), Skeleton({f"text_model.{layer}": shape})
@@ -461,10 +459,10 @@ def test_text_encoders() -> None:
         weights = load_lora(lora_for(stem, shape))
         assert weights.components == ("te1",)
         for model in (bare, wrapped, comfy):
-            (found,) = place_lora(weights, {"te1": targets_of(model, "te1")}).placements
+            (found,) = match_lora(weights, {"te1": targets_of(model, "te1")}).matches
             assert "clip_g" not in found.target.path
     second = load_lora(lora_for(f"lora_te2_text_model_{under(layer)}", shape))
-    (found,) = place_lora(second, {"te2": targets_of(comfy, "te2")}).placements
+    (found,) = match_lora(second, {"te2": targets_of(comfy, "te2")}).matches
     assert found.target.path.startswith("clip_g.")
 
 
@@ -565,7 +563,7 @@ def test_one_wrong_shape_refuses_the_whole_file() -> None:
 def test_unmatched_modules_are_counted_with_the_nearest_name() -> None:
     unet = tiny_unet(SD15)
     found = placed(whole(unet) | lora_for("lora_unet_mid_block_attentions_0_proj_inn", (16, 16)), unet)
-    assert len(found.placements) == 16
+    assert len(found.matches) == 16
     (lost,) = found.unmatched
     assert lost.nearest == "mid_block_attentions_0_proj_in"
     assert "1 modules have no place" in found.summary()
@@ -579,7 +577,7 @@ def test_a_refusal_looks_for_one_similar_name(monkeypatch: pytest.MonkeyPatch) -
         asked.append(name)
         return []
 
-    monkeypatch.setattr(placement, "get_close_matches", close)
+    monkeypatch.setattr(matching, "get_close_matches", close)
     strangers = [f"lora_unet_{'x' * 400}_{i}_to_q" for i in range(50)]
     foreign = {key: value for name in strangers for key, value in lora_for(name, (8, 8)).items()}
     with pytest.raises(IncompatibleAdapterError, match="50 of 50 modules have no place"):
@@ -623,10 +621,10 @@ def test_open_names_of_an_sdxl_file_are_those_of_kohya() -> None:
             tensors = ALGORITHMS[algorithm](shape, 2, seed)
             one |= {f"{opened[component]}{path}.{key}": t for key, t in tensors.items()}
             two |= {f"{kohya[component]}{under(path)}.{key}": t for key, t in tensors.items()}
-        first, second = (place_lora(load_lora(state), tables) for state in (one, two))
-        assert len(first.placements) == len(second.placements) == 5
-        assert first.weights.spelling == "OneTrainer (OMI)"
-        for a, b in zip(first.placements, second.placements, strict=True):
+        first, second = (match_lora(load_lora(state), tables) for state in (one, two))
+        assert len(first.matches) == len(second.matches) == 5
+        assert first.weights.key_format == "OneTrainer (OMI)"
+        for a, b in zip(first.matches, second.matches, strict=True):
             assert a.key == b.key
             assert a.update.tensors().keys() == b.update.tensors().keys()
             assert all(torch.equal(t, b.update.tensors()[key]) for key, t in a.update.tensors().items())
@@ -677,7 +675,7 @@ def test_open_names_number_the_parts_of_fused_layers(family: str, naming: str) -
         usual |= {key.replace("x.", f"transformer.{diffusers}.", 1): t for key, t in module.items()}
     first, second = placed(opened, model), placed(usual, model)
     assert not first.left_out
-    assert len(first.placements) == len(pairs)
+    assert len(first.matches) == len(pairs)
     one, two = changes(first), changes(second)
     assert one.keys() == two.keys()
     assert all(torch.equal(delta, two[key]) for key, delta in one.items())
@@ -689,7 +687,7 @@ def test_t5_in_the_second_and_third_place() -> None:
     for prefix in ("t5.", "lora_te2_", "lora_te3_", "text_encoder_2.", "text_encoders.t5xxl.transformer."):
         path = "encoder.block.0.layer.0.SelfAttention.q"
         stem = prefix + (path if prefix.endswith(".") else under(path))
-        (found,) = place_lora(load_lora(lora_for(stem, (H, H))), table).placements
+        (found,) = match_lora(load_lora(lora_for(stem, (H, H))), table).matches
         assert found.target.path == f"t5xxl.transformer.{path}"
 
 
@@ -712,7 +710,7 @@ def test_wrappers_in_front_are_no_part_of_a_name(prefix: str) -> None:
     for spelled in (path, inside):
         stem = prefix + (spelled if prefix.endswith(".") else under(spelled))
         found = placed(lora_for(stem, targets_of(unet).targets[path].shape), unet)
-        assert [p.target.path for p in found.placements] == [path]
+        assert [p.target.path for p in found.matches] == [path]
 
 
 def test_a_bare_text_encoder_is_known_by_its_names() -> None:
@@ -732,16 +730,16 @@ def test_comfyui_saves_embeddings_of_text_encoders() -> None:
     table = targets_of(clip, "te1")
     stem = "text_encoders.clip_l.transformer.text_model.embeddings."
     state = lora_for(f"{stem}token_embedding", (20, H)) | {f"{stem}position_embedding.diff": noise(7, H)}
-    found = place_lora(load_lora(state), {"te1": table})
+    found = match_lora(load_lora(state), {"te1": table})
     assert not found.left_out
-    token, position = found.placements
+    token, position = found.matches
     weight = noise(20, H, seed=5)
     assert_close(token.update.delta(weight), product(state, f"{stem}token_embedding"))
     assert_close(position.update.delta(noise(7, H)), state[f"{stem}position_embedding.diff"])
     embedding = inner.embeddings.token_embedding
     ids = torch.tensor([[3, 19]])
     y = embedding(ids)
-    live = token.update.live(Layer(embedding), y)(ids, y, 0.5)
+    live = token.update.unfused(Layer(embedding), y)(ids, y, 0.5)
     assert_close(live, 0.5 * product(state, f"{stem}token_embedding")[ids])
     assert not trainable([t for t in table.targets.values() if t.is_embedding])
 
@@ -761,7 +759,7 @@ def test_the_layer_tells_glora_s_order(old: bool, rows: int, columns: int, rank:
     found = placed(state, Skeleton({"x": (rows, columns)}))
     weight = noise(rows, columns, seed=9)
     expected = (weight @ tensors["a1"] @ tensors["a2"] + tensors["b1"] @ tensors["b2"]) * 2 / rank
-    assert_close(found.placements[0].update.delta(weight), expected)
+    assert_close(found.matches[0].update.delta(weight), expected)
 
 
 # --- what is lost ----------------------------------------------------------------------------------------------------
@@ -799,12 +797,12 @@ def test_half_a_file_is_refused_or_allowed(caplog: pytest.LogCaptureFixture) -> 
     ):
         placed(state, unet)
     caplog.clear()
-    found = place_lora(load_lora(state, name="half"), {"unet": targets_of(unet)}, partial="allow")
-    assert len(found.placements) == len(found.unmatched) == len(found.left_out) == 16
+    found = match_lora(load_lora(state, name="half"), {"unet": targets_of(unet)}, partial="allow")
+    assert len(found.matches) == len(found.unmatched) == len(found.left_out) == 16
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "'half': not applied: 16 × modules that the model does not have" in caplog.text
     with pytest.raises(InvalidInputError, match="partial is 'maybe'"):
-        place_lora(load_lora(state), {"unet": targets_of(unet)}, partial="maybe")  # type: ignore[arg-type]
+        match_lora(load_lora(state), {"unet": targets_of(unet)}, partial="maybe")  # type: ignore[arg-type]
 
 
 def test_layers_with_tensors_of_nothing_known_are_lost_too() -> None:
@@ -815,14 +813,14 @@ def test_layers_with_tensors_of_nothing_known_are_lost_too() -> None:
     }
     with pytest.raises(IncompatibleAdapterError, match="16 of 32 modules of unet"):
         placed(state, unet)
-    assert len(place_lora(load_lora(state), {"unet": targets_of(unet)}, partial="allow").placements) == 16
+    assert len(match_lora(load_lora(state), {"unet": targets_of(unet)}, partial="allow").matches) == 16
 
 
 def test_other_shapes_are_left_out_where_that_is_allowed() -> None:
     unet = tiny_unet(SD15)
     state = whole(unet) | lora_for("lora_unet_time_embedding_linear_1", (7, 7))
-    found = place_lora(load_lora(state), {"unet": targets_of(unet)}, partial="allow")
-    assert len(found.placements) == 16
+    found = match_lora(load_lora(state), {"unet": targets_of(unet)}, partial="allow")
+    assert len(found.matches) == 16
     assert [item.why for item in found.left_out] == ["modules of another shape than the model's layer"]
 
 
@@ -833,8 +831,8 @@ def test_files_that_lose_nothing_that_matters() -> None:
     state = whole(unet)
     for stem, shape in text.items():
         state |= lora_for(stem, shape)
-    found = place_lora(load_lora(state | {"epoch": noise(1)}), {"unet": targets_of(unet)}, ("te1",))
-    assert len(found.placements) == 16
+    found = match_lora(load_lora(state | {"epoch": noise(1)}), {"unet": targets_of(unet)}, ("te1",))
+    assert len(found.matches) == 16
     assert len(found.left_out) == 13
     assert sum("first text encoder" in item.why for item in found.left_out) == 12
     assert not found.unmatched
@@ -842,7 +840,7 @@ def test_files_that_lose_nothing_that_matters() -> None:
         "lora_te1_text_model_encoder_layers_0_mlp_fc1", (H, H)
     )
     flux |= lora_for("lora_te2_encoder_block_0_layer_0_SelfAttention_q", (H, H))
-    assert len(place_lora(load_lora(flux), {"unet": targets_of(Skeleton(FLUX_ORIGINAL))}).placements) == 1
+    assert len(match_lora(load_lora(flux), {"unet": targets_of(Skeleton(FLUX_ORIGINAL))}).matches) == 1
 
 
 def test_everything_left_out_is_reported(caplog: pytest.LogCaptureFixture) -> None:
@@ -858,7 +856,7 @@ def test_everything_left_out_is_reported(caplog: pytest.LogCaptureFixture) -> No
     for i in range(20):
         state |= lora_for(f"blocks.{i}.to_q", (H, H))
     found = placed(state, model)
-    assert len(found.placements) == 20
+    assert len(found.matches) == 20
     whys = {item.name: item.why for item in found.left_out}
     assert len(whys) == 6
     assert "LyCORIS scalars" in whys["blocks.1.to_q.scalar"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
-from ipadapter_core.lora import Layer, describe_lora, load_lora, place_lora, targets_of
-from ipadapter_core.lora.convert import SPELLINGS, to_tensors
+from ipadapter_core.lora import Layer, describe_lora, load_lora, match_lora, targets_of
+from ipadapter_core.lora.convert import KEY_FORMATS, to_tensors
 from ipadapter_core.lora.extract import extract
 from ipadapter_core.lora.factors import Smaller, combine, compress, resize
 from ipadapter_core.lora.inspection import describe_facts, draw_heat_map, facts_of, heat_map, verify
@@ -158,14 +158,14 @@ def used(state: Weights) -> None:
         lambda: verify(state),
         lambda: resize(weights, Smaller(1)),
         lambda: combine([weights, weights], [1.0, -0.5], Smaller(2)),
-        *(lambda spelling=spelling: to_tensors(weights, spelling, torch.float16) for spelling in SPELLINGS),
+        *(lambda key_format=key_format: to_tensors(weights, key_format, torch.float16) for key_format in KEY_FORMATS),
     ):
         try:
             use()
         except AdapterError:
             continue
-    placed = place_lora(weights, {"unet": targets_of(model)}, partial="allow")
-    for p in placed.placements:
+    placed = match_lora(weights, {"unet": targets_of(model)}, partial="allow")
+    for p in placed.matches:
         pristine = model.state_dict()[p.key]
         total = pristine.clone()
         p.change(pristine, total, 1.0)
@@ -175,7 +175,7 @@ def used(state: Weights) -> None:
         x = noise(2, module.weight.shape[-1]) if x is None else x
         y = module(x)
         layer = Layer(module)
-        change = (p.update.live if p.parameter == "weight" else p.update.live_bias)(layer, y)(x, y, 0.5)
+        change = (p.update.unfused if p.parameter == "weight" else p.update.unfused_bias)(layer, y)(x, y, 0.5)
         assert (y + change).shape == y.shape
 
 
@@ -278,7 +278,7 @@ def test_lokr_factors_of_any_layout(layer: str) -> None:
         torch.testing.assert_close(update.delta(noise(*shape)), expected)
         x = noise(2, 4) if layer == "linear" else noise(1, 4, 5, 5)
         y = module(x)
-        live = update.live(Layer(module), y)(x, y, 1.0)
+        live = update.unfused(Layer(module), y)(x, y, 1.0)
         torch.testing.assert_close(live, Layer(module).apply(x, expected), rtol=1e-4, atol=1e-4)
 
 
@@ -287,10 +287,10 @@ def test_a_change_that_is_not_finite_is_not_written() -> None:
     big = torch.full((4, 4), LARGEST)
     state = {f"linear.hada_{name}": big for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
     model = Layers()
-    (placement,) = place_lora(load_lora(state), {"unet": targets_of(model)}).placements
+    (match,) = match_lora(load_lora(state), {"unet": targets_of(model)}).matches
     weight = model.linear.weight.data
     with pytest.raises(AdapterError, match=r"linear\.weight at strength 1e\+20 is not finite, so it was not written"):
-        placement.change(weight, weight.clone(), 1e20)
+        match.change(weight, weight.clone(), 1e20)
 
 
 def test_tools_refuse_what_would_be_written_wrongly(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_crowd_of_modules_and_strays() -> None:
     weights = load_lora(state)
     assert len(weights.modules) == len(weights.left_out) == 2_000
     with pytest.raises(AdapterError, match="2000 of 2000 modules have no place") as caught:
-        place_lora(weights, {"unet": targets_of(Layers())})
+        match_lora(weights, {"unet": targets_of(Layers())})
     assert len(str(caught.value)) < 500
     text = describe_facts(facts_of(weights))
     assert len(text) < 10_000

@@ -118,7 +118,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["kohya", "generic"])
 def test_it_is_written_and_comes_back(form: Any, tmp_path: Path) -> None:
     weights = load_lora(state(8, 768))
-    save_lora(weights, tmp_path / "a.safetensors", spelling=form)
+    save_lora(weights, tmp_path / "a.safetensors", key_format=form)
     (module,) = load_lora(tmp_path / "a.safetensors").modules
     assert isinstance(module.weight, Outer)
     assert torch.equal(module.weight.column, noise(8, seed=1))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ipadapter_core.errors import CorruptFileError, UnknownFormatError
-from ipadapter_core.lora import Layer, PlacedLoRA, load_lora, place_lora, targets_of
+from ipadapter_core.lora import Layer, MatchedLoRA, load_lora, match_lora, targets_of
 from ipadapter_core.lora.algorithms.input_butterfly import InputButterfly, butterfly_order
 from ipadapter_core.lora.name_patterns import NamePatterns, full_match
 from ipadapter_core.lora.peft_config import METHODS
@@ -65,31 +65,31 @@ def saved(folder: Path, config: PeftConfig, seed: int = 1) -> tuple[Net, dict[st
     return plain, {key: t.detach() for key, t in merged.state_dict().items()}
 
 
-def placed(file: Path, model: nn.Module) -> PlacedLoRA:
-    found = place_lora(load_lora(file), {"unet": targets_of(model)})
+def placed(file: Path, model: nn.Module) -> MatchedLoRA:
+    found = match_lora(load_lora(file), {"unet": targets_of(model)})
     assert not found.left_out
     return found
 
 
-def changed(model: nn.Module, found: PlacedLoRA) -> dict[str, Tensor]:
+def changed(model: nn.Module, found: MatchedLoRA) -> dict[str, Tensor]:
     weights = {key: t.detach().clone() for key, t in model.state_dict().items()}
-    for placement in found.placements:
-        pristine = model.state_dict()[placement.key].detach().clone()
-        placement.change(pristine, weights[placement.key], 1.0)
+    for match in found.matches:
+        pristine = model.state_dict()[match.key].detach().clone()
+        match.change(pristine, weights[match.key], 1.0)
     return weights
 
 
-def live_is_merged(model: nn.Module, found: PlacedLoRA, merged: Mapping[str, Tensor]) -> None:
+def live_is_merged(model: nn.Module, found: MatchedLoRA, merged: Mapping[str, Tensor]) -> None:
     """The side path of every layer gives what the merged layer gives."""
-    for path in {p.target.path for p in found.placements}:
+    for path in {p.target.path for p in found.matches}:
         module = model.get_submodule(path)
         shape = (2, module.weight.shape[1], 6, 5) if isinstance(module, nn.Conv2d) else (2, 5, module.weight.shape[-1])
         x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
         y = module(x)
         out = y
-        for p in found.placements:
+        for p in found.matches:
             if p.target.path == path:
-                make = p.update.live if p.parameter == "weight" else p.update.live_bias
+                make = p.update.unfused if p.parameter == "weight" else p.update.unfused_bias
                 out = out + make(Layer(module), y)(x, y, 1.0)
         other = copy.deepcopy(module)
         for name, parameter in other.named_parameters():
@@ -188,8 +188,8 @@ def test_embeddings(tmp_path: Path) -> None:
     assert_close(changed(plain, found)["token_embedding.weight"], merged["token_embedding.weight"])
     ids = torch.tensor([[1, 9, 3]])
     y = plain.token_embedding(ids)
-    (placement,) = found.placements
-    live = y + placement.update.live(Layer(plain.token_embedding), y)(ids, y, 1.0)
+    (match,) = found.matches
+    live = y + match.update.unfused(Layer(plain.token_embedding), y)(ids, y, 1.0)
     assert_close(live, nn.functional.embedding(ids, merged["token_embedding.weight"]))
 
 
@@ -213,7 +213,7 @@ def test_butterflies_of_several_stages() -> None:
         linear = nn.Linear(count * size, 6, bias=False)
         linear.weight.data = weight
         x = torch.randn(3, count * size, generator=torch.Generator().manual_seed(6))
-        live = linear(x) + update.live(Layer(linear), linear(x))(x, linear(x), 1.0)
+        live = linear(x) + update.unfused(Layer(linear), linear(x))(x, linear(x), 1.0)
         assert_close(live, x @ (weight + update.delta(weight)).T, rtol=1e-4, atol=1e-4)
 
 

@@ -19,10 +19,11 @@ from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.lora import LoRAWeights, load_lora, targets_of
 from ipadapter_core.lora.base_names import by_name, dotted, unet_paths
-from ipadapter_core.lora.convert import SPELLINGS, to_tensors
+from ipadapter_core.lora.convert import KEY_FORMATS, to_tensors
 from ipadapter_core.lora.extract import extract
 from ipadapter_core.lora.factors import Smaller, combine, resize
 from ipadapter_core.lora.inspection import heat_map, lora_facts, verify
+from ipadapter_core.lora.saving import save_lora
 from tiny_loras import ALGORITHMS, low_rank, state_for
 from tiny_models import SD15, noise, tiny_unet
 
@@ -76,8 +77,8 @@ def test_dots_of_names_in_no_table() -> None:
 # --- convert ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_there_and_back(spelling: Any) -> None:
+@pytest.mark.parametrize("key_format", KEY_FORMATS)
+def test_every_key_format_there_and_back(key_format: Any) -> None:
     """On names of a real family; the update is the same, alpha kept or multiplied in."""
     paths = ["mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "up_blocks.1.resnets.2.conv1"]
     file: dict[str, Tensor] = {}
@@ -87,7 +88,7 @@ def test_every_spelling_there_and_back(spelling: Any) -> None:
     file |= {f"lora_te_{te.replace('.', '_')}.{k}": t for k, t in low_rank((8, 8), 2, 9).items()}
     first = load_lora(file)
     assert first.base_model == "SD1.5"
-    tensors, _ = to_tensors(first, spelling)
+    tensors, _ = to_tensors(first, key_format)
     again = load_lora(tensors)
     assert [m.component for m in again.modules] == ["unet", "unet", "te1"]
     known = by_name("SD1.5")
@@ -101,7 +102,7 @@ def test_every_spelling_there_and_back(spelling: Any) -> None:
         "diffusers": "unet.up_blocks.1.resnets.2.conv1.lora_B.weight",
         "generic": "diffusion_model.output_blocks.5.0.in_layers.2.lora_up.weight",
     }
-    assert expected[spelling] in tensors
+    assert expected[key_format] in tensors
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -117,10 +118,10 @@ def test_kohya_carries_every_algorithm(algorithm: str) -> None:
         assert_close(a.weight.delta(weight), b.weight.delta(weight))
 
 
-def test_what_a_spelling_cannot_say() -> None:
+def test_what_a_key_format_cannot_say() -> None:
     loha = {f"lora_unet_conv_in.{k}": t for k, t in ALGORITHMS["LoHa"]((8, 4, 3, 3), 2, 0).items()}
     weights = load_lora(loha | {"lora_unet_down_blocks_0_attentions_0_proj_in.diff": noise(4, 4)})
-    with pytest.raises(InvalidInputError, match="PEFT's spelling cannot say"):
+    with pytest.raises(InvalidInputError, match="PEFT's key format cannot say"):
         to_tensors(weights, "diffusers")
     with pytest.raises(InvalidInputError, match="in no table of full-size models"):
         to_tensors(load_lora({f"lora_unet_my_layer.{k}": t for k, t in low_rank((4, 4), 2, 0).items()}), "generic")
@@ -364,6 +365,19 @@ def test_commands_read_and_write_files(file: Path, tmp_path: Path, capsys: pytes
     assert next(iter(load_lora(half).modules)).weight.down.dtype == torch.float16  # type: ignore[union-attr]
     assert load_lora(half).metadata["ss_network_module"] == "networks.lora"
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_key_format_by_its_older_name(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``spelling``: on the command line, in its JSON and of what is read."""
+    for option in ("--key-format", "--spelling"):
+        target = tmp_path / f"{option}.safetensors"
+        out = run(capsys, "convert", file, "--out", target, option, "diffusers", "--json")[1]
+        assert json.loads(out)["key_format"] == json.loads(out)["spelling"] == "diffusers"
+        assert load_lora(target).spelling == load_lora(target).key_format == "diffusers (PEFT)"
+    facts = json.loads(run(capsys, "inspect", file, "--json")[1])
+    assert facts["key_format"] == facts["spelling"] == "kohya"
+    save_lora(load_lora(file), tmp_path / "x.safetensors", spelling="diffusers")
+    assert load_lora(tmp_path / "x.safetensors").key_format == "diffusers (PEFT)"
 
 
 def test_mistakes_are_one_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_what_was_trained_runs_as_a_file(alpha: float | None) -> None:
     weights = lora.weights()
     fresh = tiny_unet("small")
     patch = backend.place(fresh, weights)
-    assert not patch.placed.unmatched
+    assert not patch.matched.unmatched
     with backend.apply(fresh, patch):
         assert_close(run(fresh), trained, rtol=0, atol=2e-5)
     with backend.merge(fresh, replace(patch, strength=1.0)):

@@ -66,8 +66,8 @@ def both_on_comfy(first: str) -> Any:
         comfy_lora.place(tiny_lora(host.get_model_object("diffusion_model"), "attn1"), host), window=EARLY.window
     )
     if first == "image":
-        return comfy_lora.apply_live(comfy.apply(host, image), lora)
-    return comfy.apply(comfy_lora.apply_live(host, lora), image)
+        return comfy_lora.apply_unfused(comfy.apply(host, image), lora)
+    return comfy.apply(comfy_lora.apply_unfused(host, lora), image)
 
 
 @pytest.mark.parametrize("first", ["image", "lora"])
@@ -102,7 +102,7 @@ def test_diffusers_describes_each_model_call_once(described: list[ModelCall]) ->
     adapter = tiny_adapter(layout)
     image = bake(adapter, tiny_prompt(adapter), layout, EARLY)
     lora = diffusers_lora.place(unet, tiny_lora(unet, "attn1"))
-    lora = LoRAPatch(lora.placed, window=EARLY.window)
+    lora = LoRAPatch(lora.matched, window=EARLY.window)
     x, text = noise(2, 4, 8, 8), noise(2, 7, TOKEN_DIM)
     branches = ("uncond", "cond")
     plain = cost_of(lambda: call_unet(unet, x, text)).synchronisations

@@ -32,6 +32,14 @@ def test_a_file_and_overrides_on_top(tmp_path: Path) -> None:
     assert config.data.buckets is True
 
 
+def test_older_names_of_settings_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('[output]\nspelling = "generic"\n')
+    assert load_config(tmp_path / "x.toml").output.key_format == "generic"
+    assert load_config(tmp_path / "x.toml", ["output.spelling=diffusers"]).output.key_format == "diffusers"
+    with pytest.raises(InvalidInputError, match="did you mean 'kohya'"):
+        parse_config({"output": {"spelling": "koya"}}, "here")
+
+
 def test_written_configs_are_read_back(tmp_path: Path) -> None:
     config = parse_config(
         {"model": {"base": "/m"}, "train": {"lr": 3e-5, "ema": 0}, "data": {"path": 'quo"te'}}, "here"

@@ -393,27 +393,27 @@ def filled(model: Path, out: Path, config: LoRAConfig) -> tuple[Any, TrainedLoRA
 
 
 def deltas(pipeline: Any, weights: LoRAWeights) -> dict[str, Tensor]:
-    placed = backend.place(pipeline, weights).placed
+    placed = backend.place(pipeline, weights).matched
     assert not placed.unmatched
     parts = backend.parts_of(pipeline)
     return {
         f"{p.target.component}.{p.key}": p.update.delta(
             parts[p.target.component].get_submodule(p.target.path).weight.detach()
         )
-        for p in placed.placements
+        for p in placed.matches
     }
 
 
-@pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
+@pytest.mark.parametrize("key_format", ["kohya", "diffusers"])
 @pytest.mark.parametrize("algorithm", ["lora", "locon", "loha", "lokr", "dora"])
-def test_files_come_back_the_same(algorithm: Any, spelling: Any, sdxl: Path, tmp_path: Path) -> None:
+def test_files_come_back_the_same(algorithm: Any, key_format: Any, sdxl: Path, tmp_path: Path) -> None:
     """Alpha and rank-stabilised scale included, in the UNet and both text encoders."""
     config = LoRAConfig(rank=2, alpha=3.0, rslora=True, algorithm=algorithm, text_encoders=True, factor=4)
     pipeline, lora = filled(sdxl, tmp_path, config)
-    out = parse_config({"output": {"spelling": spelling, "dtype": "float32"}}, "here").output
+    out = parse_config({"output": {"key_format": key_format, "dtype": "float32"}}, "here").output
     told = {"steps": "7", "modelspec.title": "x"}
     file = tmp_path / "a.safetensors"
-    if spelling == "diffusers" and algorithm in ("loha", "lokr"):
+    if key_format == "diffusers" and algorithm in ("loha", "lokr"):
         with pytest.raises(InvalidInputError, match="write 'kohya' or 'generic'"):
             lora.save(file, lora.state_dict(), told, out)
         return
@@ -427,14 +427,14 @@ def test_files_come_back_the_same(algorithm: Any, spelling: Any, sdxl: Path, tmp
     assert metadata(file)["ss_steps"] == "7"
 
 
-@pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
+@pytest.mark.parametrize("key_format", ["kohya", "diffusers"])
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_diffusers_loads_the_file(kind: str, spelling: Any, model: Path, sdxl: Path, tmp_path: Path) -> None:
+def test_diffusers_loads_the_file(kind: str, key_format: Any, model: Path, sdxl: Path, tmp_path: Path) -> None:
     """Its UNet and its text encoders then give what ours give."""
     pytest.importorskip("peft", reason="diffusers reads LoRA files through peft")
     folder = model if kind == "sd15" else sdxl
     pipeline, lora = filled(folder, tmp_path, LoRAConfig(rank=2, alpha=1.0, text_encoders=True))
-    out = parse_config({"output": {"spelling": spelling, "dtype": "float32"}}, "here").output
+    out = parse_config({"output": {"key_format": key_format, "dtype": "float32"}}, "here").output
     lora.save(tmp_path / "a.safetensors", lora.state_dict(), {}, out)
     theirs = load_pipeline(folder)
     theirs.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
@@ -488,12 +488,12 @@ def test_a_file_says_how_it_was_made_and_is_trained_on(
         )
 
 
-def test_export_in_another_spelling(
+def test_export_in_another_key_format(
     tmp_path: Path, uninterrupted: tuple[Path, Path], capsys: pytest.CaptureFixture[str], model: Path
 ) -> None:
     source = uninterrupted[0] / "style.safetensors"
     target = tmp_path / "peft.safetensors"
-    assert main(["export", str(source), str(target), "--spelling", "diffusers", "--dtype", "bfloat16", "--json"]) == 0
+    assert main(["export", str(source), str(target), "--key-format", "diffusers", "--dtype", "bfloat16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == target.stat().st_size
     assert any(key.endswith("lora_A.weight") for key in tensors(target))
     pipeline = load_pipeline(model)
@@ -573,7 +573,7 @@ def test_memory_counts_what_autograd_keeps(model: Path, pictures: Path, tmp_path
             "prodigy finds one learning rate",
         ),
         ({"train__beta2": 1.0}, "train.beta2 is 1"),
-        ({"output__spelling": "koya"}, "did you mean 'kohya'"),
+        ({"output__key_format": "koya"}, "did you mean 'kohya'"),
     ],
 )
 def test_mistakes_name_what_was_meant(model: Path, pictures: Path, tmp_path: Path, changes: Any, message: str) -> None:

@@ -43,13 +43,13 @@ from ipadapter_core.lora import (  # fmt: skip
     block_vector,
     describe_lora,
     load_lora,
+    match_lora,
     parse_selector,
     parse_where,
-    place_lora,
     save_lora,
     targets_of,
 )
-from ipadapter_core.lora.convert import SPELLINGS
+from ipadapter_core.lora.convert import KEY_FORMATS
 from ipadapter_core.lora.factors import Smaller, combine, resize
 from ipadapter_core.lora.inspection import describe_facts, draw_heat_map, heat_map, lora_facts, verify
 from ipadapter_core.models import layout_of
@@ -313,12 +313,12 @@ def use_lora(folder: Path, main: Path) -> None:
         resize(weights, Smaller(1))
     with suppress(AdapterError):
         combine([weights, weights], [1.0, 0.5])
-    for spelling in SPELLINGS:
+    for key_format in KEY_FORMATS:
         with suppress(AdapterError):
-            save_lora(weights, folder / f"{spelling}.safetensors", spelling=spelling)
-            load_lora(folder / f"{spelling}.safetensors")
+            save_lora(weights, folder / f"{key_format}.safetensors", key_format=key_format)
+            load_lora(folder / f"{key_format}.safetensors")
     model = unet()
-    placed = place_lora(weights, {"unet": targets_of(model)})
+    placed = match_lora(weights, {"unet": targets_of(model)})
     placed.summary()
     patch = LoRAPatch(placed, 0.7)
     before = {key: t.clone() for key, t in model.state_dict().items()}

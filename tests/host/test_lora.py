@@ -96,15 +96,15 @@ def test_comfyui_reads_what_the_trainer_writes(
 ) -> None:
     """By its own table of names; DoRA by columns, as its own loader mistakes rows (PR 15458).
 
-    PEFT's spelling its table has for convolutions, not for the attentions of UNets: half of the file is lost on it.
+    PEFT's key format its table has for convolutions, not for the attentions of UNets: half of the file is lost on it.
     """
     s = Scene(server, sd15, adapters, unet="sd15", steps=1)
     runs = {"plain": s.sample(s.model)}
-    for spelling, path in trained_files(tmp_path, algorithm).items():
+    for key_format, path in trained_files(tmp_path, algorithm).items():
         file = server.add_model("loras", path)
         ours = s.graph.add("ImagePromptLoRAStrength", **(s.lora_inputs() | {"file": file, "mode": "merged"}))
         host = s.graph.add("LoraLoaderModelOnly", model=s.model, lora_name=file, strength_model=1.0)
-        runs |= {f"ours {spelling}": s.sample(ours), f"host {spelling}": s.sample(host)}
+        runs |= {f"ours {key_format}": s.sample(ours), f"host {key_format}": s.sample(host)}
     out = s.compare(**runs)
     first = out["ours kohya"]
     assert apart(first, out["plain"]) > EFFECT
@@ -133,10 +133,10 @@ def trained_files(folder: Path, algorithm: Any) -> dict[str, Path]:
                 generator = torch.Generator().manual_seed(i)
                 p.copy_(torch.randn(p.shape, generator=generator) * (size / p[0].numel() ** 0.5))
     files: dict[str, Path] = {}
-    for spelling in ("kohya", "generic", "diffusers") if algorithm == "locon" else ("kohya", "generic"):
-        out = parse_config({"output": {"spelling": spelling, "dtype": "float32"}}, "here").output
-        path = folder / f"{algorithm}_{spelling}.safetensors"
-        files[spelling] = lora.save(path, lora.state_dict(), {}, out)
+    for key_format in ("kohya", "generic", "diffusers") if algorithm == "locon" else ("kohya", "generic"):
+        out = parse_config({"output": {"key_format": key_format, "dtype": "float32"}}, "here").output
+        path = folder / f"{algorithm}_{key_format}.safetensors"
+        files[key_format] = lora.save(path, lora.state_dict(), {}, out)
     return files
 
 
@@ -355,7 +355,7 @@ class Transformer:
 
     def files(self) -> dict[str, str]:
         files = build_transformer_loras(self.kind, self.folder)
-        return {spelling: self.server.add_model("loras", path) for spelling, path in files.items()}
+        return {key_format: self.server.add_model("loras", path) for key_format, path in files.items()}
 
     def sample(self, model: Node) -> Node:
         sampled = self.graph.add(
@@ -367,17 +367,17 @@ class Transformer:
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_transformers_with_fused_layers(server: ComfyServer, tmp_path: Path, kind: str) -> None:
-    """SD3 and Flux: live, merged and the host's loader agree, in kohya's spelling (q, k, v in one) and diffusers' (apart)."""
+    """SD3 and Flux: live, merged and the host's loader agree, in kohya's key format (q, k, v in one) and diffusers' (apart)."""
     if kind == "flux" and server.host.version.startswith("0.3."):
         pytest.skip("this ComfyUI takes every Flux to be 3072 wide")
     t = Transformer(server, kind, tmp_path)
     model = t.model()
     nodes = {"plain": t.sample(model)}
     files = t.files()
-    for spelling in ("kohya", "diffusers"):
+    for key_format in ("kohya", "diffusers"):
         for mode in ("live", "merged"):
-            nodes[f"{mode} {spelling}"] = t.sample(t.lora(model, files[spelling], mode))
-        nodes[f"host {spelling}"] = t.sample(t.host_lora(model, files[spelling]))
+            nodes[f"{mode} {key_format}"] = t.sample(t.lora(model, files[key_format], mode))
+        nodes[f"host {key_format}"] = t.sample(t.host_lora(model, files[key_format]))
     result = server.run(t.graph)
     out = {name: result.tensor(node) for name, node in nodes.items()}
     first = out.pop("live kohya")

@@ -1,6 +1,6 @@
 """ComfyUI: LoRAs beside the layers of a duck-typed ModelPatcher, or merged by the host's own patching (comfy is not imported).
 
-Live: a wrapper around every model call hooks the layers for the time of that call. Between calls nothing of ours is on
+Unfused (graphs say live): a wrapper around every model call hooks the layers for the time of that call. Between calls nothing of ours is on
 the model, which clones share, so clones cannot see each other's LoRAs and removal leaves no trace.
 Merged: the host keeps, patches and restores weights itself; ours is only the formula that it calls per weight.
 """
@@ -14,11 +14,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ...lora.live import LiveLayer, LiveStack
+from ...lora.matching import MatchedLoRA, Partial, TargetMatch, match_lora
 from ...lora.patch import LoRAPatch
-from ...lora.placement import Partial, PlacedLoRA, Placement, place_lora
 from ...lora.running import Running, mask_like
 from ...lora.targets import TargetTable, targets_of
+from ...lora.unfused import UnfusedLayer, UnfusedStack
 from ...lora.update import wide
 from ...lora.weights import Component, LoRAWeights
 from ...models.sites import ModelLayout, Site
@@ -59,26 +59,26 @@ def place(
     model: LoRAPatcherLike | None,
     clip_model: nn.Module | None = None,
     partial: Partial = "refuse",
-) -> PlacedLoRA:
+) -> MatchedLoRA:
     """A LoRA on a MODEL and a CLIP; the parts of what is None are left out. Raises as ``place_lora`` does."""
     tables = tables_of(model, clip_model)
     text: tuple[Component, ...] = ("te1", "te2", "te3") if clip_model is None else ()
     unet: tuple[Component, ...] = ("unet",) if model is None else ()
-    return place_lora(weights, tables, (*unet, *text), partial)
+    return match_lora(weights, tables, (*unet, *text), partial)
 
 
-# --- live ------------------------------------------------------------------------------------------------------------
+# --- unfused ---------------------------------------------------------------------------------------------------------
 
 
-def apply_live(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention | None = None) -> LoRAPatcherLike:
+def apply_unfused(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention | None = None) -> LoRAPatcherLike:
     """A clone of ``model`` on which a LoRA runs beside the layers, besides all that is applied already."""
     watch_hooks()
     clone = cast(LoRAPatcherLike, model.clone())
-    stack = LiveStack((*live_patches(model), patch))
+    stack = UnfusedStack((*unfused_patches(model), patch))
     clone.remove_wrappers_with_key("apply_model", LORA_KEY)
     if not stack.layers:
         return clone
-    clone.add_wrapper_with_key("apply_model", LORA_KEY, LiveWrapper(stack))
+    clone.add_wrapper_with_key("apply_model", LORA_KEY, UnfusedWrapper(stack))
     install_notes(clone)
     regional = set(stack.text_sites)
     if regional:
@@ -89,31 +89,31 @@ def apply_live(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention | 
     return clone
 
 
-def live_stack(model: PatcherLike) -> LiveStack | None:
-    """What runs live on a MODEL, None if nothing does."""
+def unfused_stack(model: PatcherLike) -> UnfusedStack | None:
+    """What runs unfused on a MODEL, None if nothing does."""
     wrappers = model.wrappers.get("apply_model", {}).get(LORA_KEY, [])
-    return next((w.stack for w in wrappers if isinstance(w, LiveWrapper)), None)
+    return next((w.stack for w in wrappers if isinstance(w, UnfusedWrapper)), None)
 
 
-def live_patches(model: PatcherLike) -> tuple[LoRAPatch, ...]:
-    """The LoRAs that run live on a MODEL, in order."""
-    stack = live_stack(model)
+def unfused_patches(model: PatcherLike) -> tuple[LoRAPatch, ...]:
+    """The LoRAs that run unfused on a MODEL, in order."""
+    stack = unfused_stack(model)
     return () if stack is None else stack.patches
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Live:
+class _Unfused:
     """What the attention hooks of masked LoRAs need in a model call under way."""
 
-    stack: LiveStack
+    stack: UnfusedStack
     running: Running
     unet: nn.Module
 
 
-class LiveWrapper:
+class UnfusedWrapper:
     """APPLY_MODEL wrapper: hooks the layers, lets the model run, takes the hooks off."""
 
-    def __init__(self, stack: LiveStack) -> None:
+    def __init__(self, stack: UnfusedStack) -> None:
         self.stack = stack
         self._calls: Calls[Running] = Calls()
         self._without = Running(tuple(patch.with_strength(0.0) for patch in stack.patches))
@@ -127,7 +127,7 @@ class LiveWrapper:
     def _run(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         unet = uncompiled(executor.class_obj.diffusion_model)
         running = Running(self.stack.patches, "unet", model := call_of(x, args, kwargs))
-        args, kwargs = noted(args, kwargs, {KEY: model, LORA_KEY: _Live(self.stack, running, unet)})
+        args, kwargs = noted(args, kwargs, {KEY: model, LORA_KEY: _Unfused(self.stack, running, unet)})
         watch_hooks()
         with self._hooks.on(unet), marked(unet, lambda: "live LoRAs"):
             self._calls.begin(running)
@@ -142,14 +142,14 @@ class LiveWrapper:
         """The call that a layer runs in; one without LoRAs where it runs in none of ours."""
         return self._calls.running() or self._calls.found(self._without, lambda: self._without)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LiveWrapper:
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnfusedWrapper:
         return self
 
 
 class _LayerHook:
     """On one layer: its output with what the LoRAs add. Its name keeps code compiled for another layer from serving it."""
 
-    def __init__(self, wrapper: LiveWrapper, layer: LiveLayer) -> None:
+    def __init__(self, wrapper: UnfusedWrapper, layer: UnfusedLayer) -> None:
         self._wrapper, self._layer, self._name = wrapper, layer, f"{layer.path} {id(layer)}"
 
     def add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -175,16 +175,16 @@ class RegionHook:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         base = out = self._attend(q, k, v, extra_options)
-        live = extra_options.get(LORA_KEY)
-        if not isinstance(live, _Live):
+        unfused = extra_options.get(LORA_KEY)
+        if not isinstance(unfused, _Unfused):
             return out
-        for index in live.stack.regions_at(self.path, live.running):
-            changed = [self._changed(live, name, index, t) for name, t in (("to_k", k), ("to_v", v))]
+        for index in unfused.stack.regions_at(self.path, unfused.running):
+            changed = [self._changed(unfused, name, index, t) for name, t in (("to_k", k), ("to_v", v))]
             if all(t is None for t in changed):
                 continue
             own_k, own_v = (old if new is None else new for old, new in zip((k, v), changed, strict=True))
             regional = self._attend(q, own_k, own_v, extra_options)
-            out = torch.addcmul(out, regional - base, mask_like(base, index, live.running))
+            out = torch.addcmul(out, regional - base, mask_like(base, index, unfused.running))
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -193,12 +193,12 @@ class RegionHook:
         precision = options.get("attn_precision")
         return self.attention(q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options)
 
-    def _changed(self, live: _Live, name: str, index: int, t: Tensor) -> Tensor | None:
+    def _changed(self, unfused: _Unfused, name: str, index: int, t: Tensor) -> Tensor | None:
         path = f"{self.path}.{name}"
-        layer = live.stack.layers.get(path)
+        layer = unfused.stack.layers.get(path)
         if layer is None:
             return None
-        return layer.masked_change(live.unet.get_submodule(path), index, t, live.running)
+        return layer.masked_change(unfused.unet.get_submodule(path), index, t, unfused.running)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionHook:
         return self
@@ -221,7 +221,7 @@ def _install_region(clone: PatcherLike, layout: ModelLayout, site: Site, attenti
 
 # --- merged ----------------------------------------------------------------------------------------------------------
 
-Part = tuple[Placement, float]
+Part = tuple[TargetMatch, float]
 
 
 def apply_merged(
@@ -237,9 +237,9 @@ def apply_merged(
     found: dict[str, list[Part]] = {}
     for component in components:
         strength = patch.strength_for(component)
-        for placement, own in patch.acting(component):
+        for match, own in patch.acting(component):
             if strength * own != 0:
-                found.setdefault(prefix + placement.key, []).append((placement, strength * own))
+                found.setdefault(prefix + match.key, []).append((match, strength * own))
     added: dict[str, Any] = {}
     for key, parts in found.items():
         others: list[Any] = []
@@ -262,6 +262,6 @@ def merge_parts(weight: Tensor, parts: Sequence[Part]) -> Tensor:
     """The change of one weight by several LoRAs, each from the weight as given; in float32 or wider."""
     pristine = wide(weight)
     total = torch.zeros_like(pristine)
-    for placement, strength in parts:
-        placement.change(pristine, total, strength)
+    for match, strength in parts:
+        match.change(pristine, total, strength)
     return total

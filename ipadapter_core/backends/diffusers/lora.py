@@ -21,17 +21,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...attention.call import ModelCall
 from ...errors import InvalidInputError
-from ...lora.live import LiveLayer, LiveStack
+from ...lora.matching import Partial, TargetMatch, match_lora
 from ...lora.patch import LoRAPatch
-from ...lora.placement import Partial, Placement, place_lora
 from ...lora.running import Running, mask_like
 from ...lora.targets import TargetTable, targets_of
+from ...lora.unfused import UnfusedLayer, UnfusedStack
 from ...lora.update import shape_text, wide
 from ...lora.weights import Component, LoRAWeights
 from ..calls import Calls, eagerly, uncompiled
 from .notes import Around, Beginning, Branches
 
-Part = tuple[Placement, float]
+Part = tuple[TargetMatch, float]
 
 
 def place(pipeline: Any, weights: LoRAWeights, *, partial: Partial = "refuse") -> LoRAPatch:
@@ -41,7 +41,7 @@ def place(pipeline: Any, weights: LoRAWeights, *, partial: Partial = "refuse") -
     belongs to another base model or would be applied in part only.
     """
     tables: dict[Component, TargetTable] = {c: targets_of(module, c) for c, module in parts_of(pipeline).items()}
-    return LoRAPatch(place_lora(weights, tables, partial=partial))
+    return LoRAPatch(match_lora(weights, tables, partial=partial))
 
 
 def parts_of(pipeline: Any) -> dict[Component, nn.Module]:
@@ -65,7 +65,7 @@ def parts_of(pipeline: Any) -> dict[Component, nn.Module]:
     return found
 
 
-class LiveLoRAs:
+class UnfusedLoRAs:
     """LoRAs beside the layers of a pipeline or a module, until ``remove()``; also a context manager that removes them.
 
     Any number of threads may call the models. A call sees one state: changes act from the next one on.
@@ -74,8 +74,8 @@ class LiveLoRAs:
     def __init__(self, pipeline: Any, patches: Sequence[LoRAPatch], branches: Branches) -> None:
         self._patches = tuple(patches)
         self._branches = branches
-        stacks = [(module, LiveStack(patches, component)) for component, module in parts_of(pipeline).items()]
-        self._parts = [_LivePart(self, module, stack) for module, stack in stacks if stack.layers]
+        stacks = [(module, UnfusedStack(patches, component)) for component, module in parts_of(pipeline).items()]
+        self._parts = [_UnfusedPart(self, module, stack) for module, stack in stacks if stack.layers]
 
     @property
     def patches(self) -> tuple[LoRAPatch, ...]:
@@ -89,7 +89,7 @@ class LiveLoRAs:
 
     def set_patch(self, patch: LoRAPatch, index: int = 0) -> None:
         """Another strength, window or mask for the same LoRA; a new selector needs a new ``apply``."""
-        if patch.placed is not self._patches[index].placed or patch.selector != self._patches[index].selector:
+        if patch.matched is not self._patches[index].matched or patch.selector != self._patches[index].selector:
             raise InvalidInputError(
                 "this is another LoRA or selector than the one applied; remove it and apply the new one"
             )
@@ -102,7 +102,7 @@ class LiveLoRAs:
         self._replace(tuple(patches))
 
     @contextmanager
-    def strength(self, value: float, index: int | None = None) -> Generator[LiveLoRAs]:
+    def strength(self, value: float, index: int | None = None) -> Generator[UnfusedLoRAs]:
         """``with lora.strength(0): …`` runs at another strength and returns to the former ones."""
         before = self._patches
         self.set_strength(value, index)
@@ -120,7 +120,7 @@ class LiveLoRAs:
         for part in self._parts:
             part.remove()
 
-    def __enter__(self) -> LiveLoRAs:
+    def __enter__(self) -> UnfusedLoRAs:
         return self
 
     def __exit__(
@@ -139,10 +139,13 @@ class LiveLoRAs:
         return Running(self._patches, component, model)
 
 
-class _LivePart:
+LiveLoRAs = UnfusedLoRAs  # older name
+
+
+class _UnfusedPart:
     """The hooks on one module: around its calls, on its layers, and on attentions whose text changes by region."""
 
-    def __init__(self, owner: LiveLoRAs, module: nn.Module, stack: LiveStack) -> None:
+    def __init__(self, owner: UnfusedLoRAs, module: nn.Module, stack: UnfusedStack) -> None:
         self.owner, self.stack = owner, stack
         self.calls: Calls[Running] = Calls()
         self._without = Running(tuple(patch.with_strength(0.0) for patch in stack.patches), stack.component)
@@ -185,7 +188,7 @@ class _LivePart:
 class _LayerHook:
     """On one layer: its output with what the LoRAs add."""
 
-    def __init__(self, part: _LivePart, layer: LiveLayer) -> None:
+    def __init__(self, part: _UnfusedPart, layer: UnfusedLayer) -> None:
         self._part, self._calls, self._layer = part, part.calls, layer
 
     def add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -200,7 +203,7 @@ class _LayerHook:
 class _RegionHook:
     """On one cross-attention: every region has text keys and values of its own; it runs once for each, and they are blended."""
 
-    def __init__(self, part: _LivePart, site: str) -> None:
+    def __init__(self, part: _UnfusedPart, site: str) -> None:
         self._part, self._site = part, site
 
     def blend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -218,7 +221,7 @@ class _RegionHook:
         return output
 
 
-def apply(pipeline: Any, *patches: LoRAPatch, branches: Branches = ("cond",)) -> LiveLoRAs:
+def apply(pipeline: Any, *patches: LoRAPatch, branches: Branches = ("cond",)) -> UnfusedLoRAs:
     """Let LoRAs run beside the layers of a pipeline, or of a bare UNet or transformer; no weight is written.
 
     ``branches`` says what the batch of a call consists of (for ``uncond_strength`` and masks per latent); a callable is
@@ -226,7 +229,7 @@ def apply(pipeline: Any, *patches: LoRAPatch, branches: Branches = ("cond",)) ->
     """
     if not patches:
         raise InvalidInputError("apply() needs at least one LoRA")
-    return LiveLoRAs(pipeline, patches, branches)
+    return UnfusedLoRAs(pipeline, patches, branches)
 
 
 @dataclass(slots=True, eq=False)
@@ -264,8 +267,8 @@ class MergedLoRAs:
 
     def __init__(self, pipeline: Any, patches: Sequence[LoRAPatch]) -> None:
         for patch in patches:
-            if patch.needs_live:
-                raise InvalidInputError(f"{patch.name} cannot be merged: {patch.needs_live}; use apply()")
+            if patch.needs_unfused:
+                raise InvalidInputError(f"{patch.name} cannot be merged: {patch.needs_unfused}; use apply()")
         self._parameters: list[Tensor] = []
         self._owner = _Owner()
         me = ref(self._owner, _forget_lasting)
@@ -322,8 +325,8 @@ def _check_mergeable(path: str, parameter: Tensor, parts: Sequence[Part]) -> Non
         raise InvalidInputError(
             f"{path} was made in torch.inference_mode(), where alone it can be written; merge there, or use apply()"
         )
-    for placement, _ in parts:
-        shape = placement.target.shape[: 1 if placement.parameter == "bias" else None]
+    for match, _ in parts:
+        shape = match.target.shape[: 1 if match.parameter == "bias" else None]
         if tuple(parameter.shape) != shape:
             raise InvalidInputError(
                 f"{path} is {shape_text(tuple(parameter.shape))} now and was {shape_text(shape)} when the LoRA was placed; place it "
@@ -386,8 +389,8 @@ def _changed(path: str, pristine: Tensor, parts: Sequence[Part]) -> Tensor:
         return pristine
     base = wide(pristine)
     total = base.clone()
-    for placement, strength in parts:
-        placement.change(base, total, strength)
+    for match, strength in parts:
+        match.change(base, total, strength)
     weight = total.to(pristine.dtype)
     if not bool(torch.isfinite(weight).all()) and bool(torch.isfinite(pristine).all()):
         raise InvalidInputError(
@@ -401,9 +404,9 @@ def _by_parameter(patches: Sequence[LoRAPatch], component: Component) -> dict[st
     found: dict[str, list[Part]] = {}
     for patch in patches:
         strength = patch.strength_for(component)
-        for placement, factor in patch.acting(component):
+        for match, factor in patch.acting(component):
             if strength * factor != 0:
-                found.setdefault(placement.key, []).append((placement, strength * factor))
+                found.setdefault(match.key, []).append((match, strength * factor))
     return found
 
 

@@ -44,7 +44,7 @@ class Butterfly(Rotation):
     def change(self, weight: Tensor, total: Tensor, strength: float) -> None:
         total.add_(self.turned(weight, self.rotations(weight), strength) - weight)
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         stages = self.rotations(like)
         axis = 1 if layer.kind == "conv" else -1
 

@@ -46,7 +46,7 @@ class ChannelScale(Update):
         factor = near(self.factor, weight).flatten()
         return weight * factor.reshape(-1, *[1] * (weight.ndim - (2 if self.on_input else 1)))
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         factor = layer.channels(near(self.factor.flatten(), like))
         if self.on_input:
             return lambda x, y, s: layer.again(x * factor) * s

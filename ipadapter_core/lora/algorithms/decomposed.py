@@ -65,10 +65,10 @@ class Decomposed(Wrapper):
     def delta(self, weight: Tensor) -> Tensor:
         return (weight + self.inner.delta(weight)) * self.factor(weight) - weight
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         wide = torch.promote_types(like.dtype, torch.float32)
         factor = layer.channels(near(self.factor(layer.weight(like.device, wide)).flatten(), like))
-        inner = self.inner.live(layer, like)
+        inner = self.inner.unfused(layer, like)
 
         def rows(x: Tensor, y: Tensor, s: float) -> Tensor:
             base = layer.without_bias(y)

@@ -36,7 +36,7 @@ class Difference(Update):
     def delta(self, weight: Tensor) -> Tensor:
         return near(self.diff, weight).reshape(weight.shape)
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         weight = near(self.diff, like).reshape(layer.shape)
         if layer.kind == "norm":
             return lambda x, y, s: layer.normalised(x) * layer.along(weight, x) * s

@@ -67,7 +67,7 @@ class Generalized(Update):
         mixed = torch.einsum("oi...,ir,rj->oj...", weight, first, second)
         return (mixed + self._b(weight, tuple(weight.shape))) * self.scale
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         # (W A) x = W (A x): the layer itself runs once more, on a mixed input
         first, second = near(self.a_first, like).flatten(1), near(self.a_second, like).flatten(1)
         up = near(self.b_up, like).flatten(1)

@@ -92,11 +92,11 @@ class Hadamard(Update):
         product = self.low_rank()
         return None if product is None else product.factors()
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         if self.t1 is None and 2 * self.rank**2 <= min(self._flat_shape()):
             product = self.low_rank()
             assert product is not None
-            return product.live(layer, like)
+            return product.unfused(layer, like)
         tensors = self.to(like.device, like.dtype)
         shape = layer.ghost(like)
         # r² is too wide for factors; the matrix is made in every call, so that no copy of the model's size stays

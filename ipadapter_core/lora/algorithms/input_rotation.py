@@ -45,7 +45,7 @@ class InputRotation(Update):
         turned = turned if factor is None else turned * factor[:, None]
         return turned.reshape(weight.shape) - weight
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         columns = flat(layer.shape)[1]
         factor = self.factor(like)
         if layer.kind != "linear" and columns != layer.shape[1]:  # a kernel: no turn of the channels alone

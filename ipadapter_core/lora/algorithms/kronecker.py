@@ -109,7 +109,7 @@ class Kronecker(Update):
         # torch.kron takes views, which fail for some layouts of a convolution's factors
         return torch.einsum("pq,mn...->pmqn...", first, second).reshape(weight.shape) * self.scale
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         kernel = len(layer.shape) - 2
         tensors = self.to(like.device, like.dtype)
         assert isinstance(tensors, Kronecker)

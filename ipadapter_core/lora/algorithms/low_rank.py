@@ -23,7 +23,7 @@ class LowRank(Update):
     """``down`` is ``r i`` or ``r i y x``, ``up`` is ``o r`` (trailing ones allowed), ``mid`` is ``r r y x``."""
 
     algorithm: ClassVar[str] = "LoRA"
-    fuses: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
     keys: ClassVar[tuple[Key, ...]] = (
         key(".lora_B", r"\.lora_B(?:\.(?!bias)[^.]+)?\.bias$", "lora_bias", peft=True),  # with lora_bias; BFL control
         key(".lora_A", rf"\.lora_A(?:_\d+)?{ADAPTER}(?:\.weight)?$", "down", peft=True),
@@ -93,7 +93,7 @@ class LowRank(Update):
             down = down.reshape(self.rank, *layer.shape[1:])
         return (down if layer.kind == "conv" else down.flatten(1)), up
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         down, up = self.products(layer, like)
         return lambda x, y, s: layer.pointwise(layer.apply(x, down), up) * s
 

@@ -35,7 +35,7 @@ class Orthogonal(Rotation):
             turned = turned * near(self.rescale, weight).reshape(-1, *[1] * (weight.ndim - 1))
         return turned - weight
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         turn = torch.block_diag(*self.rotations(like).transpose(1, 2)) if layer.kind == "conv" else None
         blocks = self.rotations(like)
         rescale = None if self.rescale is None else layer.channels(near(self.rescale.flatten(), like))

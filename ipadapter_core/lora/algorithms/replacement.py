@@ -34,7 +34,7 @@ class Replacement(Update):
     def delta(self, weight: Tensor) -> Tensor:
         return near(self.new, weight).reshape(weight.shape) - weight
 
-    def live(self, layer: Layer, like: Tensor) -> Change:
+    def unfused(self, layer: Layer, like: Tensor) -> Change:
         weight = near(self.new, like).reshape(layer.shape)
         if layer.kind == "norm":
             return lambda x, y, s: (layer.normalised(x) * layer.along(weight, x) - layer.without_bias(y)) * s

@@ -1,4 +1,4 @@
-"""From a file and a model to placed updates, or to a message that says what the file is instead. Never half of a LoRA unsaid."""
+"""From a file and a model to updates matched with layers, or to a message that says what the file is instead. Never half of a LoRA unsaid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Parameter = Literal["weight", "bias"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placement:
+class TargetMatch:
     """One update on one parameter of one layer; ``rows`` (first, number) if only on some of its output rows."""
 
     target: Target
@@ -62,25 +62,30 @@ class Unmatched:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PlacedLoRA:
+class MatchedLoRA:
     """A LoRA on one model: everything it changes there, what found no place, and all that is left out, each with a reason."""
 
     weights: LoRAWeights
-    placements: tuple[Placement, ...]
+    matches: tuple[TargetMatch, ...]
     unmatched: tuple[Unmatched, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
 
-    def of(self, component: Component) -> tuple[Placement, ...]:
+    @property
+    def placements(self) -> tuple[TargetMatch, ...]:
+        """Older name of ``matches``."""
+        return self.matches
+
+    def of(self, component: Component) -> tuple[TargetMatch, ...]:
         """What it changes in one part."""
-        return tuple(p for p in self.placements if p.target.component == component)
+        return tuple(p for p in self.matches if p.target.component == component)
 
     def summary(self) -> str:
         """How much was placed in one line, and one for each reason why something was not."""
         counts: dict[Component, int] = {}
-        for placement in self.placements:
-            counts[placement.target.component] = counts.get(placement.target.component, 0) + 1
-        placed = ", ".join(f"{n} in {component}" for component, n in counts.items())
-        text = f"{self.weights.name}: {len(self.placements)} updates placed ({placed})"
+        for match in self.matches:
+            counts[match.target.component] = counts.get(match.target.component, 0) + 1
+        matched = ", ".join(f"{n} in {component}" for component, n in counts.items())
+        text = f"{self.weights.name}: {len(self.matches)} updates placed ({matched})"
         if self.unmatched:
             first = self.unmatched[0]
             hint = f", nearest name {quoted(first.nearest)}" if first.nearest else ""
@@ -109,12 +114,12 @@ MISFIT = "modules of another shape than the model's layer"
 _log = logging.getLogger(__name__)
 
 
-def place_lora(
+def match_lora(
     weights: LoRAWeights,
     tables: Mapping[Component, TargetTable],
     absent: Iterable[Component] = (),
     partial: Partial = "refuse",
-) -> PlacedLoRA:
+) -> MatchedLoRA:
     """Find every module's layer. ``tables`` are the model's parts, ``absent`` parts that the caller leaves out on purpose.
 
     Whatever is not applied is in the result's ``left_out`` and logged in one warning. ``partial``: "allow" places what fits
@@ -145,34 +150,34 @@ def place_lora(
             continue
         for place in places:
             found.add(module, place, table.targets[place.path], weights.name)
-    if found.misfits and partial == "allow" and found.placements:
+    if found.misfits and partial == "allow" and found.matches:
         found.misfits.clear()
     _refuse(weights, tables, found, partial)
-    placed = PlacedLoRA(weights, tuple(found.placements), tuple(found.unmatched), tuple(found.left_out))
-    if placed.left_out:
-        _log.warning("%s: %s", quoted(weights.name), "; ".join(placed.report()))
-    return placed
+    matched = MatchedLoRA(weights, tuple(found.matches), tuple(found.unmatched), tuple(found.left_out))
+    if matched.left_out:
+        _log.warning("%s: %s", quoted(weights.name), "; ".join(matched.report()))
+    return matched
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
     """What the search has come to."""
 
-    placements: list[Placement]
+    matches: list[TargetMatch]
     unmatched: list[Unmatched]
     misfits: list[str]
     widened: list[str]
     left_out: list[LeftOut]
 
     def add(self, module: LoRAModule, place: Place, target: Target, file: str) -> None:
-        for update in _placed(module, place, target):
+        for update in _matches(module, place, target):
             shape = _shape(update)
             if update.parameter == "bias" and not target.has_bias:
                 if not update.update.multiplies:
                     self.left_out.append(LeftOut(module.stem, NO_BIAS))
             elif update.update.fits(shape):
                 own = update.update.on(shape)
-                self.placements.append(replace(update, update=Lookup(own) if target.is_embedding else own))
+                self.matches.append(replace(update, update=Lookup(own) if target.is_embedding else own))
             else:
                 if _widens(update):
                     self.widened.append(update.key)
@@ -189,17 +194,17 @@ def _is_finite(tensor: Tensor) -> bool:
     )
 
 
-def _placed(module: LoRAModule, place: Place, target: Target) -> Iterable[Placement]:
+def _matches(module: LoRAModule, place: Place, target: Target) -> Iterable[TargetMatch]:
     parameters: tuple[tuple[Parameter, Update | None], ...] = (("weight", module.weight), ("bias", module.bias))
     for parameter, update in parameters:
         if update is None:
             continue
         rows = place.rows
         if rows is None:
-            yield Placement(target, parameter, update)
+            yield TargetMatch(target, parameter, update)
             continue
         whole = rows.target == 0 and rows.length == target.shape[0]
-        yield Placement(
+        yield TargetMatch(
             target,
             parameter,
             _source_rows(update, rows.source, rows.length),
@@ -207,21 +212,21 @@ def _placed(module: LoRAModule, place: Place, target: Target) -> Iterable[Placem
         )
 
 
-def _widens(placement: Placement) -> bool:
+def _widens(match: TargetMatch) -> bool:
     """Whether the update is for Flux's first layer with twice the inputs."""
-    first = placement.target.path in ("img_in", "x_embedder") and placement.parameter == "weight"
-    rows, *rest = _shape(placement)
-    return first and len(rest) == 1 and placement.update.fits((rows, 2 * rest[0]))
+    first = match.target.path in ("img_in", "x_embedder") and match.parameter == "weight"
+    rows, *rest = _shape(match)
+    return first and len(rest) == 1 and match.update.fits((rows, 2 * rest[0]))
 
 
 def _source_rows(update: Update, start: int, length: int) -> Update:
     return update if start == 0 and update.weight_shape[0] == length else update.rows(start, length)
 
 
-def _shape(placement: Placement) -> tuple[int, ...]:
-    shape = placement.target.shape
-    rows = shape[0] if placement.rows is None else placement.rows[1]
-    return (rows,) if placement.parameter == "bias" else (rows, *shape[1:])
+def _shape(match: TargetMatch) -> tuple[int, ...]:
+    shape = match.target.shape
+    rows = shape[0] if match.rows is None else match.rows[1]
+    return (rows,) if match.parameter == "bias" else (rows, *shape[1:])
 
 
 def _nearest(name: str, table: TargetTable) -> str | None:
@@ -240,7 +245,7 @@ def _refuse(weights: LoRAWeights, tables: Mapping[Component, TargetTable], found
     foreign = "unknown" not in (base, model) and model not in base
     diagnosis = f"this is a LoRA for {base}, the model is {model}" if foreign else ""
     if found.misfits:
-        total = len(found.misfits) + len(found.placements)
+        total = len(found.misfits) + len(found.matches)
         raise IncompatibleAdapterError(
             f"{weights.name} does not fit: {len(found.misfits)} of {total} updates have other shapes, such as "
             f"{found.misfits[0]}; "
@@ -250,7 +255,7 @@ def _refuse(weights: LoRAWeights, tables: Mapping[Component, TargetTable], found
                 else "it was made for another variant of this model"
             )
         )
-    if not found.placements:
+    if not found.matches:
         _no_place(weights, found, diagnosis or _looks(base, model), model)
     if partial == "allow":
         return

@@ -1,4 +1,6 @@
-"""Live LoRAs: side paths beside a model's layers, no weight written, strength a number that is read at every call.
+"""Unfused LoRAs: side paths beside a model's layers, no weight written, strength a number that is read at every call.
+
+Graphs call this mode ``live``, other tools bypass.
 
 All low-rank LoRAs on one layer run as one (``products.py``), other algorithms follow one by one.
 """
@@ -19,14 +21,14 @@ from .update import Change, Layer
 from .weights import Component
 
 
-class LiveLayer:
+class UnfusedLayer:
     """Everything that acts on one layer. ``text`` says that the layer reads the prompt, so it has no pixels to mask."""
 
     def __init__(self, path: str, label: str, parts: Sequence[Part]) -> None:
         self.path, self.label = path, label
         self.text = label.endswith((".attn2.to_k", ".attn2.to_v"))
-        self.fused = tuple(part for part in parts if part.fuses)
-        self.others = tuple(part for part in parts if not part.fuses)
+        self.joined = tuple(part for part in parts if part.joins)
+        self.others = tuple(part for part in parts if not part.joins)
         self.indices = {part.index for part in parts}
         self.products = Products()
         self._changes: DeviceCache[Change] = DeviceCache()
@@ -45,14 +47,14 @@ class LiveLayer:
         """The layer's output with every LoRA that acts in this call; the same object if none does."""
         if self.text and any(running.patches[i].mask is not None for i in self.indices):
             running.inputs[self.path] = x
-        fused = self._acting(self.fused, y, running)
+        joined = self._acting(self.joined, y, running)
         others = self._acting(self.others, y, running) if self.others else ()
-        if not fused and not others:
+        if not joined and not others:
             return y
         x = x.to(y.dtype) if x.dtype != y.dtype and x.is_floating_point() else x  # an embedding reads ids
         layer, base = Layer(module), y
-        if fused:
-            y = self.products.add(layer, x, y, fused)
+        if joined:
+            y = self.products.add(layer, x, y, joined)
         for one in others:
             y = self._add_change(layer, x, base, y, one)
         return y
@@ -82,7 +84,7 @@ class LiveLayer:
 
     def _add_change(self, layer: Layer, x: Tensor, base: Tensor, y: Tensor, one: Acting) -> Tensor:
         """``y`` and what an update that is no product adds to the layer's own output ``base``."""
-        rows, change = one.part.placement.rows, self._change(layer, one.part, y)
+        rows, change = one.part.match.rows, self._change(layer, one.part, y)
         own = base if rows is None else rows_of(base, rows, layer)
         if len(one.strengths) == 1:
             added = change(x, own, one.strengths[0])
@@ -97,13 +99,13 @@ class LiveLayer:
         key = (layer.module, part, like.device, like.dtype)
         found = self._changes.get(key)
         if found is None:
-            update, rows = part.placement.update, part.placement.rows
-            make = update.live if part.placement.parameter == "weight" else update.live_bias
+            update, rows = part.match.update, part.match.rows
+            make = update.unfused if part.match.parameter == "weight" else update.unfused_bias
             found = self._changes.keep(key, make(layer if rows is None else RowsOf(layer.module, *rows), like))
         return found
 
 
-class LiveStack:
+class UnfusedStack:
     """Patches on one part of a model, layer by layer. What it keeps per device is made when first used."""
 
     def __init__(self, patches: Sequence[LoRAPatch], component: Component = "unet") -> None:
@@ -112,10 +114,10 @@ class LiveStack:
         parts: dict[str, list[Part]] = {}
         labels: dict[str, str] = {}
         for index, patch in enumerate(patches):
-            for placement, factor in patch.acting(component):
-                parts.setdefault(placement.target.path, []).append(Part(index, placement, factor))
-                labels[placement.target.path] = placement.target.label
-        self.layers = {path: LiveLayer(path, labels[path], found) for path, found in parts.items()}
+            for match, factor in patch.acting(component):
+                parts.setdefault(match.target.path, []).append(Part(index, match, factor))
+                labels[match.target.path] = match.target.label
+        self.layers = {path: UnfusedLayer(path, labels[path], found) for path, found in parts.items()}
 
     @property
     def text_sites(self) -> tuple[str, ...]:
@@ -134,8 +136,8 @@ class LiveStack:
     def tensors(self) -> tuple[Tensor, ...]:
         """The files' tensors behind everything that acts. Low-rank ones are kept per device at about this size;
         LoHa, whose factors are as wide as the square of its rank, at more."""
-        parts = (part for layer in self.layers.values() for part in (*layer.fused, *layer.others))
-        found = (t for part in parts for t in part.placement.update.tensors().values())
+        parts = (part for layer in self.layers.values() for part in (*layer.joined, *layer.others))
+        found = (t for part in parts for t in part.match.update.tensors().values())
         return tuple({id(t): t for t in found}.values())
 
     @property
