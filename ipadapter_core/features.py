@@ -144,7 +144,27 @@ class ImageFeatures:
         return self.image_embeds if encoded == "image_embeds" else self.penultimate
 
 
-class ImageEncoder(Protocol):
+class TakesPixels(Protocol):
+    """What pictures are prepared for: an encoder, or a ``PixelSpec``."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def mean(self) -> Rgb: ...
+    @property
+    def std(self) -> Rgb: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSpec:
+    """What an encoder's pixels look like, apart from it: pictures are prepared where its weights are not."""
+
+    image_size: int
+    mean: Rgb
+    std: Rgb
+
+
+class ImageEncoder(TakesPixels, Protocol):
     """What the core asks of an image encoder, wherever it runs."""
 
     @property
@@ -153,12 +173,6 @@ class ImageEncoder(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def projection_dim(self) -> int: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def mean(self) -> Rgb: ...
-    @property
-    def std(self) -> Rgb: ...
 
     def encode(self, pixel_values: Tensor) -> ImageFeatures:
         """Normalised pixels ``b 3 y x`` of side image_size to features; moves them to its own device and dtype."""

@@ -37,7 +37,7 @@ def kill_at(step: type, place: str, count: int) -> Callable[[], None]:
         "amid the state's files": (saved_state, "write_tensors"),
         "after a sync": (state_module, "_sync"),
         "old state gone": (shutil, "rmtree"),
-        "adapter file": (state_module.RunFolder, "save_adapter"),
+        "adapter file": (state_module.RunFolder, "save_result"),
     }
     owner, name = owners[place]
     original, calls = getattr(owner, name), [0]

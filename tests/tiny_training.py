@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from ipadapter_core.demo.pictures import Pictures
 from ipadapter_core.demo.tokenizer import train_tokenizer
@@ -146,6 +148,16 @@ def tiny_config(model: Path, data: Path, out: Path, **changes: Any) -> RunConfig
         section, key = name.split("__")
         values.setdefault(section, {})[key] = value
     return parse_config(values, "the test")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all weights but an adapter's: equal as long as nothing frozen changed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if ".processor." not in name:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def six_discs() -> Pictures:

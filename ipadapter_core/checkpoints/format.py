@@ -77,11 +77,12 @@ class AdapterSpec:
 
 @dataclass(frozen=True, slots=True)
 class EncoderSizes:
-    """What a projector must know of the image encoder: widths of its two features, and its number of tokens."""
+    """What is told of an image encoder by its config: widths of its two features, number of tokens, side in pixels (0: unsaid)."""
 
     projection_dim: int
     hidden_size: int
     tokens: int
+    image_size: int = 0
 
 
 class FreshSizes(Protocol):

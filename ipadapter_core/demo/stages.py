@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..files.whole import written_whole
 from ..generate import to_pillow
+from ..training.accelerator import build_accelerator
 from ..training.config import OptimizerName, RunConfig, parse_config
 from ..training.log import Log
 from ..training.loop import fit
-from ..training.run import build_accelerator
 from ..training.state import RunFolder
 from ..training.step import Step
 

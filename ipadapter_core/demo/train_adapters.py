@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,6 @@ from typing import Any, cast
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
 
 from ..attention.maths import split_heads
@@ -33,19 +32,20 @@ from ..features import CLIP_MEAN, CLIP_STD
 from ..files.whole import written_whole
 from ..generate import to_pillow
 from ..images.encoder import TransformersImageEncoder
+from ..training.accelerator import build_accelerator
 from ..training.adapter import TrainedAdapter
-from ..training.batches import Batch
+from ..training.adapter_trainee import AdapterTrainee
+from ..training.batches import Batch, Nothing
 from ..training.config import ModelConfig, OptimizerName, RunConfig, parse_config
 from ..training.frozen import FrozenBase, load_base
 from ..training.log import Log
 from ..training.loop import fit
-from ..training.objectives import Objective, objective_for
-from ..training.order import Draws, seeded
+from ..training.objectives import objective_for
+from ..training.order import NoiseDraws, seeded
 from ..training.processors import IPAttnProcessor
-from ..training.run import build_accelerator, build_adapter
-from ..training.state import AdapterFiles, RunFolder
-from ..training.step import AdapterStep
-from ..training.watch import Sheets, Validation
+from ..training.state import ResultFiles, RunFolder
+from ..training.trainee import Parts, Shown
+from ..training.watch import Validator
 from .measure import measure
 from .pictures import (
     BACKGROUNDS,
@@ -178,7 +178,7 @@ def draw_pairs(
     return references, targets, captions, no_image
 
 
-class PairFeed:
+class PairBatches:
     """Freshly drawn pairs for every step; what is drawn follows from the step alone, so a resumed run sees the same."""
 
     def __init__(
@@ -188,7 +188,7 @@ class PairFeed:
         self.seen = pictures.where(held_out=False)
         self.mean, self.std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
 
-    def batches(self, micro: int, end: int) -> Iterator[tuple[Batch, Draws]]:
+    def batches(self, micro: int, end: int) -> Iterator[tuple[Batch, NoiseDraws]]:
         for step in range(micro, end):
             generator = seeded(SEED, "pairs", step)
             index = self.seen[torch.randint(len(self.seen), (self.batch,), generator=generator)]
@@ -196,7 +196,7 @@ class PairFeed:
             noise = torch.randn(batch.latents[:, 0].shape, generator=generator)
             timesteps = draw_timesteps(self.batch, generator)
             # a dropped text is an empty caption already
-            yield batch, Draws(noise, noise, timesteps, no_image, torch.zeros_like(no_image))
+            yield batch, NoiseDraws(noise, noise, timesteps, no_image, torch.zeros_like(no_image))
 
     def pairs(self, index: Tensor, generator: torch.Generator, step: int) -> tuple[Batch, Tensor]:
         """Freshly drawn pairs of these pictures, and which references are dropped."""
@@ -222,19 +222,14 @@ class PairFeed:
         return torch.zeros_like(features) if self.spec.unconditional == "zero_embeds" else features
 
 
-class Preview:
-    """Losses on held-out pictures; sheets of known and held-out ones, with and without a background in the text."""
+class WorldAdapter(AdapterTrainee):
+    """The adapter on the world's models, whose attentions compute it in plain matmuls."""
 
-    def __init__(
-        self, sheets: Sheets, install: Callable[[], None], validation: Validation, objective: Objective
-    ) -> None:
-        self.sheets, self.install, self.validation, self.objective = sheets, install, validation, objective
-
-    def validate(self, module: AdapterStep) -> dict[str, float] | None:
-        return self.validation.measure(module, self.objective, torch.device("cpu"))
-
-    def sheet(self, module: AdapterStep, state: dict[str, Tensor]) -> Image.Image | None:
-        return self.sheets.draw(module.adapter.weights(torch.float32, state), self.install)
+    def attach(self, learned: nn.Module, parts: Parts) -> None:
+        cast(TrainedAdapter, learned).install(
+            parts["unet"],
+            lambda layer: MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor(),
+        )
 
 
 def settings(
@@ -269,34 +264,26 @@ def train_adapter(config: RunConfig, pictures: Pictures, world: Path) -> Path:
     base.unet.to(memory_format=torch.channels_last)
     encoder = TransformersImageEncoder.from_pretrained(world / "image_encoder")
     torch.manual_seed(SEED)
-    adapter = build_adapter(config, base)
-    feed = PairFeed(pictures, base, encoder, adapter.spec(), config.train.batch)
+    trainee = WorldAdapter.build(config, base)
+    batches = PairBatches(pictures, base, encoder, trainee.spec, config.train.batch)
     if config.adapter.family == "plus" and not config.adapter.start_from:
-        count = min(128, len(feed.seen))
-        index = feed.seen[torch.arange(count) * len(feed.seen) // count]
+        count = min(128, len(batches.seen))
+        index = batches.seen[torch.arange(count) * len(batches.seen) // count]
         first = draw_scenes(pictures, index, seeded(SEED, "start"), recolour_rate=0.0)
-        start_on_grid(cast(Resampler, adapter.image_proj), feed.features(first.images))
-        listen(adapter)
-
-    def install() -> None:
-        adapter.install(
-            base.unet,
-            lambda layer: MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor(),
-        )
-
-    install()
+        start_on_grid(cast(Resampler, trainee.adapter.image_proj), batches.features(first.images))
+        listen(trainee.adapter)
+    trainee.attach(trainee.adapter, trainee.parts)
     objective = objective_for(base.scheduler, "auto", config.loss)
-    module = AdapterStep(adapter, base, objective, feed.neutral(), base.tokenize([""]))
-    shown = torch.cat([pictures.where(held_out=True)[::5][:10], feed.seen[::97][:6]])
+    step = trainee.step(objective, Nothing(batches.neutral(), base.tokenize([""])))
+    shown = torch.cat([pictures.where(held_out=True)[::5][:10], batches.seen[::97][:6]])
     references = on_background(place(pictures.rgba[shown], None), colour_table()[torch.arange(len(shown)) % 12])
     tiles = [to_pillow(image.permute(1, 2, 0)) for image in references]
-    sheets = Sheets(base, feed.features(references), feed.neutral(), tiles, config.watch, SIZE, objective)
-    validation = Validation.of(feed.held_out(config.watch.validation), config.watch, config.train.batch)
+    sheets = Shown(tiles, [""] * len(tiles), batches.features(references))
+    validator = Validator(trainee, batches.held_out(config.watch.validation), sheets)
     metadata = {"trained_by": "ipadapter_core.demo.train_adapters", "batch": str(config.train.batch)}
-    files = AdapterFiles(folder, adapter, metadata, averaged=True)
-    watch = Preview(sheets, install, validation, objective)
+    files = ResultFiles(folder, trainee, metadata, averaged=True)
     with Log(folder.path, steps=config.train.steps, tensorboard=False) as log:
-        outcome = fit(config, build_accelerator(config), module, feed, folder, log, watch, files)
+        outcome = fit(config, build_accelerator(config), step, batches, folder, log, validator, files)
     if outcome.stopped:
         raise KeyboardInterrupt
     return outcome.file

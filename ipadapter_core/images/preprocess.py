@@ -14,7 +14,7 @@ from ..errors import (
 
 if TYPE_CHECKING:
     pass
-from ..features import Crop, ImageEncoder
+from ..features import Crop, TakesPixels
 
 LONGEST_STRIP = 8
 """Sides' ratio past which a picture is cut near its crop before it is resized: a 20000 x 10 strip would else become
@@ -25,7 +25,7 @@ FAR = 1e30
 """Values past it overflow when they are resized."""
 
 
-def preprocess(images: Tensor, encoder: ImageEncoder, *, crop: Crop = "center", mask: Tensor | None = None) -> Tensor:
+def preprocess(images: Tensor, encoder: TakesPixels, *, crop: Crop = "center", mask: Tensor | None = None) -> Tensor:
     """Turn images into an encoder's pixel values ``b 3 y x`` (float32, image_size on a side, mean 0 and std 1).
 
     Args:
@@ -65,7 +65,7 @@ def preprocess(images: Tensor, encoder: ImageEncoder, *, crop: Crop = "center", 
     return (_crop(pixels, size, crop) - mean) / std
 
 
-def preprocess_as_host(images: Tensor, encoder: ImageEncoder, *, mask: Tensor | None = None) -> Tensor:
+def preprocess_as_host(images: Tensor, encoder: TakesPixels, *, mask: Tensor | None = None) -> Tensor:
     """Pixel values ``b 3 y x`` as ComfyUI's ``clip_preprocess`` makes them, see Rules.host_pixels.
 
     The short side is resized in one bicubic pass, the centre cut out, values clipped to 0..1 (HDR pictures too) and rounded

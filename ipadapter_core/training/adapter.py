@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -95,22 +94,6 @@ def describe_trainable(adapter: TrainedAdapter) -> str:
         f"  image_proj {projector:,} ({type(adapter.image_proj).__name__}, {adapter.num_tokens} tokens)\n"
         f"  to_k_ip and to_v_ip {total - projector:,} in {layers} cross-attentions"
     )
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the names and bytes of all weights but the trained ones: equal as long as nothing frozen changed."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if ".processor." in name:
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def freeze(module: nn.Module) -> None:
-    """No gradients, no dropout, no running statistics."""
-    module.requires_grad_(False).eval()
 
 
 def check_family(config: AdapterConfig, spec: AdapterSpec) -> None:

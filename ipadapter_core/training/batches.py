@@ -1,8 +1,8 @@
-"""Picks to tensors: from the cache, or from the pictures through the encoders."""
+"""Samples to tensors: from the cache, or from the pictures through the encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError
+from ..features import PixelSpec
 from ..images.files import decode_picture
-from .cache import Cache, tokens_key
+from .cache import NEUTRAL, Cache, tokens_key
 from .collection import Collection, Sample
 from .config import DataConfig
 from .encode import TargetEncoders
-from .frozen import EncoderLooks
-from .order import Pick
-from .pictures import bucket_for, bucket_sizes, cut_target, see_reference
+from .order import SampleIndex
+from .pictures import bucket_for, bucket_sizes, cut_target, reference_pixels
 from .sources import Source
 from .stopping import leave_signals_to_parent
 
 NO_REFERENCE = torch.empty(0)
+Tokenize = Callable[[list[str]], tuple[Tensor, ...]]
+"""Captions to token ids `b l`, one tensor per text encoder."""
 
 
 @dataclass(slots=True)
@@ -61,10 +63,27 @@ class Batch:
         return Batch(latents, features, tokens, sizes, self.places, text)
 
 
-class Items(Protocol):
-    """Samples by pick; what a torch DataLoader calls a dataset."""
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """What stands for no image and for no caption, one row each, in the form that batches have.
 
-    def __getitem__(self, pick: Pick) -> Item: ...
+    `features` `1 …`, token ids `1 l`; `text` is the empty caption's context `1 l d` and SDXL's pooled embedding `1 d`, where
+    captions are not encoded at every step.
+    """
+
+    features: Tensor
+    tokens: tuple[Tensor, ...]
+    text: tuple[Tensor, ...] = ()
+
+    def to(self, device: torch.device) -> Nothing:
+        tokens, text = (tuple(one.to(device) for one in several) for several in (self.tokens, self.text))
+        return Nothing(self.features.to(device), tokens, text)
+
+
+class Items(Protocol):
+    """Samples by index; what a torch DataLoader calls a dataset."""
+
+    def __getitem__(self, index: SampleIndex) -> Item: ...
 
     def validation(self, sample: Sample) -> Item: ...
 
@@ -75,9 +94,9 @@ class CachedItems:
     def __init__(self, collection: Collection, cache: Cache) -> None:
         self.collection, self.cache = collection, cache
 
-    def __getitem__(self, pick: Pick) -> Item:
-        target, reference = self.collection.samples[pick.target], self.collection.samples[pick.reference]
-        return self._item(target, _reference_key(target, reference), pick.variant, pick.place)
+    def __getitem__(self, index: SampleIndex) -> Item:
+        target, reference = self.collection.samples[index.target], self.collection.samples[index.reference]
+        return self._item(target, _reference_key(target, reference), index.variant, index.place)
 
     def validation(self, sample: Sample) -> Item:
         return self._item(sample, _reference_key(sample, sample), 0, (0, 0))
@@ -95,26 +114,34 @@ class CachedItems:
         )
 
 
+def cached_nothing(cache: Cache, tokens: tuple[Tensor, ...]) -> Nothing:
+    """The same from a cache; `tokens` are those of an empty caption. Raises CorruptFileError."""
+    text = tuple(one[None] for one in cache.text(""))
+    if cache.keeps_text and not text:
+        raise CorruptFileError(f"{cache.folder} lacks the empty caption; delete this cache, it is made again")
+    return Nothing(cache.read(NEUTRAL), tokens, text)
+
+
 class LiveItems:
     """Samples opened when they are needed. One that cannot be opened any more is named and its neighbour taken."""
 
     def __init__(
-        self, collection: Collection, source: Source, config: DataConfig, looks: EncoderLooks | None, tokenize: Any
+        self, collection: Collection, source: Source, config: DataConfig, pixels: PixelSpec | None, tokenize: Tokenize
     ) -> None:
         self.collection, self.source, self.config = collection, source, config
-        self.looks, self.tokenize = looks, tokenize
+        self.pixels, self.tokenize = pixels, tokenize
         self._sizes = bucket_sizes(config)
         self._neighbour: dict[int, int] = {}
         for bucket in collection.buckets.values():
             self._neighbour.update(zip(bucket, [*bucket[1:], bucket[0]], strict=True))
 
-    def __getitem__(self, pick: Pick) -> Item:
+    def __getitem__(self, index: SampleIndex) -> Item:
         skipped: list[str] = []
-        target, reference = pick.target, pick.reference
+        target, reference = index.target, index.reference
         for _ in range(len(self._neighbour)):
             try:
                 samples = self.collection.samples
-                item = self._item(samples[target], samples[reference], pick.variant, pick.place)
+                item = self._item(samples[target], samples[reference], index.variant, index.place)
                 item.skipped = "; ".join(skipped)
                 return item
             except (OSError, AdapterError) as error:
@@ -129,11 +156,11 @@ class LiveItems:
     def _item(self, target: Sample, reference: Sample, variant: int, place: tuple[int, int]) -> Item:
         image = decode_picture(self.source.read(target.name), target.name)
         seen = NO_REFERENCE
-        if self.looks is not None:
+        if self.pixels is not None:
             own = bool(target.reference)
             name, key = (target.reference, target.reference_key) if own else (reference.name, reference.key)
             picture = image if name == target.name else decode_picture(self.source.read(name), name)
-            seen = see_reference(picture, self.looks, self.config.augment, f"{key} {variant}")
+            seen = reference_pixels(picture, self.pixels, self.config.augment, f"{key} {variant}")
         pixels, cut = cut_target(image, bucket_for(target.size, self._sizes))
         return Item(
             pixels,
@@ -162,12 +189,12 @@ def assemble(items: Sequence[Item], encoders: TargetEncoders | None) -> Batch:
     return Batch(torch.stack(targets), references, tokens, sizes, places, text)
 
 
-def loader(items: Items, picks: Iterator[list[Pick]], workers: int) -> Iterator[list[Item]]:
-    """Batches of items in the order of the picks, prepared by `workers` processes ahead of time."""
+def loader(items: Items, indices: Iterator[list[SampleIndex]], workers: int) -> Iterator[list[Item]]:
+    """Batches of items in the order of the indices, prepared by `workers` processes ahead of time."""
     from torch.utils.data import DataLoader
 
     made: Any = DataLoader(
-        cast(Any, items), batch_sampler=cast(Any, picks), num_workers=workers, collate_fn=_as_list,
+        cast(Any, items), batch_sampler=cast(Any, indices), num_workers=workers, collate_fn=_as_list,
         worker_init_fn=leave_signals_to_parent,
     )  # fmt: skip
     return iter(made)

@@ -25,10 +25,10 @@ from torch import Tensor
 from ..errors import AdapterError, CorruptFileError, quoted
 from ..files.text import parse_json, read_json
 from ..files.whole import written_whole
-from .collection import Collection, Sample, Seen, collect, look
+from .collection import Sample, ScannedSample, look
 from .config import DataConfig
-from .encode import TargetEncoders
-from .pictures import bucket_for, bucket_sizes, cut_target, see_reference
+from .encode import CacheSettings, TargetEncoders
+from .pictures import bucket_for, bucket_sizes, cut_target, reference_pixels
 from .sources import Source
 from .tensor_files import TensorReader, bytes_of, write_tensors
 
@@ -53,7 +53,7 @@ Progress = Callable[[int, str], None]
 class Cache:
     """A folder of shards for one set of settings."""
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path, settings: CacheSettings) -> None:
         settings = {**settings, **CHECKSUMS}
         text = json.dumps(settings, sort_keys=True)
         self.root = Path(folder)
@@ -211,13 +211,13 @@ def fill(
     rank: int = 0,
     world: int = 1,
     progress: Progress = lambda done, name: None,
-) -> list[Seen]:
+) -> list[ScannedSample]:
     """Encode what is missing and return all that was seen (of this rank's share), pictures let go.
 
     `encoders` is asked only if there is something to encode. Killed and started again, it goes on after the last shard.
     """
     writer = _Writer(cache, config, encoders, rank)
-    results: list[Seen] = []
+    results: list[ScannedSample] = []
     if rank == 0 and NEUTRAL not in cache:
         cache.write({NEUTRAL: writer.encoders.neutral()}, rank)
     if rank == 0 and cache.keeps_text:
@@ -236,12 +236,7 @@ def fill(
     return results
 
 
-def finish(cache: Cache, seen: Sequence[Seen], config: DataConfig, where: str) -> Collection:
-    cache.refresh()
-    return collect(seen, config, where)
-
-
-def _write_samples(cache: Cache, results: Sequence[Seen], rank: int) -> None:
+def _write_samples(cache: Cache, results: Sequence[ScannedSample], rank: int) -> None:
     rows = [
         json.dumps({**row, "checksum": _row_checksum(row)})
         for row in (asdict(one.sample) for one in results if one.sample is not None and cache.holds(one.sample))
@@ -324,9 +319,9 @@ class _Writer:
 
 def reference_views(image: Image.Image, key: str, config: DataConfig, encoders: TargetEncoders) -> Tensor:
     """All versions of a reference, `v 3 y x`."""
-    looks = encoders.looks
-    assert looks is not None
-    views = [see_reference(image, looks, config.augment, f"{key} {v}") for v in range(config.variants)]
+    spec = encoders.pixels
+    assert spec is not None
+    views = [reference_pixels(image, spec, config.augment, f"{key} {v}") for v in range(config.variants)]
     return torch.stack(views)
 
 

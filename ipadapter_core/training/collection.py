@@ -63,7 +63,7 @@ class Findings:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ScannedSample:
     """One record, looked at. Without `sample` there is a `problem`; without `image` it was known from before."""
 
     sample: Sample | None
@@ -72,7 +72,7 @@ class Seen:
     problem: str = ""
     kind: Literal["unreadable", "captions", "tiny"] = "unreadable"
 
-    def let_go(self) -> Seen:
+    def let_go(self) -> ScannedSample:
         """The same without the pictures, which take much memory."""
         return replace(self, image=None, reference=None)
 
@@ -92,24 +92,24 @@ def look(
     config: DataConfig,
     known: Mapping[str, Sample] | None = None,
     mine: Callable[[int], bool] = lambda number: True,
-) -> Iterator[Seen]:
+) -> Iterator[ScannedSample]:
     """Open every record that is `mine` by its number, but for those `known` whose stamp has not changed."""
     for number, record in enumerate(source):
         if not mine(number):
             continue
         before = (known or {}).get(record.name)
         if before is not None and _still(before, record, config):
-            yield Seen(before)
+            yield ScannedSample(before)
             continue
         if record.problem:
-            yield Seen(None, problem=record.problem, kind="captions")
+            yield ScannedSample(None, problem=record.problem, kind="captions")
             continue
         try:
             yield _open(source, record, config)
         except (AdapterError, FileNotFoundError) as error:
-            yield Seen(None, problem=str(error))
+            yield ScannedSample(None, problem=str(error))
         except OSError as error:
-            yield Seen(None, problem=f"{shown(record.name)} cannot be read ({reason(error)})")
+            yield ScannedSample(None, problem=f"{shown(record.name)} cannot be read ({reason(error)})")
 
 
 def _still(before: Sample, record: Record, config: DataConfig) -> bool:
@@ -123,12 +123,12 @@ def record_caption(record: Record) -> str:
     return record.caption or ""
 
 
-def _open(source: Source, record: Record, config: DataConfig) -> Seen:
+def _open(source: Source, record: Record, config: DataConfig) -> ScannedSample:
     content = record.content if record.content is not None else source.read(record.name)
     image = decode_picture(content, record.name)
     if min(image.size) < config.min_side:
         problem = f"{shown(record.name)} ({image.width}x{image.height}; data.min_side is {config.min_side})"
-        return Seen(None, problem=problem, kind="tiny")
+        return ScannedSample(None, problem=problem, kind="tiny")
     reference, reference_key = None, ""
     if record.reference:
         content_of_reference = source.read(record.reference)
@@ -144,11 +144,11 @@ def _open(source: Source, record: Record, config: DataConfig) -> Seen:
         record.stamp,
         bool(record.caption),
     )
-    return Seen(sample, image, reference)
+    return ScannedSample(sample, image, reference)
 
 
 def collect(
-    seen: Iterator[Seen] | Sequence[Seen], config: DataConfig, where: str, notes: Sequence[str] = ()
+    seen: Iterator[ScannedSample] | Sequence[ScannedSample], config: DataConfig, where: str, notes: Sequence[str] = ()
 ) -> Collection:
     """Group what was seen; `notes` are the source's. Raises InvalidInputError if nothing is usable."""
     findings = Findings(notes=list(notes))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoints import AdapterSpec
 from ..errors import IncompatibleEncoderError
+from ..features import PixelSpec
 from ..images.encoder import TransformersImageEncoder
 from ..prompt.needs import check_encoder
 from .config import DataConfig, ModelConfig
-from .frozen import EncoderLooks, FrozenBase, files_stamp, looks_of, model_home, onto
+from .frozen import FrozenBase, files_stamp, onto
+
+CacheSettings = dict[str, object]
+"""What a cache's numbers depend on; its folder is named by a digest of it."""
 
 
 class TargetEncoders:
@@ -24,7 +26,7 @@ class TargetEncoders:
     Results have `data.cache_dtype`, whether they are kept or not.
     """
 
-    looks: EncoderLooks | None = None
+    pixels: PixelSpec | None = None
     """What reference pictures are prepared for; None: there are none."""
 
     def __init__(self, base: FrozenBase, config: DataConfig, device: torch.device, *, keep_text: bool = False) -> None:
@@ -73,7 +75,7 @@ class Encoders(TargetEncoders):
         check_encoder(spec, encoder)
         super().__init__(base, config, device)
         self.encoder, self.spec = encoder, spec
-        self.looks = looks_of(encoder)
+        self.pixels = PixelSpec(encoder.image_size, encoder.mean, encoder.std)
         encoder.model.to(device)
 
     def features(self, pixel_values: Tensor) -> Tensor:
@@ -87,11 +89,9 @@ class Encoders(TargetEncoders):
         return torch.zeros_like(features) if self.spec.unconditional == "zero_embeds" else features
 
 
-def cache_settings(model: ModelConfig, data: DataConfig, base: FrozenBase, spec: AdapterSpec) -> dict[str, Any]:
+def cache_settings(model: ModelConfig, data: DataConfig, base: FrozenBase, spec: AdapterSpec) -> CacheSettings:
     """Everything that the numbers in an adapter's cache depend on, besides the pictures."""
-    encoder = (
-        (model.image_encoder, ".") if model.image_encoder else (model_home(model.base, model.config), "image_encoder")
-    )
+    encoder = (model.image_encoder, ".") if model.image_encoder else (base.home, "image_encoder")
     values = asdict(data)
     return {
         **target_settings(model, data, base),
@@ -104,7 +104,7 @@ def cache_settings(model: ModelConfig, data: DataConfig, base: FrozenBase, spec:
 
 def target_settings(
     model: ModelConfig, data: DataConfig, base: FrozenBase, *, keep_text: bool = False
-) -> dict[str, Any]:
+) -> CacheSettings:
     """The same for pictures that are only targets; with `keep_text` the embeddings of captions are kept too."""
     values = asdict(data)
     keys = ("resolution", "buckets", "bucket_step", "cache_dtype", "latents")
@@ -113,14 +113,10 @@ def target_settings(
         **{key: values[key] for key in keys},
         **text,
         "vae": files_stamp(model.base, "vae"),
-        "tokenizer": files_stamp(model_home(model.base, model.config), "tokenizer", "tokenizer_2"),
+        "tokenizer": files_stamp(base.home, "tokenizer", "tokenizer_2"),
         "text_lengths": [int(tokenizer.model_max_length) for tokenizer in base.tokenizers],
         "layout": 2,  # 1 had grey of 16 bits as white, and odd EXIF not turned
     }
-
-
-def describe_settings(settings: dict[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True)
 
 
 def check_widths(spec: AdapterSpec, features: Tensor) -> None:

@@ -11,12 +11,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..checkpoints.format import EncoderSizes
 from ..errors import CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
-from ..features import ImageEncoder
 from ..generate import check_configs, hold_in_memory, load_pipeline, read_table
 from ..images.encoder import TransformersImageEncoder, vision_config
+from ..models import layout_of
+from ..models.sites import Training
 from ..models.unet import unet_of_width
-from .adapter import EncoderSizes, freeze
 
 
 @dataclass(slots=True)
@@ -32,6 +33,22 @@ class FrozenBase:
     """Where they came from: a diffusers folder or a single file."""
     config: str = ""
     """Of a single file: the folder of its configs."""
+    _training: Training | None = None
+
+    @property
+    def training(self) -> Training:
+        """What the trainer must know of the family. Raises InvalidInputError where nothing can be trained on it."""
+        if self._training is None:
+            model = layout_of(self.unet).model
+            if model.training is None:
+                raise InvalidInputError(f"nothing can be trained on {model.name} yet; SD1.5, SD2 and SDXL are known")
+            self._training = model.training
+        return self._training
+
+    @property
+    def home(self) -> str:
+        """The folder of the model's configs and tokenizers, which may also hold an image encoder."""
+        return self.config or self.folder
 
     def pipeline(self, **parts: Any) -> Any:
         """diffusers' pipeline of these files around parts that are in memory; the rest comes from disk."""
@@ -42,9 +59,9 @@ class FrozenBase:
         return DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **parts)
 
     @property
-    def is_sdxl(self) -> bool:
+    def reads_sizes(self) -> bool:
         """Whether the UNet wants a pooled text embedding and time ids."""
-        return getattr(self.unet.config, "addition_embed_type", None) == "text_time"
+        return self.training.condition == "text and sizes"
 
     @property
     def latent_factor(self) -> int:
@@ -69,7 +86,7 @@ class FrozenBase:
 
         Frozen encoders keep nothing for a gradient; a LoRA beside their layers makes them do.
         """
-        if not self.is_sdxl:
+        if not self.reads_sizes:
             return cast(Tensor, self.text_encoders[0](ids[0])[0]), None
         outputs = [
             encoder(tokens, output_hidden_states=True)
@@ -207,6 +224,11 @@ def latent_factor(vae_config: Any) -> int:
     return 2 ** (len(widths) - 1)
 
 
+def freeze(module: nn.Module) -> None:
+    """No gradients, no dropout, no running statistics."""
+    module.requires_grad_(False).eval()
+
+
 def load_base(folder: str, config: str = "") -> FrozenBase:
     """The models in a diffusers folder or a single file, on the CPU in float32, frozen.
 
@@ -248,15 +270,10 @@ def load_encoder(base: str, folder: str) -> TransformersImageEncoder:
 
 
 def encoder_sizes(base: str, folder: str) -> EncoderSizes:
-    """Widths and token count of the image encoder, from its config.json: the weights may not be needed at all."""
+    """Sizes of the image encoder, from its config.json: the weights may not be needed at all."""
     vision = _vision_config(base, folder)
     side = vision["image_size"] // vision["patch_size"]
-    return EncoderSizes(vision["projection_dim"], vision["hidden_size"], side * side + 1)
-
-
-def image_size(base: str, folder: str) -> int:
-    """Side of the pictures that the image encoder sees, in pixels."""
-    return _vision_config(base, folder)["image_size"]
+    return EncoderSizes(vision["projection_dim"], vision["hidden_size"], side * side + 1, vision["image_size"])
 
 
 def _vision_config(base: str, folder: str) -> dict[str, int]:
@@ -280,27 +297,6 @@ def _vision_config(base: str, folder: str) -> dict[str, int]:
             f"{path} holds no readable config.json of a CLIP image encoder ({reason(error)}); set model.image_encoder to one, "
             "e.g. models/image_encoder of h94/IP-Adapter"
         ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderLooks:
-    """What preprocess() must know of an encoder; workers that prepare pictures need no weights."""
-
-    name: str
-    hidden_size: int
-    projection_dim: int
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def encode(self, pixel_values: Tensor) -> Any:
-        raise NotImplementedError("this is only the description of an encoder")
-
-
-def looks_of(encoder: ImageEncoder) -> EncoderLooks:
-    return EncoderLooks(
-        encoder.name, encoder.hidden_size, encoder.projection_dim, encoder.image_size, encoder.mean, encoder.std
-    )
 
 
 def files_stamp(folder: str, *parts: str) -> str:

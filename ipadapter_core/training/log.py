@@ -21,8 +21,7 @@ GAINS = {
     "reference_gain": "with another picture's image",
     "lora_gain": "without the LoRA",
 }
-"""How much worse validation gets so."""
-CURVES = ("loss", "validation", *GAINS)
+"""How much worse validation gets so; other numbers whose names end in _gain are drawn by their names."""
 SMOOTH = 60
 """From so many points on, a curve has no markers, and the training loss a running mean."""
 
@@ -167,11 +166,11 @@ def curves(file: Path) -> dict[str, tuple[list[int], list[float]]]:
             continue
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             continue
-        for name in CURVES:
-            if isinstance(row.get(name), (int, float)):
+        for name, value in row.items():
+            if (name in ("loss", "validation") or str(name).endswith("_gain")) and isinstance(value, (int, float)):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row["step"])
-                values.append(row[name])
+                values.append(value)
     return found
 
 
@@ -181,7 +180,7 @@ def draw_losses(source: Path, target: Path) -> None:
     from matplotlib.figure import Figure
 
     found = curves(source)
-    gains = [name for name in GAINS if name in found]
+    gains = sorted((name for name in found if name.endswith("_gain")), key=lambda name: [*GAINS, name].index(name))
     figure: Any = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1 + bool(gains), 1, sharex=True, squeeze=False)[:, 0]
@@ -197,7 +196,7 @@ def draw_losses(source: Path, target: Path) -> None:
     panels[0].set_ylabel("loss")
     for number, name in enumerate(gains):
         steps, values = found[name]
-        panels[1].plot(steps, values, color=f"C{2 + number}", label=GAINS[name], marker=_marker(values))
+        panels[1].plot(steps, values, color=f"C{2 + number}", label=GAINS.get(name, name), marker=_marker(values))
     if gains:
         panels[1].axhline(0, color="black", linewidth=0.8)
         panels[1].set_ylabel("validation loss added")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, out_of_memory, reason
+from .accelerator import Accelerator
 from .config import RunConfig
 from .log import Log, save_sheet
 from .optimizers import build_average, build_optimizer, build_schedule
@@ -35,7 +36,7 @@ class TrainingFailed(AdapterError):
     """The run cannot go on: the loss is no number any more, or nothing can be saved."""
 
 
-class Feed(Protocol):
+class BatchStream(Protocol):
     """Where batches come from; a function of the micro-step, so that a resumed run sees what it would have seen.
 
     What is given is passed to the step's `forward`, on the compute device where it has a method `to`.
@@ -45,11 +46,11 @@ class Feed(Protocol):
 
 
 class Watch(Protocol):
-    """What is looked at between steps; None means that there is nothing to see. `module` is the step in training."""
+    """What is looked at between steps; None means that there is nothing to see. `module` is the step that learns."""
 
-    def validate(self, module: Any) -> dict[str, float] | None: ...
+    def validate(self, module: Any, /) -> dict[str, float] | None: ...
 
-    def sheet(self, module: Any, state: State) -> Image.Image | None: ...
+    def sheet(self, module: Any, state: State, /) -> Image.Image | None: ...
 
 
 class Results(Protocol):
@@ -77,7 +78,7 @@ class Outcome:
     by_file: bool = False
 
 
-class Tally:
+class TrainerState:
     """Counts that belong to the state of a run, and the losses since the last line of its log."""
 
     def __init__(self) -> None:
@@ -125,9 +126,9 @@ class Clock:
 
 def fit(
     config: RunConfig,
-    accelerator: Any,
+    accelerator: Accelerator,
     module: Step,
-    feed: Feed,
+    stream: BatchStream,
     folder: RunFolder,
     log: Log,
     watch: Watch,
@@ -149,17 +150,17 @@ def fit(
     schedule = build_schedule(train, plain)
     model, optimizer = accelerator.prepare(module, plain)
     average = build_average(train, learned)
-    tally = Tally()
+    progress = TrainerState()
     training = Training(module, average, plain, schedule, accelerator.scaler)
     rank: int = accelerator.process_index
     newest = _newest(accelerator, folder, log)
     if newest is not None:
         changed = check_same_run(config, newest.note, newest.folder, accelerator.num_processes)
-        tally.set(training.load(newest.folder), newest.step)
+        progress.set(training.load(newest.folder), newest.step)
         load_random(newest.folder, rank)
         changed = "\n".join(filter(None, [changed, _other_pictures(newest, pictures)]))
-        log.say(f"going on after step {tally.step} from {newest.folder}" + (changed and f"\n{changed}"))
-    log.begin(tally.step)
+        log.say(f"going on after step {progress.step} from {newest.folder}" + (changed and f"\n{changed}"))
+    log.begin(progress.step)
 
     def raw() -> State:
         return learned.state_dict()
@@ -169,20 +170,20 @@ def fit(
 
     def save_checkpoint() -> None:
         if accelerator.is_main_process:
-            results.checkpoint(tally.step, raw(), None if average is None else best())
+            results.checkpoint(progress.step, raw(), None if average is None else best())
         accelerator.wait_for_everyone()
 
     def save_state() -> None:
-        place = folder.unfinished(tally.step)
+        place = folder.unfinished(progress.step)
         if accelerator.is_main_process:
-            training.save(place, tally.counts())
+            training.save(place, progress.counts())
             if pictures is not None:
                 write_tensors(place / PICTURES, {"digests": pictures})
         save_random(place, rank)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             world = accelerator.num_processes
-            folder.finish(tally.step, {"config": config.as_dict(), "step": tally.step, "processes": world})
+            folder.finish(progress.step, {"config": config.as_dict(), "step": progress.step, "processes": world})
         accelerator.wait_for_everyone()
 
     def try_to(save: Any) -> bool:
@@ -193,18 +194,18 @@ def fit(
         except Exception as error:  # torch, safetensors and the system each have their own kinds
             if accelerator.num_processes > 1:
                 raise
-            log.say(f"step {tally.step} could not be saved ({error}); training goes on and tries again")
-            log.event("save failed", tally.step, error=str(error))
+            log.say(f"step {progress.step} could not be saved ({error}); training goes on and tries again")
+            log.event("save failed", progress.step, error=str(error))
             folder.prepare_again()
             return False
 
     # where the frozen models are split, no process can look at anything without the others
     looks: bool = accelerator.is_main_process or train.shard
-    if looks and tally.step == 0 and seen.validate_every:
+    if looks and progress.step == 0 and seen.validate_every:
         _look(accelerator, log, 0, lambda: watch.validate(module), together=train.shard)
     orphaned = orphan_watch()
     end = train.steps * train.accumulate
-    batches = feed.batches(tally.step * train.accumulate, end)
+    batches = stream.batches(progress.step * train.accumulate, end)
     unsaved: list[Any] = []
     clock = Clock()
     stopped = by_file = updating = False
@@ -230,36 +231,36 @@ def fit(
                         average.update_parameters(learned)
                     schedule.step()
                 optimizer.zero_grad()
-        tally.step += 1
+        progress.step += 1
         updating = False
         return float(loss_sum) / train.accumulate, fine
 
     try:
         with asked_to_stop() as asked:
-            while tally.step < train.steps and not stopped:
+            while progress.step < train.steps and not stopped:
                 module.train()
                 clock.start()
                 value, fine = take_step()
                 clock.stop()
-                _guard(tally, fine, value, config, log)
-                tally.losses.append(value)
-                log.tick(tally.step, value)
-                last = tally.step == train.steps
+                _guard(progress, fine, value, config, log)
+                progress.losses.append(value)
+                log.tick(progress.step, value)
+                last = progress.step == train.steps
                 stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
                 by_file = stopped and folder.stop_file.exists()  # before the first process takes it away
-                if last or stopped or tally.step % seen.log_every == 0:
-                    mean = _mean(accelerator, tally.losses)
+                if last or stopped or progress.step % seen.log_every == 0:
+                    mean = _mean(accelerator, progress.losses)
                     rate = schedule.get_last_lr()[0]
-                    log.event("step", tally.step, loss=mean, lr=rate, seconds_per_step=clock.each())
-                    tally.losses.clear()
+                    log.event("step", progress.step, loss=mean, lr=rate, seconds_per_step=clock.each())
+                    progress.losses.clear()
                     unsaved = [save for save in unsaved if not try_to(save)]
-                if looks and (_due(tally.step, seen.validate_every) or last):
-                    _look(accelerator, log, tally.step, lambda: watch.validate(module), together=train.shard)
-                if looks and (_due(tally.step, seen.sample_every) or (last and seen.sample_every)):
-                    _draw(log, folder, tally.step, lambda: watch.sheet(module, best()), together=train.shard)
-                if _due(tally.step, out.save_every) or last or stopped:
+                if looks and (_due(progress.step, seen.validate_every) or last):
+                    _look(accelerator, log, progress.step, lambda: watch.validate(module), together=train.shard)
+                if looks and (_due(progress.step, seen.sample_every) or (last and seen.sample_every)):
+                    _draw(log, folder, progress.step, lambda: watch.sheet(module, best()), together=train.shard)
+                if _due(progress.step, out.save_every) or last or stopped:
                     unsaved += [] if try_to(save_checkpoint) else [save_checkpoint]
-                if _due(tally.step, out.state_every) or last or stopped:
+                if _due(progress.step, out.state_every) or last or stopped:
                     unsaved += [] if try_to(save_state) else [save_state]
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -270,38 +271,38 @@ def fit(
         _let_go()
         alone = accelerator.num_processes == 1 and not updating
         saved = (
-            f"step {tally.step} is saved"
+            f"step {progress.step} is saved"
             if alone and try_to(save_state)
             else "the newest saved state is from before it"
         )
         raise TrainingFailed(
-            f"memory ran out after step {tally.step} ({failure}); {saved}, and the same command goes on from there: close other "
+            f"memory ran out after step {progress.step} ({failure}); {saved}, and the same command goes on from there: close other "
             "programs first, or begin in another output.folder with train.checkpointing = true or a smaller train.batch"
         )
-    file = results.file(tally.step if stopped else None)
+    file = results.file(progress.step if stopped else None)
 
     def save_final() -> None:
         for save in unsaved:
             save()
         if accelerator.is_main_process and not stopped:
-            results.finish(tally.step, best())
+            results.finish(progress.step, best())
 
     try:
         save_final()
     except Exception as error:
         raise TrainingFailed(
-            f"the result of step {tally.step} could not be saved ({error}); make room in {folder.path} and start the training "
+            f"the result of step {progress.step} could not be saved ({error}); make room in {folder.path} and start the training "
             "again: it goes on after its newest state"
         ) from error
     if accelerator.is_main_process:
         folder.stop_file.unlink(missing_ok=True)
         log.plot()
-        log.event("stopped" if stopped else "done", tally.step, file=str(file), bad_steps=tally.bad)
+        log.event("stopped" if stopped else "done", progress.step, file=str(file), bad_steps=progress.bad)
     accelerator.wait_for_everyone()
-    return Outcome(tally.step, file, stopped, by_file)
+    return Outcome(progress.step, file, stopped, by_file)
 
 
-def _newest(accelerator: Any, folder: RunFolder, log: Log) -> Saved | None:
+def _newest(accelerator: Accelerator, folder: RunFolder, log: Log) -> Saved | None:
     """The state to go on from, the same for all processes; the first one looks which is whole, and says which are not.
 
     Raises InvalidInputError where they do not see the first one's: each would train another part of the run.
@@ -364,24 +365,24 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _guard(tally: Tally, fine: bool, loss: float, config: RunConfig, log: Log) -> None:
+def _guard(progress: TrainerState, fine: bool, loss: float, config: RunConfig, log: Log) -> None:
     """Count steps that gave no number; their update was skipped."""
     if fine:
-        tally.bad_in_a_row = 0
+        progress.bad_in_a_row = 0
         return
-    tally.bad += 1
-    tally.bad_in_a_row += 1
+    progress.bad += 1
+    progress.bad_in_a_row += 1
     # fp16 starts with a scale that is meant to overflow a few times
     limit = config.train.bad_steps * (10 if config.train.precision == "fp16" else 1)
-    log.event("bad step", tally.step, loss=str(loss))
-    if tally.bad_in_a_row >= limit:
+    log.event("bad step", progress.step, loss=str(loss))
+    if progress.bad_in_a_row >= limit:
         raise TrainingFailed(
-            f"steps {tally.step - limit + 1} to {tally.step} gave gradients that are no numbers (last loss {loss}); "
+            f"steps {progress.step - limit + 1} to {progress.step} gave gradients that are no numbers (last loss {loss}); "
             "the newest saved state is from before. Try a lower train.lr, train.clip = 1, or train.precision bf16"
         )
 
 
-def _agree(accelerator: Any, asked: bool) -> bool:
+def _agree(accelerator: Accelerator, asked: bool) -> bool:
     """Whether any process was asked to stop; all must leave the loop at the same step."""
     if accelerator.num_processes == 1:
         return asked
@@ -389,7 +390,7 @@ def _agree(accelerator: Any, asked: bool) -> bool:
     return bool(accelerator.reduce(flag, "sum") > 0)
 
 
-def _mean(accelerator: Any, losses: list[float]) -> float:
+def _mean(accelerator: Accelerator, losses: list[float]) -> float:
     """Mean over the steps since the last line of the log, and over all processes."""
     mean = sum(losses) / len(losses)
     if accelerator.num_processes == 1:
@@ -397,7 +398,7 @@ def _mean(accelerator: Any, losses: list[float]) -> float:
     return float(accelerator.reduce(torch.tensor(mean, device=accelerator.device), "mean"))
 
 
-def _look(accelerator: Any, log: Log, step: int, validate: Any, *, together: bool) -> None:
+def _look(accelerator: Accelerator, log: Log, step: int, validate: Any, *, together: bool) -> None:
     """A validation that finds no memory is reported and costs no training; the processes of a split model end together."""
     try:
         with accelerator.autocast():

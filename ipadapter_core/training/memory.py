@@ -1,14 +1,14 @@
 """How much memory a run will need, counted before it starts: weights by their shapes, activations by a dry run on `meta`.
 
-The dry run executes the step's UNet without numbers and adds up what autograd would keep, so frozen layers, the adapter's
-layers and the picture size count as they are. Attention counts as the fused kernels keep it: q, k, v, output and one
+The dry run executes the step's models without numbers and adds up what autograd would keep, so frozen layers, the layers
+that learn and the picture size count as they are. Attention counts as the fused kernels keep it: q, k, v, output and one
 number per row.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
-from .adapter import TrainedAdapter, trainable
+from ..lora import Component
 from .config import RunConfig
 from .frozen import FrozenBase
 from .optimizers import STATE_BYTES
 from .pictures import bucket_sizes
+from .trainee import Trainee
 
 WORKSPACE = 0.15
 """Share added for kernels' workspace, the allocator's gaps and the gradients on their way."""
-CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +73,12 @@ class Memory:
         )
 
 
-def predict(
-    config: RunConfig, base: FrozenBase, adapter: TrainedAdapter, device: torch.device, factor: int, shards: int = 1
-) -> Memory:
+def predict(trainee: Trainee, factor: int, device: torch.device, shards: int = 1) -> Memory:
     """Predict the peak of a run. `factor`: pixels per latent; `shards`: processes that share the frozen weights."""
-    activations = activation_bytes(
-        base,
-        adapter,
-        largest_latent(config, factor),
-        element_size(config),
-        checkpointing=config.train.checkpointing,
-    )
-    return memory_of(config, base, sum(trainable(adapter).values()), activations, device, shards)
+    config = trainee.config
+    checkpointing, latent = config.train.checkpointing, largest_latent(config, factor)
+    activations = activation_bytes(trainee, latent, element_size(config), checkpointing=checkpointing)
+    return memory_of(config, trainee.base, trainee.count(), activations, device, shards)
 
 
 def memory_of(
@@ -114,33 +108,41 @@ def largest_latent(config: RunConfig, factor: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
-def activation_bytes(
-    base: FrozenBase, adapter: TrainedAdapter, latent: tuple[int, int], element: int, *, checkpointing: bool
-) -> int:
-    """Bytes that autograd keeps for one sample, the UNet computing in numbers of `element` bytes."""
-    unet: Any = type(base.unet)
+def activation_bytes(trainee: Trainee, latent: tuple[int, int], element: int, *, checkpointing: bool) -> int:
+    """Bytes that autograd keeps for one sample, the models computing in numbers of `element` bytes."""
+    base = trainee.base
     with torch.device("meta"):
-        twin: Any = unet.from_config(base.unet.config).requires_grad_(False)
-        layers = copy.deepcopy(adapter.ip_adapter).to("meta")
-    processors: dict[str, nn.Module] = dict(zip(adapter.names, layers, strict=True))
-    twin.set_attn_processor(processors)
-    length = 77
-    context = torch.zeros(1, length + adapter.num_tokens, twin.config.cross_attention_dim, device="meta")
-    keeper = Keeper(twin)
-    with keeper, fused_attention():
-        call_twin(twin, context.requires_grad_(True), latent, sdxl=base.is_sdxl)
-    return keeper.total(checkpointing) * element // 4
+        twins: dict[Component, Any] = {name: _twin(model) for name, model in trainee.parts.items()}
+    learned = _on_meta(trainee.learned)
+    trainee.attach(learned, twins)
+    counter = SavedTensorCounter(nn.ModuleList([*twins.values(), learned]), base.training.checkpointed)
+    with counter, fused_attention():
+        for name, ids in zip(("te1", "te2"), base.tokenize([""]), strict=False):
+            if name in twins:
+                twins[name](ids.to("meta"))
+        context = torch.zeros(1, 77 + trainee.image_tokens, base.unet.config.cross_attention_dim, device="meta")
+        learns = len(twins) > 1 or trainee.image_tokens > 0
+        _denoise(twins["unet"], context.requires_grad_(learns), latent, base)
+    return counter.total(checkpointing) * element // 4
 
 
-def call_twin(twin: Any, context: Tensor, latent: tuple[int, int], *, sdxl: bool) -> None:
-    """One sample through a UNet on `meta`."""
+def _twin(model: Any) -> nn.Module:
+    made = type(model).from_config(model.config) if hasattr(model, "from_config") else type(model)(model.config)
+    return made.requires_grad_(False)
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A copy without numbers; the original's are not copied first."""
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, memo).to("meta")
+
+
+def _denoise(twin: Any, context: Tensor, latent: tuple[int, int], base: FrozenBase) -> None:
+    """One sample through a denoiser on `meta`."""
     added: dict[str, Tensor] = {}
-    if sdxl:
+    if base.reads_sizes:
         pooled = twin.add_embedding.linear_1.in_features - 6 * twin.config.addition_time_embed_dim
-        added = {
-            "text_embeds": torch.zeros(1, pooled, device="meta"),
-            "time_ids": torch.zeros(1, 6, device="meta"),
-        }
+        added = base.added(torch.zeros(1, pooled, device="meta"), torch.zeros(1, 6, device="meta"))
     twin(
         torch.zeros(1, twin.config.in_channels, *latent, device="meta"),
         torch.zeros(1, dtype=torch.long, device="meta"),
@@ -149,10 +151,10 @@ def call_twin(twin: Any, context: Tensor, latent: tuple[int, int], *, sdxl: bool
     )
 
 
-class Keeper:
+class SavedTensorCounter:
     """Counts the tensors that autograd saves (weights excepted), each once, and where in the model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
         self._weights = {id(p) for p in model.parameters()}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self._seen: dict[int, Tensor] = {}
@@ -161,8 +163,8 @@ class Keeper:
         self._outside = 0
         self._stack: list[int] = []
         self._handles: list[Any] = []
-        blocks = [m for m in model.modules() if type(m).__name__ in CHECKPOINTED]
-        for number, block in enumerate(blocks):
+        """`blocks`: class names of those that gradient checkpointing computes again."""
+        for number, block in enumerate(m for m in model.modules() if type(m).__name__ in blocks):
             self._handles.append(block.register_forward_pre_hook(partial(self._enter, number)))
             self._handles.append(block.register_forward_hook(self._leave))
 

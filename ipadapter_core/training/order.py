@@ -26,7 +26,7 @@ def seeded(*place: object) -> torch.Generator:
 
 
 @dataclass(frozen=True, slots=True)
-class Pick:
+class SampleIndex:
     """A target, its reference, and which version of that reference; `place` is (micro-step, position in it)."""
 
     target: int
@@ -44,14 +44,14 @@ class Order:
         self.epoch_length = sum(-(-len(bucket) // batch) for bucket in self.buckets)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
-    def picks(self, micro: int, rank: int = 0, world: int = 1) -> list[Pick]:
+    def indices(self, micro: int, rank: int = 0, world: int = 1) -> list[SampleIndex]:
         """This rank's share of a micro-step's samples."""
-        indices = self._epoch(micro // self.epoch_length)[micro % self.epoch_length]
+        chosen = self._epoch(micro // self.epoch_length)[micro % self.epoch_length]
         share = self.batch // world
-        return [self._pick(indices[i], (micro, i)) for i in range(rank * share, (rank + 1) * share)]
+        return [self._index(chosen[i], (micro, i)) for i in range(rank * share, (rank + 1) * share)]
 
-    def from_step(self, micro: int, end: int, rank: int = 0, world: int = 1) -> Iterator[list[Pick]]:
-        return (self.picks(m, rank, world) for m in range(micro, end))
+    def from_step(self, micro: int, end: int, rank: int = 0, world: int = 1) -> Iterator[list[SampleIndex]]:
+        return (self.indices(m, rank, world) for m in range(micro, end))
 
     def _make_epoch(self, epoch: int) -> list[list[int]]:
         batches: list[list[int]] = []
@@ -62,7 +62,7 @@ class Order:
         order = torch.randperm(len(batches), generator=seeded(self.seed, "batches", epoch)).tolist()
         return [batches[i] for i in order]
 
-    def _pick(self, target: int, place: tuple[int, int]) -> Pick:
+    def _index(self, target: int, place: tuple[int, int]) -> SampleIndex:
         generator = seeded(self.seed, "pick", *place)
         chance, which, variant = torch.rand(3, generator=generator).tolist()
         sample = self.collection.samples[target]
@@ -71,11 +71,11 @@ class Order:
             others = [i for i in self.collection.subjects.get(sample.subject, ()) if i != target]
             if others:
                 reference = others[int(which * len(others))]
-        return Pick(target, reference, int(variant * self.data.variants), place)
+        return SampleIndex(target, reference, int(variant * self.data.variants), place)
 
 
 @dataclass(slots=True)
-class Draws:
+class NoiseDraws:
     """The randomness of one batch: noise and `latent_noise` `b c y x`, timesteps, drops `b`."""
 
     noise: Tensor
@@ -84,14 +84,14 @@ class Draws:
     no_image: Tensor
     no_text: Tensor
 
-    def to(self, device: torch.device) -> Draws:
-        return Draws(*(getattr(self, name).to(device) for name in self.__slots__))
+    def to(self, device: torch.device) -> NoiseDraws:
+        return NoiseDraws(*(getattr(self, name).to(device) for name in self.__slots__))
 
 
 def draw(
     seed: int, places: Sequence[tuple[int, int]], shape: Sequence[int], objective: Objective, loss: LossConfig
-) -> Draws:
-    """Draws for samples at these places with latents `c y x`; float32 on the CPU, the same on every device."""
+) -> NoiseDraws:
+    """NoiseDraws for samples at these places with latents `c y x`; float32 on the CPU, the same on every device."""
     noises: list[Tensor] = []
     latent_noises: list[Tensor] = []
     timesteps: list[float] = []
@@ -107,7 +107,7 @@ def draw(
         latent_noises.append(torch.randn(*shape, generator=generator))
     no_image, no_text = drops(torch.tensor(chances, dtype=torch.float64), loss)
     times = torch.tensor(timesteps, dtype=objective.dtype)
-    return Draws(torch.stack(noises), torch.stack(latent_noises), times, no_image, no_text)
+    return NoiseDraws(torch.stack(noises), torch.stack(latent_noises), times, no_image, no_text)
 
 
 def drops(chances: Tensor, loss: LossConfig) -> tuple[Tensor, Tensor]:

@@ -6,16 +6,14 @@ import hashlib
 import math
 import random
 from dataclasses import dataclass
-from typing import cast
 
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from ..features import ImageEncoder
+from ..features import PixelSpec
 from ..images.files import to_tensor
 from ..images.preprocess import preprocess
 from .config import DataConfig
-from .frozen import EncoderLooks
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -73,11 +71,11 @@ def cut_target(image: Image.Image, size: Size) -> tuple[Tensor, Cut]:
     return pixels.permute(2, 0, 1) * 2 - 1, Cut(original, (top, left), size)
 
 
-def see_reference(image: Image.Image, looks: EncoderLooks, augment: float, seed: str) -> Tensor:
+def reference_pixels(image: Image.Image, spec: PixelSpec, augment: float, seed: str) -> Tensor:
     """The encoder's pixel values `3 y x` of a reference, as inference makes them; augmented if asked."""
     if augment > 0:
         image = augmented(image, augment, random.Random(seed))
-    return preprocess(to_tensor(image)[None], cast(ImageEncoder, looks))[0]
+    return preprocess(to_tensor(image)[None], spec)[0]
 
 
 def augmented(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -34,11 +34,23 @@ def random_file(rank: int) -> str:
     return f"random-{rank}.safetensors"
 
 
+class Stateful(Protocol):
+    """A part of a run with a state of its own: a schedule, a scaler."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
+
+
 class Training:
     """The parts of a run that change, as one tree; `optimizer` is the plain one, without accelerate around it."""
 
     def __init__(
-        self, module: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer, schedule: Any, scaler: Any
+        self,
+        module: nn.Module,
+        average: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        schedule: Stateful,
+        scaler: Stateful | None,
     ) -> None:
         self.module, self.average, self.optimizer, self.schedule = module, average, optimizer, schedule
         self.scaler = scaler

@@ -18,8 +18,8 @@ from ..errors import InvalidInputError
 from .config import RunConfig
 from .frozen import FrozenBase
 
-UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
-"""What is gathered, used and let go as one; in SDXL a transformer block is 70 MB in bf16."""
+TEXT_UNITS = ("CLIPEncoderLayer",)
+"""What is gathered, used and let go as one in text encoders; a base model says what it is in it."""
 
 
 def from_launcher(config: RunConfig) -> RunConfig:
@@ -59,11 +59,11 @@ def shard(base: FrozenBase, adapter: nn.Module, device: torch.device, dtype: tor
         raise InvalidInputError(f"train.shard needs torch 2.7 or newer, this is {torch.__version__}")
     split: Any = fully_shard
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    kept = set(adapter.parameters())
+    kept, units = set(adapter.parameters()), (*base.training.units, *TEXT_UNITS)
     for model in (base.unet, *base.text_encoders):
         model.to(dtype)  # still on the CPU: a block goes to the device when it is split
         for part in model.modules():
-            if type(part).__name__ in UNITS:
+            if type(part).__name__ in units:
                 split(part, mesh=mesh, ignored_params=kept)
         split(model, mesh=mesh, ignored_params=kept)
 

@@ -42,7 +42,7 @@ EXTENDABLE = {
 class Savable(Protocol):
     """What is learned, as far as this room knows it."""
 
-    def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], config: OutputConfig) -> Path: ...
+    def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str]) -> Path: ...
 
 
 class RunFolder:
@@ -146,11 +146,11 @@ class RunFolder:
             )
         return None, problems
 
-    # --- adapter files -------------------------------------------------------------------------------------------------
+    # --- results -----------------------------------------------------------------------------------------------------
 
-    def save_adapter(
+    def save_result(
         self,
-        adapter: Savable,
+        trainee: Savable,
         state: dict[str, Tensor],
         stem: str,
         metadata: Mapping[str, str],
@@ -160,8 +160,8 @@ class RunFolder:
         """Write one file of what is learned, in `output.dtype`."""
         try:
             if nested:
-                adapter.save(self.path / f"{stem}.bin", state, metadata, self.config)
-            return adapter.save(self.path / f"{stem}.safetensors", state, metadata, self.config)
+                trainee.save(self.path / f"{stem}.bin", state, metadata)
+            return trainee.save(self.path / f"{stem}.safetensors", state, metadata)
         except OSError as error:
             raise OSError(
                 error.errno, f"{self.path} cannot be written ({error.strerror}); free some space or mend it"
@@ -186,24 +186,24 @@ class RunFolder:
         return self.path / "stop"
 
 
-class AdapterFiles:
-    """What a run leaves of its adapter: a file at every checkpoint, beside it the averaged one, and the finished file."""
+class ResultFiles:
+    """What a run leaves of what it learned: a file at every checkpoint, beside it the averaged one, and the finished file."""
 
-    def __init__(self, folder: RunFolder, adapter: Savable, metadata: Mapping[str, str], *, averaged: bool) -> None:
-        self.folder, self.adapter, self.metadata, self.averaged = folder, adapter, metadata, averaged
+    def __init__(self, folder: RunFolder, trainee: Savable, metadata: Mapping[str, str], *, averaged: bool) -> None:
+        self.folder, self.trainee, self.metadata, self.averaged = folder, trainee, metadata, averaged
 
     def checkpoint(self, step: int, state: dict[str, Tensor], averaged: dict[str, Tensor] | None) -> None:
         folder, texts = self.folder, self._texts(step)
-        folder.save_adapter(self.adapter, state, folder.checkpoint_stem(step, averaged=False), texts)
+        folder.save_result(self.trainee, state, folder.checkpoint_stem(step, averaged=False), texts)
         if averaged is not None:
-            folder.save_adapter(self.adapter, averaged, folder.checkpoint_stem(step, averaged=True), texts)
+            folder.save_result(self.trainee, averaged, folder.checkpoint_stem(step, averaged=True), texts)
         folder.drop_old_checkpoints()
 
     def finish(self, step: int, state: dict[str, Tensor]) -> None:
         out, texts = self.folder.config, self._texts(step)
-        self.folder.save_adapter(self.adapter, state, out.name, texts)
+        self.folder.save_result(self.trainee, state, out.name, texts)
         if out.nested:
-            self.folder.save_adapter(self.adapter, state, out.name, texts, nested=True)
+            self.folder.save_result(self.trainee, state, out.name, texts, nested=True)
 
     def file(self, step: int | None) -> Path:
         stem = self.folder.config.name if step is None else self.folder.checkpoint_stem(step, averaged=self.averaged)

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import TrainedAdapter
-from .batches import Batch
+from .batches import Batch, Nothing
 from .frozen import FrozenBase
 from .objectives import Objective
-from .order import Draws
+from .order import NoiseDraws
 
 
 class Step(nn.Module):
-    """What the loop trains: `forward` of what a feed gives is the mean loss. Its parameters are all that is wrapped."""
+    """What the loop trains: `forward` of what a stream gives is the mean loss. Its parameters are all that is wrapped."""
 
     @property
     def learned(self) -> nn.Module:
@@ -27,79 +26,63 @@ class Step(nn.Module):
         return [{"params": [p for p in self.learned.parameters() if p.requires_grad], "lr": lr}]
 
 
-class AdapterStep(Step):
-    """The loss of the adapter on a batch. Only the adapter is a submodule: it alone is learned, wrapped and saved.
+class DenoisingStep(Step):
+    """The loss of a denoiser on a batch. Only what is learned is a submodule: it alone is wrapped, averaged and saved."""
 
-    `neutral` are the features `1 …` that stand for no image; `empty` the token ids `1 l` of an empty caption.
-    """
-
-    neutral: Tensor
-
-    def __init__(
-        self,
-        adapter: TrainedAdapter,
-        base: FrozenBase,
-        objective: Objective,
-        neutral: Tensor,
-        empty: tuple[Tensor, ...],
-    ) -> None:
+    def __init__(self, learned: nn.Module, base: FrozenBase, objective: Objective, nothing: Nothing) -> None:
         super().__init__()
-        self.adapter = adapter
-        self._frozen = (base, objective, empty)  # inside a tuple, so that nn.Module does not register it
-        self.register_buffer("neutral", neutral, persistent=False)
+        self.adapter = learned  # states have this name
+        self._frozen = (base, objective, nothing)  # inside a tuple, so that nn.Module does not register it
 
     @property
-    def learned(self) -> TrainedAdapter:
+    def learned(self) -> nn.Module:
         return self.adapter
 
-    def forward(self, batch: Batch, draws: Draws) -> Tensor:
+    @property
+    def base(self) -> FrozenBase:
+        return self._frozen[0]
+
+    @property
+    def objective(self) -> Objective:
+        return self._frozen[1]
+
+    @property
+    def nothing(self) -> Nothing:
+        return self._frozen[2]
+
+    def forward(self, batch: Batch, draws: NoiseDraws) -> Tensor:
         """Mean loss of the batch."""
         return self.losses(batch, draws).mean()
 
-    def losses(self, batch: Batch, draws: Draws) -> Tensor:
-        """Loss of each sample, `b`."""
-        base, objective, empty = self._frozen
-        weight = self._weight_dtype()
-        ids = tuple(
-            torch.where(draws.no_text[:, None], none.to(one.device), one)
-            for one, none in zip(batch.tokens, empty, strict=True)
+    def losses(self, batch: Batch, draws: NoiseDraws) -> Tensor:
+        """Loss of each sample, `b`: noisy latents through the denoiser, in its dtype; noise and loss in float32 at least."""
+        denoiser, weight = self.base.unet, self.base.unet.dtype
+        text, pooled = self._text(batch, draws)
+        context = self.context(text.to(weight), batch, draws)
+        added = self.base.added(None if pooled is None else pooled.to(weight), batch.sizes)
+        moments = batch.latents.to(torch.promote_types(self._dtype(), torch.float32))
+        latents = moments[:, 0]
+        if moments.shape[1] == 2:
+            latents = latents + moments[:, 1] * draws.latent_noise.to(latents)
+        noise = draws.noise.to(latents)
+        noisy = self.objective.noisy(latents, noise, draws.timesteps).to(weight)
+        predicted = denoiser(noisy, draws.timesteps, context, added_cond_kwargs=added, return_dict=False)[0]
+        return self.objective.losses(predicted.to(latents), latents, noise, draws.timesteps)
+
+    def context(self, text: Tensor, batch: Batch, draws: NoiseDraws) -> Tensor:
+        """What the cross-attentions read, `b l d`: the text, and what is learned may add to it."""
+        return text
+
+    def _text(self, batch: Batch, draws: NoiseDraws) -> tuple[Tensor, Tensor | None]:
+        """Context `b l d` and SDXL's pooled embedding, those of the empty caption where the text is dropped."""
+        nothing = self.nothing.text if batch.text else self.nothing.tokens
+        text = tuple(
+            torch.where(draws.no_text.view(-1, *[1] * (one.ndim - 1)), none.to(one), one)
+            for one, none in zip(batch.text or batch.tokens, nothing, strict=True)
         )
-        text, pooled = base.encode_text(ids)
-        image = self.adapter.image_proj(self._features(batch, draws).to(self._adapter_dtype()))
-        context = torch.cat([text.to(weight), image.to(weight)], 1)
-        added = base.added(None if pooled is None else pooled.to(weight), batch.sizes)
-        return denoising_losses(base.unet, objective, batch, draws, context, added, self._loss_dtype())
+        if not batch.text:
+            return self.base.encode_text(text)
+        return text[0], text[1] if len(text) > 1 else None
 
-    def _features(self, batch: Batch, draws: Draws) -> Tensor:
-        dropped = draws.no_image.view(-1, *[1] * (batch.features.ndim - 1))
-        return torch.where(dropped, self.neutral.to(batch.features), batch.features)
-
-    def _weight_dtype(self) -> torch.dtype:
-        return self._frozen[0].unet.dtype
-
-    def _adapter_dtype(self) -> torch.dtype:
+    def _dtype(self) -> torch.dtype:
         return next(self.adapter.parameters()).dtype
-
-    def _loss_dtype(self) -> torch.dtype:
-        """Loss and noise are computed in float32 at least, whatever the UNet computes in."""
-        return torch.promote_types(self._adapter_dtype(), torch.float32)
-
-
-def denoising_losses(
-    unet: Any,
-    objective: Objective,
-    batch: Batch,
-    draws: Draws,
-    context: Tensor,
-    added: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Loss of each sample, `b`: noisy latents through the UNet, in its dtype; noise and loss in `dtype`."""
-    moments = batch.latents.to(dtype)
-    latents = moments[:, 0]
-    if moments.shape[1] == 2:
-        latents = latents + moments[:, 1] * draws.latent_noise.to(latents)
-    noise = draws.noise.to(latents)
-    noisy = objective.noisy(latents, noise, draws.timesteps).to(unet.dtype)
-    predicted = unet(noisy, draws.timesteps, context, added_cond_kwargs=added, return_dict=False)[0]
-    return objective.losses(predicted.to(latents), latents, noise, draws.timesteps)

@@ -17,14 +17,14 @@ import torch
 
 from ..errors import CorruptFileError, InvalidInputError
 from ..images.files import decode_picture, shown
-from .batches import Batch, Item, assemble
+from .batches import Batch, Item, Tokenize, assemble
 from .collection import Collection, Findings, Sample, group
 from .config import RunConfig
-from .encode import Encoders
+from .encode import TargetEncoders
 from .log import Log
 from .objectives import Objective
-from .order import Draws, draw, seeded
-from .pictures import cut_target, digest, see_reference
+from .order import NoiseDraws, draw, seeded
+from .pictures import cut_target, digest, reference_pixels
 from .sources import Record, StreamSource, expand_urls
 
 
@@ -33,8 +33,10 @@ class Stream:
 
     random_access = False
 
-    def __init__(self, config: RunConfig, encoders: Encoders, tokenize: Any, rank: int, world: int) -> None:
+    def __init__(self, config: RunConfig, encoders: TargetEncoders, tokenize: Tokenize, rank: int, world: int) -> None:
         data = config.data
+        if encoders.pixels is None:
+            raise InvalidInputError(f"{data.path} is a stream, read once from start to end: set data.cache")
         if data.buckets or data.pairs:
             name = "buckets" if data.buckets else "pairs"
             raise InvalidInputError(
@@ -102,13 +104,13 @@ class Stream:
             raise CorruptFileError(
                 f"{shown(record.name)} ({image.width}x{image.height}; data.min_side is {config.min_side}) is tiny"
             )
-        looks = self.encoders.looks
-        assert looks is not None, "streams feed adapters, and those have references"
+        spec = self.encoders.pixels
+        assert spec is not None
         pixels, cut = cut_target(image, (config.resolution, config.resolution))
         seed = f"{digest(record.content)} {variant}"
         return Item(
             pixels,
-            see_reference(image, looks, config.augment, seed),
+            reference_pixels(image, spec, config.augment, seed),
             tuple(ids[0] for ids in self.tokenize([record.caption or ""])),
             torch.tensor(cut.time_ids(), dtype=torch.float32),
             place,
@@ -123,14 +125,14 @@ class Stream:
         return Sample(record.name, digest(record.content), record.caption or "", (image.height, image.width))
 
 
-class StreamFeed:
+class ShardBatches:
     """Batches of a stream. An unreadable picture is named, counted, and replaced by a readable one of its batch."""
 
     def __init__(self, stream: Stream, objective: Objective, log: Log) -> None:
         self.stream, self.objective, self.log = stream, objective, log
         self.skipped: set[str] = set()
 
-    def batches(self, micro: int, end: int) -> Iterator[tuple[Batch, Draws]]:
+    def batches(self, micro: int, end: int) -> Iterator[tuple[Batch, NoiseDraws]]:
         stream, config = self.stream, self.stream.config
         size, seed = config.train.batch, config.train.seed
         records = itertools.islice(stream.records(), micro * size, None)

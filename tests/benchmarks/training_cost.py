@@ -21,15 +21,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ipadapter_core.images.encoder import TransformersImageEncoder
-from ipadapter_core.training.adapter import EncoderSizes, describe_trainable, freeze, fresh_adapter
-from ipadapter_core.training.batches import Batch
+from ipadapter_core.training.adapter import describe_trainable, fresh_adapter
+from ipadapter_core.training.adapter_trainee import AdapterStep, AdapterTrainee
+from ipadapter_core.training.batches import Batch, Nothing
 from ipadapter_core.training.config import AdapterConfig, parse_config
-from ipadapter_core.training.frozen import FrozenBase
+from ipadapter_core.training.frozen import EncoderSizes, FrozenBase, freeze
 from ipadapter_core.training.memory import activation_bytes, predict
 from ipadapter_core.training.objectives import LossConfig, objective_for
 from ipadapter_core.training.order import draw
-from ipadapter_core.training.state import RunFolder
-from ipadapter_core.training.step import AdapterStep
 
 SCHEDULER = SimpleNamespace(
     config={"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
@@ -72,10 +71,15 @@ def random_models() -> tuple[FrozenBase, TransformersImageEncoder]:
 
 def measure(side: int, steps: int, batch: int) -> list[str]:
     base, encoder = random_models()
-    adapter = fresh_adapter(base.unet, EncoderSizes(1024, 1280, 257), AdapterConfig())
-    adapter.install(base.unet)
+    sizes = EncoderSizes(1024, 1280, 257)
+    config = parse_config({"output": {"folder": "x"}, "data": {"cache": "x", "resolution": side}}, "the benchmark")
+    trainee = AdapterTrainee(config, base, fresh_adapter(base.unet, sizes, AdapterConfig()), sizes)
+    adapter = trainee.adapter
+    activations = [activation_bytes(trainee, (side // 8, side // 8), 4, checkpointing=on) / 1e6 for on in (False, True)]
+    memory = predict(trainee, 8, torch.device("cpu")).describe()
+    trainee.attach(adapter, trainee.parts)
     objective = objective_for(base.scheduler, "auto", LossConfig())
-    step = AdapterStep(adapter, base, objective, torch.zeros(1, 1024), (torch.zeros(1, 77, dtype=torch.long),))
+    step = AdapterStep(adapter, base, objective, Nothing(torch.zeros(1, 1024), (torch.zeros(1, 77, dtype=torch.long),)))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4)
     pixels, seen = torch.rand(batch, 3, side, side) * 2 - 1, torch.randn(batch, 3, 224, 224)
     ids = torch.randint(1000, (batch, 77))
@@ -104,21 +108,16 @@ def measure(side: int, steps: int, batch: int) -> list[str]:
         f"SD1.5 shapes, random weights, float32, {side} px, batch {batch}, {torch.get_num_threads()} thread(s), best of {steps}",
         describe_trainable(adapter),
         f"seconds per sample: {cached:.2f} with a cache, {live:.2f} encoding every step: the cache saves {1 - cached / live:.0%}",
-        f"activations counted beforehand: {activation_bytes(base, adapter, (side // 8, side // 8), 4, checkpointing=False) / 1e6:.0f} MB "
-        f"per sample, {activation_bytes(base, adapter, (side // 8, side // 8), 4, checkpointing=True) / 1e6:.0f} MB with checkpointing",
+        f"activations counted beforehand: {activations[0]:.0f} MB per sample, {activations[1]:.0f} MB with checkpointing",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        config = parse_config(
-            {"output": {"folder": folder}, "data": {"cache": "x", "resolution": side}}, "the benchmark"
-        )
-        run = RunFolder(config.output)
-        file = run.save_adapter(adapter, adapter.state_dict(), "adapter", {})
+        file = trainee.save(Path(folder) / "adapter.safetensors", adapter.state_dict(), {})
         lines.append(f"adapter checkpoint: {file.stat().st_size:,} bytes in float16")
         torch.save([adapter.state_dict(), optimizer.state_dict()], Path(folder) / "state")
         lines.append(
             f"full state: {(Path(folder) / 'state').stat().st_size:,} bytes; the original wrote the UNet too, 3.4 GB in all"
         )
-        lines.append(predict(config, base, adapter, torch.device("cpu"), 8).describe() + " (fp32, batch 8, cached)")
+        lines.append(memory + " (fp32, batch 8, cached)")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines.append(f"peak memory of this process, all models in float32: {peak / 1e9:.1f} GB")
     latent = 4 * (512 // 8) ** 2 * 2

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ipadapter_core import build_processors, load_adapter
 from ipadapter_core.checkpoints import claimants
 from ipadapter_core.files.state_dict import TensorFile
-from ipadapter_core.training.adapter import EncoderSizes, TrainedAdapter, continued_adapter, fresh_adapter, trainable
-from ipadapter_core.training.batches import Batch
+from ipadapter_core.training.adapter import TrainedAdapter, continued_adapter, fresh_adapter, trainable
+from ipadapter_core.training.adapter_trainee import AdapterStep
+from ipadapter_core.training.batches import Batch, Nothing
 from ipadapter_core.training.config import AdapterConfig
-from ipadapter_core.training.frozen import FrozenBase
+from ipadapter_core.training.frozen import EncoderSizes, FrozenBase
 from ipadapter_core.training.objectives import LossConfig, Objective, objective_for
-from ipadapter_core.training.order import Draws
-from ipadapter_core.training.step import AdapterStep
+from ipadapter_core.training.order import NoiseDraws
 from tiny_models import noise, tiny_unet
 
 VIT_H = EncoderSizes(1024, 1280, 257)
@@ -186,9 +186,9 @@ def test_one_step_is_the_originals(family: Any) -> None:
 
     empty = (torch.zeros(1, 7, dtype=torch.long),)
     adapter.install(unet)
-    step = AdapterStep(adapter, base, objective, neutral, empty)
+    step = AdapterStep(adapter, base, objective, Nothing(neutral, empty))
     batch = Batch(latents[:, None], features, (ids,), torch.zeros(b, 6), [(0, 0)] * b)
-    loss = step(batch, Draws(gauss, gauss, t, no_image, no_text))
+    loss = step(batch, NoiseDraws(gauss, gauss, t, no_image, no_text))
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     for number, name in enumerate(processors):

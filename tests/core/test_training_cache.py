@@ -14,8 +14,8 @@ import torch
 
 from ipadapter_core.errors import CorruptFileError
 from ipadapter_core.training import RunConfig, build_cache, train
+from ipadapter_core.training.adapter_trainee import AdapterStep
 from ipadapter_core.training.cache import Cache
-from ipadapter_core.training.step import AdapterStep
 from ipadapter_core.training.tensor_files import TensorReader, bytes_of, write_tensors
 from tiny_training import save_model, save_pictures, tiny_config
 

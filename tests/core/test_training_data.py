@@ -19,7 +19,7 @@ from PIL import Image
 
 from dying import dies
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
-from ipadapter_core.features import CLIP_MEAN, CLIP_STD
+from ipadapter_core.features import CLIP_MEAN, CLIP_STD, PixelSpec
 from ipadapter_core.images.files import decode_picture
 from ipadapter_core.training import build_cache, parse_config
 from ipadapter_core.training import cache as cache_module
@@ -27,13 +27,12 @@ from ipadapter_core.training.cache import Cache
 from ipadapter_core.training.collection import Sample, collect, hold_out, look
 from ipadapter_core.training.config import DataConfig
 from ipadapter_core.training.encode import Encoders
-from ipadapter_core.training.frozen import EncoderLooks
 from ipadapter_core.training.order import Order
-from ipadapter_core.training.pictures import bucket_for, bucket_sizes, cut_target, see_reference
+from ipadapter_core.training.pictures import bucket_for, bucket_sizes, cut_target, reference_pixels
 from ipadapter_core.training.sources import open_source
 from tiny_training import NAMES, picture, save_list, save_model, save_pictures, tiny_config
 
-LOOKS = EncoderLooks("tiny", 16, 12, 28, CLIP_MEAN, CLIP_STD)
+PIXELS = PixelSpec(28, CLIP_MEAN, CLIP_STD)
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +221,10 @@ def test_references_are_seen_as_inference_sees_them() -> None:
 
     image = picture(3)
     pixels = torch.tensor(list(image.getdata()), dtype=torch.float32).reshape(1, image.height, image.width, 3) / 255
-    assert torch.equal(see_reference(image, LOOKS, 0.0, "x"), preprocess(pixels, LOOKS)[0])  # type: ignore[arg-type]
-    views = {see_reference(image, LOOKS, 1.0, f"x {v}").sum().item() for v in range(4)}
+    assert torch.equal(reference_pixels(image, PIXELS, 0.0, "x"), preprocess(pixels, PIXELS)[0])
+    views = {reference_pixels(image, PIXELS, 1.0, f"x {v}").sum().item() for v in range(4)}
     assert len(views) == 4
-    assert see_reference(image, LOOKS, 1.0, "x 1").equal(see_reference(image, LOOKS, 1.0, "x 1"))
+    assert reference_pixels(image, PIXELS, 1.0, "x 1").equal(reference_pixels(image, PIXELS, 1.0, "x 1"))
     assert to_pillow(pixels[0]).size == image.size
 
 
@@ -249,7 +248,7 @@ def _order(tmp_path: Path, batch: int, count: int = 7, **more: Any) -> Order:
 
 def test_an_epoch_shows_every_picture_and_the_next_another_order(tmp_path: Path) -> None:
     order = _order(tmp_path, 1)
-    epochs = [[order.picks(e * 7 + m)[0].target for m in range(7)] for e in range(2)]
+    epochs = [[order.indices(e * 7 + m)[0].target for m in range(7)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7))
     assert epochs[0] != epochs[1]
     assert _order(tmp_path, 4).epoch_length == 2
@@ -258,7 +257,7 @@ def test_an_epoch_shows_every_picture_and_the_next_another_order(tmp_path: Path)
 def test_processes_share_a_batch(tmp_path: Path) -> None:
     order = _order(tmp_path, 4)
     for micro in range(5):
-        assert order.picks(micro) == order.picks(micro, 0, 2) + order.picks(micro, 1, 2)
+        assert order.indices(micro) == order.indices(micro, 0, 2) + order.indices(micro, 1, 2)
 
 
 def test_batches_hold_one_size(tmp_path: Path) -> None:
@@ -271,7 +270,7 @@ def test_batches_hold_one_size(tmp_path: Path) -> None:
     assert len(collection.buckets) == 3
     seen: Counter[int] = Counter()
     for micro in range(order.epoch_length):
-        targets = [pick.target for pick in order.picks(micro)]
+        targets = [pick.target for pick in order.indices(micro)]
         seen.update(targets)
         assert len({bucket_for(collection.samples[t].size, sizes) for t in targets}) == 1
     assert set(seen) == set(range(9))
@@ -279,13 +278,13 @@ def test_batches_hold_one_size(tmp_path: Path) -> None:
 
 def test_pairs_are_other_pictures_of_the_subject(tmp_path: Path) -> None:
     order = _order(tmp_path, 2, pairs=0.5)
-    picks = [pick for micro in range(200) for pick in order.picks(micro)]
+    picks = [pick for micro in range(200) for pick in order.indices(micro)]
     samples = order.collection.samples
     paired = [p for p in picks if p.reference != p.target]
     assert all(samples[p.reference].subject == samples[p.target].subject for p in paired)
     able = [p for p in picks if len(order.collection.subjects[samples[p.target].subject]) > 1]
     assert 0.4 < len(paired) / len(able) < 0.6
-    assert all(p.reference == p.target for m in range(50) for p in _order(tmp_path, 2).picks(m))
+    assert all(p.reference == p.target for m in range(50) for p in _order(tmp_path, 2).indices(m))
 
 
 def test_held_out_pictures_are_not_trained_on(tmp_path: Path) -> None:

@@ -23,16 +23,15 @@ from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.generate import load_pipeline
 from ipadapter_core.lora import LoRAWeights, load_lora
 from ipadapter_core.training import RunConfig, dry_run, parse_config, train
-from ipadapter_core.training.adapter import fingerprint
-from ipadapter_core.training.batches import Batch
+from ipadapter_core.training.batches import Batch, Nothing
 from ipadapter_core.training.config import LoRAConfig
 from ipadapter_core.training.frozen import FrozenBase, load_base
 from ipadapter_core.training.lora_adapter import TrainedLoRA, fresh_lora
-from ipadapter_core.training.lora_step import LoRAStep
+from ipadapter_core.training.lora_trainee import LoRAStep, LoRATrainee
 from ipadapter_core.training.objectives import LossConfig, objective_for
-from ipadapter_core.training.order import Draws
+from ipadapter_core.training.order import NoiseDraws
 from tiny_models import noise, tiny_unet
-from tiny_training import save_model, save_pictures, tiny_config
+from tiny_training import fingerprint, save_model, save_pictures, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +148,11 @@ def test_one_step_is_the_papers(algorithm: str, text: bool) -> None:
     base = FrozenBase(unet, (encoder,), (), None, None, "")
     empty: tuple[Tensor, ...] = (torch.zeros(1, 7, dtype=torch.long),)
     context = () if text else (encoder(ids)[0],)
-    step = LoRAStep(lora, base, objective, empty if text else (encoder(empty[0])[0],), 0)
+    nothing = Nothing(torch.empty(1, 0), empty, () if text else (encoder(empty[0])[0],))
+    step = LoRAStep(lora, base, objective, nothing, 0)
     attached = lora.attach(parts)
     batch = Batch(latents[:, None], torch.empty(3, 0), (ids,), torch.zeros(3, 6), [(0, 0)] * 3, context)
-    draws = Draws(gauss, gauss, t, torch.zeros(3, dtype=torch.bool), no_text)
+    draws = NoiseDraws(gauss, gauss, t, torch.zeros(3, dtype=torch.bool), no_text)
     # the float32 table of the noise schedule and the dtype of the loss are the step's own business
     loss = step(batch, draws)
     loss.backward()
@@ -523,15 +523,15 @@ def test_dry_run_lists_what_learns(kind: str, model: Path, sdxl: Path, pictures:
 
 
 def test_memory_counts_what_autograd_keeps(model: Path, pictures: Path, tmp_path: Path) -> None:
-    from ipadapter_core.training.lora_memory import lora_activation_bytes
+    from ipadapter_core.training.memory import activation_bytes
 
     base = load_base(str(model))
     parts: Any = {"unet": base.unet, "te1": base.text_encoders[0]}
     for algorithm in ("lora", "dora"):
-        lora = fresh_lora(parts, LoRAConfig(rank=2, algorithm=algorithm, text_encoders=True))
-        plain, thrifty = (
-            lora_activation_bytes(base, lora, parts, (16, 16), 4, checkpointing=on) for on in (False, True)
-        )
+        config = lora_config(model, pictures, tmp_path, lora__algorithm=algorithm, lora__text_encoders=True)
+        trainee = LoRATrainee.build(config, base)
+        lora = trainee.lora
+        plain, thrifty = (activation_bytes(trainee, (16, 16), 4, checkpointing=on) for on in (False, True))
         assert 0 < thrifty < plain
         kept: dict[int, int] = {}
         weights = {

@@ -22,14 +22,13 @@ import torch
 from ipadapter_core import load_adapter
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.training import train, write_config
-from ipadapter_core.training.encode import Encoders
-from ipadapter_core.training.frozen import load_base, load_encoder
+from ipadapter_core.training.adapter_trainee import AdapterTrainee
+from ipadapter_core.training.frozen import load_base
 from ipadapter_core.training.log import Log
 from ipadapter_core.training.objectives import objective_for
 from ipadapter_core.training.rendezvous import agree_on_name, init_method
-from ipadapter_core.training.run import build_adapter
 from ipadapter_core.training.shard import from_launcher
-from ipadapter_core.training.stream import Stream, StreamFeed
+from ipadapter_core.training.stream import ShardBatches, Stream
 from tiny_training import picture, save_model, save_pictures, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +107,7 @@ def test_split_frozen_models_train_what_whole_ones_do(model: Path, pictures: Pat
 DIES_ONCE = """
 import os, signal, sys
 from ipadapter_core.cli import main
-from ipadapter_core.training.step import AdapterStep
+from ipadapter_core.training.adapter_trainee import AdapterStep
 
 calls, original = [0], AdapterStep.forward
 
@@ -207,14 +206,13 @@ def test_each_process_streams_its_own_shards(model: Path, tmp_path: Path, capsys
     config = tiny_config(model, tmp_path, tmp_path / "one", **more)
     base = load_base(str(model))
     for rank in seen:
-        spec = build_adapter(config, base).spec()
-        encoders = Encoders(base, load_encoder(str(model), ""), spec, config.data, torch.device("cpu"))
+        encoders = AdapterTrainee.build(config, base).encoders(torch.device("cpu"))
         stream = Stream(config, encoders, base.tokenize, rank, 2)
         seen[rank] = [record.name for record in itertools.islice(stream.records(), 14)]
         assert [sample.name for sample in stream.held_out.samples] == ["0.tar/0000"]
         again = Stream(config, encoders, base.tokenize, rank, 2).records()
         assert [record.name for record in itertools.islice(again, 14)] == seen[rank]
-        feed = StreamFeed(stream, objective_for(base.scheduler, "auto", config.loss), Log(tmp_path, steps=7))
+        feed = ShardBatches(stream, objective_for(base.scheduler, "auto", config.loss), Log(tmp_path, steps=7))
         whole = list(feed.batches(0, 6))
         late = list(feed.batches(4, 6))
         for (a, x), (b, y) in zip(whole[4:], late, strict=True):

@@ -27,13 +27,12 @@ from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.training import RunConfig, TrainingFailed, dry_run, train, write_config
 from ipadapter_core.training import loop as loop_module
-from ipadapter_core.training.adapter import fingerprint
+from ipadapter_core.training.adapter_trainee import AdapterStep
 from ipadapter_core.training.config import OutputConfig
 from ipadapter_core.training.frozen import checkpoint_blocks, load_base, load_encoder
 from ipadapter_core.training.log import Log, curves
 from ipadapter_core.training.state import RunFolder, write_note
-from ipadapter_core.training.step import AdapterStep
-from tiny_training import picture, save_model, save_pictures, tiny_config
+from tiny_training import fingerprint, picture, save_model, save_pictures, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -775,7 +774,7 @@ def test_text_is_encoded_as_the_pipeline_does(kind: str, request: pytest.Fixture
     context, pooled = base.encode_text(base.tokenize(texts))
     expected = pipeline.encode_prompt(texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
     torch.testing.assert_close(context, expected[0])
-    assert base.is_sdxl == (kind == "sdxl")
+    assert base.reads_sizes == (kind == "sdxl")
     if pooled is None:
         assert kind == "sd15"
         assert base.added(None, torch.zeros(2, 6)) == {}
@@ -790,14 +789,15 @@ def test_memory_is_counted_and_a_run_that_cannot_fit_is_refused(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ipadapter_core.training import memory
-    from ipadapter_core.training.run import build_adapter
+    from ipadapter_core.training.adapter_trainee import AdapterTrainee
 
     config = tiny_config(model, pictures, tmp_path, train__ignore_memory=False, data__cache=str(tmp_path / "cache"))
     base = load_base(str(model))
-    adapter = build_adapter(config, base)
-    plain, thrifty = (memory.activation_bytes(base, adapter, (16, 16), 4, checkpointing=on) for on in (False, True))
+    trainee = AdapterTrainee.build(config, base)
+    adapter = trainee.adapter
+    plain, thrifty = (memory.activation_bytes(trainee, (16, 16), 4, checkpointing=on) for on in (False, True))
     assert 0 < thrifty < plain
-    assert memory.activation_bytes(base, adapter, (16, 16), 2, checkpointing=False) == plain // 2
+    assert memory.activation_bytes(trainee, (16, 16), 2, checkpointing=False) == plain // 2
 
     adapter.install(base.unet)
     kept: dict[int, int] = {}

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from ipadapter_core import load_adapter
 from ipadapter_core.errors import CorruptFileError, InvalidInputError
 from ipadapter_core.training import train
-from ipadapter_core.training.adapter import fingerprint
 from ipadapter_core.training.frozen import load_base
 from tiny_ldm import save_single_file
-from tiny_training import save_model, save_pictures, tiny_config
+from tiny_training import fingerprint, save_model, save_pictures, tiny_config
 
 KINDS = ("sd15", "sd2", "sdxl")
 
@@ -38,7 +37,7 @@ def test_a_single_file_is_the_folder(folders: Path, kind: str) -> None:
     whole, single = load_base(str(folders / f"{kind}-folder")), load_base(str(folders / f"{kind}.safetensors"))
     for name in ("unet", "vae"):
         assert fingerprint(getattr(single, name)) == fingerprint(getattr(whole, name)), name
-    assert single.is_sdxl == (kind == "sdxl")
+    assert single.reads_sizes == (kind == "sdxl")
     text = ["cat on red background"]
     for a, b in zip(single.encode_text(single.tokenize(text)), whole.encode_text(whole.tokenize(text)), strict=True):
         if b is not None:

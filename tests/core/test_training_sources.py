@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputError
+from ipadapter_core.features import PixelSpec
 from ipadapter_core.training.captions import MAX_CAPTION
 from ipadapter_core.training.collection import Collection, Findings, Sample, collect, group, hold_out, look
 from ipadapter_core.training.config import DataConfig
 from ipadapter_core.training.encode import Encoders
-from ipadapter_core.training.frozen import EncoderLooks
 from ipadapter_core.training.order import Order
 from ipadapter_core.training.sources import open_source
 from ipadapter_core.training.stream import Stream
@@ -425,7 +425,7 @@ def test_streams_leave_out_captions_that_cannot_be_used(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", members)
     config = tiny_config(tmp_path, f"pipe:cat {path}", tmp_path / "out", watch__validation=0)  # type: ignore[arg-type]
     encoders: Any = object.__new__(Encoders)
-    encoders.looks = EncoderLooks("tiny", 16, 12, 28, (0.5,) * 3, (0.5,) * 3)
+    encoders.pixels = PixelSpec(28, (0.5,) * 3, (0.5,) * 3)
     stream = Stream(config, encoders, lambda texts: [[len(texts[0])]], 0, 1)
     records = list(open_source(config.data))
     for record, text in zip(records, ("one", None, "two"), strict=True):
@@ -464,5 +464,5 @@ def test_whole_different_pictures_are_held_out_or_none(copies: list[int], valida
     else:
         assert training.samples == samples
         assert validation == 0 or len(copies) < 4 * validation
-    picks = Order(training, batch, 0, config).picks(3)
+    picks = Order(training, batch, 0, config).indices(3)
     assert len(picks) == batch

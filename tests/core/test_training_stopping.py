@@ -17,15 +17,14 @@ import torch
 
 from ipadapter_core.commands.cli import main
 from ipadapter_core.training import RunConfig, TrainingFailed, cache, log, train, write_config
+from ipadapter_core.training.adapter_trainee import AdapterStep
 from ipadapter_core.training.collection import Sample
 from ipadapter_core.training.encode import TargetEncoders
-from ipadapter_core.training.lora_step import LoRAStep
-from ipadapter_core.training.lora_watch import LoRALooking
-from ipadapter_core.training.run import Looking
+from ipadapter_core.training.lora_trainee import LoRAStep
 from ipadapter_core.training.samples import changes, digests
-from ipadapter_core.training.step import AdapterStep
 from ipadapter_core.training.stopping import asked_to_stop
 from ipadapter_core.training.tensor_files import TensorReader
+from ipadapter_core.training.watch import Validator
 from tiny_training import picture, save_model, save_pictures, tiny_config
 
 
@@ -119,8 +118,8 @@ def test_looks_without_memory_cost_no_training(
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(Looking, "validate", failing)
-    monkeypatch.setattr(Looking, "sheet", failing)
+    monkeypatch.setattr(Validator, "validate", failing)
+    monkeypatch.setattr(Validator, "sheet", failing)
     monkeypatch.setattr(log, "draw_losses", failing)
     watched = config(tmp_path, watch__validate_every=2, watch__sample_every=2, watch__plot=True)
     assert train(watched).step == 4
@@ -145,7 +144,7 @@ def test_a_lora_without_memory(
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LoRALooking, "validate", failing)
+        patch.setattr(Validator, "validate", failing)
         patch.setattr(LoRAStep, "forward", failing)
         assert main(["train", str(tmp_path / "run.toml")]) == 1
     said = capsys.readouterr().err
