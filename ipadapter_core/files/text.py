@@ -10,7 +10,7 @@ import codecs
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import CorruptFileError, InvalidInputError, quoted, reason
 
@@ -116,6 +116,11 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
             f"{quoted(path)} is no plain file (a pipe, a device, or a link to nothing); a file was expected"
         )
     raise FileNotFoundError(f"{quoted(path)} does not exist: check the path and the spelling")
+
+
+def table_of(value: object) -> dict[str, object]:
+    """A value of a JSON text as a table; empty for anything else."""
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
 
 
 def parse_json(text: str | bytes, name: str | Path, *, constants: bool = False) -> Any:

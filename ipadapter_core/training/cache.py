@@ -16,14 +16,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, quoted
-from ..files.text import parse_json, read_json
+from ..files.text import parse_json, read_json, table_of
 from ..files.whole import written_whole
 from .collection import Sample, ScannedSample, look
 from .config import DataConfig
@@ -86,7 +85,7 @@ class Cache:
             except (AdapterError, OSError):
                 continue
             if shard.is_file() and isinstance(checksums, dict):
-                entries = cast("dict[str, Any]", checksums).items()
+                entries = table_of(checksums).items()
                 self._places.update({key: (len(self._shards), one) for key, one in entries if isinstance(one, int)})
                 self._shards.append(shard)
 
@@ -156,10 +155,9 @@ class Cache:
             with file.open("rb") as lines:
                 while line := lines.readline(LONGEST_ROW):
                     try:
-                        row: Any = parse_json(line, file.name)
-                        if isinstance(row, dict) and row.pop("checksum", None) == _row_checksum(cast(Any, row)):
-                            row["size"] = tuple(row["size"])
-                            yield Sample(**cast(Any, row))
+                        row = table_of(parse_json(line, file.name))
+                        if row and row.pop("checksum", None) == _row_checksum(row):
+                            yield Sample.of(row)
                     except (AdapterError, TypeError, KeyError):
                         continue
 
@@ -172,9 +170,9 @@ class Cache:
             before = read_json(newest)
         except (AdapterError, OSError):
             return ""
-        if not isinstance(before, dict):
+        was = table_of(before)
+        if not was:
             return ""
-        was = cast("dict[str, Any]", before)
         changed = [f"{k}: {was.get(k)} → {v}" for k, v in self.settings.items() if was.get(k) != v]
         return f"the cache in {newest.parent.name} was made with other settings, a new one begins ({'; '.join(changed)[:300]})"
 
@@ -185,7 +183,7 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(bytes_of(tensor.contiguous()), zlib.crc32(kind))
 
 
-def _row_checksum(row: dict[str, Any]) -> int:
+def _row_checksum(row: dict[str, object]) -> int:
     return zlib.crc32(json.dumps(row, sort_keys=True).encode())
 
 

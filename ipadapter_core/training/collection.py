@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -28,6 +28,12 @@ class Sample:
     reference_key: str = ""
     stamp: str = ""
     captioned: bool = True
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Sample:
+        """From the fields' plain values. Raises TypeError and KeyError."""
+        sample = cls(**row)
+        return replace(sample, size=tuple(sample.size))
 
 
 @dataclass(slots=True)

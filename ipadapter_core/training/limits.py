@@ -6,7 +6,6 @@ The command line is the owner's and knows neither list nor limit.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ..errors import InvalidInputError
 from ..files.text import check_length
@@ -68,7 +67,7 @@ def check_limits(config: RunConfig) -> None:
             _check(f"{section}.{key}", value)
 
 
-def _check(name: str, value: Any) -> None:
+def _check(name: str, value: object) -> None:
     if isinstance(value, (tuple, list)):
         if len(value) > MOST_ENTRIES.get(name, 1000):
             raise InvalidInputError(f"{name} has {len(value)} entries; a graph may give {MOST_ENTRIES.get(name, 1000)}")

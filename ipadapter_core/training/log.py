@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from PIL import Image
 
@@ -15,6 +15,10 @@ from ..console import forget_output
 from ..errors import reason
 from ..files.whole import written_whole
 from ..generate import save_picture
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
 
 GAINS = {
     "image_gain": "without the image",
@@ -42,8 +46,8 @@ class Log:
         self.file, self.plot_file = folder / "progress.jsonl", folder / "loss.png"
         self.active, self.as_json, self.plots = active, as_json, plots
         self._folder, self._steps, self._tensorboard = folder, steps, tensorboard
-        self._bar: Any = None
-        self._writer: Any = None
+        self._bar: tqdm[NoReturn] | None = None
+        self._writer: SummaryWriter | None = None
 
     def __enter__(self) -> Log:
         return self
@@ -91,7 +95,7 @@ class Log:
         quiet = self.as_json or not sys.stderr.isatty()
         self._bar = tqdm(total=self._steps, initial=step, desc="training", disable=quiet, file=sys.stderr)
 
-    def event(self, kind: str, step: int, **values: Any) -> None:
+    def event(self, kind: str, step: int, **values: object) -> None:
         """One line of progress.jsonl; numbers also go to tensorboard."""
         if not self.active:
             return
@@ -109,7 +113,7 @@ class Log:
             if isinstance(value, (int, float)):
                 self._board("add_scalar", f"{kind}/{name}", value, step)
 
-    def picture(self, name: str, step: int, pixels: Any) -> None:
+    def picture(self, name: str, step: int, pixels: object) -> None:
         """A picture `y x 3` for tensorboard."""
         self._board("add_image", name, pixels, step, dataformats="HWC")
 
@@ -130,7 +134,7 @@ class Log:
             if self.as_json:
                 self._print({"event": "plot", "file": str(self.plot_file)})
 
-    def _board(self, method: str, *args: Any, **options: Any) -> None:
+    def _board(self, method: str, *args: object, **options: object) -> None:
         """Tensorboard's writer hands on at the next call what its thread could not write: then it is left behind."""
         if self._writer is None:
             return
@@ -140,7 +144,7 @@ class Log:
             self._writer = None
             self.say(f"tensorboard's log could not be written ({error}); it ends here, the training goes on")
 
-    def _show(self, write: Any, *args: Any, **options: Any) -> None:
+    def _show(self, write: Callable[..., object], *args: object, **options: object) -> None:
         """The terminal may have been closed: what is learned is still to be saved."""
         try:
             write(*args, **options)
@@ -148,7 +152,7 @@ class Log:
             if self._bar is not None:
                 self._bar.disable = True
 
-    def _print(self, row: dict[str, Any]) -> None:
+    def _print(self, row: dict[str, object]) -> None:
         try:
             print(json.dumps(row), flush=True)
         except OSError:  # whoever watched is gone; the loop still has to save what was learned

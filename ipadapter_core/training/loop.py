@@ -155,7 +155,7 @@ def fit(
     rank: int = accelerator.process_index
     newest = _newest(accelerator, folder, log)
     if newest is not None:
-        changed = check_same_run(config, newest.note, newest.folder, accelerator.num_processes)
+        changed = check_same_run(config, newest, accelerator.num_processes)
         progress.set(training.load(newest.folder), newest.step)
         load_random(newest.folder, rank)
         changed = "\n".join(filter(None, [changed, _other_pictures(newest, pictures)]))
@@ -348,7 +348,7 @@ def _newest(accelerator: Accelerator, folder: RunFolder, log: Log) -> Saved | No
 
 def _other_pictures(saved: Saved, pictures: Tensor | None) -> str:
     """What changed among the pictures since a state, in words; empty for nothing, and for states that noted none."""
-    if pictures is None or PICTURES not in saved.note["files"]:
+    if pictures is None or PICTURES not in saved.files:
         return ""
     file = TensorReader(saved.folder / PICTURES)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from .frozen import FrozenBase
 from .lora_adapter import Attached, TrainedLoRA, build_lora, describe_lora
 from .lora_metadata import describe_training
 from .objectives import Objective
+from .optimizers import Group
 from .order import NoiseDraws, seeded
 from .step import DenoisingStep
 from .trainee import Parts, Shown, State, Trainee
@@ -45,7 +46,7 @@ class LoRAStep(DenoisingStep):
         super().__init__(adapter, base, objective, nothing)
         self.seed, self.text_rate = seed, text_rate
 
-    def groups(self, lr: float) -> list[dict[str, Any]]:
+    def groups(self, lr: float) -> list[Group]:
         """UNet and text encoders apart, where the latter have a rate of their own."""
         if not self.text_rate:
             return super().groups(lr)

@@ -19,7 +19,9 @@ MUON_SIDE = 16
 """Matrices whose shorter side is not longer than this have too few directions to make equal."""
 
 
-Groups = Sequence[dict[str, Any]]
+Group = dict[str, Any]
+"""Parameters (`params`) with a rate (`lr`) of their own, as torch has them."""
+Groups = Sequence[Group]
 """Parameters in torch's form: `params` and `lr` of each group."""
 
 
@@ -57,7 +59,7 @@ class Muon(torch.optim.Optimizer):
         matrices: list[nn.Parameter] = []
         views: list[nn.Parameter] = []
         inner: list[torch.optim.Optimizer] = []
-        split: list[dict[str, Any]] = []  # one of these groups for each inner optimiser
+        split: list[Group] = []  # one of these groups for each inner optimiser
         for group in groups:
             values, lr = cast("list[nn.Parameter]", group["params"]), float(group["lr"])
             wide = [p for p in values if p.ndim in (2, 4) and min(p.shape[:2]) > MUON_SIDE]

@@ -13,7 +13,10 @@ import time
 import uuid
 from collections.abc import Generator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 SCHEME = "ipadapter"
 _registered: list[str] = []
@@ -31,7 +34,7 @@ def init_method() -> str | None:
     return f"{SCHEME}://"
 
 
-def _meet(url: str, timeout: timedelta, **others: Any) -> Generator[tuple[Any, int, int], None, None]:
+def _meet(url: str, timeout: timedelta, **others: object) -> Generator[tuple[Store, int, int], None, None]:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -40,7 +43,7 @@ def _meet(url: str, timeout: timedelta, **others: Any) -> Generator[tuple[Any, i
         yield PrefixStore(agree_on_name(store, rank, world, timeout), store), rank, world
 
 
-def agree_on_name(store: Any, rank: int, world: int, timeout: timedelta) -> str:
+def agree_on_name(store: Store, rank: int, world: int, timeout: timedelta) -> str:
     """A name that all `world` processes get, and that none who used the store before had. Raises TimeoutError.
 
     Every answer lies below a name that the one who asks has just made up: nothing old can be taken for it.

@@ -8,11 +8,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 
 from ..errors import AdapterError, InvalidInputError, quoted
 from ..files.access import plain_name
-from ..files.text import read_json
+from ..files.text import read_json, table_of
 from ..files.whole import written_whole
 from .locks import locked
 
@@ -85,10 +84,7 @@ def _wrote(folder: Path, path: Path) -> bool:
 def _record(folder: Path) -> tuple[str, str] | None:
     """What the run noted; None without a note that can be read, as a client of a server could upload another."""
     try:
-        note: Any = read_json(folder / RECORD)
-        if not isinstance(note, dict):
-            return None
-        values = cast("dict[str, Any]", note)
+        values = table_of(read_json(folder / RECORD))
         return plain_name(str(values.get("file", "")), RECORD), str(values.get("sha256", ""))
     except (AdapterError, FileNotFoundError):
         return None

@@ -12,14 +12,14 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
-from ..files.text import parse_json
+from ..files.text import parse_json, table_of
 from .tensor_files import TensorReader, write_tensors
 
 TRAINING = "training.safetensors"
@@ -32,6 +32,10 @@ PICTURES = "pictures.safetensors"
 def random_file(rank: int) -> str:
     """The random generators of a process."""
     return f"random-{rank}.safetensors"
+
+
+Tree = object
+"""Tables, lists, plain values and tensors, or the JSON form of such a tree."""
 
 
 class Stateful(Protocol):
@@ -55,7 +59,7 @@ class Training:
         self.module, self.average, self.optimizer, self.schedule = module, average, optimizer, schedule
         self.scaler = scaler
 
-    def tree(self) -> dict[str, Any]:
+    def tree(self) -> dict[str, Tree]:
         """Its tensors are those of the parts themselves."""
         return {
             "weights": self.module.state_dict(),
@@ -65,12 +69,12 @@ class Training:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
-    def save(self, folder: Path, counts: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, counts: Mapping[str, object]) -> None:
         """Write the parts, and `counts`, plain values that belong to them. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         save_tree(folder / TRAINING, {**self.tree(), "counts": dict(counts)})
 
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(self, folder: Path) -> dict[str, object]:
         """Put a saved state into the parts; returns its counts.
 
         Raises CorruptFileError and FileNotFoundError; InvalidInputError for a state of other tensors. After an error the parts
@@ -85,7 +89,7 @@ class Training:
             self.schedule.load_state_dict(found["schedule"])
             if self.scaler is not None:
                 self.scaler.load_state_dict(found["scaler"])
-            return _plain(saved.get("counts"))
+            return table_of(_plain(saved.get("counts")))
         except AdapterError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -142,7 +146,8 @@ def load_random(folder: Path, rank: int) -> None:
         file.close()
 
 
-Generator = tuple[Callable[[], Any], Callable[[Any], object]]
+Numbers = dict[str, Tensor]
+Generator = tuple[Callable[[], Tree], Callable[[Any], object]]
 
 
 def _generators() -> dict[str, Generator]:
@@ -161,23 +166,23 @@ def _generators() -> dict[str, Generator]:
     return found
 
 
-def _get_python() -> dict[str, Any]:
+def _get_python() -> Numbers:
     _, words, gauss = random.getstate()
     return {"words": torch.tensor(words), "gauss": _numbers(math.nan if gauss is None else gauss)}
 
 
-def _set_python(value: dict[str, Any]) -> None:
+def _set_python(value: Numbers) -> None:
     gauss = float(value["gauss"][0])
     random.setstate((3, tuple(value["words"].tolist()), None if math.isnan(gauss) else gauss))
 
 
-def _get_numpy() -> dict[str, Any]:
+def _get_numpy() -> Numbers:
     state = np.random.get_state(legacy=False)
     words = torch.from_numpy(state["state"]["key"].astype(np.int64))
     return {"words": words, "numbers": _numbers(state["state"]["pos"], state["has_gauss"], state["gauss"])}
 
 
-def _set_numpy(value: dict[str, Any]) -> None:
+def _set_numpy(value: Numbers) -> None:
     at, has_gauss, gauss = value["numbers"].tolist()
     words = value["words"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", words, int(at), int(has_gauss), gauss))
@@ -190,24 +195,24 @@ def _numbers(*values: float) -> Tensor:
 # --- trees ----------------------------------------------------------------------------------------------------------------
 
 
-def save_tree(path: Path, tree: Mapping[str, Any]) -> None:
+def save_tree(path: Path, tree: Mapping[str, Tree]) -> None:
     """Write a tree of tables, lists, plain values and tensors to one safetensors file."""
     tensors: dict[str, Tensor] = {}
     packed = _packed(dict(tree), tensors, "")
     write_tensors(path, tensors, {"tree": json.dumps(packed)})
 
 
-def _packed(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+def _packed(value: Tree, tensors: dict[str, Tensor], name: str) -> Tree:
     """The JSON form: containers and what JSON lacks are tables of one key that says what they are."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):
-        entries = cast("Mapping[Any, Any]", value).items()
+        entries = cast("Mapping[object, Tree]", value).items()
         return {"table": [[key, _packed(item, tensors, f"{name}/{key}")] for key, item in entries]}
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
-        items = cast("list[Any]", value)
+        items = cast("list[Tree]", value)
         return {kind: [_packed(item, tensors, f"{name}/{number}") for number, item in enumerate(items)]}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
@@ -216,20 +221,21 @@ def _packed(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     raise TypeError(f"{name} is a {type(value).__name__}, which a state cannot hold")
 
 
-def _tree_of(file: TensorReader) -> Any:
+def _tree_of(file: TensorReader) -> Tree:
     text = file.metadata.get("tree")
     if not isinstance(text, str):
         raise CorruptFileError(f"{quoted(file.path)} is damaged: it says not what its tensors are")
     return parse_json(text, file.path)
 
 
-def _items(packed: Any, kind: str) -> list[Any]:
-    if not isinstance(packed, dict) or not isinstance(packed.get(kind), list):
+def _items(packed: Tree, kind: str) -> list[Any]:
+    items = table_of(packed).get(kind)
+    if not isinstance(items, list):
         raise InvalidInputError(f"a state lacks a {kind} that this run has; choose another output.folder")
-    return cast("dict[str, list[Any]]", packed)[kind]
+    return items
 
 
-def _entries(packed: Any) -> dict[Any, Any]:
+def _entries(packed: Tree) -> dict[object, Tree]:
     return dict(_items(packed, "table"))
 
 
@@ -237,7 +243,7 @@ def _plain(packed: Any) -> Any:
     """The value of a tree without tensors. Raises ValueError."""
     if not isinstance(packed, dict):
         return packed
-    ((kind, inside),) = cast("dict[str, Any]", packed).items()
+    ((kind, inside),) = packed.items()
     match kind:
         case "table":
             return {key: _plain(value) for key, value in inside}
@@ -251,16 +257,16 @@ def _plain(packed: Any) -> Any:
             raise ValueError(f"{quoted(kind)} where a plain value was expected")
 
 
-def _fitted(wanted: Any, saved: Any, file: TensorReader, name: str) -> Any:
+def _fitted(wanted: Tree, saved: Tree, file: TensorReader, name: str) -> Any:
     """The saved value, if it is such a one as `wanted`, whose own tensors take the saved numbers.
 
     A parameter that got no gradient yet has no entry in its optimiser. Plain values that only one of the two has are options
     of another version of torch: what is wanted stays.
     """
     if isinstance(wanted, Tensor):
-        if not isinstance(saved, dict) or not isinstance(saved.get("tensor"), str):
+        key = table_of(saved).get("tensor")
+        if not isinstance(key, str):
             raise _other(file.path, f"{name} is no tensor")
-        key = cast("dict[str, str]", saved)["tensor"]
         dtype, shape = file.describe(key)
         if (dtype, shape) != (wanted.dtype, tuple(wanted.shape)):
             raise _other(file.path, f"{name} is {dtype} {list(shape)}, not {wanted.dtype} {list(wanted.shape)}")
@@ -269,11 +275,11 @@ def _fitted(wanted: Any, saved: Any, file: TensorReader, name: str) -> Any:
         return wanted
     if isinstance(wanted, Mapping):
         entries = _entries(saved)
-        known = cast("Mapping[Any, Any]", wanted)
+        known = cast("Mapping[object, Tree]", wanted)
         strange = [key for key, value in entries.items() if key not in known and _has_tensors(value)]
         if strange:
             raise _other(file.path, f"{name} has {quoted(strange[0])} too")
-        found: dict[Any, Any] = {}
+        found: dict[object, Tree] = {}
         for key, value in known.items():
             if key in entries:
                 found[key] = _fitted(value, entries[key], file, f"{name}/{key}")
@@ -283,7 +289,7 @@ def _fitted(wanted: Any, saved: Any, file: TensorReader, name: str) -> Any:
                 found[key] = value
         return found
     if isinstance(wanted, (list, tuple)):
-        items = cast("list[Any]", wanted)
+        items = cast("list[Tree]", wanted)
         others = _items(saved, "list" if isinstance(wanted, list) else "tuple")
         if len(items) != len(others):
             raise _other(file.path, f"{name} has {len(others)} entries, not {len(items)}")
@@ -291,15 +297,19 @@ def _fitted(wanted: Any, saved: Any, file: TensorReader, name: str) -> Any:
         made = [_fitted(one, other, file, f"{name}/{number}") for number, (one, other) in pairs]
         return made if isinstance(wanted, list) else tuple(made)
     value = _plain(saved)
-    numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in (wanted, value))
-    if not (numbers or type(value) is type(wanted)):
+    if _is_number(wanted) and _is_number(value):
+        if not math.isfinite(value) and math.isfinite(wanted):
+            raise _other(file.path, f"{name} is {value}")
+    elif type(value) is not type(wanted):
         raise _other(file.path, f"{name} is {quoted(value)}, not such as {quoted(wanted)}")
-    if numbers and not math.isfinite(value) and math.isfinite(wanted):
-        raise _other(file.path, f"{name} is {value}")
     return value
 
 
-def _has_tensors(packed: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _has_tensors(packed: Tree) -> bool:
     return '"tensor"' in json.dumps(packed)
 
 

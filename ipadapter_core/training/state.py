@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, cast
+from typing import Protocol, TypeGuard, TypeVar
 
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, quoted
-from ..files.text import read_json, regular_file
+from ..files.text import read_json, regular_file, table_of
 from .config import OutputConfig, RunConfig
 from .locks import locked
 from .saved_state import TRAINING
@@ -37,6 +37,9 @@ EXTENDABLE = {
     ("lora", "start_from"),
 }  # fmt: skip
 """Keys that may change too: places, and how long the run is."""
+
+
+Kind = TypeVar("Kind")
 
 
 class Savable(Protocol):
@@ -100,7 +103,7 @@ class RunFolder:
         """Where the state of a step is written before it counts."""
         return self.path / f"state-{step:08d}.unfinished"
 
-    def finish(self, step: int, run: Mapping[str, Any]) -> Path:
+    def finish(self, step: int, run: Mapping[str, object]) -> Path:
         """Make a written state count (one rename), then drop older ones. Its note has a checksum of every file."""
         folder = self.unfinished(step)
         files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != NOTE)
@@ -215,15 +218,17 @@ class ResultFiles:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A finished state: after which step, in which folder, and what was noted of the run: `config`, `processes`, `files`."""
+    """A finished state: after which step, in which folder, and what was noted of its run. `files` are checksums by name."""
 
     step: int
     folder: Path
-    note: Mapping[str, Any]
+    config: Mapping[str, Mapping[str, object]]
+    processes: int
+    files: Mapping[str, str]
 
     def verify(self) -> None:
         """Compare every file with its checksum. Raises CorruptFileError, FileNotFoundError, OSError."""
-        for name, wanted in self.note["files"].items():
+        for name, wanted in self.files.items():
             if checksum(self.folder / name) != wanted:
                 raise CorruptFileError(f"{quoted(name)} is damaged: it is not what was saved")
 
@@ -234,8 +239,7 @@ class PickledStateError(InvalidInputError):
 
 def read_state(step: int, folder: Path) -> Saved:
     """A state by its note. Raises CorruptFileError, FileNotFoundError, InvalidInputError, and PickledStateError."""
-    note = read_json(folder / NOTE)
-    values = cast("dict[str, Any]", note) if isinstance(note, dict) else {}
+    values = table_of(read_json(folder / NOTE))
     if "config" in values and "files" not in values:
         raise PickledStateError(
             f"{quoted(folder)} was saved by an older version, as pickles, which can run code when they are opened; finish this "
@@ -243,25 +247,25 @@ def read_state(step: int, folder: Path) -> Saved:
             "(adapter.start_from, lora.start_from)"
         )
     claimed = values.pop("checksum", None)
-    files, config = values.get("files"), values.get("config")
+    files, config, processes = values.get("files"), values.get("config"), values.get("processes")
     if (
         claimed != _digest_of(values)
         or not _is_table(files, str)
         or not _is_table(config, dict)
         or TRAINING not in files
         or any(Path(name).name != name for name in files)
-        or type(values.get("processes")) is not int
+        or type(processes) is not int
         or values.get("step") != step
     ):
         raise CorruptFileError(f"{NOTE} is damaged: it is not what was saved")
-    return Saved(step, folder, values)
+    return Saved(step, folder, config, processes, files)
 
 
-def _is_table(value: object, kind: type) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict) and all(isinstance(one, kind) for one in cast("dict[str, object]", value).values())
+def _is_table(value: object, kind: type[Kind]) -> TypeGuard[dict[str, Kind]]:
+    return isinstance(value, dict) and all(isinstance(one, kind) for one in table_of(value).values())
 
 
-def write_note(folder: Path, note: Mapping[str, Any]) -> None:
+def write_note(folder: Path, note: Mapping[str, object]) -> None:
     """Write what is noted of a state, with a checksum of itself."""
     text = json.dumps({**note, "checksum": _digest_of(note)}, indent=1)
     (folder / NOTE).write_text(text, encoding="utf-8")
@@ -276,7 +280,7 @@ def checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest_of(note: Mapping[str, Any]) -> str:
+def _digest_of(note: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
 
 
@@ -288,19 +292,19 @@ def _put_aside(folder: Path) -> None:
     os.replace(folder, aside)
 
 
-def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path, processes: int = 1) -> str:
+def check_same_run(config: RunConfig, before: Saved, processes: int = 1) -> str:
     """What another number of processes changes, in words; empty for the same number.
 
     Raises InvalidInputError when a state belongs to a run whose settings shaped it differently.
     """
     now, defaults = (json.loads(json.dumps(one.as_dict())) for one in (config, RunConfig()))
 
-    def was(section: str, key: str) -> Any:
+    def was(section: str, key: str) -> object:
         # a run of an older version, which lacked the key, ran as its default does
-        return before["config"].get(section, {}).get(key, defaults[section][key])
+        return before.config.get(section, {}).get(key, defaults[section][key])
 
-    other: int = before["processes"]
-    batch, together = config.train.batch, (other * was("train", "batch"), processes * config.train.batch)
+    other, batch, earlier = before.processes, config.train.batch, was("train", "batch")
+    together = (other * earlier if isinstance(earlier, int) else 0, processes * batch)
     same_samples = other != processes and together[0] == together[1]
     changed = [
         f"{section}.{key}: {was(section, key)!r} → {value!r}"
@@ -313,12 +317,12 @@ def check_same_run(config: RunConfig, before: Mapping[str, Any], folder: Path, p
     ]
     if changed:
         raise InvalidInputError(
-            f"{folder.parent} holds a run with other settings ({'; '.join(changed)[:400]}); "
+            f"{before.folder.parent} holds a run with other settings ({'; '.join(changed)[:400]}); "
             "choose another output.folder, or set them back to go on"
         )
     if other == processes:
         return ""
-    text = f"processes: {other} of batch {was('train', 'batch')} → {processes} of batch {batch}; "
+    text = f"processes: {other} of batch {earlier} → {processes} of batch {batch}; "
     if same_samples:
         return text + f"{together[0]} samples at a time as before, whose gradients are summed in another order"
     keeps = "" if together[0] % processes else f"; train.batch={together[0] // processes} would have kept both"

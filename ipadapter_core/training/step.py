@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .batches import Batch, Nothing
 from .frozen import FrozenBase
 from .objectives import Objective
+from .optimizers import Group
 from .order import NoiseDraws
 
 
@@ -21,7 +20,7 @@ class Step(nn.Module):
         """The part that is averaged and saved."""
         return self
 
-    def groups(self, lr: float) -> list[dict[str, Any]]:
+    def groups(self, lr: float) -> list[Group]:
         """The parameters that learn, in torch's groups with a rate each; `lr` is the run's."""
         return [{"params": [p for p in self.learned.parameters() if p.requires_grad], "lr": lr}]
 

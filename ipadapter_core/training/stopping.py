@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
 
 STOP_WITH_PARENT = "IPADAPTER_STOP_WITH_PARENT"
 """Set in the environment of a child process: it saves and ends when the process that started it is gone."""
@@ -26,7 +25,7 @@ def asked_to_stop() -> Generator[Callable[[], bool]]:
     """While inside, these signals only leave a note; a second Ctrl-C is a Ctrl-C."""
     asked = threading.Event()
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int, frame: object) -> None:
         asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -38,7 +37,7 @@ def asked_to_stop() -> Generator[Callable[[], bool]]:
 def interruptible(what: str) -> Generator[None]:
     """While inside, these signals raise KeyboardInterrupt with a sentence: `what` is kept of the work, and how to go on."""
 
-    def interrupt(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(f"interrupted by {signal.Signals(number).name}; {what}")
 
     with _handled_by(interrupt):
@@ -46,7 +45,7 @@ def interruptible(what: str) -> Generator[None]:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, Any], None]) -> Generator[None]:
+def _handled_by(handler: Callable[[int, object], None]) -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

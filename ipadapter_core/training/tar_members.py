@@ -6,11 +6,11 @@ A shard comes from strangers: only plain files in it are looked at, and no heade
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Container, Iterator
+from typing import IO
 
 from ..errors import AdapterError, CorruptFileError, reason
-from ..files.text import parse_json
+from ..files.text import parse_json, table_of
 from ..images.files import EXTENSIONS, MAX_FILE, shown
 from .captions import CAPTIONS, MAX_CAPTION_FILE, caption_of, decode_caption
 
@@ -26,7 +26,7 @@ class Member(tarfile.TarInfo):
     """A member whose header is believed only as far as it can be true."""
 
     @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Member:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Member:
         member = super().frombuf(buf, encoding, errors)
         if member.size < 0 or (member.type in _HEADERS and member.size > MAX_HEADER):
             raise CorruptFileError(f"a header in it declares {member.size:,} bytes")
@@ -39,11 +39,11 @@ class UntilItsEnd:
     tarfile skips a member of any declared size block by block, also long after the end: 2^60 bytes would take centuries.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.empty = stream, 0
 
     def read(self, size: int) -> bytes:
-        content: bytes = self.stream.read(size)
+        content = self.stream.read(size)
         self.empty = 0 if content else self.empty + 1
         if self.empty > 100:
             raise EOFError("it ends before the members that it declares")
@@ -72,7 +72,7 @@ def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) ->
     return file.read()
 
 
-def picture_in(members: Any) -> str | None:
+def picture_in(members: Container[str]) -> str | None:
     """The extension of the picture among a sample's members."""
     return next((extension for extension in EXTENSIONS if extension in members), None)
 
@@ -108,8 +108,7 @@ def caption_and_subject(
     if ".json" not in texts:
         return caption, ""
     try:
-        values: Any = parse_json(_small(texts[".json"], name + ".json"), name + ".json", constants=True)
-        values = cast("dict[str, Any]", values) if isinstance(values, dict) else {}
+        values = table_of(parse_json(_small(texts[".json"], name + ".json"), name + ".json", constants=True))
         if caption is None:
             caption = caption_of(values.get(caption_key), name + ".json")
         return caption, caption_of(values.get("subject"), name + ".json") or ""
