@@ -41,7 +41,7 @@ class Rules:
     encoders' own processor does it; masks on references are cut and resized apart and multiply normalised pixels. Values
     outside 0..1 (HDR) are clipped, where the correct mode refuses those far outside: they are no picture as users see it."""
 
-    stretched_masks: Literal["", "bilinear", "bicubic"] = ""
+    stretched_masks: Literal["bilinear", "bicubic"] | None = None
     """A region mask is stretched straight to a guessed size of each attention's token grid (old: V2 bilinear, V1
     bicubic), padded or cut as a flat row where the guess is wrong, and stretched over the crop where only an area is
     sampled. NaN in it is 0 (the old pack painted black). Correct: averaged over exactly the cells that a token covers, in the

@@ -18,13 +18,13 @@ Allowed = Callable[[str], str | Path]
 """Gives a path back that may be read, and raises InvalidInputError for any other."""
 
 MAX_NAME = 100
-"""Characters of a file name; the trainer appends steps and extensions to it."""
+"""Most characters of a file name; the trainer appends steps and extensions to it."""
 
 MAX_NAME_BYTES = 180
-"""Of a file name in UTF-8: most file systems stop at 255, and extensions come behind it."""
+"""Most bytes of a file name in UTF-8: most file systems stop at 255, and extensions come behind it."""
 
 MAX_PATH = 1000
-"""Characters of a path."""
+"""Most characters of a path."""
 
 # no name on Windows, a pattern elsewhere, or another place: "/", "\\", a drive, a stream
 _FORBIDDEN = '/\\:*?"<>|[]'

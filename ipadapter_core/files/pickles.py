@@ -20,13 +20,13 @@ import torch
 from ..errors import AdapterError, CorruptFileError, UnsafeFileError, one_line, quoted, reason
 
 MAX_PICKLE_BYTES = 64 * 2**20
-"""Of a pickle without its tensors; that of a full checkpoint has under a megabyte."""
+"""Most bytes of a pickle without its tensors. The pickle of a full checkpoint has under a megabyte."""
 
 MAX_OPCODES = 500_000
-"""Steps of a pickle; a tensor takes about thirty."""
+"""Most steps of a pickle. A tensor takes about thirty."""
 
 MAX_DIRECTORY_BYTES = 8 * 2**20
-"""Of a zip archive's list of members; a member takes about a hundred."""
+"""Most bytes of a zip archive's list of members. A member takes about a hundred."""
 
 DAMAGED = "it is damaged or was not downloaded completely; download it again"
 MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization, before every pickle of the format of before 1.6
@@ -167,7 +167,7 @@ def read_legacy(file: BinaryIO, name: str, size: int) -> Pickled:
 
 
 class _Sparing:
-    """A file for zipfile, which reads the whole list of members at once, as long as a file says that it is."""
+    """A file for zipfile that refuses a long list of members: zipfile reads the whole list at once, however long it claims to be."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell, self._read = file.seek, file.tell, file.read
@@ -179,7 +179,7 @@ class _Sparing:
 
 
 def _place(file: BinaryIO, member: zipfile.ZipInfo, name: str, size: int) -> Place:
-    """Where a member's bytes lie: behind a header of its own, whose length only that tells."""
+    """Where a member's bytes lie. The member's own header precedes them, and only that header tells its length."""
     inside = 0 <= member.header_offset < size
     head = _bytes_of(file, Place(member.header_offset, 30), 30) if inside else b""
     begin = member.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")

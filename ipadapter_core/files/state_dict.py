@@ -1,6 +1,6 @@
 """Files of weights, opened safely: raw bytes in, flat `{key: tensor}` out, whatever the container.
 
-What a file is decides its first bytes, not its extension. Nothing here knows what an adapter is.
+The first bytes of a file decide how it is read, not its extension. Nothing here knows what an adapter is.
 
 Tensors are read into memory of their own. A mapped file would cost as much once its weights are used, and whoever truncates it
 meanwhile (a download that starts again, a trainer that writes) kills the whole process.
@@ -29,17 +29,17 @@ Source = str | os.PathLike[str] | Mapping[str, object]
 
 MAX_DEPTH = 8
 MAX_ENTRIES = 50_000
-"""Levels and entries of tables: a pickle of a kilobyte can hold a cycle, or a tree of 10^14 leaves. Full checkpoints with their
+"""Most levels and entries of tables: a pickle of a kilobyte can hold a cycle, or a tree of 10^14 leaves. Full checkpoints with their
 averages have five thousand entries; to look at fifty thousand takes a second."""
 
 LONGEST_KEY = 1000
-"""Characters in the name of a tensor."""
+"""Most characters in the name of a tensor."""
 
 MAX_SHARING = 4
-"""How many times over a pickle's tensors may show the bytes of its file."""
+"""The tensors of a pickle are views and may overlap: together they may have so many times the bytes of their file."""
 
 MAX_HEADER_BYTES = 32 * 2**20
-"""Of a safetensors file's JSON. The specification allows 100 MB; read by Python they could become gigabytes, and those of the
+"""Most bytes of the JSON in a safetensors file. The specification allows 100 MB; read by Python they could become gigabytes, and those of the
 largest models with all their training metadata have one."""
 
 # https://github.com/huggingface/safetensors, README "Format"
@@ -188,7 +188,7 @@ LONGEST_NAME = 200
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where a tensor's numbers lie in a file, and how it shows them."""
+    """The place of a tensor's numbers in a file, and the type, shape and stride in which it shows them."""
 
     place: Place
     dtype: torch.dtype
@@ -441,7 +441,7 @@ def _bytes_at(file: BinaryIO, place: Place, name: str) -> Tensor:
 
 
 def _leaves(mapping: Mapping[Any, object], name: str) -> Iterator[tuple[str, object]]:
-    """The values of nested tables under flat keys; of those with other keys than text and numbers nothing."""
+    """The values of nested tables under flat keys. Entries whose key is neither a text nor a number are left out."""
     for visited, (key, value) in enumerate(_nodes(mapping, "", 0, name)):
         if visited >= MAX_ENTRIES:
             raise CorruptFileError(f"{name} has over {MAX_ENTRIES:,} entries, far more than any model: {DAMAGED}.")

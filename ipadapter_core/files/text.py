@@ -15,13 +15,13 @@ from typing import Any, cast
 from ..errors import CorruptFileError, InvalidInputError, quoted, reason
 
 MAX_BYTES = 64 * 2**20
-"""Of a text file; the largest lists of pictures that people train from have a tenth of that."""
+"""Most bytes of a text file. The largest lists of pictures that people train from have a tenth of that."""
 
 MAX_DEPTH = 200
-"""Levels of brackets in a JSON text. Python's reader fails with an exception of its own a little above that."""
+"""Most levels of brackets in a JSON text. Python's reader fails with an exception of its own a little above that."""
 
 MAX_DIGITS = 400
-"""Of one number; the largest double has 309, and Python refuses to read integers of 4,300."""
+"""Most digits of one number. The largest double has 309, and Python refuses to read integers of 4,300."""
 
 # the longer marks first: that of UTF-32 begins with that of UTF-16
 _MARKS = (
@@ -164,7 +164,7 @@ def _decoded(content: bytes, encoding: str, name: str | Path) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without marks (programs that append marked texts leave several) and with one kind of line end."""
+    """The text without byte order marks (programs that append marked texts leave several), lines ending in a line feed."""
     return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -24,7 +24,7 @@ Timing = Literal["custom", "linear", "ease_in_out", "ease_in", "ease_out", "rand
 Method = Literal["full batch", "shift batches", "alternate batches"]
 
 MOST_BYTES = 32 * 2**30
-"""Of the references of all frames together, which are copies of one another."""
+"""Most bytes of the references of all frames together, which are copies of one another."""
 
 _COUNTS = ("frames", "start_frame", "end_frame", "add_starting_frames", "add_ending_frames", "frame_count")
 

@@ -102,7 +102,7 @@ class LegacySettings:
         )
 
     def schedules_of_two(self) -> tuple[WeightSchedule, WeightSchedule]:
-        """Schedules of a style and of a composition image: the sites of one are the gaps of the other."""
+        """Schedules of a style and of a composition image. Each acts at the sites at which the other does not."""
         whole = self.schedule()
         return (
             replace(whole, site_factors=(SiteRule("composition", 0.0),)),

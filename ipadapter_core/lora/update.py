@@ -99,7 +99,7 @@ class Layer:
         return vector.reshape(-1, *[1] * (like.ndim - 2)) if second else vector
 
     def ghost(self, like: Tensor) -> Tensor:
-        """Something of the weight's shape and ``like``'s dtype and device that takes no memory."""
+        """A tensor of the weight's shape and ``like``'s dtype and device. It takes no memory: every entry is the same number."""
         return like.new_empty(1).expand(self.shape)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """What is trained. With `start_from` the file says all of it, but for nothing else."""
+    """The adapter that is trained. With `start_from` its sizes are those of that file, and the family must be the file's."""
 
     family: Family = "base"
     start_from: str = ""

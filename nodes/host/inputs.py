@@ -21,12 +21,12 @@ from ...ipadapter_core.files.text import check_length
 from .adapters import ManagedAdapter
 
 LINE, TEXT = 10_000, 100_000
-"""Characters of a text widget of one line, and of several."""
+"""Most characters of a text widget of one line, and of several."""
 LONGER = {"captions": 1_000_000}
 ENTRIES = 100_000
-"""Numbers in a list that takes the place of one, as the old pack's weights over frames."""
+"""Most numbers in a list that takes the place of one number, as the old pack's weights over frames."""
 BEYOND = 1000
-"""So many times a widget's limits a linked float may have: artists exceed them on purpose, overflows do so by far."""
+"""A linked float may exceed a widget's limits by this factor: artists exceed them on purpose, overflows do so by far."""
 
 _TENSORS = {"IMAGE": (4,), "MASK": (2, 3, 4), "EMBEDS": (2, 3, 4)}
 """Sockets that carry tensors, and how many axes these have; embeds of before March 2024 are pairs."""

@@ -42,9 +42,9 @@ TRAIN_PYTHON = "IPADAPTER_TRAIN_PYTHON"
 """Environment variable: the Python that trains, where ComfyUI's own lacks diffusers and accelerate."""
 
 CAPTIONS = 1_000_000
-"""Characters of a graph's captions."""
+"""Most characters of a graph's captions."""
 IMAGES = 10_000
-"""Pictures that a graph may hand over as images, which are written to the disk."""
+"""Most pictures that a graph may hand over as images; they are written to the disk."""
 
 
 def model_folders(marker: str, *kinds: str) -> dict[str, Path]:
