@@ -254,12 +254,12 @@ def _claim(file: TensorFile) -> Format:
 
 
 def _nearest(file: TensorFile) -> Format | None:
-    """The format to which most of the image_proj keys belong, if that is more than half of them."""
+    """The format to which most of the image_proj keys belong, if its own is among them or more than half of them do."""
     keys = [key for key in file.tensors if key.startswith("image_proj.")]
     counts = {format: sum(map(format.allows, keys)) for format in FORMATS if format.marks(file)}
     most = max(counts.values(), default=0)
     near = _foremost(format for format, count in counts.items() if count == most)
-    return near[0] if 2 * most > len(keys) else None
+    return next((format for format in near if format.resembles(file.tensors) or 2 * most > len(keys)), None)
 
 
 def _strangeness(near: Format, state: StateDict) -> AdapterError:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,10 @@ from ..errors import (
     quoted,
     reason,
 )
+from ..features import CLIP_MEAN, CLIP_STD, ENCODERS, ImageFeatures, Rgb
 from ..files.state_dict import describe_state_dict, open_state_dict
 from ..files.text import read_json
 from ..quiet import quietly
-
-if TYPE_CHECKING:
-    pass
-from ..features import CLIP_MEAN, CLIP_STD, ENCODERS, ImageFeatures, Rgb
 
 
 class TransformersImageEncoder:

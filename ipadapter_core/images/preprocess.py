@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,6 @@ from torch import Tensor
 from ..errors import (
     InvalidInputError,
 )
-
-if TYPE_CHECKING:
-    pass
 from ..features import Crop, TakesPixels
 
 LONGEST_STRIP = 8

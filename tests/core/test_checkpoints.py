@@ -27,7 +27,16 @@ from ipadapter_core.checkpoints import (
 )
 from ipadapter_core.checkpoints import format as formats_of_checkpoints
 from ipadapter_core.checkpoints.containers import normalise
-from ipadapter_core.checkpoints.format import EncoderSizes, Format, checkpoint_key, module_key
+from ipadapter_core.checkpoints.format import (
+    LAYER_KEY,
+    AdapterSpec,
+    EncoderSizes,
+    Format,
+    checkpoint_key,
+    module_key,
+    shape_of,
+)
+from ipadapter_core.checkpoints.projectors import Operations
 from ipadapter_core.errors import (
     AdapterError,
     CorruptFileError,
@@ -35,7 +44,9 @@ from ipadapter_core.errors import (
     InvalidInputError,
     UnknownFormatError,
 )
+from ipadapter_core.features import IMAGE_EMBEDS
 from ipadapter_core.files.state_dict import TensorFile
+from ipadapter_core.prompt.encode import prompt_from_features
 from ipadapter_core.report import describe_spec, spec_facts
 from ipadapter_core.training.config import AdapterConfig
 from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, nested, tiny_state
@@ -395,17 +406,49 @@ def test_two_claims_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
         load_adapter(tiny_state("base"))
 
 
-def test_one_line_in_formats_adds_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = {**face_projector(), **without_projector()}
+class Toy(Format):
+    """A family of its own: one linear layer as projector, and image layers with biases."""
 
-    def parse(self: Format, file: TensorFile) -> None:
-        raise CorruptFileError("claimed by faceid")
+    name, label, feature, unconditional = "toy", "toy (one matrix)", IMAGE_EMBEDS, "zero_embeds"
+    anchor, allowed = "matrix.weight", re.compile(r"matrix\.weight")
+    layer_keys = re.compile(LAYER_KEY.pattern.replace("weight", "(weight|bias)"))
 
-    allowed = re.compile(r"proj\.[02]\.(weight|bias)|norm\.weight")
-    faceid = derived(FORMATS[0], name="faceid", anchor="proj.2.weight", allowed=allowed, parse=parse)
-    monkeypatch.setattr(checkpoints, "FORMATS", (*FORMATS[:3], faceid))
-    with pytest.raises(CorruptFileError, match="claimed by faceid"):
+    def parse(self, file: TensorFile) -> AdapterSpec:
+        width, feature_dim = shape_of(file.tensors, key := "image_proj.matrix.weight", rank=2)
+        return self.spec(file.tensors, key, num_tokens=1, feature_dim=feature_dim, options={"width": width})
+
+    def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
+        return nn.ModuleDict({"matrix": operations.Linear(spec.feature_dim, spec.token_dim, bias=False)})
+
+    def layers(self, spec: AdapterSpec, operations: Operations) -> tuple[nn.ModuleList, nn.ModuleList]:
+        k, v = (nn.ModuleList(operations.Linear(spec.token_dim, c) for c in spec.layer_channels) for _ in range(2))
+        return k, v
+
+    def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
+        return projector.get_submodule("matrix")(features)[:, None]
+
+
+def test_one_class_and_one_line_in_formats_add_a_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layers = {key: t for key, t in tiny_state("base").items() if key.startswith("ip_adapter.")}
+    biases = {key.replace("weight", "bias"): torch.ones(len(t)) for key, t in layers.items()}
+    state = {"image_proj.matrix.weight": torch.randn(32, 24), **layers, **biases}
+    with pytest.raises(UnknownFormatError):
         load_adapter(state)
+    monkeypatch.setattr(checkpoints, "FORMATS", (*FORMATS, Toy()))
+    adapter = load_adapter(save_adapter(load_adapter(state), tmp_path / "a.safetensors"))
+    assert all(torch.equal(t, state[key]) for key, t in adapter.module.checkpoint_state().items())
+    assert "toy (one matrix)" in describe_spec(adapter.spec, "a")
+    features = torch.randn(2, 24)
+    prompt = prompt_from_features(adapter, features, torch.zeros(1, 24))
+    torch.testing.assert_close(prompt.cond, (features @ state["image_proj.matrix.weight"].T)[None])
+    key, _ = adapter.key_value(0, torch.zeros(1, 1, 32))
+    assert torch.equal(key, torch.ones(1, 1, 8))
+    with pytest.raises(
+        CorruptFileError, match=r"\(toy adapter\): of its 13 tensors these are missing: ip_adapter.3.to_v_ip.bias"
+    ):
+        load_adapter({k: t for k, t in state.items() if k != "ip_adapter.3.to_v_ip.bias"})
+    with pytest.raises(UnknownFormatError, match=r"resembles the family toy but has keys .*: image_proj\.more"):
+        load_adapter({**state, "image_proj.more": torch.ones(1)})
 
 
 # --- incomplete and damaged sets ---------------------------------------------------------------------------------
