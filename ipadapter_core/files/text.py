@@ -138,6 +138,11 @@ def parse_json(text: str | bytes, name: str | Path, *, constants: bool = False) 
         raise CorruptFileError(f"{quoted(name)} is not valid JSON ({reason(error)})") from None
 
 
+def as_table(value: object) -> dict[str, object]:
+    """A JSON value, if it is a table; else an empty one."""
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file. Raises as ``read_text`` and ``parse_json`` do."""
     return parse_json(read_text(path), Path(path))

@@ -58,12 +58,12 @@ def to_tensors(
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None, stem: str) -> Tensor:
-    cast = tensor.to(dtype)
-    if not bool(torch.isfinite(cast).all()):
+    narrow = tensor.to(dtype)
+    if not bool(torch.isfinite(narrow).all()):
         raise InvalidInputError(
             f"{quoted(stem)} has numbers too large for {str(dtype).removeprefix('torch.')}; write bfloat16 or float32"
         )
-    return cast
+    return narrow
 
 
 def stem_of(module: LoRAModule, pair: tuple[str, str] | None, key_format: KeyFormat, *, sdxl: bool = False) -> str:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, quoted
 from ..files.state_dict import Source
-from ..files.text import parse_json
+from ..files.text import as_table, parse_json
 from .base_names import by_name, unet_paths
 from .formats import describe_lora, load_lora
 from .selector import TYPES
 from .targets import Target
 from .weights import LoRAModule, LoRAWeights, left_out_lines
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 COLUMNS = (
     "attn1 q",
@@ -37,16 +41,53 @@ COLUMNS = (
 """Columns of the heat map, in the selector's words; the last one is all else."""
 
 
-def lora_facts(source: Source, *, name: str | None = None) -> dict[str, object]:
+class ModuleFacts(TypedDict):
+    """One module: its name in the file, part, algorithm, rank, alpha, the scale that they make, what decided the alpha."""
+
+    module: str
+    component: str
+    algorithm: str
+    rank: int | None
+    alpha: float | None
+    scale: float | None
+    alpha_from: str
+    bias: bool
+
+
+class LoRAFacts(TypedDict):
+    """A file in plain values for JSON; ``spelling`` is the older name of ``key_format``."""
+
+    name: str
+    base_model: str
+    key_format: str
+    spelling: str
+    modules: dict[str, int]
+    algorithms: dict[str, int]
+    ranks: dict[str, int]
+    biases: int
+    parameters: int
+    unknown_keys: list[str]
+    left_out: list[dict[str, str]]
+    left_out_count: int
+    not_applied: list[str]
+    notes: list[str]
+    alpha_from: dict[str, int]
+    module_table: list[ModuleFacts]
+    trigger_words: list[str]
+    tags: dict[str, int]
+    training: dict[str, str]
+
+
+def lora_facts(source: Source, *, name: str | None = None) -> LoRAFacts:
     """Plain values for JSON; of the numbers only alphas are read."""
     return facts_of(describe_lora(source, name=name))
 
 
-def facts_of(weights: LoRAWeights) -> dict[str, object]:
+def facts_of(weights: LoRAWeights) -> LoRAFacts:
     """The same of a parsed LoRA."""
     updates = [m.weight for m in weights.modules if m.weight is not None]
     ranks = Counter(u.rank for u in updates if u.rank is not None)
-    components = Counter(m.component for m in weights.modules)
+    components = Counter[str](m.component for m in weights.modules)
     return {
         "name": weights.name,
         "base_model": weights.base_model,
@@ -74,8 +115,8 @@ LISTED = 1000
 """Of what is left out, entries that are listed one by one."""
 
 
-def module_facts(module: LoRAModule) -> dict[str, object]:
-    """One module: its name in the file, part, algorithm, rank, alpha, the scale that they make, what decided the alpha."""
+def module_facts(module: LoRAModule) -> ModuleFacts:
+    """What is to be said of one module."""
     update = module.weight
     return {
         "module": module.stem,
@@ -110,10 +151,9 @@ def training_tags(metadata: Mapping[str, str], count: int) -> list[tuple[str, in
     """The most frequent caption tags of the training, with their counts."""
     tags: Counter[str] = Counter()
     for folder in _table(metadata.get("ss_tag_frequency")).values():
-        if isinstance(folder, dict):
-            for tag, number in cast("dict[str, Any]", folder).items():
-                if isinstance(number, int):
-                    tags[tag.strip()] += number
+        for tag, number in as_table(folder).items():
+            if isinstance(number, int):
+                tags[tag.strip()] += number
     return tags.most_common(count)
 
 
@@ -121,41 +161,39 @@ MAX_TABLE = 16 * 2**20
 """Characters of a table in a header; those of the largest training sets have a tenth of that."""
 
 
-def _table(text: str | None) -> dict[str, Any]:
+def _table(text: str | None) -> dict[str, object]:
     try:
-        value: object = parse_json(text, "ss_tag_frequency") if text and len(text) <= MAX_TABLE else {}
+        return as_table(parse_json(text, "ss_tag_frequency")) if text and len(text) <= MAX_TABLE else {}
     except CorruptFileError:
         return {}
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
-def describe_facts(facts: Mapping[str, object]) -> str:
+def describe_facts(facts: LoRAFacts) -> str:
     """The facts as lines of text."""
 
-    def pairs(key: str) -> str:
-        table = cast("Mapping[str, object]", facts[key])
+    def pairs(table: Mapping[str, int]) -> str:
         return ", ".join(f"{name} × {count}" for name, count in table.items()) or "none"
 
     lines = [
-        str(facts["name"]),
+        facts["name"],
         f"  base model     {facts['base_model']}",
         f"  key format     {facts['key_format']}",
-        f"  algorithms     {pairs('algorithms')}",
-        f"  ranks          {pairs('ranks')}",
-        f"  modules        {pairs('modules')}" + (f", {facts['biases']} biases" if facts["biases"] else ""),
+        f"  algorithms     {pairs(facts['algorithms'])}",
+        f"  ranks          {pairs(facts['ranks'])}",
+        f"  modules        {pairs(facts['modules'])}" + (f", {facts['biases']} biases" if facts["biases"] else ""),
         f"  parameters     {facts['parameters']:,}",
-        f"  alpha from     {pairs('alpha_from')}",
+        f"  alpha from     {pairs(facts['alpha_from'])}",
     ]
-    words = cast("list[str]", facts["trigger_words"])
+    words = facts["trigger_words"]
     if words:
         lines.append(f"  trigger words  {_shown(', '.join(words[:50]))}")
-    tags = cast("dict[str, int]", facts["tags"])
+    tags = facts["tags"]
     if tags:
         lines.append(f"  training tags  {', '.join(f'{_shown(tag, 60)} ({n})' for tag, n in list(tags.items())[:12])}")
-    lines += [f"  {key:<22} {_shown(value)}" for key, value in cast("dict[str, str]", facts["training"]).items()]
-    lines += [f"  not applied    {line}" for line in cast("list[str]", facts["not_applied"])]
-    lines += [f"  note           {line}" for line in cast("list[str]", facts["notes"])]
-    return "\n".join([*lines, *_module_lines(cast("list[dict[str, Any]]", facts["module_table"]))])
+    lines += [f"  {key:<22} {_shown(value)}" for key, value in facts["training"].items()]
+    lines += [f"  not applied    {line}" for line in facts["not_applied"]]
+    lines += [f"  note           {line}" for line in facts["notes"]]
+    return "\n".join([*lines, *_module_lines(facts["module_table"])])
 
 
 def _shown(text: str, limit: int = 300) -> str:
@@ -166,12 +204,12 @@ def _shown(text: str, limit: int = 300) -> str:
 TABLE_ROWS = 40
 
 
-def _module_lines(modules: list[dict[str, Any]]) -> list[str]:
+def _module_lines(modules: Sequence[ModuleFacts]) -> list[str]:
     """Scale, alpha and rank: modules that agree in all of it are one row."""
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for module in modules:
-        key = tuple(module[name] for name in ("component", "algorithm", "rank", "alpha", "scale", "alpha_from"))
-        groups.setdefault(key, []).append(module["module"])
+    groups: dict[tuple[str, str, int | None, float | None, float | None, str], list[str]] = {}
+    for m in modules:
+        key = (m["component"], m["algorithm"], m["rank"], m["alpha"], m["scale"], m["alpha_from"])
+        groups.setdefault(key, []).append(m["module"])
     rows = [f"  {'part':<6}{'algorithm':<14}{'rank':>5}{'alpha':>9}{'scale':>9}  {'alpha from':<20} modules"]
     for (part, algorithm, rank, alpha, scale, origin), names in list(groups.items())[:TABLE_ROWS]:
         numbers = "".join(
@@ -211,7 +249,7 @@ class HeatMap:
 
     blocks: tuple[str, ...]
     columns: tuple[str, ...]
-    values: np.ndarray[Any, np.dtype[np.float64]]
+    values: NDArray[np.float64]
 
     def text(self) -> str:
         """A table of the numbers."""
@@ -259,7 +297,7 @@ MAX_ROWS = 300
 """Blocks that are drawn; Flux, the deepest model, has 57."""
 
 
-def draw_heat_map(heat: HeatMap, title: str, cell: tuple[int, int] = (74, 22)) -> Any:
+def draw_heat_map(heat: HeatMap, title: str, cell: tuple[int, int] = (74, 22)) -> Image.Image:
     """The map as a Pillow picture: dark is weak, bright is strong, grey is absent; numbers in 1/1000."""
     from PIL import Image, ImageDraw
 

@@ -10,9 +10,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 from ..errors import UnknownFormatError, quoted
+from ..files.text import as_table
 from .name_patterns import NamePatterns, full_match
 from .names import part_and_path
 
@@ -89,7 +90,7 @@ class Scale:
 class PeftConfig:
     """One config. ``origin`` is where it was found, for people."""
 
-    table: Mapping[str, Any]
+    table: Mapping[str, object]
     origin: str
     file: str
     _patterns: dict[str, NamePatterns] = field(default_factory=dict[str, NamePatterns])
@@ -167,9 +168,8 @@ class PeftConfig:
 
     def _of(self, path: str, table: str, default: str) -> float | None:
         value = self.table.get(default)
-        entries = self.table.get(table)
-        if isinstance(entries, dict) and entries:
-            named = cast("dict[str, object]", entries)
+        named = as_table(self.table.get(table))
+        if named:
             keys = list(named)
             if table not in self._patterns:
                 self._patterns[table] = NamePatterns(keys, self.file)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, quoted
 from ..files.state_dict import TensorFile
-from ..files.text import parse_json, read_bytes
+from ..files.text import as_table, parse_json, read_bytes
 from .names import canonical
 from .parts import Key
 from .peft_config import PEFT_ROOT, PeftConfig
@@ -65,8 +64,8 @@ def _in_header(metadata: Mapping[str, str], file: str) -> tuple[dict[str, PeftCo
         value = parse_json(text, HEADER_KEY)
     except AdapterError as error:
         return {}, [f"its {HEADER_KEY} cannot be read, so no alpha is taken from it ({error})"]
-    tables: dict[str, dict[str, Any]] = {}
-    for prefix, entry in (cast("dict[str, Any]", value) if isinstance(value, dict) else {}).items():
+    tables: dict[str, dict[str, object]] = {}
+    for prefix, entry in as_table(value).items():
         part, dot, name = prefix.partition(".")
         tables.setdefault(part if dot else "", {})[name or prefix] = entry
     return {part: PeftConfig(table, "header", file) for part, table in tables.items()}, []
@@ -81,7 +80,7 @@ def _beside(path: Path, file: str) -> PeftConfig | None:
     value = parse_json(read_bytes(beside), name)
     if not isinstance(value, dict):
         raise CorruptFileError(f"{quoted(name)} is no PEFT config: a table of options was expected")
-    return PeftConfig(cast("dict[str, Any]", value), CONFIG_FILE, file)
+    return PeftConfig(as_table(value), CONFIG_FILE, file)
 
 
 def _belongs(config: PeftConfig, path: Path, ranks: Mapping[str, int]) -> tuple[bool, str]:

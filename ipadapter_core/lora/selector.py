@@ -5,7 +5,7 @@ One language for strength and for what is trained. An entry names layers by one 
 - blocks ``in4``, ``in1-3``, ``mid``, ``mid0``, ``out*``, ``double*``, ``single3-7``, ``joint0``, ``base`` (what is in no block);
 - layer types ``attn``, ``attn1`` (self), ``attn2`` (cross), ``q``, ``k``, ``v``, ``out`` (the projection), ``ff``, ``proj``
   (in and out of a transformer), ``resnet``, ``conv``, ``linear``, ``norm``, ``sampler``;
-- parts ``unet``, ``te``, ``te1``, ``te2``, ``te3``; ``all``;
+- parts ``unet`` or ``denoiser`` (the same), ``te``, ``te1``, ``te2``, ``te3``; ``all``;
 - a glob of the whole name of a layer, in diffusers or in its own model: ``*.attn2.to_k``, ``*proj_in``, ``up_blocks.?.resnets.*``.
 
 ``re:…`` of older graphs is read as the globs that it means; a graph may hold no other regular expression.
@@ -47,6 +47,7 @@ def _attention(target: Target) -> bool:
 TYPES: dict[str, Test] = {
     "all": lambda t: True,
     "unet": lambda t: t.component == "unet",
+    "denoiser": lambda t: t.component == "unet",  # what it is called where it is a transformer
     "te": lambda t: t.component != "unet",
     "te1": lambda t: t.component == "te1",
     "te2": lambda t: t.component == "te2",

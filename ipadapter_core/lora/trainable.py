@@ -6,7 +6,7 @@ The names are those of diffusers' first LoRA API, which are empty stubs there no
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -118,8 +118,8 @@ class TrainableLoRA(nn.Module):
             module.register_forward_hook(self._hook(lora)) for module, lora in beside
         ]
 
-    def _hook(self, lora: nn.Module) -> Any:
-        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _hook(self, lora: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             return None if self._scale == 0 else output + self._scale * lora(args[0])
 
         return add

@@ -58,7 +58,7 @@ def test_ranges_stars_and_types_count_right(sd15: list[Target]) -> None:
     assert len(paths("out* attn2 k", sd15)) == 9
     assert len(paths("out", sd15)) == 32, "the word alone is the attentions' output projection"
     assert paths("te", sd15) == set()
-    assert paths("all", sd15) == {t.path for t in sd15}
+    assert paths("all", sd15) == paths("unet", sd15) == paths("denoiser", sd15) == {t.path for t in sd15}
 
 
 def test_later_entries_win_and_the_rest_is_1(sd15: list[Target]) -> None:

@@ -60,7 +60,7 @@ def place(
     clip_model: nn.Module | None = None,
     partial: Partial = "refuse",
 ) -> MatchedLoRA:
-    """A LoRA on a MODEL and a CLIP; the parts of what is None are left out. Raises as ``place_lora`` does."""
+    """A LoRA on a MODEL and a CLIP; the parts of what is None are left out. Raises as ``match_lora`` does."""
     tables = tables_of(model, clip_model)
     text: tuple[Component, ...] = ("te1", "te2", "te3") if clip_model is None else ()
     unet: tuple[Component, ...] = ("unet",) if model is None else ()
