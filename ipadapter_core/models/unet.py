@@ -271,6 +271,15 @@ def _block_word(ldm: str) -> str:
     return "base" if short is None else f"{short}{rest[0]}"
 
 
+CHECKPOINT_PREFIX = "model.diffusion_model."
+"""In front of a UNet's keys in a whole checkpoint in the original layout."""
+FIRST_KEY, TEXT_KEY, SIZES_KEY = (
+    f"{CHECKPOINT_PREFIX}{layer}.weight"
+    for layer in ("input_blocks.0.0", "middle_block.1.transformer_blocks.0.attn2.to_k", "label_emb.0.0")
+)
+"""The layers whose shapes tell a family: the first, one that reads the text, the one that reads pooled text and sizes."""
+
+
 # --- families --------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from ..generate import check_configs, hold_in_memory, load_pipeline, read_table
 from ..images.encoder import TransformersImageEncoder, vision_config
 from ..models import layout_of
 from ..models.sites import Training
-from ..models.unet import unet_of_width
+from ..models.unet import CHECKPOINT_PREFIX, FIRST_KEY, unet_of_width
 
 
 @dataclass(slots=True)
@@ -176,18 +176,18 @@ def model_home(base: str, config: str) -> str:
 
 def _single_file_widths(path: Path) -> tuple[int, int]:
     """Channels of a checkpoint's first layer and width of its text tokens, from the file's header."""
-    prefix = "model.diffusion_model."
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            text = next((key for key in keys if key.startswith(prefix) and key.endswith("attn2.to_k.weight")), "")
-            first = f"{prefix}input_blocks.0.0.weight"
-            if text and first in keys:
-                return file.get_slice(first).get_shape()[0], file.get_slice(text).get_shape()[1]
+            text = next(
+                (key for key in keys if key.startswith(CHECKPOINT_PREFIX) and key.endswith("attn2.to_k.weight")), ""
+            )
+            if text and FIRST_KEY in keys:
+                return file.get_slice(FIRST_KEY).get_shape()[0], file.get_slice(text).get_shape()[1]
     except Exception as error:  # safetensors raises its own kind without a public name
         raise CorruptFileError(f"{path} is not a readable safetensors file ({reason(error)})") from error
     raise InvalidInputError(
-        f"{path} is no whole SD1.5, SD2 or SDXL checkpoint: it lacks {prefix}input_blocks… with cross-attention (it has "
+        f"{path} is no whole SD1.5, SD2 or SDXL checkpoint: it lacks {FIRST_KEY.partition('.0.')[0]}… with cross-attention (it has "
         f"{', '.join(sorted({key.split('.')[0] for key in keys})[:6])})"
     )
 

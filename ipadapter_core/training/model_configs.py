@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import InvalidInputError
 from ..files.state_dict import describe_state_dict
-from ..models.unet import SD15, SDXL, UNet
+from ..models.unet import FIRST_KEY, SD15, SDXL, SIZES_KEY, TEXT_KEY, UNet
 
 Config = dict[str, Any]
 
@@ -70,11 +70,6 @@ def _parts(model: UNet) -> dict[str, Config]:
 
 ARCHITECTURES: dict[str, dict[str, Config]] = {model.name: _parts(model) for model in (SD15, SDXL)}
 
-_FIRST, _TEXT, _LABEL = (
-    f"model.diffusion_model.{key}.weight"
-    for key in ("input_blocks.0.0", "middle_block.1.transformer_blocks.0.attn2.to_k", "label_emb.0.0")
-)
-
 
 def architecture_of(checkpoint: Path) -> str:
     """Which of ARCHITECTURES a checkpoint in the original layout is, from its shapes alone.
@@ -82,8 +77,8 @@ def architecture_of(checkpoint: Path) -> str:
     Raises InvalidInputError for any other model.
     """
     tensors = describe_state_dict(checkpoint).tensors
-    shape = {key: tuple(tensors[key].shape) for key in (_FIRST, _TEXT, _LABEL) if key in tensors}
-    found = (shape.get(_FIRST), shape.get(_TEXT, (0, 0))[1], shape.get(_LABEL, (0, 0))[1])
+    shape = {key: tuple(tensors[key].shape) for key in (FIRST_KEY, TEXT_KEY, SIZES_KEY) if key in tensors}
+    found = (shape.get(FIRST_KEY), shape.get(TEXT_KEY, (0, 0))[1], shape.get(SIZES_KEY, (0, 0))[1])
     for model in (SD15, SDXL):
         if found == ((model.channels[0], 4, 3, 3), model.text_width, model.size_embedding):
             return model.name

@@ -227,8 +227,6 @@ OTHER_SUBJECTS = {
     "backends/diffusers/notes.py": "which clock a model runs by",
     "checkpoints/containers.py": "keys by which a whole model is refused",
     "lora/extract.py": "keys by which a whole model is read",
-    "training/frozen.py": "keys by which a whole model is read",
-    "training/model_configs.py": "keys by which a whole model is read",
 }
 
 
