@@ -1,5 +1,7 @@
 """From adapter and prompt to what a backend applies: image keys and values per site, computed once."""
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Headless generation: a diffusers model folder, adapters and reference images to pictures."""
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """Image keys and values of one site, for whatever call asks: made once, or once per timestep."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

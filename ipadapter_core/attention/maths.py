@@ -4,6 +4,8 @@ Letters: ``b`` batch (chunks of conditionings times latents), ``l`` latent token
 ``d`` head width, ``c = h d`` channels, ``g`` groups of the batch that share image tokens (``b`` is a multiple of ``g``).
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -5,6 +5,8 @@ perhaps in a thread of autograd's; the call is then found by the place of the re
 nodes are numbered in the order in which they were made.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import sys

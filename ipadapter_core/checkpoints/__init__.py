@@ -3,6 +3,8 @@
 A new family is one new file beside this one and one line in ``FORMATS``.
 """
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import os

@@ -4,6 +4,8 @@ Attribute names are the key names of released files, so a ``state_dict()`` here 
 Shapes in the docstrings: ``b`` batch, ``e`` feature dim, ``t`` tokens of the image encoder, ``n`` image tokens, ``d`` token dim.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from typing import Any, Protocol, cast

@@ -4,6 +4,8 @@ It tells the subject from its plain background by the colours at the border, the
 silhouette), what colours it has (a histogram) and where they are (a coarse grid).
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import torch

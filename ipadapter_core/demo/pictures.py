@@ -4,6 +4,8 @@ Sources (npm packages, unpacked below one folder): ``emoji-datasource-google`` (
 ``emoji-datasource-twitter`` (Twemoji, CC BY 4.0) and ``@lobehub/fluent-emoji-3d`` (Fluent Emoji, MIT).
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """The demo's own models in the trainer's loop: `ipadapter train` and the stages of the demo world share every step of it."""
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -3,6 +3,8 @@
 transformers 5 builds its CLIPTokenizer from ``tokenizer.json``, transformers 4 its own from ``vocab.json`` and ``merges.txt``.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import json

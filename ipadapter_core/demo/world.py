@@ -1,5 +1,7 @@
 """The demo world: small trained models and held-out references that ship with the package."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import json

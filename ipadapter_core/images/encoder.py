@@ -1,5 +1,7 @@
 """A CLIP vision tower of transformers, read from a folder or a single file and run headless."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

@@ -6,6 +6,8 @@ ArcFace embeds them) on onnxruntime alone, so that nothing has to be compiled. N
 Pictures are ``h w 3`` RGB in 0..1 (``b h w 3`` for batches), points are x, y in pixels.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence

@@ -4,6 +4,8 @@ Colour profiles are ignored, as by ComfyUI and by the other trainers. Of animati
 picture is taken. Metadata never costs the picture: whatever is odd about it, the pixels are read.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import importlib

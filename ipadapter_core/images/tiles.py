@@ -4,6 +4,8 @@ All pictures are ``b h w c`` in 0..1. The formulas, their rounding and their ran
 ComfyUI_IPAdapter_plus have their pictures from; a private generator leaves everybody else's random numbers alone.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math

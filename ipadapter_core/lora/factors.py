@@ -3,6 +3,8 @@
 ``up down`` with QR of both sides needs only an SVD of r×r: exact, and thousands of times cheaper than one of the weight.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,7 @@
 """The LoRAs that run beside a model's layers in one call of it: how strong each is on every chunk of the batch, and where."""
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

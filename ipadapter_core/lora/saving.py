@@ -1,5 +1,7 @@
 """Writing LoRA files."""
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The modules of a model that a LoRA can change, under every name that files have for them."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

@@ -4,6 +4,8 @@ Strength ``s`` is what the user sets: 0 is exactly the plain layer, 1 the traine
 Additive algorithms, and DoRA and OFT, are linear in it: ``W + s (W' - W)``; only BOFT is not (see ``orthogonal.py``).
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

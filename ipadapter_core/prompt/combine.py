@@ -1,5 +1,7 @@
 """Several references to one: features at their strengths, combined; and prompts that were encoded apart."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Encoded references on disk: safetensors of our own, and the ``.ipadpt`` files of other tools."""
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import os

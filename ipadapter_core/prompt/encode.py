@@ -1,5 +1,7 @@
 """Reference images to image prompts, in three steps that can be taken apart: encode, arrange, project."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -4,6 +4,8 @@ Tokens would serve one adapter; features serve all that were trained with the sa
 is one of embeds (embeds.py) with more texts, so tools that read those read it too.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

@@ -4,6 +4,8 @@ Shapes: ``b`` latents (1: shared by all), ``k`` images whose tokens stand side b
 dim; features are ``b k e`` (image_embeds) or ``b k t c`` (penultimate tokens).
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

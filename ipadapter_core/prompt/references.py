@@ -1,5 +1,7 @@
 """Reference pictures on their way to the encoder: one by one, cut into tiles, as pixel values."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

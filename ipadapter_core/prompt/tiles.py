@@ -1,5 +1,7 @@
 """Features of a picture's tiles, put together again as the feature of the whole picture."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import torch

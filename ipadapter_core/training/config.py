@@ -1,5 +1,7 @@
 """A training run as values: read from TOML, changed from the command line, checked before anything is loaded."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import dataclasses

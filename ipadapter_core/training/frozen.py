@@ -1,5 +1,7 @@
 """The frozen models of a run: text to context, pictures to latents and features."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import hashlib

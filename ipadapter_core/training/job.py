@@ -1,5 +1,7 @@
 """A training as a child process: what a user interface starts, watches and cancels."""
 
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import json

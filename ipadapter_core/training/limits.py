@@ -3,6 +3,8 @@
 The command line is the owner's and knows neither list nor limit.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,7 @@
 """What a run says while it goes: a progress bar, JSON lines, tensorboard, and a plot of its losses."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import json

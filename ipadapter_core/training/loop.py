@@ -1,5 +1,7 @@
 """The loop. One optimiser step after another, and what has to happen between them."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import gc

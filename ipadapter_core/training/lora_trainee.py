@@ -1,5 +1,7 @@
 """A LoRA as the thing that learns: beside layers of the UNet and, if asked for, of the text encoders."""
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -5,6 +5,8 @@ that learn and the picture size count as they are. Attention counts as the fused
 number per row.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import copy

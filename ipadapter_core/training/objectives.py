@@ -3,6 +3,8 @@
 A new objective is a subclass of ``Objective`` and its entry in ``OBJECTIVES``; the config's choices follow from there.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

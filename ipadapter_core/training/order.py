@@ -4,6 +4,8 @@ So a resumed run draws what an uninterrupted one would, a cache changes no draw,
 one of batch 2b does. No random state has to be saved.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import hashlib

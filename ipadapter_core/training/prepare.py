@@ -1,5 +1,7 @@
 """From a config to a run that is ready to start: models, pictures, cache, what learns, and its step."""
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import gc

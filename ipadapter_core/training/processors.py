@@ -4,6 +4,8 @@
 as released files do, because diffusers lists processors in the order down, up, middle.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -6,6 +6,8 @@ github.com/pytorch/pytorch/issues/135712). So the processes of an attempt first 
 had, and meet below it. torchrun's count of restarts is no such name: every machine counts for itself.
 """
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import os

@@ -5,6 +5,8 @@ with names in their place, is a JSON text in its header. It is read into the tre
 says which tensors there must be: what does not fit is refused.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import json

@@ -4,6 +4,8 @@ A source gives records in a fixed order, without opening pictures. `read` gives 
 carry theirs along, so that one pass over remote shards is enough for the cache. What cannot be used is named, not dropped.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import csv

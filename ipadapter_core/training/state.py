@@ -1,5 +1,7 @@
 """What is kept of a run: small adapter files for people, and the full state to go on from, each whole or not at all."""
 
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import hashlib

@@ -5,6 +5,8 @@ end: however uneven the shards, all processes take the same number of steps. Ste
 (m+1)·batch of its process, readable or not, so that a resumed run comes to the same pictures by counting.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import importlib

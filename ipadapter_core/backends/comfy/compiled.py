@@ -5,6 +5,8 @@ code, also for clones with other prompts and for later steps. So the code holds 
 of their site. Which prompts act there, how strongly and on which branches is looked up when the code runs.
 """
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import threading

@@ -5,6 +5,8 @@ the model, which clones share, so clones cannot see each other's LoRAs and remov
 Merged: the host keeps, patches and restores weights itself; ours is only the formula that it calls per weight.
 """
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence

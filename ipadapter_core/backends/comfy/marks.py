@@ -1,5 +1,7 @@
 """ComfyUI models that are compiled: what tells code made for one call or block apart from code for others."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import sys

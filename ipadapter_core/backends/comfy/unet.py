@@ -3,6 +3,8 @@
 A hook sits in every site's slot, keeps whatever was there and calls it first.
 """
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping

@@ -4,6 +4,8 @@ Forward hooks leave every module in place, so quantised and offloaded layers, im
 keep working, and removing the hooks restores the model exactly.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence

@@ -3,6 +3,8 @@
 With strength s each stage is ``I + s (R - I)``, so the change is a polynomial in s.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,6 +4,8 @@
 scales only ΔW, so its 0 leaves ``m W / ‖W‖``; LyCORIS norms ``W + s ΔW``.)
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

@@ -1,5 +1,7 @@
 """Whole differences: of a weight, of a bias, of a norm. ``diff``, ``diff_b``, ``w_norm`` and ``b_norm`` are LyCORIS's."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

@@ -1,5 +1,7 @@
 """LoHa: the elementwise product of two low-rank matrices. FedPara, arXiv 2108.06098; as in LyCORIS."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,7 @@
 """BOFT of PEFT: stages of turns of differently mixed inputs. arXiv 2311.06243, peft's boft/layer.py."""
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """OFT of PEFT: blocks of inputs turned, by the Cayley transform or its series. arXiv 2306.07280, peft's oft/layer.py."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

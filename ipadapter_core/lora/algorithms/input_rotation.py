@@ -4,6 +4,8 @@ A convolution's kernel counts as inputs. Strength s is ``W + s (W' - W)``. Lette
 reflections.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

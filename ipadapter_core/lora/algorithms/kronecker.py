@@ -1,5 +1,7 @@
 """LoKr: the Kronecker product of a small and a large matrix, either of them possibly low-rank. LyCORIS, arXiv 2309.14859."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

@@ -3,6 +3,8 @@
 Strength s is ``W + s (rescale · R W - W)``, which without rescale is ``I + s (R - I)``.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

@@ -1,5 +1,7 @@
 """HRA of PEFT: inputs reflected r times. arXiv 2405.17484, peft's hra/layer.py."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

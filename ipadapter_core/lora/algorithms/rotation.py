@@ -4,6 +4,8 @@ That is the Cayley transform; block layouts as in LyCORIS and kohya. Q is shorte
 ``constraint · o`` where that is above 0.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
