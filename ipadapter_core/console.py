@@ -36,7 +36,7 @@ def complain(text: str) -> None:
 
 
 def file_argument(text: str) -> Path:
-    """An argument that is a path. Shells leave `~` in `--out=~/x`, and those of Windows everywhere."""
+    """An argument that is a path. Shells leave ``~`` in ``--out=~/x``, and those of Windows everywhere."""
     return Path(os.path.expanduser(text))
 
 

@@ -96,7 +96,7 @@ def check_configs(folder: Path) -> None:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The table in a JSON file. Raises as `text_files.read_json`, and CorruptFileError for any other value."""
+    """The table in a JSON file. Raises as ``text_files.read_json``, and CorruptFileError for any other value."""
     table = read_json(path)
     if not isinstance(table, dict):
         raise CorruptFileError(f"{quoted(path)} holds no table of settings; download it again")

@@ -1,7 +1,7 @@
 """The command ``ipadapter``: generate, inspect, demo, lora, train, cache, export, migrate.
 
 Exit codes: 0 done, 1 an error of ours (one line on stderr says the cause), 2 wrong usage, 130 interrupted or asked to end by a
-signal, 141 the reader of the output went away (`| head`).
+signal, 141 the reader of the output went away (``| head``).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with `section.key=value` also behind options, where argparse looks for none."""
+    """The arguments, with ``section.key=value`` also behind options, where argparse looks for none."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(one.startswith("-") for one in rest)):

@@ -1,4 +1,4 @@
-"""The training commands of `ipadapter`: train, cache, export."""
+"""The training commands of ``ipadapter``: train, cache, export."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OVERRIDES = "changes to the config, such as train.steps=2000 data.cache=/fast/ca
 
 
 def add_training(commands: Commands) -> None:
-    """Add them to the parser of `ipadapter`."""
+    """Add them to the parser of ``ipadapter``."""
     p = commands.add_parser("train", help="train an IP-Adapter or a LoRA")
     p.set_defaults(run=run_train)
     p.add_argument(

@@ -1,4 +1,4 @@
-"""The demo's own models in the trainer's loop: `ipadapter train` and the stages of the demo world share every step of it."""
+"""The demo's own models in the trainer's loop: ``ipadapter train`` and the stages of the demo world share every step of it."""
 
 # pyright: reportUnknownVariableType=false
 
@@ -98,7 +98,7 @@ def stage_config(
     optimizer: OptimizerName = "adamw",
     every: int = 500,
 ) -> RunConfig:
-    """Warm-up and cosine decay, clipping at 1 and an average of the weights; sheets and states every `every` steps."""
+    """Warm-up and cosine decay, clipping at 1 and an average of the weights; sheets and states every ``every`` steps."""
     values: dict[str, Any] = {
         "train": {
             "steps": steps, "lr": lr, "optimizer": optimizer, "beta2": 0.99, "schedule": "cosine",
@@ -113,7 +113,7 @@ def stage_config(
 def train_stage(
     config: RunConfig, modules: nn.Module, loss: Loss, preview: Callable[[], Image.Image] | None = None
 ) -> nn.Module:
-    """Minimise `loss(step)` over `modules`; returns them with averaged weights. Started again, it goes on where it was.
+    """Minimise ``loss(step)`` over ``modules``; returns them with averaged weights. Started again, it goes on where it was.
 
     The loss must draw at random by the step's number alone. Raises KeyboardInterrupt when asked to stop.
     """
@@ -137,5 +137,5 @@ def train_stage(
 
 
 def picture_grid(images: Tensor, columns: int) -> Image.Image:
-    """`b 3 y x` images in 0..1 as one picture of so many columns."""
+    """``b 3 y x`` images in 0..1 as one picture of so many columns."""
     return to_pillow(rearrange(images.clamp(0, 1), "(r c) k y x -> (r y) (c x) k", c=columns))

@@ -75,7 +75,7 @@ class World:
 def load_world(folder: Path = FOLDER, adapters: Mapping[str, Path] | None = None) -> World:
     """Load everything from disk through the ordinary public loaders.
 
-    `adapters` are files by family; by default the two in the folder.
+    ``adapters`` are files by family; by default the two in the folder.
     """
     if not (folder / "model_index.json").is_file():
         raise InvalidInputError(

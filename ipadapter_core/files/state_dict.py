@@ -1,4 +1,4 @@
-"""Files of weights, opened safely: raw bytes in, flat `{key: tensor}` out, whatever the container.
+"""Files of weights, opened safely: raw bytes in, flat ``{key: tensor}`` out, whatever the container.
 
 The first bytes of a file decide how it is read, not its extension. Nothing here knows what an adapter is.
 
@@ -92,9 +92,9 @@ class TensorFile:
 
 
 def open_state_dict(source: Source, *, name: str | None = None) -> TensorFile:
-    """Open a file of weights, or take a mapping, as flat keys: `{"image_proj": {"x": t}}` becomes `image_proj.x`.
+    """Open a file of weights, or take a mapping, as flat keys: ``{"image_proj": {"x": t}}`` becomes ``image_proj.x``.
 
-    `.safetensors`, `.sft`, `.bin`, `.pt`, `.pth`, `.ckpt`; the content decides, not the extension. Tensors are read into
+    ``.safetensors``, ``.sft``, ``.bin``, ``.pt``, ``.pth``, ``.ckpt``; the content decides, not the extension. Tensors are read into
     memory, on the CPU, in the file's dtype; a mapping's are taken as they are. Values that are not tensors are left out.
     Pickles are read as data, see pickles.py.
 
@@ -105,7 +105,7 @@ def open_state_dict(source: Source, *, name: str | None = None) -> TensorFile:
 
 
 def describe_state_dict(source: Source, *, name: str | None = None) -> TensorFile:
-    """Like `open_state_dict`, with every tensor on the meta device: keys, shapes and dtypes, no numbers.
+    """Like ``open_state_dict``, with every tensor on the meta device: keys, shapes and dtypes, no numbers.
 
     Of a file only the header is read, or the pickle without its tensors. Raises the same errors.
     """
@@ -157,9 +157,9 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def open_tensors(source: str | os.PathLike[str]) -> list[tuple[Tensor, bool]]:
-    """The tensors of a pickle that holds one, or a list of some (each with True): what `.ipadpt` files are.
+    """The tensors of a pickle that holds one, or a list of some (each with True): what ``.ipadpt`` files are.
 
-    Raises what `open_state_dict` raises.
+    Raises what ``open_state_dict`` raises.
     """
     path = Path(source)
     name = one_line(path.name, LONGEST_NAME)

@@ -1,6 +1,6 @@
 """Faces for FaceID adapters: found, aligned, cropped and embedded, behind one small protocol.
 
-`InsightFaceAnalyzer` uses the insightface package; `OnnxFaceAnalyzer` runs the same two networks (SCRFD finds faces,
+``InsightFaceAnalyzer`` uses the insightface package; ``OnnxFaceAnalyzer`` runs the same two networks (SCRFD finds faces,
 ArcFace embeds them) on onnxruntime alone, so that nothing has to be compiled. Neither package is imported before use.
 
 Pictures are ``h w 3`` RGB in 0..1 (``b h w 3`` for batches), points are x, y in pixels.

@@ -1,5 +1,7 @@
 """Where PEFT's configs of a file are, and which of its modules each is for."""
 
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Training IP-Adapters: `ipadapter train CONFIG.toml`, or `train(load_config("config.toml"))`.
+"""Training IP-Adapters: ``ipadapter train CONFIG.toml``, or ``train(load_config("config.toml"))``.
 
 Names are imported when they are asked for: the trainable attention processors here are part of the core's own names, and
 importing the core must not load the trainer and what it needs.

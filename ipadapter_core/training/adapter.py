@@ -1,4 +1,4 @@
-"""What is trained: the image projector, and `to_k_ip` and `to_v_ip` in every cross-attention of a frozen UNet."""
+"""What is trained: the image projector, and ``to_k_ip`` and ``to_v_ip`` in every cross-attention of a frozen UNet."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Wrap = Callable[[AttnProcessor | IPAttnProcessor], object]
 
 
 class TrainedAdapter(nn.Module):
-    """Projector `image_proj` and processors `ip_adapter`: its state dict has the keys of a flat released file.
+    """Projector ``image_proj`` and processors ``ip_adapter``: its state dict has the keys of a flat released file.
 
-    Only cross-attentions have parameters. The processors act once `install` has put them into the UNet.
+    Only cross-attentions have parameters. The processors act once ``install`` has put them into the UNet.
     """
 
     def __init__(self, projector: nn.Module, processors: dict[str, AttnProcessor | IPAttnProcessor]) -> None:
@@ -35,7 +35,7 @@ class TrainedAdapter(nn.Module):
         self.num_tokens = next(p.num_tokens for p in processors.values() if isinstance(p, IPAttnProcessor))
 
     def install(self, unet: Any, wrap: Wrap | None = None) -> None:
-        """Let the UNet's attentions use these layers; `wrap` may compute the same in another way."""
+        """Let the UNet's attentions use these layers; ``wrap`` may compute the same in another way."""
         layers = cast("list[AttnProcessor | IPAttnProcessor]", list(self.ip_adapter))
         unet.set_attn_processor(dict(zip(self.names, map(wrap, layers) if wrap else layers, strict=True)))
 
@@ -50,7 +50,7 @@ class TrainedAdapter(nn.Module):
         return load_adapter(copies, name="the adapter in training")
 
     def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], config: OutputConfig) -> Path:
-        """Write these weights to `path`, nested if it ends in .bin; only projector and image layers are in the file."""
+        """Write these weights to ``path``, nested if it ends in .bin; only projector and image layers are in the file."""
         weights = self.weights(getattr(torch, config.dtype), state)
         if path.suffix == ".bin":
             return save_adapter(weights, path, layout="nested")

@@ -43,7 +43,7 @@ class AdapterStep(DenoisingStep):
 
 
 class AdapterTrainee(Trainee):
-    """The image projector and, in every cross-attention, `to_k_ip` and `to_v_ip`."""
+    """The image projector and, in every cross-attention, ``to_k_ip`` and ``to_v_ip``."""
 
     keeps_text = False
 
@@ -93,7 +93,7 @@ class AdapterTrainee(Trainee):
         return AdapterStep(self.adapter, self.base, objective, nothing)
 
     def compared(self, loss: MeanLoss, batches: Sequence[Batch]) -> dict[str, float]:
-        """`image_gain` without the image, `reference_gain` with a wrong one; near 0 the adapter ignores its image."""
+        """``image_gain`` without the image, ``reference_gain`` with a wrong one; near 0 the adapter ignores its image."""
         found = {"image_gain": loss(batches, no_image=True)}
         if len(batches) > 1:
             others = [*batches[1:], batches[0]]

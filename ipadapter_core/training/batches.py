@@ -23,14 +23,14 @@ from .stopping import leave_signals_to_parent
 
 NO_REFERENCE = torch.empty(0)
 Tokenize = Callable[[list[str]], tuple[Tensor, ...]]
-"""Captions to token ids `b l`, one tensor per text encoder."""
+"""Captions to token ids ``b l``, one tensor per text encoder."""
 
 
 @dataclass(slots=True)
 class Item:
-    """One sample, as far as it can be prepared without a model: `ready` ones have latents and features, others pixels.
+    """One sample, as far as it can be prepared without a model: ``ready`` ones have latents and features, others pixels.
 
-    `reference` is empty where nothing is trained on references; `text` where text is encoded at every step.
+    ``reference`` is empty where nothing is trained on references; ``text`` where text is encoded at every step.
     """
 
     target: Tensor
@@ -45,9 +45,9 @@ class Item:
 
 @dataclass(slots=True)
 class Batch:
-    """What one forward pass sees: latents `b m c y x` (m: mean, or mean and deviation), features, token ids, sizes.
+    """What one forward pass sees: latents ``b m c y x`` (m: mean, or mean and deviation), features, token ids, sizes.
 
-    `text` is the captions' context `b l d` and, for SDXL, pooled embedding `b d`, where they are not encoded at every step.
+    ``text`` is the captions' context ``b l d`` and, for SDXL, pooled embedding ``b d``, where they are not encoded at every step.
     """
 
     latents: Tensor
@@ -67,7 +67,7 @@ class Batch:
 class Nothing:
     """What stands for no image and for no caption, one row each, in the form that batches have.
 
-    `features` `1 …`, token ids `1 l`; `text` is the empty caption's context `1 l d` and SDXL's pooled embedding `1 d`, where
+    ``features`` ``1 …``, token ids ``1 l``; ``text`` is the empty caption's context ``1 l d`` and SDXL's pooled embedding ``1 d``, where
     captions are not encoded at every step.
     """
 
@@ -115,7 +115,7 @@ class CachedItems:
 
 
 def cached_nothing(cache: Cache, tokens: tuple[Tensor, ...]) -> Nothing:
-    """The same from a cache; `tokens` are those of an empty caption. Raises CorruptFileError."""
+    """The same from a cache; ``tokens`` are those of an empty caption. Raises CorruptFileError."""
     text = tuple(one[None] for one in cache.text(""))
     if cache.keeps_text and not text:
         raise CorruptFileError(f"{cache.folder} lacks the empty caption; delete this cache, it is made again")
@@ -190,7 +190,7 @@ def assemble(items: Sequence[Item], encoders: TargetEncoders | None) -> Batch:
 
 
 def loader(items: Items, indices: Iterator[list[SampleIndex]], workers: int) -> Iterator[list[Item]]:
-    """Batches of items in the order of the indices, prepared by `workers` processes ahead of time."""
+    """Batches of items in the order of the indices, prepared by ``workers`` processes ahead of time."""
     from torch.utils.data import DataLoader
 
     made: Any = DataLoader(

@@ -1,7 +1,7 @@
 """Latents, features, token ids and text embeddings on disk, computed once.
 
-`<cache>/<digest of the settings>/` holds shards of safetensors, each with a JSON file that lists its keys with their checksums
-and appears after it: a shard without its list was cut off and is made again. `samples-<rank>.jsonl` says which picture (by
+``<cache>/<digest of the settings>/`` holds shards of safetensors, each with a JSON file that lists its keys with their checksums
+and appears after it: a shard without its list was cut off and is made again. ``samples-<rank>.jsonl`` says which picture (by
 name and stamp) has which content, so that nothing is opened twice.
 
 Every tensor is compared with its checksum whenever it is read. Measured on one CPU core: a read by place takes what a mapped
@@ -146,7 +146,7 @@ class Cache:
         return all(key in self for key in keys)
 
     def text(self, caption: str) -> tuple[Tensor, ...]:
-        """A caption's context `l d` and, for SDXL, its pooled embedding `d`; nothing where text is not kept."""
+        """A caption's context ``l d`` and, for SDXL, its pooled embedding ``d``; nothing where text is not kept."""
         return tuple(self.read(key) for key in text_keys(caption) if key in self)
 
     def _rows(self) -> Iterator[Sample]:
@@ -214,7 +214,7 @@ def fill(
 ) -> list[ScannedSample]:
     """Encode what is missing and return all that was seen (of this rank's share), pictures let go.
 
-    `encoders` is asked only if there is something to encode. Killed and started again, it goes on after the last shard.
+    ``encoders`` is asked only if there is something to encode. Killed and started again, it goes on after the last shard.
     """
     writer = _Writer(cache, config, encoders, rank)
     results: list[ScannedSample] = []
@@ -318,7 +318,7 @@ class _Writer:
 
 
 def reference_views(image: Image.Image, key: str, config: DataConfig, encoders: TargetEncoders) -> Tensor:
-    """All versions of a reference, `v 3 y x`."""
+    """All versions of a reference, ``v 3 y x``."""
     spec = encoders.pixels
     assert spec is not None
     views = [reference_pixels(image, spec, config.augment, f"{key} {v}") for v in range(config.variants)]

@@ -1,7 +1,7 @@
-"""The script that `job` starts: the command `ipadapter`, found beside this file and nowhere else.
+"""The script that ``job`` starts: the command ``ipadapter``, found beside this file and nowhere else.
 
-A script, and not `python -m`: that would look for modules in the working directory first. (Python 3.11's `-P` would do, but
-3.10 lacks it, and `-I` would hide the packages that people install for themselves.)
+A script, and not ``python -m``: that would look for modules in the working directory first. (Python 3.11's ``-P`` would do, but
+3.10 lacks it, and ``-I`` would hide the packages that people install for themselves.)
 """
 
 import os

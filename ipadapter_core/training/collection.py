@@ -17,7 +17,7 @@ from .sources import Record, Source
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A usable picture. `key` is a digest of its bytes, `reference_key` of its own reference's, if it names one."""
+    """A usable picture. ``key`` is a digest of its bytes, ``reference_key`` of its own reference's, if it names one."""
 
     name: str
     key: str
@@ -70,7 +70,7 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class ScannedSample:
-    """One record, looked at. Without `sample` there is a `problem`; without `image` it was known from before."""
+    """One record, looked at. Without ``sample`` there is a ``problem``; without ``image`` it was known from before."""
 
     sample: Sample | None
     image: Image.Image | None = None
@@ -99,7 +99,7 @@ def look(
     known: Mapping[str, Sample] | None = None,
     mine: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[ScannedSample]:
-    """Open every record that is `mine` by its number, but for those `known` whose stamp has not changed."""
+    """Open every record that is ``mine`` by its number, but for those ``known`` whose stamp has not changed."""
     for number, record in enumerate(source):
         if not mine(number):
             continue
@@ -156,7 +156,7 @@ def _open(source: Source, record: Record, config: DataConfig) -> ScannedSample:
 def collect(
     seen: Iterator[ScannedSample] | Sequence[ScannedSample], config: DataConfig, where: str, notes: Sequence[str] = ()
 ) -> Collection:
-    """Group what was seen; `notes` are the source's. Raises InvalidInputError if nothing is usable."""
+    """Group what was seen; ``notes`` are the source's. Raises InvalidInputError if nothing is usable."""
     findings = Findings(notes=list(notes))
     samples: list[Sample] = []
     first_of: dict[str, str] = {}
@@ -194,7 +194,7 @@ def hold_out(collection: Collection, count: int, config: DataConfig) -> tuple[Co
     """Training part, validation samples, and whether the latter are really unseen.
 
     The choice depends on the pictures' contents alone. Copies of a picture count once, and go together: fewer than four
-    times `count` different pictures cannot spare any, and validation then looks at pictures that are also trained on.
+    times ``count`` different pictures cannot spare any, and validation then looks at pictures that are also trained on.
     """
     different: dict[str, Sample] = {}
     for sample in sorted(collection.samples, key=lambda sample: (sample.key, sample.name)):

@@ -45,7 +45,7 @@ Algorithm = Annotated[str, OneOf(lambda: tuple(trainings()))]
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The frozen models. `image_encoder` is a folder or a tower's .safetensors; "" is the folder of that name inside `base`."""
+    """The frozen models. ``image_encoder`` is a folder or a tower's .safetensors; "" is the folder of that name inside ``base``."""
 
     base: str = ""
     """A diffusers folder, or one .safetensors file of SD1.5, SD2 or SDXL."""
@@ -59,7 +59,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """The adapter that is trained. With `start_from` its sizes are those of that file, and the family must be the file's."""
+    """The adapter that is trained. With ``start_from`` its sizes are those of that file, and the family must be the file's."""
 
     family: Family = "base"
     start_from: str = ""
@@ -73,9 +73,9 @@ class AdapterConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoRAConfig:
-    """A LoRA, which is trained instead of an adapter as soon as there is a `rank` or a file to start from.
+    """A LoRA, which is trained instead of an adapter as soon as there is a ``rank`` or a file to start from.
 
-    With `start_from` the file says layers, algorithms, ranks and alphas.
+    With ``start_from`` the file says layers, algorithms, ranks and alphas.
     """
 
     rank: int = 0
@@ -140,7 +140,7 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """The loop. `batch` is per process and micro-step."""
+    """The loop. ``batch`` is per process and micro-step."""
 
     steps: int = 1000
     batch: int = 8
@@ -188,7 +188,7 @@ class WatchConfig:
 
 @dataclass(frozen=True, slots=True)
 class OutputConfig:
-    """Where the run lies. It resumes by itself from the newest state in `folder`."""
+    """Where the run lies. It resumes by itself from the newest state in ``folder``."""
 
     folder: str = ""
     name: str = "ip-adapter"
@@ -225,9 +225,9 @@ class RunConfig:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a TOML file; each override is `section.key=value`, the value as TOML or plain text.
+    """Read a TOML file; each override is ``section.key=value``, the value as TOML or plain text.
 
-    Relative paths in the file are relative to the file; `~` is the home folder. Raises InvalidInputError naming the key and
+    Relative paths in the file are relative to the file; ``~`` is the home folder. Raises InvalidInputError naming the key and
     the nearest valid one, CorruptFileError for what is no text, FileNotFoundError.
     """
     path = Path(path).expanduser()
@@ -256,9 +256,9 @@ def absolute(config: RunConfig) -> RunConfig:
 def parse_overrides(
     overrides: Sequence[str], config: RunConfig, allowed: Mapping[str, frozenset[str]] | None = None
 ) -> RunConfig:
-    """Put `section.key=value` texts over a config; keys that are not `allowed` (by section) are refused.
+    """Put ``section.key=value`` texts over a config; keys that are not ``allowed`` (by section) are refused.
 
-    Raises InvalidInputError as `load_config` does.
+    Raises InvalidInputError as ``load_config`` does.
     """
     changes: dict[str, dict[str, Any]] = {}
     for override in overrides:
@@ -291,7 +291,7 @@ def is_remote(path: str) -> bool:
 
 
 def parse_config(values: Mapping[str, Any], where: str, start: RunConfig | None = None) -> RunConfig:
-    """Put sections of plain values over `start` (the defaults), checking every name, type and range."""
+    """Put sections of plain values over ``start`` (the defaults), checking every name, type and range."""
     start = start or RunConfig()
     sections: dict[str, Any] = {}
     for section, entries in values.items():
@@ -316,7 +316,7 @@ def parse_config(values: Mapping[str, Any], where: str, start: RunConfig | None 
 
 
 def write_config(config: RunConfig, path: Path) -> None:
-    """Write a config as TOML that `load_config` reads back. Raises InvalidInputError for values that no config may have."""
+    """Write a config as TOML that ``load_config`` reads back. Raises InvalidInputError for values that no config may have."""
     _check(config)
     lines: list[str] = []
     for section, entries in config.as_dict().items():
@@ -440,7 +440,7 @@ PATHS = (
 WINDOWS = "in \"double quotes\" TOML takes backslashes as escapes: write Windows paths in 'single quotes', or with / instead of \\"
 _BACKSLASHES = re.compile(r'"[^"\n]{0,300}\\')
 _ESCAPED = re.compile(r"(?:[A-Za-z]:|\\\w).{0,4000}?[\x00-\x1f]", re.DOTALL)
-"""What is left of a Windows path whose `\\t` or `\\n` was read as an escape."""
+"""What is left of a Windows path whose ``\\t`` or ``\\n`` was read as an escape."""
 
 MAX_TEXT = 2**20
 """Bytes of a config file, and characters of an override."""

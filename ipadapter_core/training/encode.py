@@ -23,7 +23,7 @@ CacheSettings = dict[str, object]
 class TargetEncoders:
     """The VAE of a run, and the text encoders if they only have to be asked once per caption.
 
-    Results have `data.cache_dtype`, whether they are kept or not.
+    Results have ``data.cache_dtype``, whether they are kept or not.
     """
 
     pixels: PixelSpec | None = None
@@ -38,14 +38,14 @@ class TargetEncoders:
 
     @torch.no_grad()
     def latents(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """Each picture's latents `1 c y x`, or mean and deviation `2 c y x` where they are drawn at every step."""
+        """Each picture's latents ``1 c y x``, or mean and deviation ``2 c y x`` where they are drawn at every step."""
         mean, std = self.base.encode_latents(torch.stack(list(pixels)))
         moments = torch.stack([mean, std] if self.config.latents == "sample" else [mean], 1)
         return list(moments.to("cpu", self.dtype).unbind(0))
 
     @torch.no_grad()
     def text(self, ids: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Context `b l d` and SDXL's pooled embedding `b d` of token ids `b l`; nothing if text is encoded at every step."""
+        """Context ``b l d`` and SDXL's pooled embedding ``b d`` of token ids ``b l``; nothing if text is encoded at every step."""
         if not self.keep_text:
             return ()
         context, pooled = self.base.encode_text(tuple(one.to(self.device) for one in ids))
@@ -53,11 +53,11 @@ class TargetEncoders:
         return tuple(one.to("cpu", self.dtype) for one in found)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Features of references `b …`; without an image encoder the references are empty, and so are these."""
+        """Features of references ``b …``; without an image encoder the references are empty, and so are these."""
         return pixel_values
 
     def neutral(self) -> Tensor:
-        """The features `1 …` that stand for no image."""
+        """The features ``1 …`` that stand for no image."""
         return torch.empty(1, 0)
 
 
@@ -79,11 +79,11 @@ class Encoders(TargetEncoders):
         encoder.model.to(device)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Features `b …` of the kind that the adapter reads."""
+        """Features ``b …`` of the kind that the adapter reads."""
         return self.spec.format.feature.of(self.encoder.encode(pixel_values)).to("cpu", self.dtype)
 
     def neutral(self) -> Tensor:
-        """The features `1 …` that stand for no image, by the family's rule."""
+        """The features ``1 …`` that stand for no image, by the family's rule."""
         size = self.encoder.image_size
         features = self.features(torch.zeros(1, 3, size, size))
         return torch.zeros_like(features) if self.spec.unconditional == "zero_embeds" else features
@@ -105,7 +105,7 @@ def cache_settings(model: ModelConfig, data: DataConfig, base: FrozenBase, spec:
 def target_settings(
     model: ModelConfig, data: DataConfig, base: FrozenBase, *, keep_text: bool = False
 ) -> CacheSettings:
-    """The same for pictures that are only targets; with `keep_text` the embeddings of captions are kept too."""
+    """The same for pictures that are only targets; with ``keep_text`` the embeddings of captions are kept too."""
     values = asdict(data)
     keys = ("resolution", "buckets", "bucket_step", "cache_dtype", "latents")
     text = {"text_encoders": files_stamp(model.base, "text_encoder", "text_encoder_2")} if keep_text else {}

@@ -24,7 +24,7 @@ from ..models.unet import CHECKPOINT_PREFIX, FIRST_KEY, unet_of_width
 
 @dataclass(slots=True)
 class FrozenBase:
-    """A diffusers pipeline's parts. `vae` is None once everything is cached."""
+    """A diffusers pipeline's parts. ``vae`` is None once everything is cached."""
 
     unet: Any
     text_encoders: tuple[Any, ...]
@@ -71,7 +71,7 @@ class FrozenBase:
         return latent_factor(self.vae.config)
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """Token ids `b l`, one tensor per text encoder."""
+        """Token ids ``b l``, one tensor per text encoder."""
         return tuple(
             tokenizer(
                 captions,
@@ -84,7 +84,7 @@ class FrozenBase:
         )
 
     def encode_text(self, ids: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-        """Context `b l d` and SDXL's pooled embedding, as diffusers' pipelines make them.
+        """Context ``b l d`` and SDXL's pooled embedding, as diffusers' pipelines make them.
 
         Frozen encoders keep nothing for a gradient; a LoRA beside their layers makes them do.
         """
@@ -98,12 +98,12 @@ class FrozenBase:
         return torch.cat([out.hidden_states[-2] for out in outputs], -1), cast(Tensor, outputs[-1][0])
 
     def added(self, pooled: Tensor | None, sizes: Tensor) -> dict[str, Tensor]:
-        """What SDXL wants besides text: the pooled embedding and `sizes` `b 6` (original, crop, target; y before x)."""
+        """What SDXL wants besides text: the pooled embedding and ``sizes`` ``b 6`` (original, crop, target; y before x)."""
         return {} if pooled is None else {"text_embeds": pooled, "time_ids": sizes.to(pooled)}
 
     @torch.no_grad()
     def encode_latents(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels `b 3 y x` in -1..1 to mean and standard deviation of the scaled latents, `b c y x`."""
+        """Pixels ``b 3 y x`` in -1..1 to mean and standard deviation of the scaled latents, ``b c y x``."""
         vae = self.vae
         weight = next(vae.parameters())
         pixels = pixels.to(weight.device, weight.dtype)
@@ -131,7 +131,7 @@ def onto(module: nn.Module, device: torch.device, dtype: torch.dtype | None = No
 
 
 def model_home(base: str, config: str) -> str:
-    """The folder with a model's configs and tokenizers: `base` itself, or for a single file `config` or its neighbour.
+    """The folder with a model's configs and tokenizers: ``base`` itself, or for a single file ``config`` or its neighbour.
 
     Raises InvalidInputError saying what the file holds and which folder would do.
     """
@@ -195,7 +195,7 @@ def _single_file_widths(path: Path) -> tuple[int, int]:
 
 
 def open_single_file(path: Path, config: Path, **parts: Any) -> Any:
-    """diffusers' pipeline of one file in the original layout, described by the folder `config`; nothing is downloaded."""
+    """diffusers' pipeline of one file in the original layout, described by the folder ``config``; nothing is downloaded."""
     import diffusers
 
     try:
@@ -234,7 +234,7 @@ def freeze(module: nn.Module) -> None:
 def load_base(folder: str, config: str = "") -> FrozenBase:
     """The models in a diffusers folder or a single file, on the CPU in float32, frozen.
 
-    `config` as in ModelConfig. Raises InvalidInputError or CorruptFileError.
+    ``config`` as in ModelConfig. Raises InvalidInputError or CorruptFileError.
     """
     if not folder:
         raise InvalidInputError("model.base is empty; give the diffusers folder of an SD1.5, SD2 or SDXL model")
@@ -261,7 +261,7 @@ def load_base(folder: str, config: str = "") -> FrozenBase:
 
 
 def load_encoder(base: str, folder: str) -> TransformersImageEncoder:
-    """The image encoder in `folder`, or the one inside the model folder."""
+    """The image encoder in ``folder``, or the one inside the model folder."""
     if folder:
         return TransformersImageEncoder.from_pretrained(folder)
     if not (Path(base) / "image_encoder" / "config.json").is_file():
@@ -302,7 +302,7 @@ def _vision_config(base: str, folder: str) -> dict[str, int]:
 
 
 def files_stamp(folder: str, *parts: str) -> str:
-    """A digest of a model's weight files below `parts`, the same after copying them elsewhere.
+    """A digest of a model's weight files below ``parts``, the same after copying them elsewhere.
 
     Sizes and the first and last mebibyte stand for a file: reading gigabytes at every start would be felt.
     """

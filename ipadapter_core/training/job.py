@@ -24,7 +24,7 @@ from .stopping import STOP_WITH_PARENT
 
 Event = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
-"""Where `ipadapter_core` lies; the child works there and finds it there, installed or not."""
+"""Where ``ipadapter_core`` lies; the child works there and finds it there, installed or not."""
 CHILD = Path(__file__).resolve().with_name("child.py")
 TAIL = 3000
 """Characters of a child's log that an error shows."""
@@ -51,11 +51,11 @@ def run_job(
     check: Callable[[], None],
     patience: float = 120,
 ) -> Path:
-    """Run `ipadapter train` with another Python and return the adapter file.
+    """Run ``ipadapter train`` with another Python and return the adapter file.
 
-    `on_event` gets each line of its progress; `check` is called several times a second and raises to cancel: the
-    training then saves its state within `patience` seconds, and the exception goes on. What the child printed besides
-    is in `train.log`. Raises TrainingFailed with the child's own error.
+    ``on_event`` gets each line of its progress; ``check`` is called several times a second and raises to cancel: the
+    training then saves its state within ``patience`` seconds, and the exception goes on. What the child printed besides
+    is in ``train.log``. Raises TrainingFailed with the child's own error.
 
     The run's folder may be one that clients of a server upload files to. So the child neither works in it nor looks for
     modules there, and its settings come from a folder that only this user can open.
@@ -124,7 +124,7 @@ def _run(
 
 
 def _tail(log: Path, start: int) -> str:
-    """The end of what a log holds behind `start`."""
+    """The end of what a log holds behind ``start``."""
     with log.open("rb") as file:
         file.seek(max(start, file.seek(0, os.SEEK_END) - 4 * TAIL))
         return file.read().decode("utf-8", "replace").strip()[-TAIL:]

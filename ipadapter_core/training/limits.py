@@ -51,9 +51,9 @@ MOST_CHARACTERS = 10_000
 
 
 def graph_settings(text: str, config: RunConfig) -> RunConfig:
-    """Put a node's settings, one `section.key=value` per line, over a config and check it.
+    """Put a node's settings, one ``section.key=value`` per line, over a config and check it.
 
-    Raises InvalidInputError for what graphs may not set, and as `check_limits` does.
+    Raises InvalidInputError for what graphs may not set, and as ``check_limits`` does.
     """
     check_length(text, "settings", SETTINGS)
     changes = [line.strip() for line in text.splitlines() if line.strip()]

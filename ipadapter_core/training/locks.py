@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def locked(folder: Path, busy: Callable[[], None]) -> Generator[None]:
-    """Hold `folder/.lock`. If another process does, `busy` is called, and unless it raises, that process is waited for.
+    """Hold ``folder/.lock``. If another process does, ``busy`` is called, and unless it raises, that process is waited for.
 
     Where the system or the disk knows no such locks, or the folder cannot be written, nothing is held.
     """

@@ -33,7 +33,7 @@ SMOOTH = 60
 
 
 class Log:
-    """Writes events of a run; only the main process has one that is `active`."""
+    """Writes events of a run; only the main process has one that is ``active``."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Log:
             self._show(print, text, file=sys.stderr, flush=True)
 
     def begin(self, step: int) -> None:
-        """Training starts after `step`; what a killed run had logged beyond it is taken back."""
+        """Training starts after ``step``; what a killed run had logged beyond it is taken back."""
         if not self.active:
             return
         from tqdm import tqdm
@@ -116,7 +116,7 @@ class Log:
                 self._board("add_scalar", f"{kind}/{name}", value, step)
 
     def picture(self, name: str, step: int, pixels: object) -> None:
-        """A picture `y x 3` for tensorboard."""
+        """A picture ``y x 3`` for tensorboard."""
         self._board("add_image", name, pixels, step, dataformats="HWC")
 
     def tick(self, step: int, loss: float) -> None:
@@ -216,7 +216,7 @@ def draw_losses(source: Path, target: Path) -> None:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Each value's mean with its neighbours, up to `width` on either side (as many on both, so ends do not lean)."""
+    """Each value's mean with its neighbours, up to ``width`` on either side (as many on both, so ends do not lean)."""
     means: list[float] = []
     for i in range(len(values)):
         reach = min(width, i, len(values) - 1 - i)
@@ -237,7 +237,7 @@ def _step_of(line: str) -> float:
 
 
 def save_sheet(sheet: Image.Image, folder: Path, step: int) -> Path:
-    """Write `sheet-<step>.png` and, for who looks for the newest, `sheet.png`."""
+    """Write ``sheet-<step>.png`` and, for who looks for the newest, ``sheet.png``."""
     path = folder / f"sheet-{step:08d}.png"
     save_picture(sheet, path, {"step": step})
     save_picture(sheet, folder / "sheet.png", {"step": step})

@@ -41,14 +41,14 @@ class TrainingFailed(AdapterError):
 class BatchStream(Protocol):
     """Where batches come from; a function of the micro-step, so that a resumed run sees what it would have seen.
 
-    What is given is passed to the step's `forward`, on the compute device where it has a method `to`.
+    What is given is passed to the step's ``forward``, on the compute device where it has a method ``to``.
     """
 
     def batches(self, micro: int, end: int) -> Iterator[Sequence[Any]]: ...
 
 
 class Watch(Protocol):
-    """What is looked at between steps; None means that there is nothing to see. `module` is the step that learns."""
+    """What is looked at between steps; None means that there is nothing to see. ``module`` is the step that learns."""
 
     def validate(self, module: Any, /) -> dict[str, float] | None: ...
 
@@ -56,7 +56,7 @@ class Watch(Protocol):
 
 
 class Results(Protocol):
-    """The files that a run leaves for people, besides the states that it resumes from. `state` is of what is learned."""
+    """The files that a run leaves for people, besides the states that it resumes from. ``state`` is of what is learned."""
 
     def checkpoint(self, step: int, state: State, averaged: State | None) -> None: ...
 
@@ -71,7 +71,7 @@ class Results(Protocol):
 class Outcome:
     """How a run ended: the steps done, the file of the result, and whether someone asked it to stop before its end.
 
-    `by_file`: by the stop file, so that no launcher has heard of it.
+    ``by_file``: by the stop file, so that no launcher has heard of it.
     """
 
     step: int
@@ -137,10 +137,10 @@ def fit(
     results: Results,
     pictures: Tensor | None = None,
 ) -> Outcome:
-    """Train `module.learned` to `train.steps`, from the newest state in `folder` if there is one that is whole.
+    """Train ``module.learned`` to ``train.steps``, from the newest state in ``folder`` if there is one that is whole.
 
-    Of `config` the sections train, watch and output are read; all of it is kept with the state, and compared. So are the
-    digests `pictures` of `samples.digests`: what changed among them is said.
+    Of ``config`` the sections train, watch and output are read; all of it is kept with the state, and compared. So are the
+    digests ``pictures`` of ``samples.digests``: what changed among them is said.
 
     Raises TrainingFailed when steps keep giving no numbers, when memory ran out (the state before that step is saved, unless
     several processes train) and when nothing can be saved; InvalidInputError for a folder of another run.

@@ -31,7 +31,7 @@ Parts = Mapping[Component, nn.Module]
 
 
 class LearnedUpdate(nn.Module):
-    """An update whose tensors are parameters, named as in the update. `update` gives it in its present form."""
+    """An update whose tensors are parameters, named as in the update. ``update`` gives it in its present form."""
 
     def __init__(self, update: Update) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LearnedUpdate(nn.Module):
 
 
 class TrainedLoRA(nn.Module):
-    """Learned updates by target. It acts once `attach` has put it beside the layers of the models.
+    """Learned updates by target. It acts once ``attach`` has put it beside the layers of the models.
 
     It holds no reference to the models, so that copies of it (the running average) are small.
     """
@@ -101,7 +101,7 @@ class TrainedLoRA(nn.Module):
         return LoRAWeights("the LoRA in training", tuple(modules), "trained")
 
     def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], config: OutputConfig) -> Path:
-        """Write these weights to `path` in the configured key format and type; alphas stay float32."""
+        """Write these weights to ``path`` in the configured key format and type; alphas stay float32."""
         named = {"ss_steps" if key == "steps" else key: value for key, value in metadata.items()}
         weights = replace(self.weights(torch.float32, state), metadata=named)
         save_lora(weights, path, key_format=config.key_format, dtype=config.dtype, overwrite=True)
@@ -202,7 +202,7 @@ def build_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
 
 
 def describe_lora(lora: TrainedLoRA, lr: float, text_rate: float = 0.0) -> str:
-    """How much is trained, in which parts, by which algorithms and ranks, and how fast. `text_rate` 0: as `lr`."""
+    """How much is trained, in which parts, by which algorithms and ranks, and how fast. ``text_rate`` 0: as ``lr``."""
     total = sum(p.numel() for p in lora.parameters())
     lines = [f"trained: {total:,} parameters in {len(lora.targets)} layers"]
     for component in dict.fromkeys(target.component for target in lora.targets):

@@ -32,7 +32,7 @@ from .watch import pipeline_around
 
 
 class LoRAStep(DenoisingStep):
-    """The loss of a LoRA on a batch. `text_rate`: the text encoders' learning rate, 0 for the run's."""
+    """The loss of a LoRA on a batch. ``text_rate``: the text encoders' learning rate, 0 for the run's."""
 
     adapter: TrainedLoRA
 
@@ -149,7 +149,7 @@ class LoRATrainee(Trainee):
 
 
 class _LayerWithoutNumbers(Layer):
-    """A layer on `meta`, whose weight may be read all the same: only shapes are counted."""
+    """A layer on ``meta``, whose weight may be read all the same: only shapes are counted."""
 
     def weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         return self.module.get_parameter("weight").detach().to(dtype=dtype)

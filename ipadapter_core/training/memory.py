@@ -1,4 +1,4 @@
-"""How much memory a run will need, counted before it starts: weights by their shapes, activations by a dry run on `meta`.
+"""How much memory a run will need, counted before it starts: weights by their shapes, activations by a dry run on ``meta``.
 
 The dry run executes the step's models without numbers and adds up what autograd would keep, so frozen layers, the layers
 that learn and the picture size count as they are. Attention counts as the fused kernels keep it: q, k, v, output and one
@@ -76,7 +76,7 @@ class Memory:
 
 
 def predict(trainee: Trainee, factor: int, device: torch.device, shards: int = 1) -> Memory:
-    """Predict the peak of a run. `factor`: pixels per latent; `shards`: processes that share the frozen weights."""
+    """Predict the peak of a run. ``factor``: pixels per latent; ``shards``: processes that share the frozen weights."""
     config = trainee.config
     checkpointing, latent = config.train.checkpointing, largest_latent(config, factor)
     activations = activation_bytes(trainee, latent, element_size(config), checkpointing=checkpointing)
@@ -86,7 +86,7 @@ def predict(trainee: Trainee, factor: int, device: torch.device, shards: int = 1
 def memory_of(
     config: RunConfig, base: FrozenBase, trained: int, activations: int, device: torch.device, shards: int = 1
 ) -> Memory:
-    """The sum for `trained` parameters and the activations of one sample."""
+    """The sum for ``trained`` parameters and the activations of one sample."""
     modules: list[nn.Module] = [base.unet, *base.text_encoders]
     frozen = sum(p.numel() for module in modules for name, p in module.named_parameters() if ".processor." not in name)
     per_parameter = 4 + 4 + STATE_BYTES[config.train.optimizer] + (4 if config.train.ema else 0)
@@ -111,7 +111,7 @@ def largest_latent(config: RunConfig, factor: int) -> tuple[int, int]:
 
 
 def activation_bytes(trainee: Trainee, latent: tuple[int, int], element: int, *, checkpointing: bool) -> int:
-    """Bytes that autograd keeps for one sample, the models computing in numbers of `element` bytes."""
+    """Bytes that autograd keeps for one sample, the models computing in numbers of ``element`` bytes."""
     base = trainee.base
     with torch.device("meta"):
         twins: dict[Component, Any] = {name: _twin(model) for name, model in trainee.parts.items()}
@@ -140,7 +140,7 @@ def _on_meta(module: nn.Module) -> nn.Module:
 
 
 def _denoise(twin: Any, context: Tensor, latent: tuple[int, int], base: FrozenBase) -> None:
-    """One sample through a denoiser on `meta`."""
+    """One sample through a denoiser on ``meta``."""
     added: dict[str, Tensor] = {}
     if base.reads_sizes:
         pooled = twin.add_embedding.linear_1.in_features - 6 * twin.config.addition_time_embed_dim
@@ -165,7 +165,7 @@ class SavedTensorCounter:
         self._outside = 0
         self._stack: list[int] = []
         self._handles: list[Any] = []
-        """`blocks`: class names of those that gradient checkpointing computes again."""
+        """``blocks``: class names of those that gradient checkpointing computes again."""
         for number, block in enumerate(m for m in model.modules() if type(m).__name__ in blocks):
             self._handles.append(block.register_forward_pre_hook(partial(self._enter, number)))
             self._handles.append(block.register_forward_hook(self._leave))
@@ -219,7 +219,7 @@ class _Fused(torch.autograd.Function):
 
 @contextmanager
 def fused_attention() -> Generator[None]:
-    """On `meta` torch would choose the kernel that keeps every attention matrix; no GPU does."""
+    """On ``meta`` torch would choose the kernel that keeps every attention matrix; no GPU does."""
     original = F.scaled_dot_product_attention
 
     def fused(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -20,9 +20,9 @@ MUON_SIDE = 16
 
 
 Group = dict[str, Any]
-"""Parameters (`params`) with a rate (`lr`) of their own, as torch has them."""
+"""Parameters (``params``) with a rate (``lr``) of their own, as torch has them."""
 Groups = Sequence[Group]
-"""Parameters in torch's form: `params` and `lr` of each group."""
+"""Parameters in torch's form: ``params`` and ``lr`` of each group."""
 
 
 def build_optimizer(config: TrainConfig, groups: Groups) -> torch.optim.Optimizer:
@@ -49,9 +49,9 @@ def build_optimizer(config: TrainConfig, groups: Groups) -> torch.optim.Optimize
 
 
 class Muon(torch.optim.Optimizer):
-    """torch's Muon on matrices and convolutions (as matrices `o (i y x)`), AdamW on the rest, behind one optimiser.
+    """torch's Muon on matrices and convolutions (as matrices ``o (i y x)``), AdamW on the rest, behind one optimiser.
 
-    Rates and `weight_decay` are AdamW's; Muon learns at twice the rate and without decay. On sixteen fixed pictures at
+    Rates and ``weight_decay`` are AdamW's; Muon learns at twice the rate and without decay. On sixteen fixed pictures at
     t = 999 the demo's UNet and adapter went in 60 steps from a loss of 0.53 to 0.19, with AdamW alone to 0.38.
     """
 
@@ -98,9 +98,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def as_matrix(weight: Tensor, values: Tensor | None = None) -> Tensor:
-    """A linear weight as it is; a convolution's `o i y x`, in either memory order, as a view with a row per output.
+    """A linear weight as it is; a convolution's ``o i y x``, in either memory order, as a view with a row per output.
 
-    `values` (a gradient) are put in the weight's order.
+    ``values`` (a gradient) are put in the weight's order.
     """
     values = weight if values is None else values
     if weight.ndim == 2:
@@ -128,7 +128,7 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> tor
 
 
 def build_average(config: TrainConfig, module: nn.Module) -> torch.optim.swa_utils.AveragedModel | None:
-    """Exponentially averaged weights; None when `train.ema` is 0.
+    """Exponentially averaged weights; None when ``train.ema`` is 0.
 
     The decay rises from 0.1 to its value over the first steps: a short run would never forget its first weights.
     """

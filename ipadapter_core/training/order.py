@@ -29,7 +29,7 @@ def seeded(*place: object) -> torch.Generator:
 
 @dataclass(frozen=True, slots=True)
 class SampleIndex:
-    """A target, its reference, and which version of that reference; `place` is (micro-step, position in it)."""
+    """A target, its reference, and which version of that reference; ``place`` is (micro-step, position in it)."""
 
     target: int
     reference: int
@@ -78,7 +78,7 @@ class Order:
 
 @dataclass(slots=True)
 class NoiseDraws:
-    """The randomness of one batch: noise and `latent_noise` `b c y x`, timesteps, drops `b`."""
+    """The randomness of one batch: noise and ``latent_noise`` ``b c y x``, timesteps, drops ``b``."""
 
     noise: Tensor
     latent_noise: Tensor
@@ -93,7 +93,7 @@ class NoiseDraws:
 def draw(
     seed: int, places: Sequence[tuple[int, int]], shape: Sequence[int], objective: Objective, loss: LossConfig
 ) -> NoiseDraws:
-    """NoiseDraws for samples at these places with latents `c y x`; float32 on the CPU, the same on every device."""
+    """NoiseDraws for samples at these places with latents ``c y x``; float32 on the CPU, the same on every device."""
     noises: list[Tensor] = []
     latent_noises: list[Tensor] = []
     timesteps: list[float] = []

@@ -57,7 +57,7 @@ def bucket_for(size: Size, sizes: list[Size]) -> Size:
 
 
 def cut_target(image: Image.Image, size: Size) -> tuple[Tensor, Cut]:
-    """Resize to cover the bucket, cut its centre: pixels `3 y x` in -1..1 on white where the picture is transparent."""
+    """Resize to cover the bucket, cut its centre: pixels ``3 y x`` in -1..1 on white where the picture is transparent."""
     height, width = size
     original = (image.height, image.width)
     factor = max(height / image.height, width / image.width)
@@ -72,14 +72,14 @@ def cut_target(image: Image.Image, size: Size) -> tuple[Tensor, Cut]:
 
 
 def reference_pixels(image: Image.Image, spec: PixelSpec, augment: float, seed: str) -> Tensor:
-    """The encoder's pixel values `3 y x` of a reference, as inference makes them; augmented if asked."""
+    """The encoder's pixel values ``3 y x`` of a reference, as inference makes them; augmented if asked."""
     if augment > 0:
         image = augmented(image, augment, random.Random(seed))
     return preprocess(to_tensor(image)[None], spec)[0]
 
 
 def augmented(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
-    """Another view of the same thing: part of it, mirrored, lighter or duller; `strength` 0..1 says how far."""
+    """Another view of the same thing: part of it, mirrored, lighter or duller; ``strength`` 0..1 says how far."""
     share = 1 - 0.4 * strength * rng.random()
     width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
     left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)

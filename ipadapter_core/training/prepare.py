@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Prepared:
-    """A run, ready to start. `samples` are those trained on, None for a stream."""
+    """A run, ready to start. ``samples`` are those trained on, None for a stream."""
 
     trainee: Trainee
     step: DenoisingStep
@@ -55,7 +55,7 @@ class Prepared:
 
 @dataclass
 class Pictures:
-    """The pictures of a run, looked at and, with a cache, encoded. `samples` are those trained on, None for a stream."""
+    """The pictures of a run, looked at and, with a cache, encoded. ``samples`` are those trained on, None for a stream."""
 
     source: Readable
     items: Items | Stream

@@ -25,7 +25,7 @@ _registered: list[str] = []
 
 
 def init_method() -> str | None:
-    """What to hand to torch's `init_process_group`; None where its own way is right."""
+    """What to hand to torch's ``init_process_group``; None where its own way is right."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None  # rank 0 brings a store of its own, which knows nobody yet
     if not _registered:
@@ -46,7 +46,7 @@ def _meet(url: str, timeout: timedelta, **others: object) -> Generator[tuple[Sto
 
 
 def agree_on_name(store: Store, rank: int, world: int, timeout: timedelta) -> str:
-    """A name that all `world` processes get, and that none who used the store before had. Raises TimeoutError.
+    """A name that all ``world`` processes get, and that none who used the store before had. Raises TimeoutError.
 
     Every answer lies below a name that the one who asks has just made up: nothing old can be taken for it.
     """

@@ -23,7 +23,7 @@ EARLIER_RUNS = 5
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename a run's folder to `<name>.earlier-<number>`; None where nothing was learned in it. Nothing is deleted.
+    """Rename a run's folder to ``<name>.earlier-<number>``; None where nothing was learned in it. Nothing is deleted.
 
     The run can be gone on with under its new name. Raises InvalidInputError where too many lie aside, or a training is
     writing there.
@@ -50,10 +50,10 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def publish(result: Path, target: Path, folder: Path) -> Path:
-    """Copy a finished file to `target`, whole or not at all; returns where it is.
+    """Copy a finished file to ``target``, whole or not at all; returns where it is.
 
-    The file that the run of `folder` put there before is replaced. A file of anybody else is not: then the name gets a
-    number, `<name>-2`, which the run keeps from then on.
+    The file that the run of ``folder`` put there before is replaced. A file of anybody else is not: then the name gets a
+    number, ``<name>-2``, which the run keeps from then on.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     place = next(path for path in _candidates(target, folder) if not os.path.lexists(path) or _wrote(folder, path))

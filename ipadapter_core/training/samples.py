@@ -13,7 +13,7 @@ from .collection import Sample
 
 
 def digests(samples: Sequence[Sample]) -> Tensor:
-    """Of every picture its name and its content (picture, caption, subject, reference), `n 2`, in the order of the names."""
+    """Of every picture its name and its content (picture, caption, subject, reference), ``n 2``, in the order of the names."""
     rows = [
         (_digest(one.name), _digest(one.key, one.caption, one.subject, one.reference_key or one.reference))
         for one in samples

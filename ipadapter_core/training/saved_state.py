@@ -48,7 +48,7 @@ class Stateful(Protocol):
 
 
 class Training:
-    """The parts of a run that change, as one tree; `optimizer` is the plain one, without accelerate around it."""
+    """The parts of a run that change, as one tree; ``optimizer`` is the plain one, without accelerate around it."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Training:
         }
 
     def save(self, folder: Path, counts: Mapping[str, object]) -> None:
-        """Write the parts, and `counts`, plain values that belong to them. Raises OSError."""
+        """Write the parts, and ``counts``, plain values that belong to them. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         save_tree(folder / TRAINING, {**self.tree(), "counts": dict(counts)})
 
@@ -105,7 +105,7 @@ class Training:
 def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Let an optimiser that made no step yet make its tensors, by a step of zero gradients. The weights change.
 
-    torch.distributed.checkpoint does the same before it loads (its `_init_optim_state`).
+    torch.distributed.checkpoint does the same before it loads (its ``_init_optim_state``).
     """
     parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
@@ -260,7 +260,7 @@ def _plain(packed: Any) -> Any:
 
 
 def _fitted(wanted: Tree, saved: Tree, file: TensorReader, name: str) -> Any:
-    """The saved value, if it is such a one as `wanted`, whose own tensors take the saved numbers.
+    """The saved value, if it is such a one as ``wanted``, whose own tensors take the saved numbers.
 
     A parameter that got no gradient yet has no entry in its optimiser. Plain values that only one of the two has are options
     of another version of torch: what is wanted stays.

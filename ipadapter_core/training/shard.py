@@ -23,7 +23,7 @@ TEXT_UNITS = ("CLIPEncoderLayer",)
 
 
 def from_launcher(config: RunConfig) -> RunConfig:
-    """The config, with `train.shard` if `accelerate launch` was told to use FSDP.
+    """The config, with ``train.shard`` if ``accelerate launch`` was told to use FSDP.
 
     accelerate's own wrapping would split the adapter and leave the frozen models whole on every device, so its
     switch is read and taken back. Raises InvalidInputError for DeepSpeed.
@@ -42,7 +42,7 @@ def from_launcher(config: RunConfig) -> RunConfig:
 def shard(base: FrozenBase, adapter: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Cast UNet and text encoders and split their weights over all processes, block by block.
 
-    `adapter` may be installed in the UNet; it is left as it is. From now on every forward pass is one of all processes.
+    ``adapter`` may be installed in the UNet; it is left as it is. From now on every forward pass is one of all processes.
     Raises InvalidInputError where there is one process only, or torch is too old.
     """
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):

@@ -1,6 +1,6 @@
 """Where pictures and captions come from: a folder, lists, webdataset shards, Hugging Face datasets.
 
-A source gives records in a fixed order, without opening pictures. `read` gives the bytes of one; a stream's records
+A source gives records in a fixed order, without opening pictures. ``read`` gives the bytes of one; a stream's records
 carry theirs along, so that one pass over remote shards is enough for the cache. What cannot be used is named, not dropped.
 """
 
@@ -43,7 +43,7 @@ from .tar_members import (
 
 LISTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 METADATA = ("metadata.jsonl", "metadata.csv")
-"""Lists that lie in the folder of their pictures, as `datasets` has them."""
+"""Lists that lie in the folder of their pictures, as ``datasets`` has them."""
 
 MAX_LIST = 2**32
 """Bytes of a list; that of ten million pictures has about 1.5 GB."""
@@ -55,10 +55,10 @@ _KOHYA = re.compile(r"\d+_.")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture with its caption (None: there is none; or there is a `problem` with it, and the record cannot be used).
+    """One picture with its caption (None: there is none; or there is a ``problem`` with it, and the record cannot be used).
 
-    `subject` groups pictures of the same thing; `reference` names another record's picture, or a picture of its own
-    right, to be the reference. `stamp` changes when the file does; empty where only its bytes can tell.
+    ``subject`` groups pictures of the same thing; ``reference`` names another record's picture, or a picture of its own
+    right, to be the reference. ``stamp`` changes when the file does; empty where only its bytes can tell.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Record:
 
 
 class Source(Protocol):
-    """Records in a fixed order, and their bytes by name. `random_access` is False for streams."""
+    """Records in a fixed order, and their bytes by name. ``random_access`` is False for streams."""
 
     @property
     def random_access(self) -> bool: ...
@@ -89,7 +89,7 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """All pictures below a folder; the caption of `a.png` is in `a.txt`. A subfolder is a subject, links to folders too."""
+    """All pictures below a folder; the caption of ``a.png`` is in ``a.txt``. A subfolder is a subject, links to folders too."""
 
     random_access = True
 
@@ -137,10 +137,10 @@ class FolderSource:
 
 
 class ListSource:
-    """The original's list, `[{"image_file": "1.png", "text": "A dog"}, …]`, relative to the list's folder; also as JSON
-    lines or CSV, with `file_name` for `image_file`, as `datasets` has them.
+    """The original's list, ``[{"image_file": "1.png", "text": "A dog"}, …]``, relative to the list's folder; also as JSON
+    lines or CSV, with ``file_name`` for ``image_file``, as ``datasets`` has them.
 
-    Entries may add `subject` and `reference_file`. An entry without a caption key is captioned by the text beside its picture.
+    Entries may add ``subject`` and ``reference_file``. An entry without a caption key is captioned by the text beside its picture.
     """
 
     random_access = True
@@ -200,7 +200,7 @@ class ListSource:
 
 
 class TarSource:
-    """Local webdataset shards: `0001.jpg`, `0001.txt` or `0001.json`; each member's place in its tar is remembered."""
+    """Local webdataset shards: ``0001.jpg``, ``0001.txt`` or ``0001.json``; each member's place in its tar is remembered."""
 
     random_access = True
 
@@ -257,7 +257,7 @@ class TarSource:
 
 
 class StreamSource:
-    """Remote webdataset shards (http, https, s3 through `pipe:`), read once from start to end."""
+    """Remote webdataset shards (http, https, s3 through ``pipe:``), read once from start to end."""
 
     random_access = False
 
@@ -311,7 +311,7 @@ def expand_urls(urls: str) -> list[str]:
 
 
 class HuggingFaceSource:
-    """A dataset saved with save_to_disk, or what `datasets` finds in a folder of pictures without metadata."""
+    """A dataset saved with save_to_disk, or what ``datasets`` finds in a folder of pictures without metadata."""
 
     random_access = True
 
@@ -362,7 +362,7 @@ class HuggingFaceSource:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that `data.path` and `data.kind` mean. Raises InvalidInputError or CorruptFileError."""
+    """The source that ``data.path`` and ``data.kind`` mean. Raises InvalidInputError or CorruptFileError."""
     if not config.path:
         raise InvalidInputError("data.path is empty; give a folder of pictures, a list or webdataset shards")
     encoding = check_encoding(config.caption_encoding)
@@ -547,7 +547,7 @@ def _rows(text: str, file: Path) -> Iterator[dict[str, Any]]:
 def _usable(
     name: str, read: Callable[_Arguments, tuple[str | None, str]], *args: _Arguments.args, **kwargs: _Arguments.kwargs
 ) -> tuple[str | None, str, str]:
-    """Caption and subject that `read` gives for a picture of that name, and why they cannot be used."""
+    """Caption and subject that ``read`` gives for a picture of that name, and why they cannot be used."""
     try:
         return *read(*args, **kwargs), ""
     except AdapterError as error:

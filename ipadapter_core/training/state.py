@@ -51,7 +51,7 @@ class Savable(Protocol):
 
 
 class RunFolder:
-    """The files of a run in `output.folder`."""
+    """The files of a run in ``output.folder``."""
 
     def __init__(self, config: OutputConfig) -> None:
         if not config.folder:
@@ -126,7 +126,7 @@ class RunFolder:
         return final
 
     def newest(self) -> tuple[Saved | None, list[str]]:
-        """The newest state that is whole, and what is wrong with those after it, which are put aside as `.damaged`.
+        """The newest state that is whole, and what is wrong with those after it, which are put aside as ``.damaged``.
 
         Raises CorruptFileError if there are states and none is whole, InvalidInputError for those of older versions.
         """
@@ -162,7 +162,7 @@ class RunFolder:
         *,
         nested: bool = False,
     ) -> Path:
-        """Write one file of what is learned, in `output.dtype`."""
+        """Write one file of what is learned, in ``output.dtype``."""
         try:
             if nested:
                 trainee.save(self.path / f"{stem}.bin", state, metadata)
@@ -220,7 +220,7 @@ class ResultFiles:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A finished state: after which step, in which folder, and what was noted of its run. `files` are checksums by name."""
+    """A finished state: after which step, in which folder, and what was noted of its run. ``files`` are checksums by name."""
 
     step: int
     folder: Path

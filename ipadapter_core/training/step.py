@@ -13,7 +13,7 @@ from .order import NoiseDraws
 
 
 class Step(nn.Module):
-    """What the loop trains: `forward` of what a stream gives is the mean loss. Its parameters are all that is wrapped."""
+    """What the loop trains: ``forward`` of what a stream gives is the mean loss. Its parameters are all that is wrapped."""
 
     @property
     def learned(self) -> nn.Module:
@@ -21,7 +21,7 @@ class Step(nn.Module):
         return self
 
     def groups(self, lr: float) -> list[Group]:
-        """The parameters that learn, in torch's groups with a rate each; `lr` is the run's."""
+        """The parameters that learn, in torch's groups with a rate each; ``lr`` is the run's."""
         return [{"params": [p for p in self.learned.parameters() if p.requires_grad], "lr": lr}]
 
 
@@ -54,7 +54,7 @@ class DenoisingStep(Step):
         return self.losses(batch, draws).mean()
 
     def losses(self, batch: Batch, draws: NoiseDraws) -> Tensor:
-        """Loss of each sample, `b`: noisy latents through the denoiser, in its dtype; noise and loss in float32 at least."""
+        """Loss of each sample, ``b``: noisy latents through the denoiser, in its dtype; noise and loss in float32 at least."""
         denoiser, weight = self.base.unet, self.base.unet.dtype
         text, pooled = self._text(batch, draws)
         context = self.context(text.to(weight), batch, draws)
@@ -69,11 +69,11 @@ class DenoisingStep(Step):
         return self.objective.losses(predicted.to(latents), latents, noise, draws.timesteps)
 
     def context(self, text: Tensor, batch: Batch, draws: NoiseDraws) -> Tensor:
-        """What the cross-attentions read, `b l d`: the text, and what is learned may add to it."""
+        """What the cross-attentions read, ``b l d``: the text, and what is learned may add to it."""
         return text
 
     def _text(self, batch: Batch, draws: NoiseDraws) -> tuple[Tensor, Tensor | None]:
-        """Context `b l d` and SDXL's pooled embedding, those of the empty caption where the text is dropped."""
+        """Context ``b l d`` and SDXL's pooled embedding, those of the empty caption where the text is dropped."""
         nothing = self.nothing.text if batch.text else self.nothing.tokens
         text = tuple(
             torch.where(draws.no_text.view(-1, *[1] * (one.ndim - 1)), none.to(one), one)

@@ -35,7 +35,7 @@ def asked_to_stop() -> Generator[Callable[[], bool]]:
 
 @contextmanager
 def interruptible(what: str) -> Generator[None]:
-    """While inside, these signals raise KeyboardInterrupt with a sentence: `what` is kept of the work, and how to go on."""
+    """While inside, these signals raise KeyboardInterrupt with a sentence: ``what`` is kept of the work, and how to go on."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(f"interrupted by {signal.Signals(number).name}; {what}")

@@ -31,7 +31,7 @@ from .sources import Record, StreamSource, expand_urls
 
 
 class Stream:
-    """Records of remote shards for one process of `world`; also the source and the items of its validation pictures."""
+    """Records of remote shards for one process of ``world``; also the source and the items of its validation pictures."""
 
     random_access = False
 

@@ -1,4 +1,4 @@
-"""The pictures and captions in webdataset shards, from files and from streams: `0001.jpg`, `0001.txt` or `0001.json`.
+"""The pictures and captions in webdataset shards, from files and from streams: ``0001.jpg``, ``0001.txt`` or ``0001.json``.
 
 A shard comes from strangers: only plain files in it are looked at, and no header makes us read or hold more than it should.
 """

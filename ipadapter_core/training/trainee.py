@@ -32,14 +32,14 @@ State = dict[str, Tensor]
 
 
 class MeanLoss(Protocol):
-    """The validation's loss on batches of one picture each; `no_image`: as if their images had been dropped."""
+    """The validation's loss on batches of one picture each; ``no_image``: as if their images had been dropped."""
 
     def __call__(self, batches: Sequence[Batch], *, no_image: bool = False) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Held-out pictures of a sample sheet: as squares, with their captions and features `b …`."""
+    """Held-out pictures of a sample sheet: as squares, with their captions and features ``b …``."""
 
     tiles: Sequence[Image.Image]
     captions: Sequence[str]
@@ -47,7 +47,7 @@ class Shown:
 
 
 class Trainee(ABC):
-    """A thing that learns beside frozen models. `learned` holds all its parameters and no frozen one.
+    """A thing that learns beside frozen models. ``learned`` holds all its parameters and no frozen one.
 
     The defaults are those of a thing without reference pictures: captions are encoded once, and the text encoders leave memory.
     """
@@ -77,7 +77,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def attach(self, learned: nn.Module, parts: Parts) -> None:
-        """Let `learned`, this one or a copy of it, act in these models."""
+        """Let ``learned``, this one or a copy of it, act in these models."""
 
     @abstractmethod
     def off(self) -> AbstractContextManager[None]:
@@ -85,7 +85,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def save(self, path: Path, state: State, metadata: Mapping[str, str]) -> Path:
-        """Write weights to one file, in `output.dtype`."""
+        """Write weights to one file, in ``output.dtype``."""
 
     # --- what most have in common ------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Trainee(ABC):
         return None
 
     def metadata(self, objective: Objective, samples: Sequence[Sample] | None) -> dict[str, str]:
-        """What a finished file says of its making; `samples` are those trained on, None for a stream."""
+        """What a finished file says of its making; ``samples`` are those trained on, None for a stream."""
         settings = self.config.as_dict()
         settings = {section: settings[section] for section in settings if section not in ("output", "watch")}
         return {

@@ -25,7 +25,7 @@ from .trainee import Shown, State, Trainee
 class Validator:
     """The loss on held-out pictures, compared as the trainee asks, and its sample sheets.
 
-    `batches` are held-out pictures, one each; `shown` is what sheets show, None for no sheets.
+    ``batches`` are held-out pictures, one each; ``shown`` is what sheets show, None for no sheets.
     """
 
     def __init__(self, trainee: Trainee, batches: Sequence[Batch], shown: Shown | None) -> None:
@@ -33,7 +33,7 @@ class Validator:
 
     @torch.no_grad()
     def validate(self, step: DenoisingStep) -> dict[str, float] | None:
-        """`validation`, and what the trainee's other losses are above it."""
+        """``validation``, and what the trainee's other losses are above it."""
         config = self.trainee.config
         if not self.batches or not config.watch.validate_every:
             return None
@@ -59,7 +59,7 @@ class Validator:
 def mean_loss(
     step: DenoisingStep, batches: Sequence[Batch], timesteps: Sequence[int], size: int, *, no_image: bool = False
 ) -> float:
-    """Mean of a step's `losses` over batches of one picture, each at every timestep, `size` at a time."""
+    """Mean of a step's ``losses`` over batches of one picture, each at every timestep, ``size`` at a time."""
     device = step.base.unet.device
     cases = [(batch, i, t) for t in timesteps for i, batch in enumerate(batches)]
     groups: dict[tuple[int, ...], list[tuple[Batch, int, int]]] = {}

@@ -58,10 +58,10 @@ def marked(name: str) -> bool:
 
 
 def readable(name: str, what: str) -> str:
-    """The path of a file or folder that a graph names: below input, with ComfyUI's marks `[output]` and `[temp]` below
+    """The path of a file or folder that a graph names: below input, with ComfyUI's marks ``[output]`` and ``[temp]`` below
     these, or whole below a folder of ``readable_folders``.
 
-    Raises InvalidInputError. The host's own reading of marks is not used: that of 0.3.64 lets `../` through.
+    Raises InvalidInputError. The host's own reading of marks is not used: that of 0.3.64 lets ``../`` through.
     """
     check_local(name, what)
     mark = _PLACE.search(name)

@@ -1,7 +1,7 @@
 """What a node is given, checked against what it asks for, before it runs.
 
 ComfyUI compares widgets with their limits, but not what comes through a link, no value for a socket (a graph may hold a
-plain text there), no list (`{"__value__": [...]}`), and no number with NaN. So every node of this pack checks once more.
+plain text there), no list (``{"__value__": [...]}``), and no number with NaN. So every node of this pack checks once more.
 """
 
 from __future__ import annotations

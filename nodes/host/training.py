@@ -48,7 +48,7 @@ IMAGES = 10_000
 
 
 def model_folders(marker: str, *kinds: str) -> dict[str, Path]:
-    """Folders with a file `marker` right below models/<kind>, by name."""
+    """Folders with a file ``marker`` right below models/<kind>, by name."""
     found: dict[str, Path] = {}
     for kind in kinds:
         for root in folder_paths.get_folder_paths(kind):
@@ -72,7 +72,7 @@ def image_encoders() -> dict[str, Path]:
 
 
 def make_model_section(name: str, folder: Path) -> dict[str, str]:
-    """Settings for a base model of base_models(); the configs of a checkpoint are written into `folder`.
+    """Settings for a base model of base_models(); the configs of a checkpoint are written into ``folder``.
 
     Raises InvalidInputError for another name.
     """
@@ -108,7 +108,7 @@ def image_encoder_setting(name: str, base: str) -> str:
 def open_folder(name: str, kind: str, *, start_over: bool) -> Path:
     """Where a training of that name and kind of FOLDERS keeps its states.
 
-    `start_over` sets aside what an earlier run of that name has learned.
+    ``start_over`` sets aside what an earlier run of that name has learned.
     """
     folder = Path(writable(FOLDERS[kind], plain_name(name)))
     if start_over:
@@ -117,7 +117,7 @@ def open_folder(name: str, kind: str, *, start_over: bool) -> Path:
 
 
 def make_data_section(pictures: str, images: Tensor | None, captions: str, folder: Path) -> dict[str, str]:
-    """The source of a training's pictures: what a graph names, or images of the graph, which are written into `folder`.
+    """The source of a training's pictures: what a graph names, or images of the graph, which are written into ``folder``.
 
     Raises InvalidInputError for places that a graph may not read, and captions that fit no images.
     """
@@ -137,7 +137,7 @@ def make_data_section(pictures: str, images: Tensor | None, captions: str, folde
 
 
 def save_pictures(images: Tensor, captions: list[str], folder: Path) -> str:
-    """Images `b y x c` from the graph, grey or in colours, as a folder that a training reads. Raises InvalidInputError for NaN."""
+    """Images ``b y x c`` from the graph, grey or in colours, as a folder that a training reads. Raises InvalidInputError for NaN."""
     check_finite(images)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -151,10 +151,10 @@ def save_pictures(images: Tensor, captions: list[str], folder: Path) -> str:
 def run(
     values: dict[str, dict[str, Any]], settings: str, name: str, kind: str, base: str, node_id: str
 ) -> tuple[str, Path]:
-    """Run a training on the base model `base` in another process, with this node's progress bar and previews.
+    """Run a training on the base model ``base`` in another process, with this node's progress bar and previews.
 
-    `settings` has an override per line, `kind` is the folder below output that takes the result: `ipadapter`, whose files
-    are loaded by name, or `loras`. Returns the name and the path of the result.
+    ``settings`` has an override per line, ``kind`` is the folder below output that takes the result: ``ipadapter``, whose files
+    are loaded by name, or ``loras``. Returns the name and the path of the result.
     """
     report = _training_progress(node_id)
     with tempfile.TemporaryDirectory(prefix="ipadapter-model-") as configs:
@@ -219,7 +219,7 @@ def result_pictures(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def _as_image(path: Path) -> Tensor:
-    """A picture as IMAGE `1 y x 3`; one grey pixel if there is none."""
+    """A picture as IMAGE ``1 y x 3``; one grey pixel if there is none."""
     if not path.is_file():
         return torch.full((1, 1, 1, 3), 0.5)
     return to_tensor(read_picture(path).convert("RGB"))[None]

@@ -269,6 +269,20 @@ def test_only_the_host_room_asks_comfyui() -> None:
     assert offenders(sources(NODES / "host"), "comfy", "folder_paths"), "a rule could not fail"
 
 
+def test_docstrings_have_one_markup() -> None:
+    """Code stands between double backticks; blocks of it are fenced."""
+    single = re.compile(r"(?<!`)`(?!`)[^`]+`(?!`)")
+    texts = [
+        (f"{dotted(path)}:{one.lineno}", one.value.value)
+        for path in (*sources(CORE), *sources(NODES))
+        for one in ast.walk(ast.parse(path.read_text()))
+        if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant) and isinstance(one.value.value, str)
+    ]
+    assert len(texts) > 1000, "the rule sees nothing"
+    offending = [place for place, text in texts if single.search(text)]
+    assert offending == []
+
+
 def test_no_drawer_for_everything() -> None:
     names = {p.stem for folder in (CORE, NODES, ROOT / "tests") for p in sources(folder)}
     names |= {p.name for folder in (CORE, NODES) for p in folder.rglob("*") if p.is_dir()}
