@@ -2,12 +2,13 @@
 
 from .block_vectors import block_vector, parse_where
 from .formats import describe_lora, load_lora, parse_lora
+from .layer import Layer
 from .matching import PARTIAL, MatchedLoRA, Partial, TargetMatch, match_lora
 from .patch import MODES, LoRAPatch, choose_mode
 from .saving import save_lora
 from .selector import Selector, parse_selector
 from .targets import Target, TargetTable, targets_of
-from .update import Layer, Update
+from .update import Update
 from .weights import Component, LeftOut, LoRAModule, LoRAWeights
 
 PlacedLoRA, Placement, place_lora = MatchedLoRA, TargetMatch, match_lora  # older names

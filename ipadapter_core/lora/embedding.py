@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .update import Change, Layer, Wrapper, near
+from .layer import Layer
+from .update import Change, Wrapper, near
 
 
 @dataclass(frozen=True, slots=True, eq=False)

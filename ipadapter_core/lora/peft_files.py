@@ -80,9 +80,10 @@ def _beside(path: Path, file: str) -> PeftConfig | None:
         return None
     name = f"{CONFIG_FILE} beside {file}"
     value = parse_json(read_bytes(beside), name)
+    table = as_table(value)
     if not isinstance(value, dict):
         raise CorruptFileError(f"{quoted(name)} is no PEFT config: a table of options was expected")
-    return PeftConfig(as_table(value), CONFIG_FILE, file)
+    return PeftConfig(table, CONFIG_FILE, file)
 
 
 def _belongs(config: PeftConfig, path: Path, ranks: Mapping[str, int]) -> tuple[bool, str]:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..device_cache import DeviceCache
+from .layer import Layer
 from .matching import TargetMatch
-from .update import Layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..models import names_of_layers
 from ..models.layers import Place, underscored
-from .update import Layer
+from .layer import Layer
 from .weights import Component
 
 

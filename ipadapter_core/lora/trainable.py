@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidInputError
 from .formats import load_lora
+from .layer import Layer
 from .targets import Target
-from .update import Layer
 from .weights import LoRAWeights
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..device_cache import DeviceCache
-from .layer_rows import RowsOf, add_rows, rows_of
+from .layer import Layer, RowsOf, add_rows, rows_of
 from .patch import LoRAPatch
 from .products import Acting, Part, Products
 from .running import Running, mask_like
-from .update import Change, Layer
+from .update import Change
 from .weights import Component
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CorruptFileError, quoted
+from ..layer import Layer
 from ..parts import Parts
-from ..update import Change, Layer, Update, near
+from ..update import Change, Update, near
 from .rotation import Rotation
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UnknownFormatError, quoted
+from ..layer import Layer
 from ..parts import ADAPTER, Key, Parts, key
-from ..update import Change, Changes, Layer, Update, near
+from ..update import Change, Changes, Update, near
 
 
 @dataclass(frozen=True, slots=True, eq=False)

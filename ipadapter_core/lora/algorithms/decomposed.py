@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...errors import CorruptFileError, quoted
 from ..fresh import Settings, Training
+from ..layer import Layer
 from ..parts import ADAPTER, Key, Parts, key
-from ..update import Change, Layer, Update, Wrapper, near
+from ..update import Change, Update, Wrapper, near
 from .low_rank import LowRank
 
 Axis = Literal["in", "out"]

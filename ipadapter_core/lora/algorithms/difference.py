@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..layer import Layer
 from ..parts import Key, Parts, key
-from ..update import Change, Layer, Update, flat, near
+from ..update import Change, Update, flat, near
 
 
 @dataclass(frozen=True, slots=True, eq=False)

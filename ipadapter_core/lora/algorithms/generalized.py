@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CorruptFileError, quoted
+from ..layer import Layer
 from ..parts import Key, Parts, key
-from ..update import Change, Layer, Update, flat, near
+from ..update import Change, Update, flat, near
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..fresh import Settings, Training, normal, scale_for
+from ..layer import Layer
 from ..parts import ADAPTER, Key, Parts, key
-from ..update import Change, Layer, Update, alike, flat, near
+from ..update import Change, Update, alike, flat, near
 from .low_rank import LowRank
 
 MAX_FACTORS = 2**27

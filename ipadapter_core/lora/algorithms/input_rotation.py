@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..update import Change, Layer, Update, flat, near
+from ..layer import Layer
+from ..update import Change, Update, flat, near
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..fresh import Settings, Training, scale_for, uniform
+from ..layer import Layer
 from ..parts import ADAPTER, Key, Parts, key
-from ..update import Change, Layer, Update, flat, near, product_norm, wide
+from ..update import Change, Update, flat, near, product_norm, wide
 
 
 @dataclass(frozen=True, slots=True, eq=False)

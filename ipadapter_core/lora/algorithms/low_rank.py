@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...errors import CorruptFileError, UnknownFormatError, quoted
 from ..fresh import Settings, Training, scale_for, uniform
+from ..layer import Layer
 from ..parts import ADAPTER, Key, Parts, key
-from ..update import Change, Layer, Update, alike, flat, near, wide
+from ..update import Change, Update, alike, flat, near, wide
 from .difference import Difference
 
 

@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..layer import Layer
 from ..parts import Key, key
-from ..update import Change, Layer, Update, near
+from ..update import Change, Update, near
 from .rotation import Rotation, antisymmetric
 
 
