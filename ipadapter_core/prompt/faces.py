@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoints import AdapterWeights
 from ..errors import IncompatibleEncoderError, InvalidInputError
-from ..features import ImageEncoder
+from ..features import Embedding, ImageEncoder
 from ..images.faces import FaceAnalyzer, FoundFaces, find_faces
 from .encode import encode_features, prompt_from_features, unconditional_features
 from .image_prompt import ImagePrompt
@@ -48,26 +48,13 @@ def encode_face_prompt(
     """
     options = changed(options, {FORMER_NAMES.get(name, name): value for name, value in changes.items()})
     spec, feature = adapter.spec, adapter.spec.format.feature
-    if feature.embedding is None:
-        raise IncompatibleEncoderError(
-            f"{adapter.name} is a {spec.family} adapter, which reads whole pictures and not faces; use Encode Image Prompt (in "
-            "Python: encode_image_prompt), or a FaceID adapter"
-        )
-    if feature.encoded is None:
-        encoder = None
-    elif encoder is None:
-        raise InvalidInputError(
-            f"{adapter.name} also looks at the face with an image encoder ({spec.encoder}): connect Load CLIP Vision to "
-            "clip_vision"
-        )
-    else:
-        check_encoder(spec, encoder)
+    embedding, encoder = _needs(adapter, encoder)
     side = options.face_side or spec.face_side
     found = find_faces(analyzer, images, side, which=options.which, mask=mask)
-    faces, seen, away = found.get(feature.embedding), None, None
+    faces, seen, away = found.get(embedding), None, None
     if feature.encoded is None or encoder is None:
         if isinstance(negative, Tensor) and not options.rules.faces_without_negative:
-            away = _faces_of(adapter, analyzer, negative).get(feature.embedding)
+            away = _faces_of(adapter, analyzer, negative).get(embedding)
     else:
         seen = encode_features(feature.encoded, encoder, found.crops, options)
         if negative is not None:
@@ -85,6 +72,25 @@ def encode_face_prompt(
         encoder=analyzer.name if encoder is None else encoder.name,
     )
     return prompt, found
+
+
+def _needs(adapter: AdapterWeights, encoder: ImageEncoder | None) -> tuple[Embedding, ImageEncoder | None]:
+    """Which embedding a FaceID adapter reads, and the encoder if it needs one too."""
+    spec, feature = adapter.spec, adapter.spec.format.feature
+    if feature.embedding is None:
+        raise IncompatibleEncoderError(
+            f"{adapter.name} is a {spec.family} adapter, which reads whole pictures and not faces; use Encode Image Prompt (in "
+            "Python: encode_image_prompt), or a FaceID adapter"
+        )
+    if feature.encoded is None:
+        return feature.embedding, None
+    if encoder is None:
+        raise InvalidInputError(
+            f"{adapter.name} also looks at the face with an image encoder ({spec.encoder}): connect Load CLIP Vision to "
+            "clip_vision"
+        )
+    check_encoder(spec, encoder)
+    return feature.embedding, encoder
 
 
 def _faces_of(adapter: AdapterWeights, analyzer: FaceAnalyzer, pictures: Tensor) -> FoundFaces:
