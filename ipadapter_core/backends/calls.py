@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InvalidInputError
 
 Call = TypeVar("Call")
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 _C = cast(Any, torch)._C  # autograd's own numbers have no public names
 
 
@@ -191,11 +193,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def eagerly(function: Callable[..., Any], *args: Any) -> Any:
+def eagerly(function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
     """Call something that torch.compile shall not trace; it breaks the graph there."""
     if torch.compiler.is_compiling():
-        function = cast(Any, torch.compiler.disable(function))
-    return function(*args)
+        function = cast("Callable[Given, Result]", torch.compiler.disable(function))
+    return function(*args, **kwargs)
 
 
 def watch_hooks() -> None:
@@ -222,7 +224,7 @@ class Hooks:
     of its own for every layer keeps it from serving another layer.
     """
 
-    def __init__(self, hooks: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, hooks: Mapping[str, Callable[..., object]]) -> None:
         self._hooks = {path: (RemovableHandle(OrderedDict()).id, hook) for path, hook in hooks.items()}
         self._lock = threading.Lock()
         self._users: dict[int, int] = {}

@@ -91,7 +91,7 @@ def all_rooms() -> set[str]:
 
 def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
     """Every kind of import that the rules below rest on."""
-    found = set(imports(CORE / "backends/comfy/doors.py"))
+    found = set(imports(CORE / "backends/diffusers/doors.py"))
     assert {
         "ipadapter_core.attention.patch",
         "ipadapter_core.attention.patch.AdapterPatch",

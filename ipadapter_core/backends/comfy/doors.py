@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from torch import nn
-
 from ...attention.patch import AdapterPatch
 from ...errors import IncompatibleAdapterError
 from ...models import layout_of
 from ...models.sites import ModelLayout, Walk
 from ...models.unet import walk_unet
 from ..calls import watch_hooks
-from .notes import Attention, PatcherLike, install_notes
+from .notes import Attention, PatcherLike, denoiser, install_notes
 from .unet import UNetDoor, torch_attention
 
 
@@ -42,8 +40,7 @@ DOORS: dict[Walk | None, Door] = {walk_unet: UNetDoor()}
 
 def comfy_layout(model: PatcherLike) -> ModelLayout:
     """Sites of a ComfyUI MODEL; IncompatibleAdapterError if it has none that an image prompt could act at."""
-    inside: nn.Module = model.get_model_object("diffusion_model")
-    return layout_of(inside)
+    return layout_of(denoiser(model))
 
 
 def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None = None) -> PatcherLike:

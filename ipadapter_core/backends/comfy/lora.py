@@ -27,8 +27,8 @@ from ...models.sites import ModelLayout, Site
 from ..calls import Calls, Hooks, eagerly, uncompiled, watch_hooks
 from .doors import comfy_layout
 from .marks import marked
-from .notes import KEY, Attention, PatcherLike, call_of, install_notes, noted
-from .unet import AttentionHook, key_part, occupant_of, torch_attention
+from .notes import KEY, Attention, Executor, Options, PatcherLike, call_of, denoiser, install_notes, noted
+from .unet import AttentionHook, Occupant, key_part, occupant_of, torch_attention
 
 LORA_KEY = "image_prompt_lora"
 """Our entry in transformer_options and the key of our wrapper."""
@@ -41,15 +41,15 @@ class LoRAPatcherLike(PatcherLike, Protocol):
     model: Any
 
     def add_patches(
-        self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
-    ) -> Any: ...
+        self, patches: Mapping[str, object], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> object: ...
 
 
 def tables_of(model: LoRAPatcherLike | None, clip_model: nn.Module | None = None) -> dict[Component, TargetTable]:
     """The parts of a MODEL and of a CLIP's ``cond_stage_model``."""
     tables: dict[Component, TargetTable] = {}
     if model is not None:
-        tables["unet"] = targets_of(cast(nn.Module, model.get_model_object("diffusion_model")))
+        tables["unet"] = targets_of(denoiser(model))
     if clip_model is not None:
         parts: tuple[Component, ...] = ("te1", "te2", "te3")
         tables |= {part: table for part in parts if (table := targets_of(clip_model, part)).targets}
@@ -75,7 +75,7 @@ def place(
 def apply_unfused(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention | None = None) -> LoRAPatcherLike:
     """A clone of ``model`` on which a LoRA runs beside the layers, besides all that is applied already."""
     watch_hooks()
-    clone = cast(LoRAPatcherLike, model.clone())
+    clone = model.clone()
     stack = UnfusedStack((*unfused_patches(model), patch))
     clone.remove_wrappers_with_key("apply_model", LORA_KEY)
     if not stack.layers:
@@ -121,19 +121,17 @@ class UnfusedWrapper:
         self._without = Running(tuple(patch.with_strength(0.0) for patch in stack.patches))
         self._hooks = Hooks({path: _LayerHook(self, layer).add for path, layer in stack.layers.items()})
 
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return cast(Any, torch.compiler.disable(self._run))(executor, *args, **kwargs)
-        return self._run(executor, *args, **kwargs)
+    def __call__(self, executor: Executor, x: Tensor, *args: object, **kwargs: object) -> object:
+        return eagerly(self._run, executor, x, *args, **kwargs)
 
-    def _run(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, executor: Executor, x: Tensor, *args: object, **kwargs: object) -> object:
         unet = uncompiled(executor.class_obj.diffusion_model)
         running = Running(self.stack.patches, "unet", model := call_of(x, args, kwargs))
         args, kwargs = noted(args, kwargs, {KEY: model, LORA_KEY: _Unfused(self.stack, running, unet)})
         watch_hooks()
         with self._hooks.on(unet), marked(unet, lambda: "live LoRAs"):
             self._calls.begin(running)
-            output: Any = None
+            output: object = None
             try:
                 output = executor(x, *args, **kwargs)
             finally:
@@ -144,7 +142,7 @@ class UnfusedWrapper:
         """The call that a layer runs in; one without LoRAs where it runs in none of ours."""
         return self._calls.running() or self._calls.found(self._without, lambda: self._without)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> UnfusedWrapper:
+    def __deepcopy__(self, memo: dict[int, object]) -> UnfusedWrapper:
         return self
 
 
@@ -154,13 +152,13 @@ class _LayerHook:
     def __init__(self, wrapper: UnfusedWrapper, layer: UnfusedLayer) -> None:
         self._wrapper, self._layer, self._name = wrapper, layer, f"{layer.path} {id(layer)}"
 
-    def add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             assert self._name
             return eagerly(self._add, module, args, output)
         return self._add(module, args, output)
 
-    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self._layer.add(module, args[0], output, self._wrapper.call())
 
 
@@ -172,10 +170,10 @@ class RegionHook:
     """In one ``attn2`` slot: the attention once with the plain text, once per masked LoRA with its keys and values."""
 
     path: str
-    previous: Callable[..., Tensor] | None
+    previous: Occupant
     attention: Attention
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         base = out = self._attend(q, k, v, extra_options)
         unfused = extra_options.get(LORA_KEY)
         if not isinstance(unfused, _Unfused):
@@ -189,7 +187,7 @@ class RegionHook:
             out = torch.addcmul(out, regional - base, mask_like(base, index, unfused.running))
         return out
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         if self.previous is not None:
             return self.previous(q, k, v, options)
         precision = options.get("attn_precision")
@@ -202,7 +200,7 @@ class RegionHook:
             return None
         return layer.masked_change(unfused.unet.get_submodule(path), index, t, unfused.running)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RegionHook:
+    def __deepcopy__(self, memo: dict[int, object]) -> RegionHook:
         return self
 
 
@@ -215,7 +213,9 @@ def _install_region(clone: PatcherLike, layout: ModelLayout, site: Site, attenti
             return
         found = getattr(found, "previous", None)
     if isinstance(occupant, AttentionHook):
-        hook: Any = replace(occupant, previous=RegionHook(site.path, occupant.previous, attention))
+        hook: AttentionHook | RegionHook = replace(
+            occupant, previous=RegionHook(site.path, occupant.previous, attention)
+        )
     else:
         hook = RegionHook(site.path, occupant, attention)
     clone.set_model_attn2_replace(hook, site.group, site.number, key_part(clone, layout, site))
@@ -227,14 +227,17 @@ Part = tuple[TargetMatch, float]
 
 
 def apply_merged(
-    model: LoRAPatcherLike, patch: LoRAPatch, components: Sequence[Component], wrap: Callable[[tuple[Part, ...]], Any]
+    model: LoRAPatcherLike,
+    patch: LoRAPatch,
+    components: Sequence[Component],
+    wrap: Callable[[tuple[Part, ...]], object],
 ) -> LoRAPatcherLike:
     """A clone whose weights the host will patch when it loads the model; ``model`` itself is untouched.
 
     ``wrap`` makes the host's kind of patch out of what acts on one parameter; it must keep that as ``parts``. All LoRAs
     of ours on one parameter become one patch, so that each is computed from the weight as it was before them.
     """
-    clone = cast(LoRAPatcherLike, model.clone())
+    clone = model.clone()
     prefix = "diffusion_model." if "unet" in components else ""
     found: dict[str, list[Part]] = {}
     for component in components:
@@ -242,9 +245,9 @@ def apply_merged(
         for match, own in patch.acting(component):
             if strength * own != 0:
                 found.setdefault(prefix + match.key, []).append((match, strength * own))
-    added: dict[str, Any] = {}
+    added: dict[str, object] = {}
     for key, parts in found.items():
-        others: list[Any] = []
+        others: list[object] = []
         before: list[Part] = []
         for entry in clone.patches.get(key, []):
             known = getattr(entry[1], "parts", None)

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,9 @@ from ...errors import IncompatibleAdapterError
 from .compiled import acting
 from .marks import marked
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 KEY = "image_prompt"
 """Our entry in transformer_options and the key of our wrappers."""
 
@@ -37,21 +40,46 @@ NEGATIVE_NAMES = frozenset({"negative", "empty_negative_prompt"})
 Attention = Callable[..., Tensor]
 """The host's ``(q, k, v, heads, attn_precision=, transformer_options=)``."""
 Options = Mapping[str, Any]
+"""The host's transformer_options, in hooks extra_options."""
+HostDict = dict[str, Any]
+"""Another dictionary of the host with text keys: model_options, a conditioning."""
+
+
+class Executor(Protocol):
+    """The host's next wrapper, or what it wraps: a bound method of ``class_obj``."""
+
+    class_obj: Any
+
+    def __call__(self, *args: object, **kwargs: object) -> object: ...
+
+
+class Sampling(Protocol):
+    """What this backend needs of ComfyUI's model_sampling."""
+
+    def percent_to_sigma(self, percent: float) -> float: ...
+    def timestep(self, sigma: Tensor) -> Tensor: ...
 
 
 class PatcherLike(Protocol):
     """What this backend needs of ComfyUI's ModelPatcher."""
 
-    model_options: dict[str, Any]
+    model_options: HostDict
     wrappers: dict[str, dict[str, list[Callable[..., Any]]]]
 
-    def clone(self) -> PatcherLike: ...
-    def get_model_object(self, name: str) -> Any: ...
+    def clone(self) -> Self: ...
+    def get_model_object(self, name: str) -> object: ...
     def set_model_attn2_replace(
-        self, patch: Any, block_name: str, number: int, transformer_index: int | None = None
-    ) -> None: ...
-    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable[..., Any]) -> None: ...
+        self, patch: object, block_name: str, number: int, transformer_index: int | None = None
+    ) -> object: ...
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable[..., object]) -> None: ...
     def remove_wrappers_with_key(self, wrapper_type: str, key: str) -> None: ...
+
+
+def denoiser(model: PatcherLike) -> nn.Module:
+    """The UNet or transformer inside a MODEL."""
+    found = model.get_model_object("diffusion_model")
+    assert isinstance(found, nn.Module)
+    return found
 
 
 def install_notes(clone: PatcherLike) -> None:
@@ -71,12 +99,12 @@ class StepNote:
 
     names: dict[int, str]
     sigma: Tensor
-    sampling: Any
+    sampling: Sampling
     entries: Mapping[object, str] = field(default_factory=dict[object, str])
     _percent: float | None = None
     _timestep: float | None = None
 
-    def name(self, conds: Sequence[dict[str, Any]] | None) -> str | None:
+    def name(self, conds: Sequence[HostDict] | None) -> str | None:
         """The guider's name of a conditioning; None for one that the guider does not have."""
         found = self.names.get(id(conds))
         if found is None:
@@ -115,7 +143,7 @@ _PROGRESS: WeakKeyDictionary[object, list[float]] = WeakKeyDictionary()
 """Per model_sampling: -log sigma at progress 0, 1/999, …, 1."""
 
 
-def percent_of(sigma: float, sampling: Any) -> float:
+def percent_of(sigma: float, sampling: Sampling) -> float:
     """Sampling progress 0..1 at which ``sampling.percent_to_sigma`` gives sigma; log-linear between timesteps, as it is."""
     table = _PROGRESS.get(sampling)
     if table is None:
@@ -127,7 +155,7 @@ def percent_of(sigma: float, sampling: Any) -> float:
     return (i - 1 + (value - table[i - 1]) / (table[i] - table[i - 1])) / (len(table) - 1)
 
 
-def timestep_of(sigma: Tensor, sampling: Any) -> float:
+def timestep_of(sigma: Tensor, sampling: Sampling) -> float:
     """The timestep 0..1000 at which a model was trained with this sigma ``1``.
 
     Flow models are called with sigma times a number of their own (1 for Flux, 1000 for SD3).
@@ -137,7 +165,7 @@ def timestep_of(sigma: Tensor, sampling: Any) -> float:
     return value * 1000 / last if flow else value
 
 
-def _progress_table(sampling: Any) -> list[float]:
+def _progress_table(sampling: Sampling) -> list[float]:
     if isinstance(sampling, nn.Module):  # its buffers live on the device, where each look-up would synchronise
         sampling = copy.deepcopy(sampling).cpu()
     # The host answers 0 and 1 with "infinite" and zero sigmas, not with the schedule's ends.
@@ -146,66 +174,68 @@ def _progress_table(sampling: Any) -> list[float]:
 
 
 def note_step(
-    executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: Any = None
-) -> Any:
+    executor: Executor, x: Tensor, timestep: Tensor, model_options: HostDict | None = None, seed: object = None
+) -> object:
     """PREDICT_NOISE wrapper: remember which conditioning is which, and the sigma."""
     guider = executor.class_obj
-    conds: Mapping[str, Any] = getattr(guider, "conds", {})
+    conds: Mapping[str, Sequence[HostDict] | None] = getattr(guider, "conds", {})
     sampling = getattr(guider.inner_model, "model_sampling", None)
     if sampling is not None:
         given = {name: cond for name, cond in conds.items() if cond is not None}
         names = {id(cond): name for name, cond in given.items()}
         owners = [(entry.get("uuid"), name) for name, cond in given.items() for entry in cond]
         shared = Counter(uuid for uuid, _ in owners)  # the host copies uuids when it completes area conditionings
-        entries = {uuid: name for uuid, name in owners if shared[uuid] == 1}
+        entries: dict[object, str] = {uuid: name for uuid, name in owners if shared[uuid] == 1}
         model_options = _with_note(model_options or {}, StepNote(names, timestep, sampling, entries))
     return executor(x, timestep, model_options, seed)
 
 
 def note_chunks(
-    executor: Any,
-    model: Any,
-    conds: Sequence[Sequence[dict[str, Any]] | None],
+    executor: Executor,
+    model: object,
+    conds: Sequence[Sequence[HostDict] | None],
     x: Tensor,
     timestep: Tensor,
-    model_options: dict[str, Any],
-) -> Any:
+    model_options: HostDict,
+) -> object:
     """CALC_COND_BATCH wrapper: remember branch and area of every conditioning by its uuid."""
     found = model_options.get("transformer_options", {}).get(KEY)
     step = found if isinstance(found, StepNote) else found.step if isinstance(found, CallNote) else None
-    if step is None and hasattr(model, "model_sampling"):
-        step = StepNote({}, timestep, model.model_sampling)
+    sampling: Sampling | None = getattr(model, "model_sampling", None)
+    if step is None and sampling is not None:
+        step = StepNote({}, timestep, sampling)
     latent = (int(x.shape[-2]), int(x.shape[-1]))
     chunks: dict[object, Chunk] = {}
-    distinct: list[Any] = []
+    distinct: list[list[HostDict] | None] = []
     for index, entries in enumerate(conds):
         name = step.name(entries) if step is not None else None
         negative = index == 1 if name is None else name in NEGATIVE_NAMES
-        copied: list[dict[str, Any]] = []
+        copied: list[HostDict] = []
         for entry in entries or ():
             if entry.get("uuid") in chunks:  # the host copies uuids when it completes area conditionings
-                entry = dict[str, Any](entry, uuid=uuid4())
+                entry = HostDict(entry, uuid=uuid4())
             chunks[entry.get("uuid")] = Chunk(UNCOND if negative else COND, _area(entry.get("area"), latent))
             copied.append(entry)
         distinct.append(None if entries is None else copied)
     return executor(model, distinct, x, timestep, _with_note(model_options, CallNote(step, chunks, latent)))
 
 
-def _with_note(model_options: dict[str, Any], note: object) -> dict[str, Any]:
+def _with_note(model_options: HostDict, note: object) -> HostDict:
     return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), KEY: note}}
 
 
-def _area(area: Sequence[Any] | None, latent: tuple[int, int]) -> Area | None:
-    if area is None or len(area) != 4 or not all(isinstance(value, int) for value in area):
+def _area(area: Sequence[object] | None, latent: tuple[int, int]) -> Area | None:
+    sides = [side for side in area or () if isinstance(side, int)]
+    if area is None or len(area) != 4 or len(sides) != 4:
         return None
-    height, width, top, left = area
+    height, width, top, left = sides
     return min(height, latent[0] - top), min(width, latent[1] - left), top, left
 
 
 # --- the call itself -------------------------------------------------------------------------------------------------
 
 
-def note_call(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def note_call(executor: Executor, x: Tensor, *args: object, **kwargs: object) -> object:
     """APPLY_MODEL wrapper: describe the call, once for all that acts in it."""
     call = call_of(x, args, kwargs)
     args, kwargs = noted(args, kwargs, {KEY: call})
@@ -218,7 +248,7 @@ def note_call(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return executor(x, *args, **kwargs)
 
 
-def call_of(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:
+def call_of(x: Tensor, args: Sequence[object], kwargs: Mapping[str, object]) -> ModelCall:
     """The call of ``apply_model(x, *args, **kwargs)``, described now or already."""
     options, size = _options(args, kwargs), (int(x.shape[-2]), int(x.shape[-1]))
     call = options.get(KEY)
@@ -226,8 +256,8 @@ def call_of(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelC
 
 
 def noted(
-    args: tuple[Any, ...], kwargs: dict[str, Any], entries: Mapping[str, object]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args: tuple[object, ...], kwargs: dict[str, object], entries: Mapping[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """The arguments of ``apply_model(x, *args, **kwargs)`` with entries in their transformer_options."""
     options = {**_options(args, kwargs), **entries}
     if len(args) > _OPTIONS:
@@ -239,8 +269,8 @@ _OPTIONS = 4
 """In apply_model(x, t, c_concat, c_crossattn, control, transformer_options), counted behind x."""
 
 
-def _options(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Options:
-    return args[_OPTIONS] if len(args) > _OPTIONS else kwargs.get("transformer_options", {})
+def _options(args: Sequence[object], kwargs: Mapping[str, object]) -> Options:
+    return cast(Options, args[_OPTIONS] if len(args) > _OPTIONS else kwargs.get("transformer_options", {}))
 
 
 def call_at(options: Options) -> ModelCall:
@@ -287,11 +317,11 @@ def _model_call(options: Options, size: tuple[int, int] | None) -> ModelCall:
     return ModelCall(branches, percent, timestep, latent, areas, frames, tuple(order), size)
 
 
-def _frames(ad_params: Any) -> Frames | None:
+def _frames(ad_params: object) -> Frames | None:
     """AnimateDiff's context window: ``{"sub_idxs": [...] or None, "full_length": n}``."""
     if not isinstance(ad_params, Mapping):
         return None
-    params = cast("Mapping[str, Any]", ad_params)
+    params = cast(Options, ad_params)
     numbers = params.get("sub_idxs")
     if numbers is None:
         return None
@@ -299,7 +329,7 @@ def _frames(ad_params: Any) -> Frames | None:
     return Frames(frames, int(params.get("full_length") or max(frames) + 1))
 
 
-def _window(window: Any) -> Frames | None:
+def _window(window: object) -> Frames | None:
     """The host's own context window, where it cuts the batch (``dim`` 0: each latent is a frame)."""
     numbers = getattr(window, "index_list", None)
     if not isinstance(numbers, (list, tuple)) or getattr(window, "dim", None) != 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,13 @@ from ...attention.maths import split_heads
 from ...attention.patch import AdapterPatch
 from ...errors import IncompatibleAdapterError
 from ...models.sites import ModelLayout, Site
+from ..calls import eagerly
 from .compiled import add_at_site
-from .notes import Attention, PatcherLike, call_at
+from .notes import Attention, Options, PatcherLike, call_at
+
+Occupant = Callable[..., Tensor] | None
+"""What sits in one ``attn2`` slot."""
+Slots = Mapping[tuple[object, ...], Occupant]
 
 
 class UNetDoor:
@@ -46,7 +50,7 @@ class UNetDoor:
                 yield from hook.patches
 
 
-def occupant_of(model: PatcherLike, site: Site) -> Any:
+def occupant_of(model: PatcherLike, site: Site) -> Occupant:
     """What sits in a site's ``attn2`` slot of a MODEL, None if nothing."""
     return _occupant(_slots(model), site)
 
@@ -56,18 +60,18 @@ def key_part(model: PatcherLike, layout: ModelLayout, site: Site) -> int | None:
     return _key_part(_slots(model), layout, site)
 
 
-def _slots(model: PatcherLike) -> Mapping[Any, Any]:
-    options: Mapping[str, Any] = model.model_options.get("transformer_options", {})
-    return cast("Mapping[Any, Any]", options.get("patches_replace", {}).get("attn2", {}))
+def _slots(model: PatcherLike) -> Slots:
+    options: Options = model.model_options.get("transformer_options", {})
+    return options.get("patches_replace", {}).get("attn2", {})
 
 
-def _key_part(slots: Mapping[Any, Any], layout: ModelLayout, site: Site) -> int | None:
+def _key_part(slots: Slots, layout: ModelLayout, site: Site) -> int | None:
     # The field's convention: the only block of a spatial transformer is addressed without its index.
     two_part = layout.alone(site) and (site.group, site.number, site.depth) not in slots
     return None if two_part else site.depth
 
 
-def _occupant(slots: Mapping[Any, Any], site: Site) -> Any:
+def _occupant(slots: Slots, site: Site) -> Occupant:
     """What the host would call at this site: a three-part key beats a two-part one."""
     return slots.get((site.group, site.number, site.depth), slots.get((site.group, site.number)))
 
@@ -75,7 +79,7 @@ def _occupant(slots: Mapping[Any, Any], site: Site) -> Any:
 # --- the hook ---------------------------------------------------------------------------------------------------------
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: object) -> Tensor:
     """Plain attention ``b l c`` for callers outside ComfyUI."""
     q, k, v = (split_heads(t, heads) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -90,25 +94,25 @@ class AttentionHook:
 
     index: int
     patches: tuple[AdapterPatch, ...]
-    previous: Callable[..., Tensor] | None
+    previous: Occupant
     attention: Attention
 
     @classmethod
-    def joining(cls, occupant: Any, index: int, patch: AdapterPatch, attention: Attention) -> AttentionHook:
+    def joining(cls, occupant: Occupant, index: int, patch: AdapterPatch, attention: Attention) -> AttentionHook:
         """A hook for a slot that may hold nothing, a hook of ours or somebody else's callable."""
         if isinstance(occupant, AttentionHook):
             return cls(index, (*occupant.patches, patch), occupant.previous, attention)
         return cls(index, (patch,), occupant, attention)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         if torch.compiler.is_compiling():
             return self._traced(q, k, v, extra_options)
         return self._run(q, k, v, extra_options)
 
-    def _traced(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    def _traced(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         if add_at_site is None or self.previous is not None or torch.is_grad_enabled():
             # Somebody else's hook may read what must not be frozen, and the operation has no gradient.
-            return cast(Any, torch.compiler.disable(self._run))(q, k, v, extra_options)
+            return eagerly(self._run, q, k, v, extra_options)
         rows, columns = (extra_options.get("activations_shape") or (0, 0))[-2:]
         heads: int = extra_options["n_heads"]
         return add_at_site(self._base(q, k, v, extra_options), q, self.index, heads, rows, columns)
@@ -122,12 +126,12 @@ class AttentionHook:
         """What is part of code compiled for this hook."""
         return "image prompts" if self.previous is None else "image prompts after another node's hook"
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         out = self._base(q, k, v, extra_options)
         call = SiteCall(call_at(extra_options), q, extra_options["n_heads"], extra_options.get("activations_shape"))
         return self._add(out, call)
 
-    def _base(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    def _base(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         if self.previous is not None:
             return self.previous(q, k, v, extra_options)
         heads: int = extra_options["n_heads"]
@@ -139,12 +143,12 @@ class AttentionHook:
             base = patch.add_to(base, self.index, call)
         return base
 
-    def to(self, device: Any) -> AttentionHook:
+    def to(self, device: object) -> AttentionHook:
         """The host moves patches when it (un)loads a model: copies on an accelerator are dropped with it."""
         if isinstance(device, torch.device) and device.type == "cpu":
             for patch in self.patches:
                 patch.release(self.index, device)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionHook:
+    def __deepcopy__(self, memo: dict[int, object]) -> AttentionHook:
         return self  # hosts before 0.13 deep-copy model options in every clone

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -206,7 +206,7 @@ class _SiteHook:
             handle.remove()
         self._handles, self._modules = [], None
 
-    def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _remember(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
         call = self._calls.running()
         if call is None:
             call = self.owner.found()
@@ -219,7 +219,7 @@ class _SiteHook:
             call = self.owner.found()
         return (self._added(args[0], call), *args[1:]) if call.acting[self.place] else None
 
-    def _extend_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _extend_output(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor | None:
         call = self._calls.running()
         if call is None:
             call = self.owner.found()
@@ -256,15 +256,21 @@ def apply(unet: nn.Module, *patches: AdapterPatch, branches: Branches = ("uncond
     return AppliedAdapters(unet, patches, branches)
 
 
-def apply_to_pipeline(pipeline: Any, *patches: AdapterPatch) -> AppliedAdapters:
+def apply_to_pipeline(pipeline: HasUNet, *patches: AdapterPatch) -> AppliedAdapters:
     """Like ``apply`` on ``pipeline.unet``, asking the pipeline at every call whether guidance is on."""
     return apply(pipeline.unet, *patches, branches=_GuidanceOf(pipeline))
+
+
+class HasUNet(Protocol):
+    """A pipeline of diffusers."""
+
+    unet: nn.Module
 
 
 class _GuidanceOf:
     """The branches that a pipeline batches now. Copied with the pipeline it asks the copy, with a UNet alone the same one."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: object) -> None:
         self._pipeline = pipeline
 
     def __call__(self) -> Sequence[Branch]:
@@ -276,5 +282,5 @@ class _GuidanceOf:
             )
         return ("uncond", "cond") if guided else ("cond",)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _GuidanceOf:
+    def __deepcopy__(self, memo: dict[int, object]) -> _GuidanceOf:
         return _GuidanceOf(memo.get(id(self._pipeline), self._pipeline))

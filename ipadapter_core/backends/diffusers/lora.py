@@ -8,12 +8,11 @@ keep working, and removing the hooks restores the model exactly.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
-from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -36,7 +35,7 @@ from .notes import Around, Beginning, Branches
 Part = tuple[TargetMatch, float]
 
 
-def place(pipeline: Any, weights: LoRAWeights, *, partial: Partial = "refuse") -> LoRAPatch:
+def place(pipeline: object, weights: LoRAWeights, *, partial: Partial = "refuse") -> LoRAPatch:
     """A LoRA on a pipeline's UNet or transformer and its text encoders, at strength 1.
 
     ``partial``: "allow" applies what fits of a file of which much has no place. Raises IncompatibleAdapterError if it
@@ -46,7 +45,7 @@ def place(pipeline: Any, weights: LoRAWeights, *, partial: Partial = "refuse") -
     return LoRAPatch(match_lora(weights, tables, partial=partial))
 
 
-def parts_of(pipeline: Any) -> dict[Component, nn.Module]:
+def parts_of(pipeline: object) -> dict[Component, nn.Module]:
     """The modules of a pipeline that a LoRA can change; a bare UNet or transformer counts as one."""
     if isinstance(pipeline, nn.Module):
         return {"unet": uncompiled(pipeline)}
@@ -73,7 +72,7 @@ class UnfusedLoRAs:
     Any number of threads may call the models. A call sees one state: changes act from the next one on.
     """
 
-    def __init__(self, pipeline: Any, patches: Sequence[LoRAPatch], branches: Branches) -> None:
+    def __init__(self, pipeline: object, patches: Sequence[LoRAPatch], branches: Branches) -> None:
         self._patches = tuple(patches)
         self._branches = branches
         stacks = [(module, UnfusedStack(patches, component)) for component, module in parts_of(pipeline).items()]
@@ -193,12 +192,12 @@ class _LayerHook:
     def __init__(self, part: _UnfusedPart, layer: UnfusedLayer) -> None:
         self._part, self._calls, self._layer = part, part.calls, layer
 
-    def add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return eagerly(self._add, module, args, output)
         return self._add(module, args, output)
 
-    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self._layer.add(module, args[0], output, self._calls.running() or self._part.found())
 
 
@@ -208,10 +207,10 @@ class _RegionHook:
     def __init__(self, part: _UnfusedPart, site: str) -> None:
         self._part, self._site = part, site
 
-    def blend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def blend(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> Tensor:
         return eagerly(self._blend, module, args, kwargs, output)
 
-    def _blend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def _blend(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> Tensor:
         base, call = output, self._part.calls.running() or self._part.found()
         for index in self._part.stack.regions_at(self._site, call):
             call.region = index
@@ -223,7 +222,7 @@ class _RegionHook:
         return output
 
 
-def apply(pipeline: Any, *patches: LoRAPatch, branches: Branches = ("cond",)) -> UnfusedLoRAs:
+def apply(pipeline: object, *patches: LoRAPatch, branches: Branches = ("cond",)) -> UnfusedLoRAs:
     """Let LoRAs run beside the layers of a pipeline, or of a bare UNet or transformer; no weight is written.
 
     ``branches`` says what the batch of a call consists of (for ``uncond_strength`` and masks per latent); a callable is
@@ -248,7 +247,7 @@ class _Owner:
 
 
 Parts = dict[ref[_Owner], Sequence[Part]]
-_MERGED = WeakTensorKeyDictionary()
+_MERGED: MutableMapping[Tensor, _Merged] = WeakTensorKeyDictionary()
 """By parameter. All merges of a parameter start from the same pristine weight, so they may go in any order."""
 _MERGING = Lock()
 
@@ -256,7 +255,7 @@ _MERGING = Lock()
 def _forget_lasting(gone: ref[_Owner]) -> None:
     """Free the pristine weights of parameters from which nobody can take anything out."""
     for parameter, merged in list(_MERGED.items()):
-        if all(owner() is None for owner in cast(_Merged, merged).parts):
+        if all(owner() is None for owner in merged.parts):
             _MERGED.pop(parameter, None)
 
 
@@ -267,7 +266,7 @@ class MergedLoRAs:
     all are as before.
     """
 
-    def __init__(self, pipeline: Any, patches: Sequence[LoRAPatch]) -> None:
+    def __init__(self, pipeline: object, patches: Sequence[LoRAPatch]) -> None:
         for patch in patches:
             if patch.needs_unfused:
                 raise InvalidInputError(f"{patch.name} cannot be merged: {patch.needs_unfused}; use apply()")
@@ -287,7 +286,7 @@ class MergedLoRAs:
             _check_unchanged(parameter for _, parameter, _ in found.values())
             changes: list[tuple[str, Tensor, Parts]] = []
             for path, parameter, parts in found.values():
-                merged: _Merged | None = _MERGED.get(parameter)
+                merged = _MERGED.get(parameter)
                 changes.append((path, parameter, {**({} if merged is None else merged.parts), me: parts}))
             _write(changes)
             self._parameters = [parameter for _, parameter, _ in changes]
@@ -301,7 +300,7 @@ class MergedLoRAs:
             _check_unchanged(self._parameters)
             changes: list[tuple[str, Tensor, Parts]] = []
             for parameter in self._parameters:
-                merged = cast(_Merged, _MERGED[parameter])
+                merged = _MERGED[parameter]
                 left = {owner: parts for owner, parts in merged.parts.items() if owner() is not self._owner}
                 changes.append(("a weight", parameter, left))
             _write(changes)
@@ -338,7 +337,7 @@ def _check_mergeable(path: str, parameter: Tensor, parts: Sequence[Part]) -> Non
 
 def _check_unchanged(parameters: Iterable[Tensor]) -> None:
     """Weights with LoRAs in them must be what was written: else what was kept aside is not what they came from."""
-    merged = [(p, cast(_Merged, _MERGED[p])) for p in parameters if p in _MERGED]
+    merged = [(p, _MERGED[p]) for p in parameters if p in _MERGED]
     changed = [
         p for p, m in merged
         if p.dtype != m.pristine.dtype or p.shape != m.pristine.shape or not torch.equal(_mark(p), m.mark.to(p.device))
@@ -365,7 +364,7 @@ def _write(changes: Sequence[tuple[str, Tensor, Parts]]) -> None:
     former: list[tuple[Tensor, Tensor, _Merged | None]] = []
     try:
         for path, parameter, owners in changes:
-            merged: _Merged | None = _MERGED.get(parameter)
+            merged = _MERGED.get(parameter)
             before = parameter.detach().clone()
             pristine = before if merged is None else merged.pristine.to(parameter.device)
             weight = _changed(path, pristine, [part for parts in owners.values() for part in parts])
@@ -412,7 +411,7 @@ def _by_parameter(patches: Sequence[LoRAPatch], component: Component) -> dict[st
     return found
 
 
-def merge(pipeline: Any, *patches: LoRAPatch) -> MergedLoRAs:
+def merge(pipeline: object, *patches: LoRAPatch) -> MergedLoRAs:
     """Write LoRAs into the weights: nothing per step, a write of every weight per change."""
     if not patches:
         raise InvalidInputError("merge() needs at least one LoRA")

@@ -54,11 +54,12 @@ class Step:
 class Beginning:
     """A call of a module that begins, described once for all owners who say the same of its batch."""
 
-    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         self.module = module
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         self.sample: Tensor | None = sample if isinstance(sample, Tensor) else None
-        self.timestep: Tensor | float | None = args[1] if len(args) > 1 else kwargs.get("timestep")
+        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        self.timestep = timestep if isinstance(timestep, (Tensor, float, int)) else None
         self._described: dict[tuple[Branch, ...], ModelCall] = {}
 
     def described(self, branches: Branches) -> ModelCall:
@@ -120,16 +121,16 @@ class Around:
                 for handle in self._handles:
                     handle.remove()
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         eagerly(self._begin, module, args, kwargs)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         watch_hooks()
         call = Beginning(module, args, kwargs)
         for owner in self._owners:
             owner.begin(call)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def _after(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         eagerly(self._end, output)
 
     def _end(self, output: object) -> None:
