@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -207,6 +207,10 @@ class OutputConfig:
     """Words that a LoRA's file names as its trigger phrase; they belong into the captions too."""
 
 
+Sections = dict[str, dict[str, Any]]
+"""Plain values by section and key."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """A whole training run, one attribute per TOML section."""
@@ -220,7 +224,7 @@ class RunConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
-    def as_dict(self) -> dict[str, dict[str, Any]]:
+    def as_dict(self) -> Sections:
         return dataclasses.asdict(self)
 
 
@@ -260,7 +264,7 @@ def parse_overrides(
 
     Raises InvalidInputError as ``load_config`` does.
     """
-    changes: dict[str, dict[str, Any]] = {}
+    changes: Sections = {}
     for override in overrides:
         name, equals, text = check_length(override, "an override", MAX_TEXT).partition("=")
         section, dot, key = (part.strip() for part in name.partition("."))
@@ -279,7 +283,7 @@ def parse_overrides(
             value = text
         if KEYS.get(section, {}).get(key) is str and not isinstance(value, str):
             value = text  # a folder that is called 2024-01-01, a name that is a number
-        if f"{section}.{key}" in PATHS and not is_remote(value):
+        if f"{section}.{key}" in PATHS and isinstance(value, str) and not is_remote(value):
             value = os.path.expanduser(value)
         changes.setdefault(section, {})[key] = value
     return parse_config(changes, "the command line", config)
@@ -290,7 +294,7 @@ def is_remote(path: str) -> bool:
     return "://" in path or path.startswith("pipe:")
 
 
-def parse_config(values: Mapping[str, Any], where: str, start: RunConfig | None = None) -> RunConfig:
+def parse_config(values: Mapping[str, object], where: str, start: RunConfig | None = None) -> RunConfig:
     """Put sections of plain values over ``start`` (the defaults), checking every name, type and range."""
     start = start or RunConfig()
     sections: dict[str, Any] = {}
@@ -302,8 +306,8 @@ def parse_config(values: Mapping[str, Any], where: str, start: RunConfig | None 
         if not isinstance(entries, Mapping):
             raise InvalidInputError(f"{where}: {section} should be a section [{section}], got {_shown(entries)}")
         current: Any = getattr(start, section)
-        checked: dict[str, Any] = {}
-        for key, value in cast("Mapping[str, Any]", entries).items():
+        checked: dict[str, object] = {}
+        for key, value in cast("Mapping[str, object]", entries).items():
             key = RENAMED.get(f"{section}.{key}", key)
             if key not in KEYS[section]:
                 elsewhere = f"; it belongs below [{_OWNERS[key]}]" if key in _OWNERS else _nearest(key, _names(section))
@@ -327,7 +331,7 @@ def write_config(config: RunConfig, path: Path) -> None:
     path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
 
 
-def _spelled(value: Any) -> str:
+def _spelled(value: object) -> str:
     """JSON's spelling of strings, numbers, booleans and lists is also TOML's, but for pairs of surrogates and DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -344,7 +348,7 @@ def _text_of(path: Path) -> str:
         raise
 
 
-def _parse_toml(text: str, where: str) -> dict[str, Any]:
+def _parse_toml(text: str, where: str) -> dict[str, object]:
     tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     # its reader takes time that grows with the square of a key's parts
     if any(line.partition("=")[0].count(".") > MAX_DOTS for line in text.split("\n")):
@@ -361,11 +365,11 @@ def _parse_toml(text: str, where: str) -> dict[str, Any]:
         raise InvalidInputError(f"{where} is not valid TOML ({reason(error)}){hint}") from None
 
 
-def _sections() -> dict[str, dict[str, Any]]:
+def _sections() -> dict[str, dict[str, object]]:
     return {name: get_type_hints(cls, include_extras=True) for name, cls in get_type_hints(RunConfig).items()}
 
 
-KEYS: Mapping[str, Mapping[str, Any]] = _sections()
+KEYS: Mapping[str, Mapping[str, object]] = _sections()
 """Section to key to type, read from the dataclasses above."""
 
 RENAMED = {"output.spelling": "key_format"}
@@ -379,7 +383,7 @@ def _names(section: str) -> list[str]:
     return [*KEYS[section], *(f"{other}.{key}" for other in KEYS for key in KEYS[other] if other != section)]
 
 
-def _nearest(name: str, names: Any) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(list(names)[:20])}"
 
@@ -388,14 +392,14 @@ def _name(text: str) -> str:
     return quoted(text)[1:-1]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value in a message: numbers as they are, if they can be read."""
     if isinstance(value, int) and abs(value) >= MAX_INT:
         return "a number of more than 64 bits"
     return str(value) if isinstance(value, (bool, int, float)) else quoted(value)
 
 
-def choices_of(kind: Any) -> tuple[str, ...]:
+def choices_of(kind: object) -> tuple[str, ...]:
     """The values that a key of this type may have; none where any text or number may stand."""
     if get_origin(kind) is Annotated:
         return cast(OneOf, get_args(kind)[1]).names()
@@ -427,7 +431,7 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
     return value
 
 
-def _with(config: RunConfig, section: str, changes: Mapping[str, Any]) -> RunConfig:
+def _with(config: RunConfig, section: str, changes: Mapping[str, object]) -> RunConfig:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -20,17 +20,37 @@ from ..images.encoder import TransformersImageEncoder, vision_config
 from ..models import layout_of
 from ..models.sites import Training
 from ..models.unet import CHECKPOINT_PREFIX, FIRST_KEY, unet_of_width
+from .objectives import Scheduler
+
+if TYPE_CHECKING:
+
+    class Denoiser(nn.Module):
+        """What is asked of diffusers' denoisers."""
+
+        config: Any
+        dtype: torch.dtype
+        device: torch.device
+
+        def set_attn_processor(self, processor: object) -> None: ...
+        def enable_gradient_checkpointing(self) -> None: ...
+
+    class Autoencoder(nn.Module):
+        """What is asked of diffusers' autoencoders."""
+
+        config: Any
+
+        def encode(self, pixels: Tensor) -> Any: ...
 
 
 @dataclass(slots=True)
 class FrozenBase:
     """A diffusers pipeline's parts. ``vae`` is None once everything is cached."""
 
-    unet: Any
-    text_encoders: tuple[Any, ...]
+    unet: Denoiser
+    text_encoders: tuple[nn.Module, ...]
     tokenizers: tuple[Any, ...]
-    scheduler: Any
-    vae: Any
+    scheduler: Scheduler
+    vae: Autoencoder | None
     folder: str
     """Where they came from: a diffusers folder or a single file."""
     config: str = ""
@@ -68,7 +88,7 @@ class FrozenBase:
     @property
     def latent_factor(self) -> int:
         """Pixels per latent, on a side."""
-        return latent_factor(self.vae.config)
+        return latent_factor(self._vae().config)
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, ...]:
         """Token ids ``b l``, one tensor per text encoder."""
@@ -89,13 +109,13 @@ class FrozenBase:
         Frozen encoders keep nothing for a gradient; a LoRA beside their layers makes them do.
         """
         if not self.reads_sizes:
-            return cast(Tensor, self.text_encoders[0](ids[0])[0]), None
+            return self.text_encoders[0](ids[0])[0], None
         outputs = [
             encoder(tokens, output_hidden_states=True)
             for encoder, tokens in zip(self.text_encoders, ids, strict=True)
         ]  # fmt: skip
         # SDXL reads the last layer but one of both encoders; the pooled embedding is the second's.
-        return torch.cat([out.hidden_states[-2] for out in outputs], -1), cast(Tensor, outputs[-1][0])
+        return torch.cat([out.hidden_states[-2] for out in outputs], -1), outputs[-1][0]
 
     def added(self, pooled: Tensor | None, sizes: Tensor) -> dict[str, Tensor]:
         """What SDXL wants besides text: the pooled embedding and ``sizes`` ``b 6`` (original, crop, target; y before x)."""
@@ -104,7 +124,7 @@ class FrozenBase:
     @torch.no_grad()
     def encode_latents(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels ``b 3 y x`` in -1..1 to mean and standard deviation of the scaled latents, ``b c y x``."""
-        vae = self.vae
+        vae = self._vae()
         weight = next(vae.parameters())
         pixels = pixels.to(weight.device, weight.dtype)
         encoded = vae.encode(pixels)
@@ -114,6 +134,10 @@ class FrozenBase:
             mean, std = encoded.latents, torch.zeros_like(encoded.latents)
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (mean - shift) * vae.config.scaling_factor, std * vae.config.scaling_factor
+
+    def _vae(self) -> Autoencoder:
+        assert self.vae is not None, "everything is cached, and the autoencoder gone"
+        return self.vae
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """UNet and text encoders to the compute device and dtype; the VAE keeps its dtype (SDXL's overflows in fp16)."""
@@ -255,8 +279,8 @@ def load_base(folder: str, config: str = "") -> FrozenBase:
         folder=folder,
         config=single,
     )
-    for module in (base.unet, base.vae, *base.text_encoders):
-        freeze(cast(nn.Module, module))
+    for module in (pipeline.unet, pipeline.vae, *base.text_encoders):
+        freeze(module)
     return base
 
 
@@ -321,7 +345,7 @@ def files_stamp(folder: str, *parts: str) -> str:
     return digest.hexdigest()
 
 
-def checkpoint_blocks(unet: Any) -> None:
+def checkpoint_blocks(unet: Denoiser) -> None:
     """Let a UNet's blocks be computed again for the gradient instead of being kept."""
     unet.enable_gradient_checkpointing()
     for block in unet.modules():

@@ -7,10 +7,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -89,18 +89,18 @@ class TrainerState:
         self.bad_in_a_row = 0
         self.losses: list[float] = []
 
-    def counts(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, object]:
         return dict(vars(self))
 
-    def set(self, counts: dict[str, Any], step: int) -> None:
+    def set(self, counts: Mapping[str, object], step: int) -> None:
         """Go on from what was saved after that step. Raises CorruptFileError."""
         whole = [counts.get(name) for name in ("step", "bad", "bad_in_a_row")]
-        losses: Any = counts.get("losses")
+        losses = counts.get("losses")
         if (
             counts.get("step") != step
             or any(type(one) is not int or one < 0 for one in whole)
             or not isinstance(losses, list)
-            or not all(isinstance(one, float) for one in cast("list[object]", losses))
+            or not all(isinstance(one, float) for one in losses)
         ):
             raise CorruptFileError(f"the state of step {step} has other counts than were saved")
         vars(self).update({name: counts[name] for name in vars(self)})
@@ -188,7 +188,7 @@ def fit(
             folder.finish(progress.step, {"config": config.as_dict(), "step": progress.step, "processes": world})
         accelerator.wait_for_everyone()
 
-    def try_to(save: Any) -> bool:
+    def try_to(save: Callable[[], None]) -> bool:
         """A full disk should not cost the training that is in memory: say it, go on, try again later."""
         try:
             save()
@@ -208,7 +208,7 @@ def fit(
     orphaned = orphan_watch()
     end = train.steps * train.accumulate
     batches = stream.batches(progress.step * train.accumulate, end)
-    unsaved: list[Any] = []
+    unsaved: list[Callable[[], None]] = []
     clock = Clock()
     stopped = by_file = updating = False
     failure = ""
@@ -323,7 +323,8 @@ def _newest(accelerator: Accelerator, folder: RunFolder, log: Log) -> Saved | No
 
         device = accelerator.device
         chosen = -2 if failure is not None else -1 if found is None else found.step
-        wanted = int(cast(Tensor, broadcast(torch.tensor(chosen, device=device))))
+        told: Any = broadcast(torch.tensor(chosen, device=device))
+        wanted = int(told)
         if wanted == -2:
             raise failure or InvalidInputError(f"the first process cannot go on from {folder.path}; see its message")
         end = time.monotonic() + SHARED_DISK
@@ -400,7 +401,9 @@ def _mean(accelerator: Accelerator, losses: list[float]) -> float:
     return float(accelerator.reduce(torch.tensor(mean, device=accelerator.device), "mean"))
 
 
-def _look(accelerator: Accelerator, log: Log, step: int, validate: Any, *, together: bool) -> None:
+def _look(
+    accelerator: Accelerator, log: Log, step: int, validate: Callable[[], dict[str, float] | None], *, together: bool
+) -> None:
     """A validation that finds no memory is reported and costs no training; the processes of a split model end together."""
     try:
         with accelerator.autocast():
@@ -415,7 +418,7 @@ def _look(accelerator: Accelerator, log: Log, step: int, validate: Any, *, toget
         log.plot()
 
 
-def _draw(log: Log, folder: RunFolder, step: int, draw: Any, *, together: bool) -> None:
+def _draw(log: Log, folder: RunFolder, step: int, draw: Callable[[], Image.Image | None], *, together: bool) -> None:
     """A sheet that fails (no memory, no disk, a model folder that is gone) is reported and costs no training."""
     try:
         sheet = draw()

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidInputError
 from ..lora import Component
@@ -91,8 +92,8 @@ def memory_of(
     frozen = sum(p.numel() for module in modules for name, p in module.named_parameters() if ".processor." not in name)
     per_parameter = 4 + 4 + STATE_BYTES[config.train.optimizer] + (4 if config.train.ema else 0)
     encoders = 0
-    if not config.data.cache:
-        encoders = sum(p.numel() for p in cast(nn.Module, base.vae).parameters()) * 4
+    if base.vae is not None and not config.data.cache:
+        encoders = sum(p.numel() for p in base.vae.parameters()) * 4
     return Memory(
         frozen * element_size(config) // shards + encoders,
         trained * per_parameter,
@@ -164,7 +165,7 @@ class SavedTensorCounter:
         self._inputs: dict[int, int] = {}
         self._outside = 0
         self._stack: list[int] = []
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         """``blocks``: class names of those that gradient checkpointing computes again."""
         for number, block in enumerate(m for m in model.modules() if type(m).__name__ in blocks):
             self._handles.append(block.register_forward_pre_hook(partial(self._enter, number)))
@@ -173,7 +174,7 @@ class SavedTensorCounter:
     def __enter__(self) -> None:
         self._hooks.__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
         for handle in self._handles:
             handle.remove()
@@ -200,12 +201,12 @@ class SavedTensorCounter:
             self._outside += size
         return tensor
 
-    def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, number: int, module: nn.Module, args: tuple[object, ...]) -> None:
         if not self._stack:
             self._inputs[number] = sum(a.nbytes for a in args if isinstance(a, Tensor))
         self._stack.append(number)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self._stack.pop()
 
 
@@ -222,8 +223,8 @@ def fused_attention() -> Generator[None]:
     """On ``meta`` torch would choose the kernel that keeps every attention matrix; no GPU does."""
     original = F.scaled_dot_product_attention
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return cast(Tensor, _Fused.apply(q, k, v))
+    def fused(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return _Fused.apply(q, k, v)
 
     F.scaled_dot_product_attention = cast(Any, fused)
     try:

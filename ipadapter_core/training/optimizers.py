@@ -37,7 +37,7 @@ def build_optimizer(config: TrainConfig, groups: Groups) -> torch.optim.Optimize
         from transformers.optimization import Adafactor
 
         made: Any = Adafactor(values, lr=lr, weight_decay=decay, scale_parameter=False, relative_step=False)
-        return cast(torch.optim.Optimizer, made)
+        return made
     package, name = {"adamw8bit": ("bitsandbytes", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}[config.optimizer]
     try:
         module: Any = __import__(f"{package}.optim" if package == "bitsandbytes" else package, fromlist=[name])
@@ -45,7 +45,7 @@ def build_optimizer(config: TrainConfig, groups: Groups) -> torch.optim.Optimize
         raise InvalidInputError(
             f"train.optimizer {config.optimizer} needs the package {package} ({error}); run: pip install {package}"
         ) from error
-    return cast(torch.optim.Optimizer, getattr(module, name)(values, lr=lr, weight_decay=decay))
+    return getattr(module, name)(values, lr=lr, weight_decay=decay)
 
 
 class Muon(torch.optim.Optimizer):
@@ -61,7 +61,8 @@ class Muon(torch.optim.Optimizer):
         inner: list[torch.optim.Optimizer] = []
         split: list[Group] = []  # one of these groups for each inner optimiser
         for group in groups:
-            values, lr = cast("list[nn.Parameter]", group["params"]), float(group["lr"])
+            values: list[nn.Parameter] = group["params"]
+            lr = float(group["lr"])
             wide = [p for p in values if p.ndim in (2, 4) and min(p.shape[:2]) > MUON_SIDE]
             taken = set(map(id, wide))
             rest = [p for p in values if id(p) not in taken]
@@ -114,7 +115,7 @@ def _torch_muon(matrices: list[nn.Parameter], lr: float) -> torch.optim.Optimize
         raise InvalidInputError(
             f"train.optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; upgrade torch or set adamw"
         )
-    return cast(torch.optim.Optimizer, made(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return made(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -124,7 +125,7 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> tor
     made: Any = get_scheduler(
         config.schedule, optimizer, num_warmup_steps=min(config.warmup, config.steps), num_training_steps=config.steps
     )
-    return cast(torch.optim.lr_scheduler.LRScheduler, made)
+    return made
 
 
 def build_average(config: TrainConfig, module: nn.Module) -> torch.optim.swa_utils.AveragedModel | None:

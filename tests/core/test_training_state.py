@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import CorruptFileError, InvalidInputError
 from ipadapter_core.training import RunConfig, train, write_config
+from ipadapter_core.training.cache import Cache
 from ipadapter_core.training.optimizers import build_average, build_optimizer, build_schedule
 from ipadapter_core.training.saved_state import Training, load_random, save_random, save_tree
 from ipadapter_core.training.state import RunFolder, read_state, write_note
@@ -383,3 +385,38 @@ def test_a_tensor_file_that_changes_is_an_error_and_no_crash(tmp_path: Path) -> 
         path.write_bytes(content)
         with pytest.raises(CorruptFileError):
             TensorReader(path)
+
+
+# --- what former versions wrote ---------------------------------------------------------------------------------------------
+
+
+FORMER = Path(__file__).with_name("former_training")
+"""State and cache of a training of two steps, written by commit 5264ba6; its model and pictures are those of tiny_training."""
+
+
+def test_a_state_of_a_former_version_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(FORMER / "state-00000002", out / "state-00000002")
+    model, pictures = save_model(tmp_path / "model"), save_pictures(tmp_path / "pictures")
+    outcome = train(tiny_config(model, pictures, out, train__steps=2))
+    assert "going on after step 2" in capsys.readouterr().err
+    saved = load_file(FORMER / "state-00000002/training.safetensors")
+    finished = load_file(outcome.file)
+    assert len(finished) > 8
+    for name, tensor in finished.items():
+        assert torch.equal(tensor, saved[f"/average/module.{name}"]), "no step was made, so the file is the average"
+    assert train(tiny_config(model, pictures, out, train__steps=3)).step == 3
+
+
+def test_a_cache_of_a_former_version_is_read() -> None:
+    (folder,) = (FORMER / "cache").iterdir()
+    settings = json.loads((folder / "settings.json").read_text())
+    cache = Cache(FORMER / "cache", {key: value for key, value in settings.items() if key != "checksums"})
+    assert cache.folder == folder, "the same settings have the same name"
+    cache.refresh()
+    samples = cache.known()
+    assert sorted(samples) == [f"subject{number // 2}/{number}.png" for number in range(6)]
+    for sample in samples.values():
+        assert sample.size == (40, 48)
+        assert cache.read(f"{sample.key}.latents").shape == (1, 4, 16, 16)
+        assert cache.read(f"{sample.key}.features").shape == (1, 12)
