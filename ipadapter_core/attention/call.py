@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .batch import Frames
-from .maths import KeyValue, Scale, query_rows
+from .maths import AddImage, query_rows
 
 Area = tuple[int, int, int, int]
 """Part of the latent that a model call sees: height, width, top, left, in latents (ComfyUI's order)."""
@@ -23,11 +23,10 @@ UNCOND, COND = 0, 1
 
 @dataclass(slots=True, eq=False)
 class Ready:
-    """What one image prompt needs at one site, resolved: ``factor`` is the step's, ``scale`` with it."""
+    """What one image prompt does at one site, resolved for queries of this device and number of tokens: ``factor`` is the
+    step's, ``groups`` those of ``query_rows``."""
 
-    kv: KeyValue
-    scale: Scale
-    mask: Tensor | None
+    add: AddImage
     factor: float
     groups: int
     tokens: int
@@ -86,10 +85,10 @@ class SiteCall:
     heads: int
     shape: Sequence[int] | None = None
     _rows: Tensor | None = None
+    _groups: int = 0
 
     def rows(self, groups: int) -> Tensor:
         """``query_rows`` for so many groups, kept for the next image prompt on the site."""
-        rows = self._rows
-        if rows is None or rows.shape[0] != groups:
-            rows = self._rows = query_rows(self.q, self.heads, groups)
-        return rows
+        if self._rows is None or self._groups != groups:
+            self._rows, self._groups = query_rows(self.q, self.heads, groups), groups
+        return self._rows

@@ -16,7 +16,7 @@ from .batch import Frames, fit_batch
 from .call import COND, UNCOND, Acting, Ready, SiteCall
 from .kv import SiteKV
 from .masks import RegionMask, inference_mode
-from .maths import Scale, add_image_attention, scale_for
+from .maths import Scale, adding, scale_for
 from .presets import OFF, SiteWeight
 from .schedule import WeightSchedule
 
@@ -107,7 +107,7 @@ class AdapterPatch:
             ready = self._ready(site, at, acting)
             if ready is None:
                 return base
-        return add_image_attention(base, q, ready.kv, at.heads, ready.scale, ready.mask, at.rows(ready.groups))
+        return ready.add(base, q, at.rows(ready.groups))
 
     def _acting(self, at: SiteCall) -> Acting:
         """What the sites have in common in a call."""
@@ -139,7 +139,8 @@ class AdapterPatch:
             rows = self.latent_weights.of(site, len(acting.branches), latents, call.frames, q)
             scale = self._scale(site, rows if factor == 1.0 else rows * factor)
         mask = None if self.mask is None else self._mask_rows(self.mask, at, latents)
-        ready = Ready(kv, scale, mask, factor, kv.k.shape[0], q.shape[1], q.device)
+        groups = kv.k.shape[0]
+        ready = Ready(adding(kv, at.heads, scale, mask, groups != q.shape[0]), factor, groups, q.shape[1], q.device)
         if site_kv.constant:
             acting.sites[site] = ready
         return ready
