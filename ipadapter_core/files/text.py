@@ -118,11 +118,6 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"{quoted(path)} does not exist: check the path and the spelling")
 
 
-def table_of(value: object) -> dict[str, object]:
-    """A value of a JSON text as a table; empty for anything else."""
-    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
-
-
 def parse_json(text: str | bytes, name: str | Path, *, constants: bool = False) -> Any:
     """The value of a JSON text; of bytes in any encoding that ``decode_text`` reads.
 

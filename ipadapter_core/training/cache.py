@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, quoted
-from ..files.text import parse_json, read_json, table_of
+from ..files.text import as_table, parse_json, read_json
 from ..files.whole import written_whole
 from .collection import Sample, ScannedSample, look
 from .config import DataConfig
@@ -87,7 +87,7 @@ class Cache:
             except (AdapterError, OSError):
                 continue
             if shard.is_file() and isinstance(checksums, dict):
-                entries = table_of(checksums).items()
+                entries = as_table(checksums).items()
                 self._places.update({key: (len(self._shards), one) for key, one in entries if isinstance(one, int)})
                 self._shards.append(shard)
 
@@ -157,7 +157,7 @@ class Cache:
             with file.open("rb") as lines:
                 while line := lines.readline(LONGEST_ROW):
                     try:
-                        row = table_of(parse_json(line, file.name))
+                        row = as_table(parse_json(line, file.name))
                         if row and row.pop("checksum", None) == _row_checksum(row):
                             yield Sample.of(row)
                     except (AdapterError, TypeError, KeyError):
@@ -172,7 +172,7 @@ class Cache:
             before = read_json(newest)
         except (AdapterError, OSError):
             return ""
-        was = table_of(before)
+        was = as_table(before)
         if not was:
             return ""
         changed = [f"{k}: {was.get(k)} → {v}" for k, v in self.settings.items() if was.get(k) != v]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import AdapterError, InvalidInputError, quoted
 from ..files.access import plain_name
-from ..files.text import read_json, table_of
+from ..files.text import as_table, read_json
 from ..files.whole import written_whole
 from .locks import locked
 
@@ -84,7 +84,7 @@ def _wrote(folder: Path, path: Path) -> bool:
 def _record(folder: Path) -> tuple[str, str] | None:
     """What the run noted; None without a note that can be read, as a client of a server could upload another."""
     try:
-        values = table_of(read_json(folder / RECORD))
+        values = as_table(read_json(folder / RECORD))
         return plain_name(str(values.get("file", "")), RECORD), str(values.get("sha256", ""))
     except (AdapterError, FileNotFoundError):
         return None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
-from ..files.text import parse_json, table_of
+from ..files.text import as_table, parse_json
 from .tensor_files import TensorReader, write_tensors
 
 TRAINING = "training.safetensors"
@@ -91,7 +91,7 @@ class Training:
             self.schedule.load_state_dict(found["schedule"])
             if self.scaler is not None:
                 self.scaler.load_state_dict(found["scaler"])
-            return table_of(_plain(saved.get("counts")))
+            return as_table(_plain(saved.get("counts")))
         except AdapterError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -231,7 +231,7 @@ def _tree_of(file: TensorReader) -> Tree:
 
 
 def _items(packed: Tree, kind: str) -> list[Any]:
-    items = table_of(packed).get(kind)
+    items = as_table(packed).get(kind)
     if not isinstance(items, list):
         raise InvalidInputError(f"a state lacks a {kind} that this run has; choose another output.folder")
     return items
@@ -266,7 +266,7 @@ def _fitted(wanted: Tree, saved: Tree, file: TensorReader, name: str) -> Any:
     of another version of torch: what is wanted stays.
     """
     if isinstance(wanted, Tensor):
-        key = table_of(saved).get("tensor")
+        key = as_table(saved).get("tensor")
         if not isinstance(key, str):
             raise _other(file.path, f"{name} is no tensor")
         dtype, shape = file.describe(key)

@@ -19,7 +19,7 @@ from typing import Protocol, TypeGuard, TypeVar
 from torch import Tensor
 
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, quoted
-from ..files.text import read_json, regular_file, table_of
+from ..files.text import as_table, read_json, regular_file
 from .config import OutputConfig, RunConfig
 from .locks import locked
 from .saved_state import TRAINING
@@ -241,7 +241,7 @@ class PickledStateError(InvalidInputError):
 
 def read_state(step: int, folder: Path) -> Saved:
     """A state by its note. Raises CorruptFileError, FileNotFoundError, InvalidInputError, and PickledStateError."""
-    values = table_of(read_json(folder / NOTE))
+    values = as_table(read_json(folder / NOTE))
     if "config" in values and "files" not in values:
         raise PickledStateError(
             f"{quoted(folder)} was saved by an older version, as pickles, which can run code when they are opened; finish this "
@@ -264,7 +264,7 @@ def read_state(step: int, folder: Path) -> Saved:
 
 
 def _is_table(value: object, kind: type[Kind]) -> TypeGuard[dict[str, Kind]]:
-    return isinstance(value, dict) and all(isinstance(one, kind) for one in table_of(value).values())
+    return isinstance(value, dict) and all(isinstance(one, kind) for one in as_table(value).values())
 
 
 def write_note(folder: Path, note: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator
 from typing import IO
 
 from ..errors import AdapterError, CorruptFileError, reason
-from ..files.text import parse_json, table_of
+from ..files.text import as_table, parse_json
 from ..images.files import EXTENSIONS, MAX_FILE, shown
 from .captions import CAPTIONS, MAX_CAPTION_FILE, caption_of, decode_caption
 
@@ -108,7 +108,7 @@ def caption_and_subject(
     if ".json" not in texts:
         return caption, ""
     try:
-        values = table_of(parse_json(_small(texts[".json"], name + ".json"), name + ".json", constants=True))
+        values = as_table(parse_json(_small(texts[".json"], name + ".json"), name + ".json", constants=True))
         if caption is None:
             caption = caption_of(values.get(caption_key), name + ".json")
         return caption, caption_of(values.get("subject"), name + ".json") or ""
