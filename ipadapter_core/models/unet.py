@@ -349,9 +349,14 @@ def unet_of_width(token_dim: int) -> UNet | None:
     return next((unet for unet in (*UNETS, REFINER) if unet.text_width == token_dim), None)
 
 
+def _halvings(unet: nn.Module) -> int:
+    """What sides of latents are multiples of: a UNet halves them between its blocks. Named, since layouts are pickled."""
+    return 2 ** (len(cast(Any, unet).config.block_out_channels) - 1)
+
+
 _TRAINING = Training(
     condition="text",
-    side_multiple=lambda unet: 2 ** (len(cast(Any, unet).config.block_out_channels) - 1),  # as often as it halves
+    side_multiple=_halvings,
     checkpointed=("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel"),
     units=("ResnetBlock2D", "BasicTransformerBlock"),
 )
