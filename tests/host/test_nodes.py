@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from host.comfy_server import ComfyServer, ExecutionFailed, GraphRejected, Node
 from host.steering import APPLY, Steering
 from host.tiny_adapters import VISION_HIDDEN, VISION_TOKENS, adapter_tensors, build_adapter, build_prompt
+from ipadapter_core.attention.presets import PRESETS
 
 SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE", "IMAGE_PROMPT_FACE_MODEL"}
 HOST_TYPES = {"MODEL", "CLIP", "CLIP_VISION", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
@@ -94,9 +95,7 @@ def test_combos_offer_what_the_core_has(server: ComfyServer) -> None:
         return nodes[node]["input"]["required"][key][1]["options"]
 
     presets = options("ImagePromptApply", "preset")
-    assert presets[0] == "linear"
-    assert len(presets) == 16
-    assert {"style transfer", "composition", "style and composition", "style transfer precise"} <= set(presets)
+    assert presets == list(PRESETS)
     assert options("ImagePromptApply", "scaling")[0] == "V only"
     assert len(options("ImagePromptApply", "scaling")) == 4
     for node in ("ImagePromptEncode", "ImagePromptCombine"):
