@@ -23,13 +23,14 @@ UNCOND, COND = 0, 1
 
 @dataclass(slots=True, eq=False)
 class Ready:
-    """What one image prompt does at one site, resolved for queries of this device and number of tokens: ``factor`` is the
-    step's, ``groups`` those of ``query_rows``."""
+    """What one image prompt does at one site, resolved for queries on this device: ``factor`` is the step's, ``groups`` and
+    ``width`` those of ``query_rows``, ``tokens`` how many queries there must be, None where a mask does not ask."""
 
     add: AddImage
     factor: float
     groups: int
-    tokens: int
+    width: int
+    tokens: int | None
     device: torch.device
 
 
@@ -87,8 +88,8 @@ class SiteCall:
     _rows: Tensor | None = None
     _groups: int = 0
 
-    def rows(self, groups: int) -> Tensor:
+    def rows(self, groups: int, width: int) -> Tensor:
         """``query_rows`` for so many groups, kept for the next image prompt on the site."""
         if self._rows is None or self._groups != groups:
-            self._rows, self._groups = query_rows(self.q, self.heads, groups), groups
+            self._rows, self._groups = query_rows(self.q, self.heads, groups, width), groups
         return self._rows

@@ -68,19 +68,19 @@ def scale_for(scaling: Scaling, weight: float | Tensor, channels: int, reference
             return Scale(penalised, 1.0, penalised - 1.0)
 
 
-def query_rows(q: Tensor, heads: int, groups: int) -> Tensor:
-    """Queries ``b l c`` as ``g h (b/g l) d``: members that share image tokens are folded into the query length, so K and V
+def query_rows(q: Tensor, heads: int, groups: int, width: int) -> Tensor:
+    """Queries ``b l c`` as ``g h (b/g l) d``, ``width`` being d: members that share image tokens are folded into the query length, so K and V
     are never repeated."""
-    return q.reshape(groups, -1, heads, q.shape[-1] // heads).transpose(1, 2)
+    return q.reshape(groups, -1, heads, width).transpose(1, 2)
 
 
 def attend(q: Tensor, kv: KeyValue, heads: int, key_scale: float | Tensor = 1.0, rows: Tensor | None = None) -> Tensor:
     """Attention of latent tokens ``b l c`` to image tokens; returns ``b l c``. ``rows`` are the query's, if there already."""
     b, length, channels = q.shape  # numbers: to reshape by a torch.Size takes twice as long
     if isinstance(key_scale, Tensor):
-        rows, key_scale = query_rows(q * key_scale, heads, kv.k.shape[0]), 1.0
+        rows, key_scale = query_rows(q * key_scale, heads, kv.k.shape[0], channels // heads), 1.0
     elif rows is None:
-        rows = query_rows(q, heads, kv.k.shape[0])
+        rows = query_rows(q, heads, kv.k.shape[0], channels // heads)
     if key_scale < 0:  # fused kernels take the row maximum before they scale
         rows, key_scale = -rows, -key_scale
     scale = None if key_scale == 1.0 else key_scale * (channels // heads) ** -0.5

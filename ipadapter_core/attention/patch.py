@@ -103,11 +103,16 @@ class AdapterPatch:
         if acting.factor == 0.0:
             return base
         q, ready = at.q, acting.sites[site]
-        if ready is None or ready.factor != acting.factor or ready.tokens != q.shape[1] or ready.device != q.device:
+        if (
+            ready is None
+            or ready.factor != acting.factor
+            or ready.device != q.device
+            or (ready.tokens is not None and ready.tokens != q.shape[1])
+        ):
             ready = self._ready(site, at, acting)
             if ready is None:
                 return base
-        return ready.add(base, q, at.rows(ready.groups))
+        return ready.add(base, q, at.rows(ready.groups, ready.width))
 
     def _acting(self, at: SiteCall) -> Acting:
         """What the sites have in common in a call."""
@@ -139,8 +144,9 @@ class AdapterPatch:
             rows = self.latent_weights.of(site, len(acting.branches), latents, call.frames, q)
             scale = self._scale(site, rows if factor == 1.0 else rows * factor)
         mask = None if self.mask is None else self._mask_rows(self.mask, at, latents)
-        groups = kv.k.shape[0]
-        ready = Ready(adding(kv, at.heads, scale, mask, groups != q.shape[0]), factor, groups, q.shape[1], q.device)
+        groups, _, _, width = kv.k.shape
+        tokens = None if mask is None else q.shape[1]
+        ready = Ready(adding(kv, at.heads, scale, mask, groups != q.shape[0]), factor, groups, width, tokens, q.device)
         if site_kv.constant:
             acting.sites[site] = ready
         return ready

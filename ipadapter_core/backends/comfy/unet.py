@@ -119,7 +119,10 @@ class AttentionHook:
 
     def at_site(self, call: ModelCall, base: Tensor, q: Tensor, heads: int, shape: tuple[int, int]) -> Tensor:
         """What compiled code does here, see CompiledHook."""
-        return self._add(base, SiteCall(call, q, heads, shape if shape[0] else None))
+        at = SiteCall(call, q, heads, shape if shape[0] else None)
+        for patch in self.patches:
+            base = patch.add_to(base, self.index, at)
+        return base
 
     @property
     def kind(self) -> str:
@@ -127,9 +130,11 @@ class AttentionHook:
         return "image prompts" if self.previous is None else "image prompts after another node's hook"
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
-        out = self._base(q, k, v, extra_options)
-        call = SiteCall(call_at(extra_options), q, extra_options["n_heads"], extra_options.get("activations_shape"))
-        return self._add(out, call)
+        base = self._base(q, k, v, extra_options)
+        at = SiteCall(call_at(extra_options), q, extra_options["n_heads"], extra_options.get("activations_shape"))
+        for patch in self.patches:
+            base = patch.add_to(base, self.index, at)
+        return base
 
     def _base(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         if self.previous is not None:
@@ -137,11 +142,6 @@ class AttentionHook:
         heads: int = extra_options["n_heads"]
         precision = extra_options.get("attn_precision")
         return self.attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
-
-    def _add(self, base: Tensor, call: SiteCall) -> Tensor:
-        for patch in self.patches:
-            base = patch.add_to(base, self.index, call)
-        return base
 
     def to(self, device: object) -> AttentionHook:
         """The host moves patches when it (un)loads a model: copies on an accelerator are dropped with it."""
