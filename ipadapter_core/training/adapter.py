@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,13 +42,18 @@ class TrainedAdapter(nn.Module):
 
     def spec(self) -> AdapterSpec:
         """What a file of these weights says of itself."""
-        return describe_adapter(self.state_dict(), name="the adapter in training")
+        return self._with_tokens(describe_adapter(self.state_dict(), name="the adapter in training"))
 
     def weights(self, dtype: torch.dtype, state: dict[str, Tensor] | None = None) -> AdapterWeights:
         """A frozen copy for inference and for saving, on the CPU; raises CorruptFileError if a weight is no number."""
         state = self.state_dict() if state is None else state
         copies = {key: value.detach().to("cpu", dtype, copy=True) for key, value in state.items()}
-        return load_adapter(copies, name="the adapter in training")
+        weights = load_adapter(copies, name="the adapter in training")
+        return replace(weights, spec=self._with_tokens(weights.spec))
+
+    def _with_tokens(self, spec: AdapterSpec) -> AdapterSpec:
+        """The number of tokens filled in where shapes do not tell it (an encoder that is not known)."""
+        return spec if spec.num_tokens else replace(spec, num_tokens=self.num_tokens)
 
     def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], config: OutputConfig) -> Path:
         """Write these weights to ``path``, nested if it ends in .bin; only projector and image layers are in the file."""

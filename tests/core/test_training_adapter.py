@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ipadapter_core import build_processors, load_adapter
-from ipadapter_core.checkpoints import claimants
+from ipadapter_core.checkpoints import claimants, describe_adapter
 from ipadapter_core.files.state_dict import TensorFile
 from ipadapter_core.training.adapter import TrainedAdapter, continued_adapter, fresh_adapter, trainable
 from ipadapter_core.training.adapter_trainee import AdapterStep
 from ipadapter_core.training.batches import Batch, Nothing
-from ipadapter_core.training.config import AdapterConfig
+from ipadapter_core.training.config import AdapterConfig, OutputConfig
 from ipadapter_core.training.frozen import EncoderSizes, FrozenBase
 from ipadapter_core.training.objectives import LossConfig, Objective, objective_for
 from ipadapter_core.training.order import NoiseDraws
@@ -98,6 +99,15 @@ def test_a_file_can_be_trained_on(family: Any) -> None:
     for key, value in second.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, first.state_dict()[key].half().float())
+
+
+def test_a_file_says_how_many_tokens_an_unknown_encoder_gives(tmp_path: Path) -> None:
+    """An MLP's shapes do not tell it; the trainer knows."""
+    adapter = fresh_adapter(tiny_unet("small"), EncoderSizes(24, 24, 5), AdapterConfig(family="full-face"))
+    assert adapter.spec().num_tokens == 5
+    for name, told in (("a.safetensors", 5), ("a.bin", 0)):  # a .bin has no room for it
+        file = adapter.save(tmp_path / name, adapter.state_dict(), {}, OutputConfig(dtype="float32"))
+        assert describe_adapter(file).num_tokens == told
 
 
 # --- one step of the original, rewritten from the paper and its published recipe -------------------------------------------
