@@ -26,7 +26,7 @@ class Settings(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
+class TrainedAs:
     """A name under which an algorithm is trained: ``lora.algorithm`` of the config and the node's choice.
 
     ``summary`` is for the node's tooltip, "" where the name says enough. ``targets`` are the layers that are trained where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import lru_cache
 from typing import cast
 
@@ -35,8 +35,26 @@ def all_keys() -> tuple[Key, ...]:
     return _keys_of(algorithms.ALGORITHMS)
 
 
+def check_algorithms(listed: Iterable[type[Update]]) -> None:
+    """Raise TypeError for a class without one of the members that every algorithm has, or with another's role or mark."""
+    owners: dict[tuple[str, str], type[Update]] = {}
+    for algorithm in listed:
+        missing = sorted(algorithm.__abstractmethods__)
+        if missing:
+            raise TypeError(f"{algorithm.__name__} has no {', '.join(missing)}; see lora.update.Update")
+        claims = {("role", key.role) for key in algorithm.keys} | {("mark", mark) for mark in algorithm.marks}
+        for kind, name in sorted(claims):
+            owner = owners.setdefault((kind, name), algorithm)
+            if owner is not algorithm:
+                raise TypeError(
+                    f"{algorithm.__name__} and {owner.__name__} both have the {kind} {name!r}, so that files of the one would load "
+                    "as the other; give it a name of its own"
+                )
+
+
 @lru_cache(maxsize=8)
 def _keys_of(listed: tuple[type[Update], ...]) -> tuple[Key, ...]:
+    check_algorithms(listed)
     # what stands around another algorithm is asked first: an adapter's name at the end may look like another's tensor
     return tuple(key for algorithm in sorted(listed, key=lambda a: not a.wraps) for key in algorithm.keys)
 

@@ -26,9 +26,11 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Key:
     """How files name one of an algorithm's tensors.
 
-    ``pattern`` is what follows the module's name, ``part`` a text that every such key has, ``role`` the tensor's name in the
-    algorithm (with ``\\1`` for the pattern's group). ``number``: it is a single number, of any type. ``beside``: it is
-    taken only where the module has a tensor of this role too. ``peft``: PEFT alone writes it.
+    ``pattern`` is what follows the module's name, ``part`` a text that every such key has, ``role`` the tensor's name (with
+    ``\\1`` for the pattern's group). All algorithms share one namespace of roles, as a module's algorithm is told by its roles
+    alone; two that name the same one are refused (``grouping.check_algorithms``), so begin it with the algorithm's name.
+    ``number``: it is a single number, of any type. ``beside``: it is taken only where the module has a tensor of this role
+    too. ``peft``: PEFT alone writes it.
     """
 
     part: str

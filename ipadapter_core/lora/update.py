@@ -8,6 +8,7 @@ Additive algorithms, and DoRA and OFT, are linear in it: ``W + s (W' - W)``; onl
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInputError
-from .fresh import Settings, Training
+from .fresh import Settings, TrainedAs
 from .layer import Layer
 from .parts import Key, Parts
 
@@ -25,7 +26,7 @@ Change = Callable[[Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Update:
+class Update(ABC):
     """A change of one weight, and all that is to be known of its algorithm; a subclass is one in full.
 
     Tensors of a file in, everything computed in the dtype and on the device of what it meets.
@@ -49,13 +50,13 @@ class Update:
         return None
 
     @property
+    @abstractmethod
     def weight_shape(self) -> tuple[int | None, ...]:
         """Shape of the weight that it was made for, None for a size that is open. A kernel may be counted as columns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether it can act on a weight of this shape."""
-        raise NotImplementedError
 
     def on(self, shape: tuple[int, ...]) -> Update:
         """The same for a weight of this shape; another reading where the file's tensors can be read in two ways."""
@@ -84,9 +85,9 @@ class Update:
 
     # --- on a weight -------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
         """Change of ``weight`` at strength 1, in its shape, dtype and on its device."""
-        raise NotImplementedError
 
     def change(self, weight: Tensor, total: Tensor, strength: float) -> None:
         """Add the change of ``weight`` to ``total``, which may be a copy of it with other changes."""
@@ -138,9 +139,9 @@ class Update:
         return any(mark in parts for mark in cls.marks)
 
     @classmethod
+    @abstractmethod
     def from_parts(cls, parts: Parts) -> Update | Changes:
         """The update of a module of a file. Raises CorruptFileError for tensors that do not belong together."""
-        raise NotImplementedError
 
     @classmethod
     def bias_from_parts(cls, parts: Parts) -> Update | None:
@@ -182,14 +183,18 @@ class Update:
 
     # --- in training -------------------------------------------------------------------------------------------------
 
-    trainings: ClassVar[tuple[Training, ...]] = ()
+    trainings: ClassVar[tuple[TrainedAs, ...]] = ()
     """The names under which it is trained; empty if it cannot be begun from nothing."""
     learns: ClassVar[bool] = True
     """Whether one that was read from a file can be trained on."""
 
     @classmethod
     def fresh(cls, weight: Tensor, settings: Settings) -> Update:
-        """A new one for this weight, which changes nothing yet."""
+        """A new one for this weight, which changes nothing yet.
+
+        The weight is a matrix ``o i`` or a kernel ``o i y x``. An update that does not fit it is refused before anything is
+        trained, so an algorithm of matrices alone may ignore the further axes.
+        """
         raise NotImplementedError
 
 
@@ -218,6 +223,10 @@ class Wrapper(Update):
     @property
     def weight_shape(self) -> tuple[int | None, ...]:
         return self.inner.weight_shape
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> Update | Changes:
+        raise NotImplementedError  # it is never read by itself: see ``around``
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.inner.tensors(), **Update.tensors(self)}

@@ -24,6 +24,7 @@ from ..lora.algorithms import trainings
 from ..lora.matching import match_lora
 from ..lora.saving import save_lora
 from ..lora.trainable import trainable as can_learn
+from ..lora.update import shape_text
 from .config import LoRAConfig, OutputConfig
 
 Parts = Mapping[Component, nn.Module]
@@ -134,7 +135,10 @@ class Attached:
 
 
 def fresh_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
-    """A new LoRA on the chosen layers; it starts as no change at all. Raises InvalidInputError if none is chosen."""
+    """A new LoRA on the chosen layers; it starts as no change at all.
+
+    Raises InvalidInputError if none is chosen, or one that the algorithm cannot change.
+    """
     listed = [target for component, model in parts.items() for target in targets_of(model, component).targets.values()]
     algorithm, training = trainings()[config.algorithm]
     text = config.targets or training.targets
@@ -158,7 +162,14 @@ def fresh_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
             raise InvalidInputError(
                 f"lora.targets chooses {target.path}, a grouped convolution, which none of these algorithms can change"
             )
-        updates[target] = algorithm.fresh(module.weight.detach().float(), config)
+        update = algorithm.fresh(module.weight.detach().float(), config)
+        if not update.fits(target.shape):
+            raise InvalidInputError(
+                f"lora.targets chooses {target.path} ({shape_text(target.shape)}), which lora.algorithm {quoted(config.algorithm)} "
+                f"cannot change (it made an update for {shape_text(update.weight_shape)}); leave such layers out, for example with "
+                f"{quoted(training.targets)}"
+            )
+        updates[target] = update
     return TrainedLoRA(updates, config.dropout)
 
 

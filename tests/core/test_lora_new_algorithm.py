@@ -17,7 +17,7 @@ from ipadapter_core.errors import CorruptFileError, InvalidInputError
 from ipadapter_core.lora import Update, algorithms, load_lora, save_lora
 from ipadapter_core.lora.convert import to_tensors
 from ipadapter_core.lora.factors import Smaller, combine, resize
-from ipadapter_core.lora.fresh import Settings, Training
+from ipadapter_core.lora.fresh import Settings, TrainedAs
 from ipadapter_core.lora.inspection import heat_map, lora_facts, verify
 from ipadapter_core.lora.parts import Key, Parts, key
 from ipadapter_core.training import parse_config, train
@@ -26,6 +26,7 @@ from ipadapter_core.training.lora_adapter import fresh_lora
 from tiny_models import SD15, TOKEN_DIM, call_unet, noise, tiny_unet
 from tiny_training import save_model, save_pictures, tiny_config
 
+BUILT_IN = algorithms.ALGORITHMS
 PATH = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 STEM = "lora_unet_" + PATH.replace(".", "_")
 
@@ -37,7 +38,7 @@ class Outer(Update):
     algorithm: ClassVar[str] = "Outer"
     keys: ClassVar[tuple[Key, ...]] = (key(".outer_", r"\.outer_(column|row)$", r"outer_\1"),)
     marks: ClassVar[tuple[str, ...]] = ("outer_column",)
-    trainings: ClassVar[tuple[Training, ...]] = (Training("outer", targets="all: 0, attn2 k: 1"),)
+    trainings: ClassVar[tuple[TrainedAs, ...]] = (TrainedAs("outer", targets="all: 0, attn2 k: 1"),)
     column: Tensor
     row: Tensor
 
@@ -143,6 +144,35 @@ def test_it_is_inspected_resized_and_summed(tmp_path: Path, capsys: pytest.Captu
     assert twice.weight is not None
     torch.testing.assert_close(small.weight.delta(torch.zeros(8, 768)), delta, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(twice.weight.delta(torch.zeros(8, 768)), 2 * delta, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_it_cannot_change_are_told_before_the_training() -> None:
+    with pytest.raises(
+        InvalidInputError,
+        match=r"down_blocks\S+ \(\d+×\d+×3×3\), which lora.algorithm 'outer' cannot change .* leave such layers out",
+    ):
+        fresh_lora({"unet": tiny_unet(SD15)}, LoRAConfig(rank=1, algorithm="outer", targets="all: 0, resnet conv: 1"))
+
+
+def test_a_role_or_mark_of_another_algorithm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its files would silently load as the other's."""
+    for name, claims in {
+        "role 'down'": {"keys": (key(".outer_", r"\.outer_column$", "down"),)},
+        "mark 'up'": {"marks": ("up",)},
+    }.items():
+        monkeypatch.setattr(algorithms, "ALGORITHMS", (*BUILT_IN, type("Other", (Outer,), claims)))
+        with pytest.raises(TypeError, match=f"Other and LowRank both have the {name}"):
+            load_lora(state(8))
+
+
+def test_a_member_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unfinished(Update):
+        def delta(self, weight: Tensor) -> Tensor:
+            return weight
+
+    monkeypatch.setattr(algorithms, "ALGORITHMS", (*BUILT_IN, Unfinished))
+    with pytest.raises(TypeError, match="Unfinished has no fits, from_parts, weight_shape; see"):
+        load_lora(state(8))
 
 
 def test_it_is_trained_under_its_name(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..fresh import Training
+from ..fresh import TrainedAs
 from ..update import Update
 from .butterfly import Butterfly
 from .channel_scale import ChannelScale
@@ -36,6 +36,6 @@ ALGORITHMS: tuple[type[Update], ...] = (
 """A module of a file is of the first one that claims it. Reading, training, the config and the nodes ask this tuple."""
 
 
-def trainings() -> dict[str, tuple[type[Update], Training]]:
+def trainings() -> dict[str, tuple[type[Update], TrainedAs]]:
     """Every name under which something is trained, the first one being the default."""
     return {training.name: (algorithm, training) for algorithm in ALGORITHMS for training in algorithm.trainings}

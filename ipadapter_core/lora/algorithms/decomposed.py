@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CorruptFileError, quoted
-from ..fresh import Settings, Training
+from ..fresh import Settings, TrainedAs
 from ..layer import Layer
 from ..parts import ADAPTER, Key, Parts, key
 from ..update import Change, Update, Wrapper, near
@@ -35,8 +35,8 @@ class Decomposed(Wrapper):
         key(".lora_magnitude_vector", rf"\.lora_magnitude_vector{ADAPTER}(?:\.weight)?$", "magnitude"),  # PEFT
         key(".dora_scale", r"\.dora_scale$", "dora_scale"),  # LyCORIS, kohya, OneTrainer
     )
-    trainings: ClassVar[tuple[Training, ...]] = (
-        Training("dora", "lora with learned magnitudes", no_dropout="whose magnitudes need the whole input"),
+    trainings: ClassVar[tuple[TrainedAs, ...]] = (
+        TrainedAs("dora", "lora with learned magnitudes", no_dropout="whose magnitudes need the whole input"),
     )
     magnitude: Tensor
     axis: Axis

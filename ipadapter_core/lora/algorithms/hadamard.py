@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..fresh import Settings, Training, normal, scale_for
+from ..fresh import Settings, TrainedAs, normal, scale_for
 from ..layer import Layer
 from ..parts import ADAPTER, Key, Parts, key
 from ..update import Change, Update, alike, flat, near
@@ -33,7 +33,7 @@ class Hadamard(Update):
     marks: ClassVar[tuple[str, ...]] = ("hada_w1_a",)
     inner_width: ClassVar[str] = "hada_w1_b"
     peft: ClassVar[tuple[str, ...]] = ("LoHa",)
-    trainings: ClassVar[tuple[Training, ...]] = (Training("loha"),)
+    trainings: ClassVar[tuple[TrainedAs, ...]] = (TrainedAs("loha"),)
     w1_a: Tensor
     w1_b: Tensor
     w2_a: Tensor

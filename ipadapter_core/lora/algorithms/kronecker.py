@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..fresh import Settings, Training, scale_for, uniform
+from ..fresh import Settings, TrainedAs, scale_for, uniform
 from ..layer import Layer
 from ..parts import ADAPTER, Key, Parts, key
 from ..update import Change, Update, flat, near, product_norm, wide
@@ -32,7 +32,7 @@ class Kronecker(Update):
     marks: ClassVar[tuple[str, ...]] = ("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a")
     inner_width: ClassVar[str] = "lokr_w2_b"
     peft: ClassVar[tuple[str, ...]] = ("LoKr",)
-    trainings: ClassVar[tuple[Training, ...]] = (Training("lokr"),)
+    trainings: ClassVar[tuple[TrainedAs, ...]] = (TrainedAs("lokr"),)
     scale: float = 1.0
     w1: Tensor | None = None
     w1_a: Tensor | None = None

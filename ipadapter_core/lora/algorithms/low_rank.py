@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CorruptFileError, UnknownFormatError, quoted
-from ..fresh import Settings, Training, scale_for, uniform
+from ..fresh import Settings, TrainedAs, scale_for, uniform
 from ..layer import Layer
 from ..parts import ADAPTER, Key, Parts, key
 from ..update import Change, Update, alike, flat, near, wide
@@ -47,9 +47,9 @@ class LowRank(Update):
     marks: ClassVar[tuple[str, ...]] = ("down", "up", "embedding_down", "embedding_up")
     inner_width: ClassVar[str] = "down"
     peft: ClassVar[tuple[str, ...]] = ("LoRA", "AdaLoRA")
-    trainings: ClassVar[tuple[Training, ...]] = (
-        Training("lora", "attention layers", network="networks.lora"),
-        Training(
+    trainings: ClassVar[tuple[TrainedAs, ...]] = (
+        TrainedAs("lora", "attention layers", network="networks.lora"),
+        TrainedAs(
             "locon",
             "convolutions and feed-forward layers too",
             "all: 0, attn: 1, ff: 1, proj: 1, resnet: 1, sampler: 1",
