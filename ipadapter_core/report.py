@@ -10,7 +10,6 @@ from .checkpoints import AdapterSpec, AdapterWeights
 from .errors import one_line
 from .features import ENCODERS
 from .models.sites import ModelLayout
-from .models.unet import down_up_middle
 
 LEFT_OUT = {
     "image_encoder": "an image encoder trained along with it; the one you load is used, so pictures differ from the training's "
@@ -64,13 +63,14 @@ def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence
     Raises IncompatibleAdapterError if the adapter does not fit the model.
     """
     check_adapter(adapter, layout)
-    roles, layers = layout.model.roles, down_up_middle(layout)
-    lines = [f"{layout.name}: {len(layout.sites)} sites, this adapter fits all of them"]
+    roles, layers = layout.model.roles, adapter.spec.format.reach.sites(layout)
+    which = "all of them" if len(layers) == len(layout.sites) else f"{len(layers)} of them"
+    lines = [f"{layout.name}: {len(layout.sites)} sites, this adapter fits {which}"]
     header = f"  {'site':<12} {'t':>3} {'key':>4} {'channels':>8}  {'role':<12}"
     lines.append(header + "".join(f" {f'prompt {i + 1}':>9}" for i in range(len(patches))))
     for index, site in enumerate(layout.sites):
         role = "" if roles is None else roles.of(site)
-        key = 2 * layers.index(index) + 1
+        key = 2 * layers.index(index) + 1 if index in layers else ""
         row = f"  {layout.label(site):<12} {site.order:>3} {key:>4} {site.channels:>8}  {role:<12}"
         for patch in patches:
             weight = patch.weights[index]

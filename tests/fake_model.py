@@ -1,12 +1,13 @@
 """A base model that the package has never heard of: what a newcomer writes to add one, and the two hosts' ways into it.
 
 A transformer whose image tokens stand in the middle of the sequence, with one group of blocks at one level. Its adapters act
-on the normed query and join the residual behind the block, and their keys and values depend on the timestep.
+on the normed query and join the residual behind the block, and their keys and values depend on the timestep: the hardest case.
+The plain one, a projected query and the image before the output projection, is that of both hosts' ``backends/<host>/unet.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ipadapter_core.attention.call import ModelCall, SiteCall
 from ipadapter_core.attention.maths import inside
 from ipadapter_core.attention.patch import AdapterPatch
-from ipadapter_core.backends.comfy.notes import call_at
+from ipadapter_core.backends.comfy.notes import Attention, PatcherLike, call_at
 from ipadapter_core.checkpoints.base import Base
 from ipadapter_core.models.grids import Patches
 from ipadapter_core.models.reach import Reach, every
@@ -153,16 +154,16 @@ class FakeHook:
 
 
 class FakeDoor:
-    def install(self, clone: Any, patch: AdapterPatch, attention: object) -> None:
+    def install(self, clone: PatcherLike, patch: AdapterPatch, attention: Attention) -> None:
         for i in filter(patch.active, range(len(patch.layout.sites))):
             there = self.slots(clone).get(("block", i))
             before, previous = (there.patches, there.previous) if isinstance(there, FakeHook) else ((), there)
             clone.set_model_patch_replace(FakeHook(i, (*before, patch), previous), "dit", "block", i)
 
-    def installed(self, model: Any) -> Iterator[AdapterPatch]:
+    def installed(self, model: PatcherLike) -> Iterator[AdapterPatch]:
         for hook in self.slots(model).values():
             yield from hook.patches if isinstance(hook, FakeHook) else ()
 
     @staticmethod
-    def slots(model: Any) -> dict[tuple[str, int], Any]:
+    def slots(model: PatcherLike) -> Mapping[tuple[str, int], Callable[..., Tensor]]:
         return model.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})

@@ -376,12 +376,12 @@ class FakePatcher:
         return getattr(self.model, name)
 
     def set_model_attn2_replace(
-        self, patch: Any, block_name: str, number: int, transformer_index: int | None = None
+        self, patch: object, block_name: str, number: int, transformer_index: int | None = None
     ) -> None:
         self.set_model_patch_replace(patch, "attn2", block_name, number, transformer_index)
 
     def set_model_patch_replace(
-        self, patch: Any, name: str, block_name: str, number: int, transformer_index: int | None = None
+        self, patch: object, name: str, block_name: str, number: int, transformer_index: int | None = None
     ) -> None:
         options = self.model_options["transformer_options"] = self.model_options["transformer_options"].copy()
         replace = options["patches_replace"] = options.get("patches_replace", {}).copy()

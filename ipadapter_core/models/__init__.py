@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from . import flux, sd3
 from .flux import FLUX
 from .layers import LayerNames, Shapes, numbered_blocks, own_names
 from .sd3 import SD3
-from .sites import BaseModel, ModelLayout
+from .sites import BaseModel, Clock, ModelLayout
 from .unet import SD2, SD15, SDXL
 
 BASE_MODELS: tuple[BaseModel, ...] = (SD15, SD2, SDXL, FLUX, SD3)
@@ -23,23 +23,36 @@ def layout_of(model: nn.Module) -> ModelLayout:
 
     Raises IncompatibleAdapterError for a model of another family, or of one where image prompts cannot act.
     """
-    *most, last = [base.name for base in BASE_MODELS if base.walk]
-    families = f"{', '.join(most)} {{}} {last}"
-    for walk in dict.fromkeys(base.walk for base in BASE_MODELS):
-        layout = None if walk is None else walk(model)
-        if layout is not None:
-            if not layout.sites:
-                raise IncompatibleAdapterError(
-                    f"{type(model).__name__} is a UNet without cross-attention, so there is nothing an image prompt "
-                    f"could steer; use a text-to-image model of the {families.format('or')} family"
-                )
-            return layout
-    others = [base.name for base in BASE_MODELS if not base.walk]
-    raise IncompatibleAdapterError(
-        f"the model is a {type(model).__name__}, which has no UNet cross-attention; image prompts of this pack work with "
-        f"the {families.format('and')} families (and fine-tunes such as Illustrious, NoobAI or Pony), "
-        f"not with {', '.join(others)} or other transformers"
-    )
+    layout, walked = _walked(model), [base for base in BASE_MODELS if base.walk]
+    if layout is None:
+        without = "".join(f"{base.name}, " for base in BASE_MODELS if not base.walk)
+        raise IncompatibleAdapterError(
+            f"the model is a {type(model).__name__}, which is of no family that image prompts of this pack know; they work with "
+            f"the {listed(walked)} families (and fine-tunes such as Illustrious, NoobAI or Pony), not with {without}or others"
+        )
+    if not layout.sites:
+        raise IncompatibleAdapterError(
+            f"{type(model).__name__} has no attention that an image prompt could steer, as a model without text has none; "
+            f"use a text-to-image model of the {listed(walked, 'or')} family"
+        )
+    return layout
+
+
+def clock_of(model: nn.Module) -> Clock:
+    """What diffusers' pipelines call a model with; ``sigma`` where its family has no walk, as no UNet is."""
+    layout = _walked(model)
+    return "sigma" if layout is None else layout.model.clock
+
+
+def _walked(model: nn.Module) -> ModelLayout | None:
+    walks = dict.fromkeys(base.walk for base in BASE_MODELS if base.walk)
+    return next((layout for walk in walks if (layout := walk(model)) is not None), None)
+
+
+def listed(families: Iterable[BaseModel], last: str = "and") -> str:
+    """Families by name, for sentences: ``SD1.5, SD2 and SDXL``."""
+    *most, end = [base.name for base in families]
+    return f"{', '.join(most)} {last} {end}" if most else end
 
 
 def marked(names: Collection[str]) -> list[BaseModel]:

@@ -44,6 +44,8 @@ class Roles:
         return "composition" if site.order in self.composition else "style" if site.order in self.style else ""
 
 
+Clock = Literal["steps", "sigma"]
+"""What diffusers' pipelines call a model with to say how noisy the latents are."""
 Walk = Callable[[nn.Module], "ModelLayout | None"]
 """Finds a model's sites and names the base model; None for a model of another kind."""
 
@@ -85,7 +87,8 @@ class BaseModel:
     For image prompts: ``walk`` finds the sites in every host's form of the model; related families share one walk, which
     names the family. Without it image prompts cannot act yet. ``roles`` is None where nobody knows which sites carry style
     or composition. ``tokens`` lays out a site's image tokens. ``reference_width`` is the width of the widest attention, by
-    which the channel penalty divides.
+    which the channel penalty divides. ``clock`` is what diffusers' pipelines call the model with:
+    the noise ``steps`` of training, 0..999, or ``sigma``, times 1000 or not.
 
     For LoRAs: ``layers`` names the layers of a model, given the shapes of their weights, and gives None for a model of
     another kind. ``marks`` is found in underscored names of layers that no other family has.
@@ -98,6 +101,7 @@ class BaseModel:
     roles: Roles | None = None
     tokens: TokenRule = field(default_factory=Patches)
     reference_width: int = 0
+    clock: Clock = "sigma"
     layers: Callable[[nn.Module, Shapes], LayerNames | None] | None = None
     marks: re.Pattern[str] | None = None
     training: Training | None = None

@@ -215,6 +215,7 @@ def _unknown(model: nn.Module, token_dim: int, sites: int, levels: dict[int, int
         roles=Roles(dict.fromkeys(composition, 1.0), style) if style else None,
         tokens=Pyramid(),
         reference_width=SD15.reference_width,
+        clock=SD15.clock,
         training=SDXL.training if added == "text_time" else SD15.training,
     )
 
@@ -367,6 +368,7 @@ SD15 = UNet(
     roles=Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
     tokens=Pyramid(),
     reference_width=1280,
+    clock="steps",
     layers=name_layers,
     marks=re.compile(r"^(down_blocks_0_attentions|down_blocks_3_|up_blocks_3_|input_blocks_1_1)"),
     training=_TRAINING,

@@ -17,7 +17,7 @@ from ..checkpoints.format import EncoderSizes
 from ..errors import CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
 from ..generate import check_configs, hold_in_memory, load_pipeline, read_table
 from ..images.encoder import TransformersImageEncoder, vision_config
-from ..models import layout_of
+from ..models import BASE_MODELS, layout_of, listed
 from ..models.sites import Training
 from ..models.unet import CHECKPOINT_PREFIX, FIRST_KEY, unet_of_width
 from .objectives import Scheduler
@@ -63,7 +63,10 @@ class FrozenBase:
         if self._training is None:
             model = layout_of(self.unet).model
             if model.training is None:
-                raise InvalidInputError(f"nothing can be trained on {model.name} yet; SD1.5, SD2 and SDXL are known")
+                known = [base for base in BASE_MODELS if base.training]
+                raise InvalidInputError(
+                    f"nothing can be trained on {model.name} yet; choose a model of {listed(known, 'or')}"
+                )
             self._training = model.training
         return self._training
 

@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from ipadapter_core import WeightSchedule, Window, bake, layout_of
 from ipadapter_core.attention.maths import split_heads
 from ipadapter_core.attention.patch import AdapterPatch
+from ipadapter_core.backends.comfy import compiled as comfy_compiled
 from ipadapter_core.backends.comfy import doors as comfy
 from ipadapter_core.backends.comfy import lora as comfy_lora
+from ipadapter_core.backends.comfy.notes import note_call
 from ipadapter_core.backends.diffusers import doors as images
 from ipadapter_core.backends.diffusers import lora as loras
 from ipadapter_core.lora.patch import LoRAPatch, masked
@@ -394,3 +396,28 @@ def test_clones_of_a_compiled_comfyui_model() -> None:
         for name, out in Guider(model, conds)(x, percent).items():
             assert_close(out, expected[i][name], rtol=0, atol=1e-4, msg=f"model {i}: {{}}".format)
     assert not any(m._forward_hooks for m in host.model.diffusion_model.modules())
+
+
+def test_a_hook_is_found_in_any_slot_of_the_host() -> None:
+    """A transformer's hooks sit in other slots than a UNet's, or in the host's lists of patches."""
+
+    class Hook:
+        kind = "image prompts"
+
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def at_site(self, call: object, base: Tensor, q: Tensor, heads: int, shape: tuple[int, int]) -> Tensor:
+            return base + self.index
+
+    class Executor:
+        class_obj = None
+
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            return [comfy_compiled._add(torch.zeros(1), torch.zeros(1), site, 1, 0, 0).item() for site in (1, 2, 3)]
+
+    options = {
+        "patches_replace": {"attn2": {("input", 1): Hook(1)}, "dit": {("block", 0): Hook(2), ("block", 1): len}},
+        "patches": {"double_block": [len, Hook(3)]},
+    }
+    assert note_call(Executor(), torch.zeros(1, 4, 8, 8), transformer_options=options) == [1.0, 2.0, 3.0]

@@ -20,7 +20,8 @@ from ipadapter_core import AdapterPatch, AdapterWeights, ModelLayout, WeightSche
 from ipadapter_core.attention.schedule import SCALINGS
 from ipadapter_core.backends.comfy import doors as comfy
 from ipadapter_core.backends.diffusers import doors as diffusers
-from ipadapter_core.errors import AdapterError, IncompatibleAdapterError
+from ipadapter_core.errors import AdapterError, IncompatibleAdapterError, InvalidInputError
+from ipadapter_core.training.frozen import FrozenBase
 from tiny_models import (
     TOKEN_DIM,
     BaseModel,
@@ -143,7 +144,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(models, "BASE_MODELS", (*models.BASE_MODELS, FAKE))
     monkeypatch.setitem(comfy.DOORS, walk_fake, FakeDoor())
-    monkeypatch.setitem(diffusers.DOORS, walk_fake, FakeEntry.of)
+    monkeypatch.setitem(diffusers.ENTRIES, walk_fake, FakeEntry.of)
 
 
 @pytest.fixture(params=WORLDS)
@@ -184,6 +185,25 @@ def test_an_unregistered_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(models, "BASE_MODELS", models.BASE_MODELS[:-1])
     with pytest.raises(IncompatibleAdapterError, match="FakeTransformer"):
         models.layout_of(fake_transformer())
+
+
+@pytest.mark.parametrize("host", ["ComfyUI", "diffusers"])
+def test_a_walk_without_a_door_says_so(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world(f"Fake on {host}")
+    monkeypatch.delitem(comfy.DOORS, walk_fake)
+    monkeypatch.delitem(diffusers.ENTRIES, walk_fake)
+    with pytest.raises(
+        IncompatibleAdapterError, match=f"cannot act in Fake in {host} yet; use a model of the SD1.5, SD2 or SDXL"
+    ):
+        here.run(here.patch())
+
+
+def test_a_model_that_cannot_be_trained_is_refused_with_those_that_can() -> None:
+    base: Any = FrozenBase(fake_transformer(), (), (), None, None, "")  # type: ignore[arg-type]
+    with pytest.raises(
+        InvalidInputError, match=r"nothing can be trained on Fake yet; choose a model of SD1\.5, SD2 or SDXL"
+    ):
+        _ = base.training
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------

@@ -191,7 +191,9 @@ def test_other_models_are_refused_with_their_name() -> None:
 
 def test_a_unet_without_cross_attention_is_refused() -> None:
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
-    with pytest.raises(IncompatibleAdapterError, match="without cross-attention"):
+    with pytest.raises(
+        IncompatibleAdapterError, match="UNet2DConditionModel has no attention that an image prompt could steer"
+    ):
         layout_of(tiny_unet("one site", **blocks))
 
 

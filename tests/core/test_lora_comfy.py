@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from fake_model import FakeDoor
 from ipadapter_core import RegionMask, WeightSchedule, Window, bake
 from ipadapter_core.backends.comfy import doors as image_backend
 from ipadapter_core.backends.comfy import lora as backend
+from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.lora import load_lora
 from ipadapter_core.lora.patch import LoRAPatch, masked
 from ipadapter_core.lora.selector import parse_selector
+from ipadapter_core.models.unet import walk_unet
 from tiny_loras import ALGORITHMS, tiny_lora
 from tiny_models import TOKEN_DIM, FakePatcher, Guider, conditioning, noise, tiny_adapter, tiny_host, tiny_prompt
 
@@ -258,3 +261,12 @@ def test_text_encoders_are_merged_by_their_own_names() -> None:
     stem = f"lora_te1_text_model_{layer.replace('.', '_')}"
     expected = 0.5 * state[f"{stem}.lora_up.weight"] @ state[f"{stem}.lora_down.weight"]
     assert_close(backend.merge_parts(torch.zeros(8, 8), merged.parts), expected)
+
+
+def test_a_masked_lora_is_refused_where_no_attn2_slot_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = tiny_host()
+    patch = patch_on(host)
+    monkeypatch.setitem(image_backend.DOORS, walk_unet, FakeDoor())
+    live(host, patch)
+    with pytest.raises(IncompatibleAdapterError, match=r"in attn2 slots, which .* has not; remove the mask"):
+        live(host, masked(patch, half(True)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.attention_cost import cost_of
-from ipadapter_core import ModelCall, WeightSchedule, bake, layout_of
+from ipadapter_core import ModelCall, ModelLayout, WeightSchedule, bake, layout_of, models
 from ipadapter_core.attention.call import COND, UNCOND
 from ipadapter_core.backends.comfy import doors as comfy
 from ipadapter_core.backends.comfy import lora as comfy_lora
@@ -18,6 +18,7 @@ from ipadapter_core.backends.diffusers import doors as diffusers
 from ipadapter_core.backends.diffusers import lora as diffusers_lora
 from ipadapter_core.backends.diffusers import notes as diffusers_notes
 from ipadapter_core.lora.patch import LoRAPatch
+from ipadapter_core.models import clock_of
 from tiny_loras import tiny_lora
 from tiny_models import (
     TOKEN_DIM,
@@ -136,7 +137,11 @@ def test_hooks_around_calls_go_with_the_last_owner() -> None:
 
 
 def percent(module: nn.Module, timestep: Tensor | float) -> float:
-    return diffusers_notes.Beginning(module, (torch.zeros(1, 4, 8, 8), timestep), {}).described(("cond",)).percent()
+    return (
+        diffusers_notes.Beginning(clock_of(module), (torch.zeros(1, 4, 8, 8), timestep), {})
+        .described(("cond",))
+        .percent()
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,3 +206,11 @@ class Transformer(nn.Module):
 def test_the_progress_of_a_transformer(timestep: Tensor | float, expected: float) -> None:
     """Pipelines of flow models pass sigma, or sigma times 1000."""
     assert percent(Transformer(), timestep) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("clock", "expected"), [("steps", 1 - 0.5 / 999), ("sigma", 0.5)])
+def test_the_clock_is_a_fact_of_the_base_model(clock: Any, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two transformers with the same blocks one may be trained on steps, the other on sigma."""
+    base = models.BaseModel(name="Told", walk=lambda module: ModelLayout(base, 8, ()), clock=clock)
+    monkeypatch.setattr(models, "BASE_MODELS", (base,))
+    assert percent(Transformer(), 0.5) == pytest.approx(expected, abs=1e-7)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ipadapter_core.bake import bake
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.models import layout_of
+from ipadapter_core.models.reach import Reach, every
 from ipadapter_core.models.sites import ModelLayout
 from ipadapter_core.models.unet import down_up_middle
 from ipadapter_core.prompt.image_prompt import ImagePrompt
@@ -281,3 +283,18 @@ def test_the_report_lists_every_site_with_its_weight(adapter: AdapterWeights, la
     assert "no image prompt" in describe_fit(adapter, layout, [])
     with pytest.raises(IncompatibleAdapterError):
         describe_fit(adapter, layout_of(LdmUNet("small")), [])
+
+
+def test_the_report_numbers_layers_as_the_family_does() -> None:
+    layout = layout_of(LdmUNet("small"))
+    adapter = tiny_adapter(layout)
+
+    def keys(reached: Callable[[ModelLayout], tuple[int, ...]]) -> list[str]:
+        form: Any = type("Other", (type(adapter.spec.format),), {"reach": Reach(reached)})()
+        spec = replace(adapter.spec, format=form, layer_channels=(8,) * len(reached(layout)))
+        return [
+            line[19:23].strip() for line in describe_fit(replace(adapter, spec=spec), layout, []).splitlines()[2:-1]
+        ]
+
+    assert keys(every) == [str(2 * i + 1) for i in range(len(layout.sites))]
+    assert keys(lambda layout: (2, 0))[:4] == ["3", "", "1", ""]

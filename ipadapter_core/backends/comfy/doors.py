@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ...attention.patch import AdapterPatch
 from ...errors import IncompatibleAdapterError
-from ...models import layout_of
+from ...models import BASE_MODELS, layout_of, listed
 from ...models.sites import ModelLayout, Walk
 from ...models.unet import walk_unet
 from ..calls import watch_hooks
@@ -18,8 +18,15 @@ from .unet import UNetDoor, torch_attention
 class Door(Protocol):
     """How image prompts get into one kind of model: hooks at its sites that keep what is there and call it first.
 
-    A hook learns of its model call by ``notes.call_at(options)``, makes a ``SiteCall`` of the site's query, and adds every
-    patch to the attention or behind the block, as the patch's ``reach`` says. One file for each door.
+    One file for each door; ``unet`` is the plain one. A hook
+
+    - calls what was in its slot before it first, or joins a hook of its own kind that is there, in a new object;
+    - learns of its model call by ``notes.call_at(options)``, makes a ``SiteCall`` of the site's query, and adds every patch
+      to the attention or behind the block, as the patch's ``reach`` says;
+    - is itself in a deep copy (``__deepcopy__``), since hosts before 0.13 copy options in every clone;
+    - gives a device's copies back when the host moves the model off it (``to(device)``, by ``AdapterPatch.release``);
+    - is a ``compiled.CompiledHook`` if compiled models shall run without a graph break: ``index``, ``kind`` and ``at_site``.
+      What tells code compiled for one block from code for another stands on the layers that ``marks`` names.
     """
 
     def install(self, clone: PatcherLike, patch: AdapterPatch, attention: Attention) -> None:
@@ -36,6 +43,17 @@ class Door(Protocol):
 
 DOORS: dict[Walk | None, Door] = {walk_unet: UNetDoor()}
 """By the walk that finds a model's sites, which related base models share."""
+
+
+def door_of(layout: ModelLayout) -> Door:
+    """The door of a model. Raises IncompatibleAdapterError where there is none yet."""
+    door = DOORS.get(layout.model.walk)
+    if door is None:
+        raise IncompatibleAdapterError(
+            f"image prompts cannot act in {layout.name} in ComfyUI yet; use a model of the "
+            f"{listed((base for base in BASE_MODELS if base.walk in DOORS), 'or')} family"
+        )
+    return door
 
 
 def comfy_layout(model: PatcherLike) -> ModelLayout:
@@ -55,7 +73,7 @@ def apply(model: PatcherLike, patch: AdapterPatch, attention: Attention | None =
             f"the image prompt was prepared for {patch.layout.name}, the model is {layout.name}; prepare it for this model"
         )
     clone = model.clone()
-    DOORS[layout.model.walk].install(clone, patch, attention or torch_attention)
+    door_of(layout).install(clone, patch, attention or torch_attention)
     install_notes(clone)
     return clone
 

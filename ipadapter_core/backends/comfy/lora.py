@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ...errors import IncompatibleAdapterError
 from ...lora.matching import MatchedLoRA, Partial, TargetMatch, match_lora
 from ...lora.patch import LoRAPatch
 from ...lora.running import Running, mask_like
@@ -25,10 +26,10 @@ from ...lora.update import wide
 from ...lora.weights import Component, LoRAWeights
 from ...models.sites import ModelLayout, Site
 from ..calls import Calls, Hooks, eagerly, uncompiled, watch_hooks
-from .doors import comfy_layout
+from .doors import comfy_layout, door_of
 from .marks import marked
 from .notes import KEY, Attention, Executor, Options, PatcherLike, call_of, denoiser, install_notes, noted
-from .unet import AttentionHook, Occupant, key_part, occupant_of, torch_attention
+from .unet import AttentionHook, Occupant, UNetDoor, key_part, occupant_of, torch_attention
 
 LORA_KEY = "image_prompt_lora"
 """Our entry in transformer_options and the key of our wrapper."""
@@ -85,6 +86,11 @@ def apply_unfused(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention
     regional = set(stack.text_sites)
     if regional:
         layout = comfy_layout(model)
+        if not isinstance(door_of(layout), UNetDoor):
+            raise IncompatibleAdapterError(
+                f"a LoRA with a mask changes the text's keys and values in attn2 slots, which {layout.name} has not; remove the "
+                "mask, or use a UNet"
+            )
         for site in layout.sites:
             if site.path in regional:
                 _install_region(clone, layout, site, attention or torch_attention)

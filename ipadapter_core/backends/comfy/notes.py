@@ -71,6 +71,9 @@ class PatcherLike(Protocol):
     def set_model_attn2_replace(
         self, patch: object, block_name: str, number: int, transformer_index: int | None = None
     ) -> object: ...
+    def set_model_patch_replace(
+        self, patch: object, name: str, block_name: str, number: int, transformer_index: int | None = None
+    ) -> object: ...
     def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable[..., object]) -> None: ...
     def remove_wrappers_with_key(self, wrapper_type: str, key: str) -> None: ...
 
@@ -241,11 +244,19 @@ def note_call(executor: Executor, x: Tensor, *args: object, **kwargs: object) ->
     args, kwargs = noted(args, kwargs, {KEY: call})
     if "torch._dynamo" not in sys.modules:  # nothing is compiled
         return executor(x, *args, **kwargs)
-    slots: Mapping[Any, Any] = _options(args, kwargs).get("patches_replace", {}).get("attn2", {})
-    kinds = sorted(f"{key!r} {getattr(hook, 'kind', '')}" for key, hook in slots.items())
+    hooks = _hooks(_options(args, kwargs))
+    kinds = sorted(f"{slot!r} {getattr(hook, 'kind', '')}" for slot, hook in hooks.items())
     unet = getattr(executor.class_obj, "diffusion_model", None)
-    with acting(call, slots.values()), marked(unet, lambda: f"image prompts in {kinds}"):
+    with acting(call, hooks.values()), marked(unet, lambda: f"image prompts in {kinds}"):
         return executor(x, *args, **kwargs)
+
+
+def _hooks(options: Options) -> dict[object, object]:
+    """Everything in the host's slots, by kind and place: one at each place of ``patches_replace``, lists in ``patches``."""
+    replaced: Mapping[str, Mapping[object, object]] = options.get("patches_replace", {})
+    lists: Mapping[str, Sequence[object]] = options.get("patches", {})
+    slots: dict[object, object] = {(kind, key): hook for kind, of in replaced.items() for key, hook in of.items()}
+    return slots | {(kind, i): hook for kind, hooks in lists.items() for i, hook in enumerate(hooks)}
 
 
 def call_of(x: Tensor, args: Sequence[object], kwargs: Mapping[str, object]) -> ModelCall:

@@ -1,4 +1,4 @@
-"""diffusers: image attention added inside a model by module hooks, through the door of its kind of model.
+"""diffusers: image attention added inside a model by module hooks, by the entries of its kind of model.
 
 Hooks leave all modules and processors in place, so others' work on the same model keeps running, and removing the hooks
 restores the model exactly.
@@ -21,7 +21,7 @@ from ...attention.masks import RegionMask
 from ...attention.patch import AdapterPatch
 from ...attention.schedule import WeightSchedule
 from ...errors import IncompatibleAdapterError, InvalidInputError
-from ...models import layout_of
+from ...models import BASE_MODELS, layout_of, listed
 from ...models.reach import Reach
 from ...models.sites import ModelLayout, Site, Walk
 from ...models.unet import walk_unet
@@ -56,11 +56,22 @@ class Entry(Protocol):
         ...
 
 
-Door = Callable[[nn.Module, ModelLayout, Site, Reach], Entry]
+EntryAt = Callable[[nn.Module, ModelLayout, Site, Reach], Entry]
 """The entry of adapters with one reach at one site of a model. Raises IncompatibleAdapterError where there is none."""
 
-DOORS: dict[Walk | None, Door] = {walk_unet: UNetEntry.of}
-"""By the walk that finds a model's sites, which related base models share. One file for each door."""
+ENTRIES: dict[Walk | None, EntryAt] = {walk_unet: UNetEntry.of}
+"""By the walk that finds a model's sites, which related base models share. One file for each; ``unet`` is the plain one."""
+
+
+def entry_of(layout: ModelLayout) -> EntryAt:
+    """The way into a model's sites. Raises IncompatibleAdapterError where there is none yet."""
+    entry = ENTRIES.get(layout.model.walk)
+    if entry is None:
+        raise IncompatibleAdapterError(
+            f"image prompts cannot act in {layout.name} in diffusers yet; use a model of the "
+            f"{listed((base for base in BASE_MODELS if base.walk in ENTRIES), 'or')} family"
+        )
+    return entry
 
 
 @dataclass(slots=True, eq=False)
@@ -82,10 +93,10 @@ class AppliedAdapters:
         self._patches, self._branches = tuple(patches), branches
         self.calls: Calls[_Call] = Calls()
         layout, reaches = patches[0].layout, dict.fromkeys(patch.reach for patch in patches)
-        door = DOORS[layout.model.walk]
+        entry = entry_of(layout)
         self._places = [(i, reach) for reach in reaches for i in sorted(reach.sites(layout))]
         self._hooks = [
-            _SiteHook(self, place, i, layout.sites[i], door(unet, layout, layout.sites[i], reach))
+            _SiteHook(self, place, i, layout.sites[i], entry(unet, layout, layout.sites[i], reach))
             for place, (i, reach) in enumerate(self._places)
         ]
         self._without = _Call(((),) * len(self._places))

@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ...attention.call import COND, UNCOND, ModelCall
 from ...errors import InvalidInputError
+from ...models import clock_of
+from ...models.sites import Clock
 from ..calls import Calls, eagerly, watch_hooks
 
 Branch = Literal["uncond", "cond"]
@@ -26,7 +28,7 @@ class Step:
     """How far sampling is by the timestep that a model is called with."""
 
     called_with: Tensor | float
-    unet: bool
+    clock: Clock
     _timestep: float | None = None
 
     def timestep(self) -> float:
@@ -35,7 +37,7 @@ class Step:
             given = self.called_with
             value = float(given.flatten()[0]) if isinstance(given, Tensor) else float(given)
             whole = not given.is_floating_point() if isinstance(given, Tensor) else isinstance(given, int)
-            self._timestep = value * 1000 if not self.unet and not whole and value <= 1.0 else value
+            self._timestep = value * 1000 if self.clock == "sigma" and not whole and value <= 1.0 else value
         return self._timestep
 
     def percent(self) -> float:
@@ -48,14 +50,14 @@ class Step:
         sigma itself (Flux, Qwen), of which 0.5 is the middle; whole numbers are never sigmas. The shift of a flow
         scheduler is not undone here, as a model is not told it.
         """
-        return min(max(1 - self.timestep() / (999.0 if self.unet else 1000.0), 0.0), 1.0)
+        return min(max(1 - self.timestep() / (999.0 if self.clock == "steps" else 1000.0), 0.0), 1.0)
 
 
 class Beginning:
     """A call of a module that begins, described once for all owners who say the same of its batch."""
 
-    def __init__(self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        self.module = module
+    def __init__(self, clock: Clock, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        self.clock: Clock = clock
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         self.sample: Tensor | None = sample if isinstance(sample, Tensor) else None
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
@@ -78,7 +80,7 @@ class Beginning:
                 f"the model got a batch of {batch}, which cannot hold the branches {names} in equal parts; "
                 "pass branches=('cond',) where classifier-free guidance is off"
             )
-        step = Step(0.0 if timestep is None else timestep, hasattr(self.module, "down_blocks"))
+        step = Step(0.0 if timestep is None else timestep, self.clock)
         latent = None if sample is None or sample.ndim < 4 else (int(sample.shape[-2]), int(sample.shape[-1]))
         return ModelCall(tuple(_NUMBERS[name] for name in names), step.percent, step.timestep, latent)
 
@@ -98,6 +100,7 @@ class Around:
 
     def __init__(self, module: nn.Module) -> None:
         self._owners: tuple[Owner, ...] = ()
+        self._clock: Clock = clock_of(module)
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, always_call=True),
@@ -126,7 +129,7 @@ class Around:
 
     def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         watch_hooks()
-        call = Beginning(module, args, kwargs)
+        call = Beginning(self._clock, args, kwargs)
         for owner in self._owners:
             owner.begin(call)
 
