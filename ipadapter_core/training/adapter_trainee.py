@@ -111,7 +111,7 @@ class AdapterTrainee(Trainee):
         weights.module.to(unet.device)
         unet.set_attn_processor(AttnProcessor2_0())
         try:
-            pipeline = pipeline_around(self.base, step.objective)
+            pipeline = pipeline_around(self.base, step.objective, side)
             patch = bake(weights, _prompt(weights, shown.features, step.nothing.features), layout_of(unet))
             count = len(shown.tiles)
             rows = list(shown.tiles)

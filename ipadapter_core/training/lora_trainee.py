@@ -121,7 +121,7 @@ class LoRATrainee(Trainee):
         weights = self.lora.weights(self.base.unet.dtype, state)
         rows = list(shown.tiles)
         with self.off():
-            pipeline = pipeline_around(self.base, step.objective)
+            pipeline = pipeline_around(self.base, step.objective, side)
             patch = place(pipeline, weights)
             for text in watch.sample_prompts:
                 prompts = [text or caption for caption in shown.captions]

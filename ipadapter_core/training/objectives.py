@@ -1,12 +1,14 @@
 """What a denoiser is asked to predict: one class per kind of prediction. Noise and latents are ``b c y x``.
 
-A new objective is a subclass of ``Objective`` and its entry in ``OBJECTIVES``; the config's choices follow from there.
+A new objective is a subclass of ``Diffusion`` where noise comes by a table of 1000 rows, else of ``Objective``, and its entry in
+``OBJECTIVES``; the config's choices follow from there.
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +25,12 @@ STEPS = 1000
 
 SHIFT_TOKENS = (256, 4096)
 """Sequence lengths at which the shift is ``base_shift`` and ``max_shift``: squares of 256 and 1024 pixels."""
+
+
+def tokens_of(latent: tuple[int, int]) -> int:
+    """Tokens of latents of this height and width: two by two latents each, in SD3 and FLUX."""
+    height, width = latent
+    return (height // 2) * (width // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,9 @@ class Objective(ABC):
     """One kind of prediction with its noise schedule. Timesteps ``t`` are ``b``, 0 for a picture, 1000 for noise."""
 
     prediction: ClassVar[str]
-    """What ``model.prediction`` and schedulers' ``prediction_type`` call it."""
+    """What ``model.prediction`` and files call it."""
+    prediction_type: ClassVar[str]
+    """What diffusers' schedulers call it, by which "auto" knows a model that was trained so."""
     modelspec: ClassVar[str]
     """What it is called in the metadata of files."""
     dtype: ClassVar[torch.dtype] = torch.long
@@ -103,13 +113,12 @@ class Objective(ABC):
         u = torch.rand((), generator=generator)
         if self.loss.uniform:
             return float(u * STEPS)
-        height, width = latent  # a token is two by two latents, in SD3 and FLUX
-        level = self.loss.quantile(float(u), (height // 2) * (width // 2))
+        level = self.loss.quantile(float(u), tokens_of(latent))
         return level * STEPS if self.dtype.is_floating_point else min(int(level * STEPS), STEPS - 1)
 
-    def sampler(self, scheduler: Scheduler) -> Scheduler:
-        """The scheduler that draws pictures from what was learned so."""
-        return scheduler
+    @abstractmethod
+    def sampler(self, scheduler: Scheduler, latent: tuple[int, int]) -> Scheduler:
+        """The scheduler that draws latents of this height and width from what was learned so; ``scheduler`` is the model's."""
 
     @abstractmethod
     def noisy(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -134,7 +143,7 @@ class Objective(ABC):
         return errors if weights is None else errors * weights.to(errors)
 
 
-class _Diffusion(Objective):
+class Diffusion(Objective):
     """Variance-preserving noise by a table of 1000 rows; ``alphas_cumprod`` is the signal's share of the variance."""
 
     def __init__(self, scheduler: Scheduler, loss: LossConfig) -> None:
@@ -152,10 +161,10 @@ class _Diffusion(Objective):
                 f"the model's scheduler has {len(self.alphas_cumprod)} timesteps; {STEPS} were expected"
             )
 
-    def sampler(self, scheduler: Scheduler) -> Scheduler:
-        if scheduler.config.get("prediction_type", "epsilon") == self.prediction:
+    def sampler(self, scheduler: Scheduler, latent: tuple[int, int]) -> Scheduler:
+        if _prediction_type(scheduler) == self.prediction_type:
             return scheduler
-        return scheduler.from_config(scheduler.config, prediction_type=self.prediction)
+        return scheduler.from_config(scheduler.config, prediction_type=self.prediction_type)
 
     def noisy(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         signal, sigma = self._mix(latents, t)
@@ -166,20 +175,21 @@ class _Diffusion(Objective):
         if not self.loss.min_snr:
             return None
         alphas = self.alphas_cumprod.to(t.device)[t.long()].double()
-        return self._min_snr(alphas / (1 - alphas), self.loss.min_snr)
+        return self.min_snr(alphas / (1 - alphas), self.loss.min_snr)
 
     @abstractmethod
-    def _min_snr(self, snr: Tensor, gamma: float) -> Tensor: ...
+    def min_snr(self, snr: Tensor, gamma: float) -> Tensor:
+        """The weights of that paper for this prediction, ``b``, from the signal-to-noise ratios ``b``."""
 
     def _mix(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas_cumprod.to(latents)[t.long()][:, None, None, None]
         return alphas.sqrt(), (1 - alphas).sqrt()
 
 
-class Epsilon(_Diffusion):
+class Epsilon(Diffusion):
     """The noise is predicted."""
 
-    prediction = "epsilon"
+    prediction = prediction_type = "epsilon"
     modelspec = "epsilon"
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -189,15 +199,15 @@ class Epsilon(_Diffusion):
         signal, sigma = self._mix(noisy, t)
         return (noisy - sigma * predicted) / signal
 
-    def _min_snr(self, snr: Tensor, gamma: float) -> Tensor:
+    def min_snr(self, snr: Tensor, gamma: float) -> Tensor:
         # Of an SNR of zero (rescaled schedules) the limit is meant: no clamping, weight one.
         return torch.where(snr > gamma, gamma / snr, torch.ones_like(snr))
 
 
-class Velocity(_Diffusion):
+class Velocity(Diffusion):
     """The velocity between noise and picture is predicted (https://arxiv.org/abs/2202.00512)."""
 
-    prediction = "v_prediction"
+    prediction = prediction_type = "v_prediction"
     modelspec = "v"
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -208,7 +218,7 @@ class Velocity(_Diffusion):
         signal, sigma = self._mix(noisy, t)
         return signal * noisy - sigma * predicted
 
-    def _min_snr(self, snr: Tensor, gamma: float) -> Tensor:
+    def min_snr(self, snr: Tensor, gamma: float) -> Tensor:
         return snr.clamp(max=gamma) / (snr + 1)
 
 
@@ -216,6 +226,7 @@ class FlowMatching(Objective):
     """The straight way from picture to noise is predicted (rectified flow, https://arxiv.org/abs/2209.03003)."""
 
     prediction = "flow"
+    prediction_type = "flow_prediction"
     modelspec = "flow"
     dtype = torch.float32
 
@@ -223,6 +234,26 @@ class FlowMatching(Objective):
         super().__init__(scheduler, loss)
         if loss.min_snr:
             raise InvalidInputError("loss.min_snr is not defined for flow prediction; set it to 0")
+
+    def sampler(self, scheduler: Scheduler, latent: tuple[int, int]) -> Scheduler:
+        """Euler steps along the straight way, shifted as the timesteps were drawn, or as a flow model's own scheduler says."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        class FlowSampler(FlowMatchEulerDiscreteScheduler):
+            """With what pipelines of UNets ask of a scheduler besides: noise and inputs are taken as they are."""
+
+            init_noise_sigma = 1.0
+
+            def scale_model_input(self, sample: Tensor, timestep: object) -> Tensor:
+                return sample
+
+        made: Any = FlowSampler
+        if "Flow" in type(scheduler).__name__:
+            return made.from_config(dict(scheduler.config))
+        loss = self.loss
+        shifted = loss.shift == "resolution"
+        mu = resolution_shift(tokens_of(latent), loss.base_shift, loss.max_shift) if shifted else 0.0
+        return made(shift=math.exp(mu))
 
     def noisy(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         sigma = self._sigma(latents, t)
@@ -248,14 +279,18 @@ def predictions() -> tuple[str, ...]:
 
 def objective_for(scheduler: Scheduler, prediction: str, loss: LossConfig) -> Objective:
     """The objective of that name; "auto": the one that a model was trained with, read from its scheduler."""
-    if prediction == "auto":
-        flow = "Flow" in type(scheduler).__name__
-        prediction = "flow" if flow else str(dict(scheduler.config).get("prediction_type", "epsilon"))
+    told = _prediction_type(scheduler)
     for kind in OBJECTIVES:
-        if kind.prediction == prediction:
+        if prediction == kind.prediction or (prediction == "auto" and told == kind.prediction_type):
             return kind(scheduler, loss)
     *some, last = predictions()
     raise InvalidInputError(
-        f"the model's scheduler predicts {prediction!r}, which is not supported; set model.prediction to {', '.join(some)} "
+        f"the model's scheduler predicts {told!r}, which is not supported; set model.prediction to {', '.join(some)} "
         f"or {last} if you know better"
     )
+
+
+def _prediction_type(scheduler: Scheduler) -> str:
+    """What a model was trained to predict, in diffusers' word; schedulers for flow have no setting for it."""
+    flow = "Flow" in type(scheduler).__name__
+    return FlowMatching.prediction_type if flow else str(scheduler.config.get("prediction_type", "epsilon"))

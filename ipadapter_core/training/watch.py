@@ -14,7 +14,7 @@ from ..generate import to_pillow
 from ..images.files import decode_picture
 from .batches import Batch
 from .collection import Sample
-from .frozen import FrozenBase
+from .frozen import FrozenBase, latent_factor
 from .objectives import Objective
 from .order import NoiseDraws, seeded
 from .pictures import cut_target
@@ -99,8 +99,11 @@ def _fixed(cases: Sequence[tuple[Batch, int, int]], objective: Objective, no_ima
     )
 
 
-def pipeline_around(base: FrozenBase, objective: Objective) -> Any:
-    """The model folder's pipeline around the models in memory; what is not there comes from disk and goes again."""
+def pipeline_around(base: FrozenBase, objective: Objective, side: int) -> Any:
+    """The model folder's pipeline around the models in memory, for squares of so many pixels.
+
+    What is not in memory comes from disk and goes again.
+    """
     parts: dict[str, Any] = {"unet": base.unet}
     parts |= dict(zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=False))
     pipeline: Any = base.pipeline(**parts)
@@ -109,7 +112,8 @@ def pipeline_around(base: FrozenBase, objective: Objective) -> Any:
     for name in ("vae", "text_encoder", "text_encoder_2"):
         if getattr(pipeline, name, None) is not None:
             getattr(pipeline, name).to(base.unet.device, base.unet.dtype)
-    pipeline.scheduler = copy.deepcopy(objective.sampler(pipeline.scheduler))
+    latent = side // latent_factor(pipeline.vae.config)
+    pipeline.scheduler = copy.deepcopy(objective.sampler(pipeline.scheduler, (latent, latent)))
     return pipeline
 
 

@@ -13,9 +13,12 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ipadapter_core.errors import InvalidInputError
+from ipadapter_core.generate import generate
 from ipadapter_core.training import objectives, parse_config, train
-from ipadapter_core.training.objectives import FlowMatching, LossConfig, Objective, objective_for
+from ipadapter_core.training.frozen import load_base
+from ipadapter_core.training.objectives import Diffusion, FlowMatching, LossConfig, Objective, objective_for
 from ipadapter_core.training.order import draw, drops
+from ipadapter_core.training.watch import pipeline_around
 from tiny_models import noise
 from tiny_training import save_model, save_pictures, tiny_config
 
@@ -74,15 +77,67 @@ def test_a_scheduler_says_what_it_was_trained_for() -> None:
     flow = type("FlowMatchEulerDiscreteScheduler", (), {"config": {}})()
     assert isinstance(objective_for(flow, "auto", LossConfig()), FlowMatching)
     with pytest.raises(
-        InvalidInputError, match=r"predicts 'sample', which is not supported; set model\.prediction to eps"
+        InvalidInputError, match=r"predicts 'no such thing', which is not supported; set model\.prediction to eps"
     ):
-        objective_for(DDPMScheduler(prediction_type="sample"), "auto", LossConfig())
+        objective_for(DDPMScheduler(prediction_type="no such thing"), "auto", LossConfig())
 
 
-def test_sheets_are_drawn_as_the_objective_was_learned() -> None:
+def test_a_name_and_a_schedulers_word_mean_one_objective() -> None:
+    for names in (objectives.predictions(), [one.prediction_type for one in objectives.OBJECTIVES]):
+        assert len({*names, "auto"}) == len(objectives.OBJECTIVES) + 1
+    for one in objectives.OBJECTIVES:
+        told = SimpleNamespace(config=SD | {"prediction_type": one.prediction_type})
+        assert type(objective_for(told, "auto", LossConfig())) is one
+
+
+def test_a_models_own_sampler_stays_where_it_draws_what_was_learned() -> None:
     told = DDPMScheduler(prediction_type="epsilon")
-    assert objective_of("epsilon").sampler(told) is told
-    assert objective_of("v_prediction").sampler(told).config["prediction_type"] == "v_prediction"
+    assert objective_of("epsilon").sampler(told, (8, 8)) is told
+    assert objective_of("v_prediction").sampler(told, (8, 8)).config["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("prediction", objectives.predictions())
+def test_sheets_draw_what_a_perfect_denoiser_predicts(prediction: str, kind: str, tmp_path: Path) -> None:
+    """A denoiser that knows the picture is led to it, by the pipeline and sampler that sheets are drawn with."""
+    base = load_base(str(save_model(tmp_path, kind)))  # whose scheduler is DDIM for epsilon
+    objective, picture = objective_for(base.scheduler, prediction, LossConfig()), noise(1, 4, 16, 16)
+    asked: list[float] = []
+
+    def perfect(noisy: Tensor, t: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        asked.append(float(t))
+        x, t = picture.expand_as(noisy), t.to(objective.dtype).expand(len(noisy))
+        sigma = objective.noisy(torch.zeros_like(x), torch.ones_like(x), t)
+        return (objective.target(x, (noisy - objective.noisy(x, torch.zeros_like(x), t)) / sigma, t),)
+
+    base.unet.forward = perfect
+    pipeline = pipeline_around(base, objective, 32)
+    drawn: list[Tensor] = []
+    decode = pipeline.vae.decode
+    pipeline.vae.decode = lambda latents, **named: drawn.append(latents) or decode(latents, **named)
+    generate(pipeline, [], ["cat"], steps=5, guidance=3.0, seeds=[0], height=32, width=32)
+    assert 0 <= min(asked) < max(asked) <= 1000
+    assert len({*asked}) == 5
+    found = drawn[0] * pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(found, picture, rtol=0, atol=0.15 if prediction != "flow" else 1e-5)
+
+
+@pytest.mark.parametrize("shift", ["none", "resolution"])
+def test_flow_is_sampled_at_the_noise_levels_it_was_learned_at(shift: str) -> None:
+    objective, latent = objective_of("flow", shift=shift), (64, 32)
+    sampler: Any = objective.sampler(DDPMScheduler(), latent)
+    sampler.set_timesteps(4)
+    expected = [objective.loss.quantile(u, 512) for u in (1.0, 0.667, 0.334, 0.001)]
+    assert sampler.sigmas[:4].tolist() == pytest.approx(expected, abs=3e-3)
+    torch.testing.assert_close(sampler.timesteps, 1000 * sampler.sigmas[:-1])
+
+
+def test_a_flow_models_own_shift_stays() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    sampler = objective_of("flow").sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), (8, 8))
+    assert sampler.config["shift"] == 3.0
+    assert isinstance(sampler, FlowMatchEulerDiscreteScheduler)
 
 
 # --- timesteps ---------------------------------------------------------------------------------------------------------------
@@ -202,11 +257,12 @@ def test_draws_depend_on_the_place_alone() -> None:
 # --- another objective -------------------------------------------------------------------------------------------------------
 
 
-class Picture(FlowMatching):
-    """A toy: the picture itself is predicted, from a straight way to noise."""
+class Picture(Diffusion):
+    """A toy: the picture itself is predicted."""
 
-    prediction = "picture"
-    modelspec = "picture"
+    prediction = "x0"
+    prediction_type = "sample"
+    modelspec = "x0"
     asked = 0
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -216,24 +272,29 @@ class Picture(FlowMatching):
     def picture(self, noisy: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
         return predicted
 
+    def min_snr(self, snr: Tensor, gamma: float) -> Tensor:
+        return snr.clamp(max=gamma)
+
 
 def test_an_objective_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The config knows it, it trains, and files say it."""
+    """The config knows it, it trains, sheets are drawn with it, and files say it."""
     with pytest.raises(InvalidInputError, match="choose one of auto, epsilon, v_prediction, flow"):
-        parse_config({"model": {"prediction": "picture"}}, "the test")
+        parse_config({"model": {"prediction": "x0"}}, "the test")
     monkeypatch.setattr(objectives, "OBJECTIVES", (*objectives.OBJECTIVES, Picture))
     model, pictures = save_model(tmp_path / "model"), save_pictures(tmp_path / "pictures")
     config = tiny_config(
-        model, pictures, tmp_path / "out", model__prediction="picture", train__steps=2, watch__validate_every=1,
+        model, pictures, tmp_path / "out", model__prediction="x0", train__steps=2, watch__validate_every=1, watch__sample_every=2,
+        watch__sample_steps=2, loss__min_snr=5.0,
         loss__timesteps="logit_normal", loss__shift="resolution", output__name="made",
     )  # fmt: skip
     outcome = train(config)
     assert outcome.step == 2
     assert Picture.asked > 2
+    assert [*(tmp_path / "out").rglob("sheet.png")]
     from safetensors import safe_open
 
     with safe_open(outcome.file, framework="pt") as file:
-        assert file.metadata()["prediction"] == "picture"
+        assert file.metadata()["prediction"] == "x0"
 
 
 def test_the_readme_names_every_objective() -> None:
