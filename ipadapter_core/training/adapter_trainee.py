@@ -20,7 +20,7 @@ from ..prompt.image_prompt import ImagePrompt
 from .adapter import TrainedAdapter, check_family, continued_adapter, describe_trainable, fresh_adapter
 from .batches import Batch, Nothing
 from .collection import Sample
-from .config import RunConfig
+from .config import AdapterConfig, RunConfig
 from .encode import CacheSettings, Encoders, cache_settings, check_widths
 from .frozen import EncoderSizes, FrozenBase, encoder_sizes, load_encoder
 from .objectives import Objective
@@ -54,7 +54,7 @@ class AdapterTrainee(Trainee):
 
     @staticmethod
     def wanted(config: RunConfig) -> bool:
-        return True
+        return config.adapter != AdapterConfig()  # what a config without a word about what learns gets all the same
 
     @classmethod
     def build(cls, config: RunConfig, base: FrozenBase) -> AdapterTrainee:

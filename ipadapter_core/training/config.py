@@ -103,6 +103,35 @@ class LoRAConfig:
     def wanted(self) -> bool:
         return self.rank > 0 or bool(self.start_from)
 
+    def check(self, run: RunConfig) -> None:
+        """Raise InvalidInputError where it is half given, or another section asks for what a LoRA has not."""
+        if not self.wanted:
+            if self != LoRAConfig():
+                raise InvalidInputError(
+                    "[lora] is given without lora.rank; set it (4 to 64 are usual) to train a LoRA, or leave [lora] out"
+                )
+            return
+        if run.adapter != AdapterConfig():
+            raise InvalidInputError("a run trains an adapter or a LoRA: leave out [adapter], or lora.rank")
+        values, defaults = run.as_dict(), RunConfig().as_dict()
+        for name in _OF_ADAPTERS:
+            section, key = name.split(".")
+            if values[section][key] != defaults[section][key]:
+                raise InvalidInputError(f"{name} is about reference pictures, which a LoRA has none of; leave it out")
+        if run.train.shard:
+            raise InvalidInputError("train.shard splits frozen layers, and a LoRA lies inside them; leave it out")
+        if self.dropout == 1:
+            raise InvalidInputError("lora.dropout is 1, which leaves nothing to learn from; 0 to 0.3 are usual")
+        if self.dropout and (no_dropout := trainings()[self.algorithm][1].no_dropout):
+            raise InvalidInputError(f"lora.dropout is not defined for {self.algorithm}, {no_dropout}; set it to 0")
+        if self.text_learning_rate and not self.text_encoders:
+            raise InvalidInputError(
+                "lora.text_learning_rate is for layers of text encoders; set lora.text_encoders = true"
+            )
+        if self.text_learning_rate and run.train.optimizer == "prodigy":
+            raise InvalidInputError("prodigy finds one learning rate for all; leave lora.text_learning_rate out")
+        parse_selector(self.targets)
+
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
@@ -213,7 +242,7 @@ Sections = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """A whole training run, one attribute per TOML section."""
+    """A whole training run, one attribute per TOML section. A section with a ``check`` looks at the whole of it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -535,32 +564,7 @@ def _check(config: RunConfig) -> None:
         raise InvalidInputError("train.precision fp16 does not run on a CPU; use bf16 or fp32")
     if any(not 0 <= t < 1000 for t in config.watch.timesteps):
         raise InvalidInputError(f"watch.timesteps are {config.watch.timesteps}; each must lie in 0..999")
-    _check_lora(config)
-
-
-def _check_lora(config: RunConfig) -> None:
-    lora = config.lora
-    if not lora.wanted:
-        if lora != LoRAConfig():
-            raise InvalidInputError(
-                "[lora] is given without lora.rank; set it (4 to 64 are usual) to train a LoRA, or leave [lora] out"
-            )
-        return
-    if config.adapter != AdapterConfig():
-        raise InvalidInputError("a run trains an adapter or a LoRA: leave out [adapter], or lora.rank")
-    values, defaults = config.as_dict(), RunConfig().as_dict()
-    for name in _OF_ADAPTERS:
-        section, key = name.split(".")
-        if values[section][key] != defaults[section][key]:
-            raise InvalidInputError(f"{name} is about reference pictures, which a LoRA has none of; leave it out")
-    if config.train.shard:
-        raise InvalidInputError("train.shard splits frozen layers, and a LoRA lies inside them; leave it out")
-    if lora.dropout == 1:
-        raise InvalidInputError("lora.dropout is 1, which leaves nothing to learn from; 0 to 0.3 are usual")
-    if lora.dropout and (no_dropout := trainings()[lora.algorithm][1].no_dropout):
-        raise InvalidInputError(f"lora.dropout is not defined for {lora.algorithm}, {no_dropout}; set it to 0")
-    if lora.text_learning_rate and not lora.text_encoders:
-        raise InvalidInputError("lora.text_learning_rate is for layers of text encoders; set lora.text_encoders = true")
-    if lora.text_learning_rate and config.train.optimizer == "prodigy":
-        raise InvalidInputError("prodigy finds one learning rate for all; leave lora.text_learning_rate out")
-    parse_selector(lora.targets)
+    for section in dataclasses.fields(config):
+        check: Callable[[RunConfig], None] | None = getattr(getattr(config, section.name), "check", None)
+        if check is not None:
+            check(config)

@@ -35,8 +35,8 @@ from .stream import ShardBatches, Stream
 from .trainee import Shown, Trainee
 from .watch import Readable, Validator, reference_tiles
 
-TRAINEES: tuple[type[Trainee], ...] = (LoRATrainee, AdapterTrainee)
-"""Everything that can learn; the first that a config means is trained."""
+TRAINEES: tuple[type[Trainee], ...] = (AdapterTrainee, LoRATrainee)
+"""Everything that can learn, in any order: a config means one of them, or none and gets a new image adapter."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,8 +93,14 @@ def prepare(config: RunConfig, log: Log, accelerator: Accelerator, *, use_cache:
 
 
 def trainee_of(config: RunConfig) -> type[Trainee]:
-    """What a config wants to train."""
-    return next(kind for kind in TRAINEES if kind.wanted(config))
+    """What a config means to train. Raises InvalidInputError where it means two things."""
+    meant = [kind for kind in TRAINEES if kind.wanted(config)]
+    if len(meant) > 1:
+        names = " and ".join(kind.__name__ for kind in meant)
+        raise InvalidInputError(
+            f"a run trains one thing, and this config means {names}; leave out what asks for the others"
+        )
+    return meant[0] if meant else AdapterTrainee
 
 
 def check_sides(config: RunConfig, base: FrozenBase) -> None:

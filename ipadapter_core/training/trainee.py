@@ -68,7 +68,7 @@ class Trainee(ABC):
     @staticmethod
     @abstractmethod
     def wanted(config: RunConfig) -> bool:
-        """Whether a config means this kind."""
+        """Whether a config means this kind, by settings that no other kind asks for."""
 
     @classmethod
     @abstractmethod

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.training import RunConfig, build_cache, dry_run, prepare, train
 from ipadapter_core.training.frozen import FrozenBase, load_base
 from ipadapter_core.training.loop import TrainingFailed
 from ipadapter_core.training.trainee import Parts, Trainee
+from tiny_models import noise
 from tiny_training import fingerprint, save_model, save_pictures, tiny_config
 
 
@@ -54,12 +57,15 @@ class LearnedWord(Trainee):
 
     @contextmanager
     def off(self) -> Generator[None]:
-        self.acts = False
-        yield
-        self.acts = True
+        before, self.acts = self.acts, False
+        try:
+            yield
+        finally:
+            self.acts = before
 
     def save(self, path: Path, state: dict[str, Tensor], metadata: Mapping[str, str]) -> Path:
-        save_file({key: value.contiguous() for key, value in state.items()}, path, dict(metadata))
+        dtype = getattr(torch, self.config.output.dtype)
+        save_file({key: value.to(dtype).contiguous() for key, value in state.items()}, path, dict(metadata))
         return path
 
 
@@ -75,7 +81,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "TRAINEES", (LearnedWord, *prepare.TRAINEES))
+    monkeypatch.setattr(prepare, "TRAINEES", (*prepare.TRAINEES, LearnedWord))
 
 
 def word_config(model: Path, pictures: Path, out: Path, **changes: Any) -> RunConfig:
@@ -158,6 +164,55 @@ def test_its_cache_and_its_dry_run(model: Path, pictures: Path, tmp_path: Path) 
     assert "memory: about" in text
 
 
-def test_everything_else_is_trained_as_ever(model: Path, pictures: Path, tmp_path: Path) -> None:
-    assert prepare.trainee_of(tiny_config(model, pictures, tmp_path)).__name__ == "AdapterTrainee"
-    assert prepare.trainee_of(tiny_config(model, pictures, tmp_path, lora__rank=2)).__name__ == "LoRATrainee"
+LEARNERS = {"word": {"output__name": "word"}, "lora": {"lora__rank": 2}, "adapter": {}}
+
+
+@pytest.fixture(params=LEARNERS)
+def learner(request: pytest.FixtureRequest, model: Path, pictures: Path, tmp_path: Path) -> Trainee:
+    """Every kind with numbers other than zero."""
+    config = tiny_config(model, pictures, tmp_path, **LEARNERS[request.param], output__dtype="bfloat16")
+    made = prepare.trainee_of(config).build(config, load_base(str(model)))
+    with torch.no_grad():
+        for parameter in made.learned.parameters():
+            parameter.normal_()
+    return made
+
+
+def test_files_have_the_dtype_of_the_config(learner: Trainee, tmp_path: Path) -> None:
+    file = learner.save(tmp_path / "learned.safetensors", dict(learner.learned.state_dict()), {})
+    assert {one.dtype for one in load_file(file).values() if one.ndim} == {torch.bfloat16}
+
+
+def test_a_block_without_it_ends_with_it_whatever_happens(learner: Trainee) -> None:
+    """Also where such blocks lie in one another."""
+
+    @torch.no_grad()
+    def predicted() -> Tensor:
+        return learner.base.unet(noise(1, 4, 8, 8), 500, noise(1, 12, 16, seed=1)).sample
+
+    alone = predicted()
+    learner.attach(learner.learned, learner.parts)
+    acting = predicted()
+    assert not torch.equal(acting, alone)
+    with suppress(MemoryError), learner.off():
+        off = predicted()
+        with suppress(MemoryError), learner.off():
+            raise MemoryError("no room")
+        assert torch.equal(predicted(), off)
+        raise MemoryError("no room")
+    assert torch.equal(predicted(), acting)
+
+
+def test_their_order_does_not_matter_and_two_at_once_are_refused(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word, lora = word_config(model, pictures, tmp_path), tiny_config(model, pictures, tmp_path, lora__rank=2)
+    plus = tiny_config(model, pictures, tmp_path, adapter__family="plus")
+    plain = tiny_config(model, pictures, tmp_path)
+    both = word_config(model, pictures, tmp_path, lora__rank=2)
+    for order in permutations(prepare.TRAINEES):
+        monkeypatch.setattr(prepare, "TRAINEES", order)
+        found = [prepare.trainee_of(config).__name__ for config in (word, lora, plus, plain)]
+        assert found == ["LearnedWord", "LoRATrainee", "AdapterTrainee", "AdapterTrainee"]
+        with pytest.raises(InvalidInputError, match=r"trains one thing, and this config means \w+ and \w+; leave out"):
+            prepare.trainee_of(both)
