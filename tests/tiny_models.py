@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from typing import Any
@@ -18,8 +19,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ipadapter_core import AdapterWeights, ImagePrompt, load_adapter
-from ipadapter_core.models.sites import ModelLayout
-from ipadapter_core.models.unet import down_up_middle
+from ipadapter_core.checkpoints.format import Format
+from ipadapter_core.models.sites import ModelLayout, Walk
+from ipadapter_core.models.unet import down_up_middle, walk_unet
 from tiny import tiny_state
 
 TOKEN_DIM = 32
@@ -498,3 +500,25 @@ def tiny_host(kind: str = "small", *, seed: int = 1, deepcopy_options: bool = Fa
         torch.manual_seed(seed)
         unet = LdmUNet(kind).eval().requires_grad_(False)
     return FakePatcher(BaseModel(unet), deepcopy_options=deepcopy_options)
+
+
+# --- one tiny model for every kind of base model -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A kind of base model in both hosts' forms, with latents of 4 channels and text tokens ``TOKEN_DIM`` wide.
+
+    ComfyUI's is called ``(x, timesteps, context, transformer_options=)``, diffusers' ``(x, timestep, text)``. ``format`` is the
+    family of adapters that acts in it, None for the first, which acts on the projected query at every site.
+    """
+
+    comfy: Callable[[], nn.Module]
+    diffusers: Callable[[], nn.Module]
+    format: Format | None = None
+
+
+TINY: dict[Walk | None, Tiny] = {
+    walk_unet: Tiny(lambda: tiny_host().model.diffusion_model, lambda: tiny_unet("small")),
+}
+"""By the walk that finds a model's sites; ``test_invariants`` runs all of them on both hosts."""

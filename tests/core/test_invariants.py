@@ -1,4 +1,4 @@
-"""What holds for every base model on every host: a UNet, and a fake one that the package has never heard of."""
+"""What holds for every kind of base model on every host, and for a fake one that the package has never heard of."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from ipadapter_core import AdapterPatch, AdapterWeights, ModelLayout, WeightSche
 from ipadapter_core.attention.schedule import SCALINGS
 from ipadapter_core.backends.comfy import doors as comfy
 from ipadapter_core.backends.diffusers import doors as diffusers
+from ipadapter_core.checkpoints.format import Format
 from ipadapter_core.errors import AdapterError, IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.training.frozen import FrozenBase
 from tiny_models import (
+    TINY,
     TOKEN_DIM,
     BaseModel,
     FakePatcher,
     Guider,
+    Tiny,
     conditioning,
     noise,
     tiny_adapter,
-    tiny_host,
     tiny_prompt,
-    tiny_unet,
 )
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}  # fp32, outputs of size 1
@@ -44,15 +45,15 @@ Outputs = Mapping[str, Tensor]
 class World:
     """One base model on one host: image prompts applied for one call, and the call's outputs by conditioning."""
 
-    def __init__(self, model: Any, layout: ModelLayout) -> None:
-        self.model, self.layout = model, layout
+    def __init__(self, model: Any, layout: ModelLayout, form: Format | None = None) -> None:
+        self.model, self.layout, self.form = model, layout, form
         self.made = 0
         """Calls of the adapter's layers."""
 
     def adapter(self, seed: int = 0) -> AdapterWeights:
         adapter = tiny_adapter(self.layout, seed=seed)
-        if self.layout.model is FAKE:
-            adapter = replace(adapter, spec=replace(adapter.spec, format=fake_model.FORMAT))
+        if self.form is not None:
+            adapter = replace(adapter, spec=replace(adapter.spec, format=self.form))
         for layer in adapter.module.to_k_ip:
             layer.register_forward_hook(self._count)
         return adapter
@@ -106,7 +107,7 @@ class DiffusersWorld(World):
     def run(self, *patches: AdapterPatch, x: Tensor = X, percent: float = 0.5, order: Sequence[str] = ("negative", "positive")) -> Outputs:  # fmt: skip
         names: dict[str, diffusers.Branch] = {"negative": "uncond", "positive": "cond"}
         text = torch.cat([TEXTS[name].expand(len(x), -1, -1) for name in order])
-        timestep = torch.tensor((1 - percent) * (1000.0 if self.layout.model is FAKE else 999.0))
+        timestep = torch.tensor((1 - percent) * (999.0 if self.layout.model.clock == "steps" else 1000.0))
 
         def call() -> Outputs:
             with torch.no_grad():
@@ -127,15 +128,20 @@ def fake_transformer() -> FakeTransformer:
 
 
 def world(name: str) -> World:
-    base, host = name.split(" on ")
+    family, host = name.split(" on ")
+    tiny = TINY.get(next(base.walk for base in models.BASE_MODELS if base.name == family))
+    if tiny is None:
+        pytest.fail(f"{family} has a walk and no tiny model; write one and register it in TINY of tests/tiny_models.py")
     if host == "ComfyUI":
-        patcher = tiny_host() if base == "UNet" else FakePatcher(BaseModel(fake_transformer()))
-        return ComfyWorld(patcher, comfy.comfy_layout(patcher))
-    module = tiny_unet("small") if base == "UNet" else fake_transformer()
-    return DiffusersWorld(module, models.layout_of(module))
+        patcher = FakePatcher(BaseModel(tiny.comfy()))
+        return ComfyWorld(patcher, comfy.comfy_layout(patcher), tiny.format)
+    module = tiny.diffusers()
+    return DiffusersWorld(module, models.layout_of(module), tiny.format)
 
 
-WORLDS = [f"{base} on {host}" for base in ("UNet", "Fake") for host in ("ComfyUI", "diffusers")]
+WALKED = {base.walk: base.name for base in reversed((*models.BASE_MODELS, FAKE)) if base.walk}
+"""Every walk and the first family that has it: related families are one kind of model."""
+WORLDS = [f"{family} on {host}" for family in reversed(WALKED.values()) for host in ("ComfyUI", "diffusers")]
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +149,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line in BASE_MODELS, and one door for each host."""
     torch.set_num_threads(1)
     monkeypatch.setattr(models, "BASE_MODELS", (*models.BASE_MODELS, FAKE))
+    monkeypatch.setitem(TINY, walk_fake, Tiny(fake_transformer, fake_transformer, fake_model.FORMAT))
     monkeypatch.setitem(comfy.DOORS, walk_fake, FakeDoor())
     monkeypatch.setitem(diffusers.ENTRIES, walk_fake, FakeEntry.of)
 
@@ -204,6 +211,12 @@ def test_a_model_that_cannot_be_trained_is_refused_with_those_that_can() -> None
         InvalidInputError, match=r"nothing can be trained on Fake yet; choose a model of SD1\.5, SD2 or SDXL"
     ):
         _ = base.training
+
+
+def test_a_kind_of_model_without_a_tiny_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(TINY, walk_fake)
+    with pytest.raises(pytest.fail.Exception, match="Fake has a walk and no tiny model"):
+        world("Fake on diffusers")
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------
@@ -320,7 +333,7 @@ def test_nothing_is_left_behind(any_world: World) -> None:
 
 
 def test_clones_are_apart() -> None:
-    for name in ("UNet on ComfyUI", "Fake on ComfyUI"):
+    for name in (name for name in WORLDS if name.endswith("ComfyUI")):
         for deep in (False, True):
             here = world(name)
             here.model.deepcopy_options = deep
@@ -414,7 +427,7 @@ def test_an_area_sees_its_part_of_the_mask() -> None:
 
 @pytest.mark.parametrize("host", ["ComfyUI", "diffusers"])
 def test_a_door_refuses_what_it_does_not_know(host: str) -> None:
-    here = world(f"UNet on {host}")
+    here = world(f"SD1.5 on {host}")
     patch = replace(here.patch(), reach=fake_model.FORMAT.reach)
     with pytest.raises(IncompatibleAdapterError, match="residual of a transformer"):
         here.run(patch)
