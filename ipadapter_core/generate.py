@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image, PngImagePlugin
@@ -26,6 +26,7 @@ from .files.whole import written_whole
 from .images.encoder import TransformersImageEncoder
 from .images.files import MAX_FILE, decode_grey, read_picture, to_tensor
 from .models import layout_of
+from .narrowing import is_table
 from .prompt.encode import encode_image_prompt
 from .prompt.options import EncodeOptions
 from .quiet import quietly
@@ -98,9 +99,9 @@ def check_configs(folder: Path) -> None:
 def read_table(path: Path) -> dict[str, Any]:
     """The table in a JSON file. Raises as ``text_files.read_json``, and CorruptFileError for any other value."""
     table = read_json(path)
-    if not isinstance(table, dict):
+    if not is_table(table):
         raise CorruptFileError(f"{quoted(path)} holds no table of settings; download it again")
-    return cast("dict[str, Any]", table)
+    return table
 
 
 def hold_in_memory(module: nn.Module) -> None:
@@ -203,7 +204,7 @@ def generate(
     finally:
         if applied is not None:
             applied.remove()
-    return cast(Tensor, out.images).float().permute(0, 2, 3, 1).clamp(0, 1).cpu()
+    return out.images.float().permute(0, 2, 3, 1).clamp(0, 1).cpu()
 
 
 def to_pillow(image: Tensor) -> Image.Image:

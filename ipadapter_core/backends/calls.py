@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidInputError
+from ..narrowing import is_mapping, is_row
 
 Call = TypeVar("Call")
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
-_C = cast(Any, torch)._C  # autograd's own numbers have no public names
+_torch: Any = torch
+_C = _torch._C  # autograd's own numbers have no public names
 
 
 class _Thread(threading.local):
@@ -168,7 +170,7 @@ class Calls(Generic[Call]):
 
 
 def _next_node() -> int:
-    return int(cast(Any, torch.autograd)._get_sequence_nr())
+    return int(_torch.autograd._get_sequence_nr())
 
 
 def _current_node() -> int:
@@ -178,9 +180,8 @@ def _current_node() -> int:
 def _tensors(output: object) -> Iterable[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, (Mapping, tuple, list)):
-        values = cast("Mapping[object, object]", output).values() if isinstance(output, Mapping) else output
-        for value in cast("Iterable[object]", values):
+    elif is_mapping(output) or is_row(output):
+        for value in output.values() if is_mapping(output) else output:
             yield from _tensors(value)
 
 
@@ -208,12 +209,13 @@ def watch_hooks() -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return
-    config = cast(Any, dynamo).config
+    config = dynamo.config
     if config.skip_nnmodule_hook_guards:
         config.skip_nnmodule_hook_guards = False
         entry = getattr(config, "_config", {}).get("skip_nnmodule_hook_guards")
-        if hasattr(entry, "default"):  # current torch keeps settings per thread; a model compiled elsewhere counts too
-            cast(Any, entry).default = False
+        # current torch keeps settings per thread; a model compiled elsewhere counts too
+        if entry is not None and hasattr(entry, "default"):
+            entry.default = False
         torch.compiler.reset()
 
 
@@ -232,7 +234,7 @@ class Hooks:
     @contextmanager
     def on(self, model: nn.Module) -> Generator[None]:
         """``with hooks.on(unet): …``; the hooks' names are paths in the model."""
-        places = [(cast(Any, model.get_submodule(path))._forward_hooks, *hook) for path, hook in self._hooks.items()]
+        places = [(vars(model.get_submodule(path))["_forward_hooks"], *hook) for path, hook in self._hooks.items()]
         with self._lock:
             users = self._users[id(model)] = self._users.get(id(model), 0) + 1
             if users == 1:

@@ -293,9 +293,9 @@ def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:
     base_model = one_line(metadata.get("base_model", ""))
     if spec.base_model.startswith("custom ") and base_model and base_model not in {"SD1.5", "SD2", "SDXL", "Kolors"}:
         spec = replace(spec, base_model=base_model)
-    unconditional = metadata.get("unconditional")
-    if unconditional in get_args(TrainedUnconditional):
-        spec = replace(spec, unconditional=cast(TrainedUnconditional, unconditional))
+    for known in get_args(TrainedUnconditional):
+        if known == metadata.get("unconditional"):
+            spec = replace(spec, unconditional=known)
     tokens = metadata.get("num_tokens", "")
     if spec.num_tokens == 0 and tokens.isascii() and tokens.isdigit() and 0 < len(tokens) < 6:
         spec = replace(spec, num_tokens=int(tokens))

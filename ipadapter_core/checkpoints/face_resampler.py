@@ -5,8 +5,6 @@ They differ in the face model (buffalo_l, antelopev2) and in that InstantID want
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from ..features import RAW_FACE
@@ -31,7 +29,7 @@ class InstantID(Plus):
         return into is not None and tuple(into.shape[-1:]) == (512,) and (SDXL.text_width,) in widths
 
     def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
-        return cast(Tensor, projector(features[:, None]))  # one token to read
+        return projector(features[:, None])  # one token to read
 
 
 class PortraitUnnorm(InstantID):

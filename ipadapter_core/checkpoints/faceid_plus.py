@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -80,7 +79,7 @@ class FaceIDPlus(Format):
         )
 
     def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
-        return cast(Tensor, projector(features, face_scale))
+        return projector(features, face_scale)
 
     def as_version(self, spec: AdapterSpec, version: int) -> AdapterSpec:
         return replace(spec, options={**spec.options, "version": version})

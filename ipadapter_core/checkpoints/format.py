@@ -141,11 +141,11 @@ class Format(ABC):
         self, module: AdapterModule, index: int, tokens: Tensor, timestep: float | None
     ) -> tuple[Tensor, Tensor]:
         """K and V ``b n c`` of the i-th layer; ``timestep`` 0..1000 for a family whose reach is timed, else None."""
-        return cast(Tensor, module.to_k_ip[index](tokens)), cast(Tensor, module.to_v_ip[index](tokens))
+        return module.to_k_ip[index](tokens), module.to_v_ip[index](tokens)
 
     def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
         """Image tokens ``i n d`` of features ``i ...``; ``face_scale`` as in AdapterWeights.tokens()."""
-        return cast(Tensor, projector(features))
+        return projector(features)
 
     def fresh(self, token_dim: int, encoder: EncoderSizes, sizes: FreshSizes) -> tuple[nn.Module, int]:
         """A projector of random weights to train, in the shapes of the released files, and its number of image tokens.
@@ -225,7 +225,7 @@ class Bare:
         def reset_parameters(self) -> None: ...
 
 
-BARE: Operations = cast(Operations, Bare)
+BARE: Operations = Bare
 
 
 class AdapterModule(nn.Module):

@@ -8,7 +8,7 @@ Shapes in the docstrings: ``b`` batch, ``e`` feature dim, ``t`` tokens of the im
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Operations(Protocol):
     def LayerNorm(self) -> Any: ...
 
 
-TORCH: Operations = cast(Operations, torch.nn)
+TORCH: Operations = torch.nn
 """torch.nn as ``Operations``: the default everywhere."""
 
 DIM_HEAD = 64
@@ -131,7 +131,7 @@ def _perceiver_layers(dim: int, inner_dim: int, ff_dim: int, depth: int, operati
 def _read(layers: nn.ModuleList, x: Tensor, latents: Tensor) -> Tensor:
     """Latents ``b n h`` after they have read tokens ``b t h``, layer by layer."""
     for layer in layers:
-        attention, feed_forward = cast(nn.ModuleList, layer)
+        attention, feed_forward = layer.children()
         latents = attention(x, latents) + latents
         latents = feed_forward(latents) + latents
     return latents

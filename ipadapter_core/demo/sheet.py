@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -117,7 +116,7 @@ def compose(columns: list[tuple[str, Tensor]], names: list[str], wanted: list[st
     rows = len(names)
     sheet = Image.new("RGB", (LABELS + len(columns) * (side + GAP), HEADER + rows * (side + GAP)), "white")
     pen = ImageDraw.Draw(sheet)
-    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=15))
+    font = ImageFont.load_default(size=15)
     for c, (label, pictures) in enumerate(columns):
         left = LABELS + c * (side + GAP)
         pen.multiline_text((left + side / 2, HEADER - 6), label, fill="black", font=font, anchor="md", align="center")

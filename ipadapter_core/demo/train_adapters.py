@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -121,7 +121,7 @@ def start_on_grid(projector: Resampler, features: Tensor) -> None:
     projector.proj_out.bias.add_(projector.proj_out.weight @ mark)  # what follows need not see it
     flip = torch.eye(width) - 2 * torch.outer(mark, mark) / mark.square().sum()
     for layer in projector.layers:
-        attention = cast(Any, layer)[0]
+        attention = layer[0]
         shared = torch.randn_like(attention.to_q.weight) * GRID_SHARPNESS / width**0.5
         keys, values = attention.to_kv.weight.chunk(2)
         keys.copy_(shared)
@@ -226,7 +226,7 @@ class WorldAdapter(AdapterTrainee):
     """The adapter on the world's models, whose attentions compute it in plain matmuls."""
 
     def attach(self, learned: nn.Module, parts: Parts) -> None:
-        cast(TrainedAdapter, learned).install(
+        learned.install(
             parts["unet"],
             lambda layer: MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor(),
         )
@@ -270,7 +270,7 @@ def train_adapter(config: RunConfig, pictures: Pictures, world: Path) -> Path:
         count = min(128, len(batches.seen))
         index = batches.seen[torch.arange(count) * len(batches.seen) // count]
         first = draw_scenes(pictures, index, seeded(SEED, "start"), recolour_rate=0.0)
-        start_on_grid(cast(Resampler, trainee.adapter.image_proj), batches.features(first.images))
+        start_on_grid(trainee.adapter.image_proj, batches.features(first.images))
         listen(trainee.adapter)
     trainee.attach(trainee.adapter, trainee.parts)
     objective = objective_for(base.scheduler, "auto", config.loss)

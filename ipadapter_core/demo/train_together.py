@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -22,11 +21,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..checkpoints import load_adapter, save_adapter
-from ..checkpoints.projectors import Resampler
 from ..features import CLIP_MEAN, CLIP_STD
 from ..images.encoder import TransformersImageEncoder
 from ..models import layout_of
-from ..models.sites import Roles
 from ..training.adapter import fresh_adapter
 from ..training.config import AdapterConfig
 from ..training.frozen import encoder_sizes
@@ -59,7 +56,7 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
     encoder = TransformersImageEncoder.from_pretrained(world / "image_encoder")
     start = AdapterConfig("plus", num_tokens=NUM_TOKENS, depth=2)
     adapter = fresh_adapter(unet, encoder_sizes(str(world), ""), start)
-    projector = cast(Resampler, adapter.image_proj)
+    projector = adapter.image_proj
     listen(adapter)
     sites = [MatmulIPAttention(layer) for layer in adapter.ip_adapter if isinstance(layer, IPAttnProcessor)]
     left = iter(sites)
@@ -69,9 +66,9 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
     }
     layout = layout_of(unet)
     by_path = dict(zip((name.removesuffix(".processor") for name in processors), processors.values(), strict=True))
-    roles = cast(Roles, layout.model.roles)
+    roles = layout.model.roles
     styling = {by_path[site.path] for site in layout.sites if site.order in roles.style}
-    unet.set_attn_processor(cast(Any, processors))  # which empties the mapping
+    unet.set_attn_processor(processors)  # which empties the mapping
     models = nn.ModuleDict({"unet": unet, "text": text_encoder, "projector": projector})
     scheduler = build_scheduler()
     mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
@@ -147,7 +144,7 @@ def train_together(pictures: Pictures, world: Path, work: Path, steps: int, batc
 
 def save_together(models: nn.ModuleDict, work: Path) -> None:
     """Write ``unet`` and ``text_encoder`` as plain models, and the adapter that learned with them as a file of its own."""
-    unet = cast(UNet2DConditionModel, models["unet"])
+    unet = models["unet"]
     state = {f"image_proj.{key}": value for key, value in models["projector"].state_dict().items()}
     for number, site in enumerate(unet.attn_processors.values()):
         if isinstance(site, MatmulIPAttention):
@@ -156,7 +153,7 @@ def save_together(models: nn.ModuleDict, work: Path) -> None:
     save_adapter(adapter, work / "ip-adapter-together.safetensors")
     unet.set_attn_processor(AttnProcessor())
     unet.half().save_pretrained(work / "unet")
-    cast(CLIPTextModel, models["text"]).half().save_pretrained(work / "text_encoder")
+    models["text"].half().save_pretrained(work / "text_encoder")
 
 
 def main(argv: Iterable[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeGuard, cast
 import torch
 
 from ..errors import AdapterError, CorruptFileError, UnsafeFileError, one_line, quoted, reason
+from ..narrowing import is_list, is_row
 
 MAX_PICKLE_BYTES = 64 * 2**20
 """Most bytes of a pickle without its tensors. The pickle of a full checkpoint has under a megabyte."""
@@ -102,7 +103,7 @@ class Pickled:
 def read_zip(file: BinaryIO, name: str, size: int) -> Pickled:
     """What a zip of ``torch.save`` holds. Raises UnsafeFileError, CorruptFileError."""
     try:
-        with zipfile.ZipFile(cast(Any, _Sparing(file))) as archive:
+        with zipfile.ZipFile(_Sparing(file)) as archive:
             members = archive.infolist()
     except AdapterError as error:
         raise CorruptFileError(f"{name} {error}") from None
@@ -154,7 +155,7 @@ def read_legacy(file: BinaryIO, name: str, size: int) -> Pickled:
     keys = _Reader(buffer, name).read()
     places: dict[str, Place] = {}
     at = buffer.tell()
-    for key in cast("list[object]", keys) if isinstance(keys, list) else []:
+    for key in keys if is_list(keys) else []:
         storage = reader.storages.get(str(key)) if isinstance(key, (str, int)) else None
         said = int.from_bytes(_bytes_of(file, Place(at, 8), 8), "little", signed=True)
         if storage is None or said != storage.count:
@@ -294,8 +295,8 @@ class _Reader:
                 _set(stack[-1], pairs)
             case "APPEND" | "APPENDS":
                 items = [stack.pop()] if code == "APPEND" else self._since_mark()
-                if isinstance(stack[-1], list):
-                    cast("list[object]", stack[-1]).extend(items)
+                if is_list(last := stack[-1]):
+                    last.extend(items)
             case "GLOBAL":
                 self._push_name(*str(argument).split(" ", 1))
             case "STACK_GLOBAL":
@@ -379,9 +380,9 @@ _PUSHES = frozenset(
 
 def _several(value: object) -> Sequence[object]:
     """What a tuple or a list holds. Raises TypeError for anything else."""
-    if not isinstance(value, (tuple, list)):
+    if not is_row(value):
         raise TypeError(f"a {type(value).__name__} in place of several values")
-    return cast("Sequence[object]", value)
+    return value
 
 
 def _is_size(value: object) -> TypeGuard[int]:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptFileError, InvalidInputError, UnsafeFileError, one_line, quoted
+from ..narrowing import is_list, is_mapping, is_row, is_table
 from .pickles import DAMAGED, NoTensor, Pickled, Place, StoredView, read_legacy, read_zip
-from .text import regular_file
+from .text import as_table, regular_file
 
 StateDict = Mapping[str, Tensor]
 Source = str | os.PathLike[str] | Mapping[str, object]
@@ -170,7 +171,7 @@ def open_tensors(source: str | os.PathLike[str]) -> list[tuple[Tensor, bool]]:
         if pickled is None:
             raise CorruptFileError(_not_weights(head, size, name))
         content = pickled.content
-        items = cast("list[object]", content) if isinstance(content, (list, tuple)) else [content]
+        items = content if is_row(content) else [content]
         views = [item for item in items if isinstance(item, (StoredView, NoTensor))]
         if not views or len(views) != len(items) or len(views) > MAX_ENTRIES:
             raise CorruptFileError(
@@ -288,12 +289,11 @@ def _read_header(file: BinaryIO, head: bytes, name: str, size: int) -> tuple[dic
         )
     except (ValueError, RecursionError):
         raise CorruptFileError(f"{name} has an unreadable safetensors header: {DAMAGED}.") from None
-    if not isinstance(header, dict):
+    if not is_table(header):
         raise CorruptFileError(f"{name} has a safetensors header that is not a table of tensors: {DAMAGED}.")
-    entries = cast("dict[str, object]", header)
-    texts = entries.pop("__metadata__", None)
-    metadata = _strings(cast("Mapping[object, object]", texts)) if isinstance(texts, dict) else {}
-    stored = {_checked_key(key, name): _stored(key, entry, name) for key, entry in entries.items()}
+    texts = header.pop("__metadata__", None)
+    metadata = _strings(texts) if is_mapping(texts) else {}
+    stored = {_checked_key(key, name): _stored(key, entry, name) for key, entry in header.items()}
     at = 0
     for key, tensor in sorted(stored.items(), key=lambda item: (item[1].place.begin, item[1].place.count)):
         if tensor.place.begin != at:
@@ -327,7 +327,7 @@ def _moved(tensor: _Stored, by: int) -> _Stored:
 
 def _stored(key: str, entry: object, name: str) -> _Stored:
     """One header entry: where its bytes lie behind the header."""
-    table = cast("dict[str, object]", entry) if isinstance(entry, dict) else {}
+    table = as_table(entry)
     shape, offsets = _naturals(table.get("shape")), _naturals(table.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise CorruptFileError(f"{name}: the header entry of {quoted(key)} has no valid shape and place: {DAMAGED}.")
@@ -351,11 +351,10 @@ def _stored(key: str, entry: object, name: str) -> _Stored:
 
 
 def _naturals(value: object) -> tuple[int, ...] | None:
-    if not isinstance(value, list):
+    if not is_list(value):
         return None
-    items = cast("list[object]", value)
-    naturals = tuple(item for item in items[:17] if type(item) is int and item >= 0)
-    return naturals if len(naturals) == len(items) <= 16 else None
+    naturals = tuple(item for item in value[:17] if type(item) is int and item >= 0)
+    return naturals if len(naturals) == len(value) <= 16 else None
 
 
 # --- pickles -----------------------------------------------------------------------------------------------------
@@ -365,9 +364,9 @@ def _pickled_tensors(pickled: Pickled, size: int, name: str) -> dict[str, _Store
     content = pickled.content
     if isinstance(content, (StoredView, NoTensor)):
         raise CorruptFileError(f"{name} holds one single tensor, a table of named weights was expected.")
-    if not isinstance(content, Mapping):
+    if not is_mapping(content):
         raise CorruptFileError(f"{name} holds a {_kind(content)}, a table of named weights was expected.")
-    leaves = _leaves(cast("Mapping[object, object]", content), name)
+    leaves = _leaves(content, name)
     views = {key: _whole(key, leaf, name) for key, leaf in leaves if isinstance(leaf, (StoredView, NoTensor))}
     return _placed(views, pickled, size, name)
 
@@ -455,9 +454,9 @@ def _nodes(mapping: Mapping[Any, object], prefix: str, depth: int, name: str) ->
     for key, value in mapping.items():
         if not isinstance(key, (str, int)):
             yield "", None  # counted, so that a tree of such keys cannot go on for ever
-        elif isinstance(value, Mapping):
+        elif is_mapping(value):
             yield "", None
-            yield from _nodes(cast("Mapping[object, object]", value), f"{prefix}{key}.", depth + 1, name)
+            yield from _nodes(value, f"{prefix}{key}.", depth + 1, name)
         else:
             yield f"{prefix}{key}", value
 
@@ -489,7 +488,7 @@ def _without_numbers(tensors: StateDict) -> dict[str, Tensor]:
 
 def _text_metadata(mapping: Mapping[str, object]) -> dict[str, str]:
     texts = mapping.get("__metadata__")
-    return _strings(cast("Mapping[object, object]", texts)) if isinstance(texts, Mapping) else {}
+    return _strings(texts) if is_mapping(texts) else {}
 
 
 def _strings(mapping: Mapping[object, object]) -> dict[str, str]:

@@ -10,9 +10,10 @@ import codecs
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ..errors import CorruptFileError, InvalidInputError, quoted, reason
+from ..narrowing import is_table
 
 MAX_BYTES = 64 * 2**20
 """Most bytes of a text file. The largest lists of pictures that people train from have a tenth of that."""
@@ -135,7 +136,7 @@ def parse_json(text: str | bytes, name: str | Path, *, constants: bool = False) 
 
 def as_table(value: object) -> dict[str, object]:
     """A JSON value, if it is a table; else an empty one."""
-    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    return value if is_table(value) else {}
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

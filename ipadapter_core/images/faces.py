@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -307,7 +307,7 @@ def _suppress(boxes: Tensor, scores: Tensor, overlap: float = 0.4) -> list[int]:
     """Indices of the boxes to keep, the best first: others that overlap a better one are dropped."""
     kept: list[int] = []
     areas = (boxes[:, 2:] - boxes[:, :2] + 1).clamp(min=0).prod(1)
-    for i in cast("list[int]", scores.argsort(descending=True).tolist()):
+    for i in scores.argsort(descending=True).tolist():
         if all(_overlap(boxes[i], boxes[j], areas[i], areas[j]) <= overlap for j in kept):
             kept.append(i)
     return kept
@@ -365,7 +365,7 @@ def open_face_model(root: Path, pack: str = "buffalo_l", provider: str = "CPU") 
         for path in folder.glob("*.onnx"):
             regular_file(path)
         try:
-            app = cast(Any, FaceAnalysis)(name=pack, root=str(root), providers=providers)
+            app = FaceAnalysis(name=pack, root=str(root), providers=providers)
             app.prepare(ctx_id=0, det_size=(640, 640))
         except Exception as error:  # insightface and onnxruntime each raise their own kinds
             raise InvalidInputError(_unreadable(folder, pack, error)) from error
@@ -379,7 +379,7 @@ def open_face_model(root: Path, pack: str = "buffalo_l", provider: str = "CPU") 
             f"{RECOGNISERS[1]}; found: {', '.join(sorted(files)) or 'nothing'}): unpack {pack}.zip of "
             "https://github.com/deepinsight/insightface/releases there"
         )
-    paths = [regular_file(cast(Path, path)) for path in found]
+    paths = [regular_file(path) for path in found if path is not None]
     try:
         detector, recogniser = (_session(runtime.InferenceSession(str(path), providers=providers)) for path in paths)
     except Exception as error:  # onnxruntime has kinds of its own
@@ -396,4 +396,4 @@ def _unreadable(folder: Path, pack: str, error: Exception) -> str:
 
 def _session(network: Any) -> Session:
     name: str = network.get_inputs()[0].name
-    return lambda blob: cast("list[NDArray[np.float32]]", network.run(None, {name: blob}))
+    return lambda blob: network.run(None, {name: blob})

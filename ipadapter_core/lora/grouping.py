@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Mapping
 from functools import lru_cache
-from typing import cast
 
 from torch import Tensor
 
 from ..errors import CorruptFileError, quoted
 from ..files.state_dict import TensorFile
+from ..narrowing import is_list
 from . import algorithms
 from .parts import Key
 from .peft_config import PEFT_ROOT, PeftConfig, path_of
@@ -118,7 +118,7 @@ def take_saved(modules: Modules, left: Mapping[str, Tensor], configs: Mapping[st
 
 
 def _texts(value: object) -> list[str]:
-    items = cast("list[object]", value)[:1000] if isinstance(value, list) else []
+    items = value[:1000] if is_list(value) else []
     return [item for item in items if isinstance(item, str)]
 
 

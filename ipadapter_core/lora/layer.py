@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ class Layer:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._module = cast(Any, module)
+        self._module: Any = module
 
     @cached_property
     def kind(self) -> Kind:

@@ -10,10 +10,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, cast
+from typing import NoReturn
 
 from ..errors import UnknownFormatError, quoted
 from ..files.text import as_table
+from ..narrowing import is_list
 from .name_patterns import NamePatterns, full_match
 from .names import part_and_path
 
@@ -134,8 +135,8 @@ class PeftConfig:
         wanted = self.table.get("feedforward_modules")
         if isinstance(wanted, str):
             return full_match(wanted, path, self.file)
-        if isinstance(wanted, list):
-            return any(isinstance(end, str) and path.endswith(end) for end in cast("list[object]", wanted)[:1000])
+        if is_list(wanted):
+            return any(isinstance(end, str) and path.endswith(end) for end in wanted[:1000])
         return None
 
     def check(self, methods: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, cast
 
 from torch import nn
 
@@ -52,14 +51,13 @@ _XLABS = (
 
 def name_layers(model: nn.Module, shapes: Shapes) -> LayerNames | None:
     """Names of a Flux transformer's layers; None for another model."""
-    flux = cast(Any, model)
     if hasattr(model, "double_blocks") and "double_blocks.0.img_attn.qkv" in shapes:
         is_original, width = True, shapes["double_blocks.0.img_attn.qkv"][0] // 3
-        double, single = len(flux.double_blocks), len(getattr(flux, "single_blocks", ()))
+        double, single = len(getattr(model, "double_blocks", ())), len(getattr(model, "single_blocks", ()))
         mlp = shapes["single_blocks.0.linear1"][0] - 3 * width if single else 0
     elif hasattr(model, "single_transformer_blocks") and "transformer_blocks.0.attn.to_q" in shapes:
         is_original, width = False, shapes["transformer_blocks.0.attn.to_q"][0]
-        double, single = len(flux.transformer_blocks), len(flux.single_transformer_blocks)
+        double, single = (len(getattr(model, name)) for name in ("transformer_blocks", "single_transformer_blocks"))
         mlp = shapes["single_transformer_blocks.0.proj_mlp"][0] if single else 0
     else:
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, cast
 
 from torch import nn
 
@@ -39,14 +38,13 @@ _ENDS = (
 
 def name_layers(model: nn.Module, shapes: Shapes) -> LayerNames | None:
     """Names of a SD3 transformer's layers; None for another model."""
-    sd3 = cast(Any, model)
     if hasattr(model, "joint_blocks") and "joint_blocks.0.x_block.attn.qkv" in shapes:
-        is_original, blocks, width = True, len(sd3.joint_blocks), shapes["joint_blocks.0.x_block.attn.qkv"][0] // 3
+        is_original, blocks, width = True, "joint_blocks", shapes["joint_blocks.0.x_block.attn.qkv"][0] // 3
     elif "transformer_blocks.0.attn.add_q_proj" in shapes:
-        is_original, blocks, width = False, len(sd3.transformer_blocks), shapes["transformer_blocks.0.attn.to_q"][0]
+        is_original, blocks, width = False, "transformer_blocks", shapes["transformer_blocks.0.attn.to_q"][0]
     else:
         return None
-    names, labels = linked_names(_links(blocks, width), shapes, is_original=is_original)
+    names, labels = linked_names(_links(len(getattr(model, blocks)), width), shapes, is_original=is_original)
     return LayerNames("SD3", names, labels, numbered_blocks(shapes, BLOCKS))
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -115,9 +115,9 @@ def _levels(model: nn.Module, blocks: str, samplers: str) -> Iterator[Level]:
         yield Level(len(block.resnets), bool(getattr(block, samplers, None)), bool(getattr(block, "attentions", None)))
 
 
-def _ldm_down(model: nn.Module) -> Iterator[Level]:
+def _ldm_down(model: Any) -> Iterator[Level]:
     count = 0
-    for block in list(cast(Any, model).input_blocks)[1:]:
+    for block in list(model.input_blocks)[1:]:
         if hasattr(next(iter(block.children()), None), "op"):
             yield Level(count, True, True)
             count = 0
@@ -165,12 +165,10 @@ def spatial_transformers(model: nn.Module) -> list[SpatialTransformer]:
         if ".attentions." not in part.diffusers:
             continue
         module = _submodule(model, path)
-        if hasattr(module, "transformer_blocks"):
+        if module is not None and hasattr(module, "transformer_blocks"):
             block, number = part.ldm.split(".")[:2]
             group = _GROUPS[block]
-            found.append(
-                SpatialTransformer(group, 0 if group == "middle" else int(number), part.level, path, cast(Any, module))
-            )
+            found.append(SpatialTransformer(group, 0 if group == "middle" else int(number), part.level, path, module))
     return found
 
 
@@ -190,7 +188,7 @@ def walk_unet(model: nn.Module) -> ModelLayout | None:
     levels: dict[int, int] = {}
     token_dim = 0
     for order, at in enumerate(spatial_transformers(model)):
-        for depth, block in enumerate(cast(Any, at.module).transformer_blocks):
+        for depth, block in enumerate(getattr(at.module, "transformer_blocks", ())):
             attention = getattr(block, "attn2", None)
             if attention is not None:
                 path = f"{at.path}.transformer_blocks.{depth}.attn2"
@@ -350,9 +348,9 @@ def unet_of_width(token_dim: int) -> UNet | None:
     return next((unet for unet in (*UNETS, REFINER) if unet.text_width == token_dim), None)
 
 
-def _halvings(unet: nn.Module) -> int:
+def _halvings(unet: Any) -> int:
     """What sides of latents are multiples of: a UNet halves them between its blocks. Named, since layouts are pickled."""
-    return 2 ** (len(cast(Any, unet).config.block_out_channels) - 1)
+    return 2 ** (len(unet.config.block_out_channels) - 1)
 
 
 _TRAINING = Training(

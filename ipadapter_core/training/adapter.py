@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class TrainedAdapter(nn.Module):
 
     def install(self, unet: Any, wrap: Wrap | None = None) -> None:
         """Let the UNet's attentions use these layers; ``wrap`` may compute the same in another way."""
-        layers = cast("list[AttnProcessor | IPAttnProcessor]", list(self.ip_adapter))
+        layers = [layer for layer in self.ip_adapter if isinstance(layer, (AttnProcessor, IPAttnProcessor))]
         unet.set_attn_processor(dict(zip(self.names, map(wrap, layers) if wrap else layers, strict=True)))
 
     def spec(self) -> AdapterSpec:

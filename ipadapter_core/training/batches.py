@@ -194,7 +194,7 @@ def loader(items: Items, indices: Iterator[list[SampleIndex]], workers: int) -> 
     from torch.utils.data import DataLoader
 
     made: Any = DataLoader(
-        cast(Any, items), batch_sampler=cast(Any, indices), num_workers=workers, collate_fn=_as_list,
+        cast(Any, items), batch_sampler=indices, num_workers=workers, collate_fn=_as_list,
         worker_init_fn=leave_signals_to_parent,
     )  # fmt: skip
     return iter(made)

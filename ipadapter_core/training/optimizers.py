@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,4 +141,4 @@ def build_average(config: TrainConfig, module: nn.Module) -> torch.optim.swa_uti
         decay = min(config.ema, (1 + n) / (10 + n))
         torch._foreach_lerp_(averaged, current, 1 - decay)  # pyright: ignore[reportPrivateUsage]
 
-    return torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=cast(Any, average), use_buffers=False)
+    return torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=average, use_buffers=False)

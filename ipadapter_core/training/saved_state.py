@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, cast
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
 from ..files.text import as_table, parse_json
+from ..narrowing import is_mapping, is_row
 from .tensor_files import TensorReader, write_tensors
 
 TRAINING = "training.safetensors"
@@ -209,13 +210,11 @@ def _packed(value: Tree, tensors: dict[str, Tensor], name: str) -> Tree:
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
-    if isinstance(value, Mapping):
-        entries = cast("Mapping[object, Tree]", value).items()
-        return {"table": [[key, _packed(item, tensors, f"{name}/{key}")] for key, item in entries]}
-    if isinstance(value, (list, tuple)):
+    if is_mapping(value):
+        return {"table": [[key, _packed(item, tensors, f"{name}/{key}")] for key, item in value.items()]}
+    if is_row(value):
         kind = "list" if isinstance(value, list) else "tuple"
-        items = cast("list[Tree]", value)
-        return {kind: [_packed(item, tensors, f"{name}/{number}") for number, item in enumerate(items)]}
+        return {kind: [_packed(item, tensors, f"{name}/{number}") for number, item in enumerate(value)]}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -275,14 +274,13 @@ def _fitted(wanted: Tree, saved: Tree, file: TensorReader, name: str) -> Any:
         with torch.no_grad():
             wanted.copy_(file.read(key))
         return wanted
-    if isinstance(wanted, Mapping):
+    if is_mapping(wanted):
         entries = _entries(saved)
-        known = cast("Mapping[object, Tree]", wanted)
-        strange = [key for key, value in entries.items() if key not in known and _has_tensors(value)]
+        strange = [key for key, value in entries.items() if key not in wanted and _has_tensors(value)]
         if strange:
             raise _other(file.path, f"{name} has {quoted(strange[0])} too")
         found: dict[object, Tree] = {}
-        for key, value in known.items():
+        for key, value in wanted.items():
             if key in entries:
                 found[key] = _fitted(value, entries[key], file, f"{name}/{key}")
             elif not isinstance(key, int):
@@ -290,12 +288,11 @@ def _fitted(wanted: Tree, saved: Tree, file: TensorReader, name: str) -> Any:
                     raise _other(file.path, f"{name} lacks {quoted(key)}")
                 found[key] = value
         return found
-    if isinstance(wanted, (list, tuple)):
-        items = cast("list[Tree]", wanted)
+    if is_row(wanted):
         others = _items(saved, "list" if isinstance(wanted, list) else "tuple")
-        if len(items) != len(others):
-            raise _other(file.path, f"{name} has {len(others)} entries, not {len(items)}")
-        pairs = enumerate(zip(items, others, strict=True))
+        if len(wanted) != len(others):
+            raise _other(file.path, f"{name} has {len(others)} entries, not {len(wanted)}")
+        pairs = enumerate(zip(wanted, others, strict=True))
         made = [_fitted(one, other, file, f"{name}/{number}") for number, (one, other) in pairs]
         return made if isinstance(wanted, list) else tuple(made)
     value = _plain(saved)

@@ -154,7 +154,7 @@ class ListSource:
             entry = f"entry {number} of {file.name}"
             if not isinstance(values, dict):
                 raise InvalidInputError(f'{shown(entry)} is no table such as {{"image_file": …, "{caption_key}": …}}')
-            self.records.append(self._record(cast("dict[str, Any]", values), caption_key, entry))
+            self.records.append(self._record(values, caption_key, entry))
         if file.name in METADATA:
             listed = {os.path.normpath(record.name) for record in self.records}
             more = [
@@ -358,7 +358,7 @@ class HuggingFaceSource:
         picture = self._row(name)[self._column]
         if not picture or (picture["bytes"] is None and not picture["path"]):
             raise CorruptFileError(f"{name} has no picture")
-        return cast(bytes, picture["bytes"]) if picture["bytes"] is not None else read_bytes(picture["path"], MAX_FILE)
+        return picture["bytes"] if picture["bytes"] is not None else read_bytes(picture["path"], MAX_FILE)
 
 
 def open_source(config: DataConfig) -> Source:
@@ -530,7 +530,7 @@ def _entries(file: Path, encoding: str) -> Iterator[Any]:
             entries = parse_json(text, str(file), constants=True)
             if not isinstance(entries, list):
                 raise InvalidInputError(f'{shown(file)} should hold a list of {{"image_file": …, "text": …}} entries')
-            yield from cast("list[Any]", entries)
+            yield from entries
 
 
 def _rows(text: str, file: Path) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..errors import CorruptFileError, quoted, reason
 from ..files.state_dict import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
-from ..files.text import parse_json, regular_file
+from ..files.text import as_table, parse_json, regular_file
+from ..narrowing import is_table
 
 _NAMES = {dtype: name for name, text in SAFETENSORS_DTYPES.items() if (dtype := getattr(torch, text, None)) is not None}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -61,13 +62,12 @@ class TensorReader:
         except OSError as error:
             raise self._damaged(reason(error)) from error
         header = parse_json(text, path)
-        if not isinstance(header, dict):
+        if not is_table(header):
             raise self._damaged("its header is no table")
-        entries = cast("dict[str, Any]", header)
-        texts = entries.pop("__metadata__", {})
-        self.metadata: Mapping[str, Any] = cast("dict[str, Any]", texts) if isinstance(texts, dict) else {}
+        texts = header.pop("__metadata__", {})
+        self.metadata: Mapping[str, Any] = as_table(texts)
         self._start = 8 + length
-        self._places = {name: self._place(name, entry, size - self._start) for name, entry in entries.items()}
+        self._places = {name: self._place(name, entry, size - self._start) for name, entry in header.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

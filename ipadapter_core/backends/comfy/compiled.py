@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def _registered() -> Callable[[Tensor, Tensor, int, int, int, int], Tensor] | No
         return None
     operation = torch.library.custom_op("image_prompt::add_at_site", _add, mutates_args=(), tags=(tag,))
     operation.register_fake(_like_base)
-    return cast(Any, operation)
+    return operation
 
 
 add_at_site = _registered()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -256,9 +256,9 @@ def apply_merged(
         others: list[object] = []
         before: list[Part] = []
         for entry in clone.patches.get(key, []):
-            known = getattr(entry[1], "parts", None)
+            known: tuple[Part, ...] | None = getattr(entry[1], "parts", None)
             if isinstance(known, tuple):
-                before += cast("tuple[Part, ...]", known)
+                before += known
             else:
                 others.append(entry)
         if before:

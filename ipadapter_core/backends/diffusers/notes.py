@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -111,7 +111,7 @@ class Around:
         """From now on ``owner`` hears of every call."""
         watch_hooks()
         with _JOINING:
-            hooks = (getattr(hook, "__self__", None) for hook in cast(Any, module)._forward_pre_hooks.values())
+            hooks = (getattr(hook, "__self__", None) for hook in vars(module)["_forward_pre_hooks"].values())
             around = next((hook for hook in hooks if isinstance(hook, Around)), None) or Around(module)
             around._owners = (*around._owners, owner)
         return around

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ class UNetEntry:
         return cls(model.get_submodule(site.path))
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
-        children = cast(Any, self.attention)._modules  # ten times faster than attributes
+        children = self.attention.__dict__["_modules"]  # ten times faster than attributes
         return children["to_q"], children["to_out"]._modules["0"]
 
     def query(self, output: Tensor, call: ModelCall) -> Tensor:
