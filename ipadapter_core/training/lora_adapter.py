@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,17 +59,26 @@ class TrainedLoRA(nn.Module):
         learned = (LearnedUpdate(update) for update in updates.values())
         self.layers = nn.ModuleDict(dict(zip(names, learned, strict=True)))
 
+    def updates(self) -> list[tuple[Target, LearnedUpdate]]:
+        """What learns beside each target."""
+        learned = [layer for layer in self.layers.values() if isinstance(layer, LearnedUpdate)]
+        return list(zip(self.targets, learned, strict=True))
+
     def parameters_of(self, *, text: bool) -> list[nn.Parameter]:
         """Those beside layers of text encoders, or those of the UNet."""
-        chosen = zip(self.targets, self.layers.values(), strict=True)
-        return [p for target, learned in chosen if (target.component != "unet") == text for p in learned.parameters()]
+        return [
+            p
+            for target, learned in self.updates()
+            if (target.component != "unet") == text
+            for p in learned.parameters()
+        ]
 
     def attach(self, parts: Parts, layer: Callable[[nn.Module], Layer] = Layer) -> Attached:
         """Add every update's output to its layer's, in the layer's dtype, until the result is removed."""
         attached = Attached()
-        for target, learned in zip(self.targets, self.layers.values(), strict=True):
+        for target, learned in self.updates():
             module = parts[target.component].get_submodule(target.path)
-            hook = self._beside(cast(LearnedUpdate, learned), layer(module), attached)
+            hook = self._beside(learned, layer(module), attached)
             attached.handles.append(module.register_forward_hook(hook))
         return attached
 
@@ -88,7 +97,7 @@ class TrainedLoRA(nn.Module):
         """A frozen copy for inference and for saving, on the CPU; raises CorruptFileError if a weight is no number."""
         state = self.state_dict() if state is None else state
         modules: list[LoRAModule] = []
-        for target, (name, learned) in zip(self.targets, self.layers.items(), strict=True):
+        for name, (target, learned) in zip(self.layers, self.updates(), strict=True):
             prefix = f"layers.{name}."
             found = {
                 key.removeprefix(prefix): value.detach().to("cpu", dtype, copy=True)
@@ -97,7 +106,7 @@ class TrainedLoRA(nn.Module):
             }
             if not all(bool(torch.isfinite(value).all()) for value in found.values()):
                 raise CorruptFileError(f"the LoRA in training has NaN or infinite numbers at {target.path}")
-            update = cast(LearnedUpdate, learned).update(found)
+            update = learned.update(found)
             modules.append(LoRAModule(target.path, target.component, target.path.replace(".", "_"), update))
         return LoRAWeights("the LoRA in training", tuple(modules), "trained")
 
@@ -217,13 +226,9 @@ def describe_lora(lora: TrainedLoRA, lr: float, text_rate: float = 0.0) -> str:
     total = sum(p.numel() for p in lora.parameters())
     lines = [f"trained: {total:,} parameters in {len(lora.targets)} layers"]
     for component in dict.fromkeys(target.component for target in lora.targets):
-        own = [
-            (target, cast(LearnedUpdate, learned))
-            for target, learned in zip(lora.targets, lora.layers.values(), strict=True)
-            if target.component == component
-        ]
-        updates = [learned.update() for _, learned in own]
-        count = sum(p.numel() for _, learned in own for p in learned.parameters())
+        own = [learned for target, learned in lora.updates() if target.component == component]
+        updates = [learned.update() for learned in own]
+        count = sum(p.numel() for learned in own for p in learned.parameters())
         kinds = ", ".join(f"{title} × {n}" for title, n in _counts(u.title for u in updates).items())
         ranks = ", ".join(f"{rank} × {n}" for rank, n in _counts(u.rank or "whole" for u in updates).items())
         rate = lr if component == "unet" else text_rate or lr
