@@ -140,7 +140,7 @@ class TrainIPAdapter(io.ComfyNode):
                 io.Combo.Input(
                     "family",
                     options=list(host.training.FAMILIES),
-                    tooltip="base: 4 tokens of the whole image. plus: 16 tokens with more detail. full-face: all encoder tokens.",
+                    tooltip=" ".join(f"{family}: {summary}." for family, summary in host.training.FAMILIES.items()),
                 ),
                 io.Combo.Input(
                     "start_from",

@@ -64,7 +64,7 @@ def ia3(shape: tuple[int, ...], rank: int, seed: int) -> Weights:
     return {"weight": noise(shape[0], seed=seed) / 2, "on_input": torch.tensor(0)}
 
 
-ALGORITHMS: dict[str, Callable[[tuple[int, ...], int, int], Weights]] = {
+MAKERS: dict[str, Callable[[tuple[int, ...], int, int], Weights]] = {
     "LoRA": low_rank,
     "DoRA out": dora(0),
     "DoRA in": dora(1),
@@ -83,7 +83,7 @@ def state_for(
     state: Weights = {}
     for n, target in enumerate(targets):
         if len(target.shape) > 1:
-            module = ALGORITHMS[algorithm](target.shape, rank, 1000 * seed + 7 * n)
+            module = MAKERS[algorithm](target.shape, rank, 1000 * seed + 7 * n)
             state |= {f"{prefix}{target.path.replace('.', '_')}.{key}": t for key, t in module.items()}
     return state
 

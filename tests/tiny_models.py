@@ -329,7 +329,7 @@ class Sampling:
         return self.sigma(torch.tensor((1 - percent) * 999.0)).item()
 
 
-class BaseModel(nn.Module):
+class HostModel(nn.Module):
     """The host's model around a UNet; ``calls`` keeps what each call of the UNet consisted of."""
 
     def __init__(self, unet: nn.Module) -> None:
@@ -499,7 +499,7 @@ def tiny_host(kind: str = "small", *, seed: int = 1, deepcopy_options: bool = Fa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = LdmUNet(kind).eval().requires_grad_(False)
-    return FakePatcher(BaseModel(unet), deepcopy_options=deepcopy_options)
+    return FakePatcher(HostModel(unet), deepcopy_options=deepcopy_options)
 
 
 # --- one tiny model for every kind of base model -----------------------------------------------------------------------

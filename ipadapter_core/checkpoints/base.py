@@ -20,6 +20,7 @@ class Base(Format):
     anchor = "proj.weight"
     allowed = re.compile(r"(proj|norm)\.(weight|bias)")
     trains = True
+    summary = "4 tokens of the whole image"
 
     def parse(self, file: TensorFile) -> AdapterSpec:
         proj, norm = "image_proj.proj.weight", "image_proj.norm.weight"

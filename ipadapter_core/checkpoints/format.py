@@ -120,6 +120,8 @@ class Format(ABC):
     """The encoder of all its files, where the feature's width does not tell it."""
     trains: ClassVar[bool] = False
     """Whether new adapters of it are trained, see ``fresh``."""
+    summary: ClassVar[str] = ""
+    """What a new one has, in a few words, for those who choose among the families that are trained."""
 
     @abstractmethod
     def parse(self, file: TensorFile) -> AdapterSpec:

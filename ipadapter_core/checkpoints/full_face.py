@@ -20,6 +20,7 @@ class FullFace(Format):
     anchor = "proj.3.weight"
     allowed = re.compile(r"proj\.[023]\.(weight|bias)")
     trains = True
+    summary = "all encoder tokens"
 
     def parse(self, file: TensorFile) -> AdapterSpec:
         hidden_dim, feature_dim = shape_of(file.tensors, "image_proj.proj.0.weight", rank=2)

@@ -24,6 +24,7 @@ class Plus(Format):
     anchor = "latents"
     allowed = re.compile(rf"latents|{RESAMPLER_KEYS}")
     trains = True
+    summary = "16 tokens with more detail"
 
     def parse(self, file: TensorFile) -> AdapterSpec:
         state = file.tensors

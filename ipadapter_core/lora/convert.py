@@ -14,6 +14,7 @@ from .weights import Component, LoRAModule, LoRAWeights
 
 KeyFormat = Literal["kohya", "diffusers", "generic"]
 KEY_FORMATS: tuple[KeyFormat, ...] = get_args(KeyFormat)
+"""Those that are written; many more are read, see ``names.PREFIXES``."""
 Spelling, SPELLINGS = KeyFormat, KEY_FORMATS  # older names
 
 _KOHYA: Mapping[Component, str] = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "te3": "lora_te3_"}

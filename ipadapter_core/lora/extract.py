@@ -15,7 +15,7 @@ from .names import to_name
 from .update import alike
 from .weights import Component, LoRAModule, LoRAWeights
 
-PREFIXES: tuple[tuple[str, Component], ...] = (
+CHECKPOINT_PREFIXES: tuple[tuple[str, Component], ...] = (
     ("model.diffusion_model.", "unet"),
     ("diffusion_model.", "unet"),
     ("cond_stage_model.transformer.", "te1"),
@@ -90,7 +90,7 @@ def _difference(a: Tensor, b: Tensor, key: str) -> Tensor:
 
 def _module(key: str) -> LoRAModule | None:
     stem = key.removesuffix(".weight")
-    for prefix, component in PREFIXES:
+    for prefix, component in CHECKPOINT_PREFIXES:
         if stem.startswith(prefix):
             path = stem.removeprefix(prefix)
             if component != "unet" and text_path(to_name(path)) is None:

@@ -7,38 +7,51 @@ back into dots, so names are compared with underscores, against names made from 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Component = Literal["unet", "te1", "te2", "te3"]
 """The denoiser (UNet or transformer) and the text encoders: CLIP-L, CLIP-G (or OpenCLIP-H), T5."""
 
-PREFIXES: tuple[tuple[str, Component], ...] = (
-    ("lora_te1_", "te1"),
-    ("lora_te2_", "te2"),
-    ("lora_te3_", "te3"),
-    ("lora_te_", "te1"),
-    ("lora_unet_", "unet"),
-    ("lora_transformer_", "unet"),
-    ("lycoris_", "unet"),
-    ("text_encoders.clip_l.", "te1"),
-    ("text_encoders.clip_h.", "te1"),
-    ("text_encoders.clip_g.", "te2"),
-    ("text_encoders.t5xxl.", "te3"),
-    ("text_encoder_2.", "te2"),
-    ("text_encoder_3.", "te3"),
-    ("text_encoder.", "te1"),
-    ("te1.", "te1"),
-    ("te2.", "te2"),
-    ("clip_l.", "te1"),  # the open model initiative's names, OneTrainer's until 2026
-    ("clip_h.", "te1"),
-    ("clip_g.", "te2"),
-    ("t5xxl.", "te3"),
-    ("t5.", "te3"),
-    ("unet.", "unet"),
-    ("transformer.", "unet"),
-    ("model.diffusion_model.", "unet"),
-    ("diffusion_model.", "unet"),
+
+class Prefix(NamedTuple):
+    """What a key format puts before a module's name, the part of the model that it says, and the key format's name for people.
+
+    ``key_format`` is "" where several key formats have the prefix; other signs of them tell them apart then (``_LAST_SIGNS``).
+    """
+
+    text: str
+    part: Component
+    key_format: str = ""
+
+
+PREFIXES: tuple[Prefix, ...] = (
+    Prefix("lycoris_", "unet", "SimpleTuner (LyCORIS)"),
+    Prefix("lora_transformer_", "unet", "OneTrainer"),
+    Prefix("lora_unet_", "unet", "kohya"),
+    Prefix("lora_te1_", "te1", "kohya"),
+    Prefix("lora_te2_", "te2", "kohya"),
+    Prefix("lora_te3_", "te3", "kohya"),
+    Prefix("lora_te_", "te1", "kohya"),
+    Prefix("text_encoders.clip_l.", "te1"),
+    Prefix("text_encoders.clip_h.", "te1"),
+    Prefix("text_encoders.clip_g.", "te2"),
+    Prefix("text_encoders.t5xxl.", "te3"),
+    Prefix("text_encoder_2.", "te2"),
+    Prefix("text_encoder_3.", "te3"),
+    Prefix("text_encoder.", "te1"),
+    Prefix("te1.", "te1"),
+    Prefix("te2.", "te2"),
+    Prefix("clip_l.", "te1"),  # the open model initiative's names, OneTrainer's until 2026
+    Prefix("clip_h.", "te1"),
+    Prefix("clip_g.", "te2"),
+    Prefix("t5xxl.", "te3"),
+    Prefix("t5.", "te3"),
+    Prefix("unet.", "unet"),
+    Prefix("transformer.", "unet"),
+    Prefix("model.diffusion_model.", "unet"),
+    Prefix("diffusion_model.", "unet"),
 )
+"""None begins with another, so that their order decides one thing: the first one in a file names its key format."""
 
 _WRAPPERS = ("base_model.model.", "module.")
 """What PEFT and distributed training put in front of a model's names."""
@@ -67,23 +80,25 @@ def canonical(stem: str) -> tuple[Component, str]:
 
 def part_and_path(stem: str) -> tuple[Component | None, str]:
     """The part that a prefix names, None without one, and the module's path in it, without what wrapped the model."""
+    component: Component | None = None
+    while True:
+        stem = _unwrapped(stem)
+        if component in ("te1", "te2", "te3"):
+            return component, stem.removeprefix("transformer.")
+        found = next((prefix for prefix in PREFIXES if stem.startswith(prefix.text)), None)
+        if found is None or (component == "unet" and found.part != "unet"):
+            return component, stem
+        component, stem = found.part, stem[len(found.text) :]
+
+
+def _unwrapped(stem: str) -> str:
+    """A name without what is put around a whole model or a part of it."""
     for wrapped in _INSIDE:
         if wrapped in stem:
             stem = stem.replace(f"{wrapped}.", "").replace(f"{wrapped}_", "")
-    component: Component | None = None
-    found: tuple[str, Component] | None
-    while True:
-        for wrapper in _WRAPPERS:
-            if stem.startswith(wrapper):
-                stem = stem[len(wrapper) :]
-                break
-        else:
-            if component in ("te1", "te2", "te3"):
-                return component, stem.removeprefix("transformer.")
-            found = next(((prefix, part) for prefix, part in PREFIXES if stem.startswith(prefix)), None)
-            if found is None or (component == "unet" and found[1] != "unet"):
-                return component, stem
-            component, stem = found[1], stem[len(found[0]) :]
+    while stem.startswith(_WRAPPERS):
+        stem = stem.removeprefix(_WRAPPERS[0]).removeprefix(_WRAPPERS[1])
+    return stem
 
 
 def to_name(path: str) -> str:
@@ -95,28 +110,32 @@ def to_name(path: str) -> str:
 
 _OMI = ("clip_l.", "clip_g.", "t5.", "bundle_emb.")
 _OMI_PARTS = (".qkv.0.", ".linear1.0.", ".attn.qkv.1.")
+_FIRST_SIGNS = (
+    ("ip_adapter.", "inside an IP-Adapter file"),
+    ("_lora1.down", "XLabs"),
+    (".processor.qkv_lora.", "XLabs"),
+    (".processor.", "diffusers attention processors (old)"),
+)
+_LAST_SIGNS = (
+    ("base_model.model.", "PEFT"),
+    ("diffusion_model.", "generic (ComfyUI)"),
+    (".lora_A.", "diffusers (PEFT)"),
+    (".lora_linear_layer.", "diffusers"),
+    (".lora.up", "diffusers"),
+    ("_lora.up", "diffusers attention processors (old)"),
+)
+"""Parts of keys that tell a key format whatever its prefix is, and where no prefix does."""
 
 
 def key_format_of(keys: list[str]) -> str:
     """A name for how a file spells its keys, for people."""
     if any(key.startswith(_OMI) or any(part in key for part in _OMI_PARTS) for key in keys):
         return "OneTrainer (OMI)"
-    for sign, key_format in (
-        ("ip_adapter.", "inside an IP-Adapter file"),
-        ("_lora1.down", "XLabs"),
-        (".processor.qkv_lora.", "XLabs"),
-        (".processor.", "diffusers attention processors (old)"),
-        ("lycoris_", "SimpleTuner (LyCORIS)"),
-        ("lora_transformer_", "OneTrainer"),
-        ("lora_unet_", "kohya"),
-        ("lora_te", "kohya"),
-        ("base_model.model.", "PEFT"),
-        ("diffusion_model.", "generic (ComfyUI)"),
-        (".lora_A.", "diffusers (PEFT)"),
-        (".lora_linear_layer.", "diffusers"),
-        (".lora.up", "diffusers"),
-        ("_lora.up", "diffusers attention processors (old)"),
-    ):
+    for sign, key_format in _FIRST_SIGNS:
         if any(sign in key for key in keys):
             return key_format
-    return "plain module names"
+    stems = [_unwrapped(key) for key in keys]
+    for prefix in PREFIXES:
+        if prefix.key_format and any(stem.startswith(prefix.text) for stem in stems):
+            return prefix.key_format
+    return next((name for sign, name in _LAST_SIGNS if any(sign in key for key in keys)), "plain module names")

@@ -64,7 +64,7 @@ class AdapterConfig:
     family: Family = "base"
     start_from: str = ""
     num_tokens: int = 0
-    """0: 4 for base, 16 for plus, all of the encoder's for full-face."""
+    """0: as the family's released files have it."""
     init: Init = "copy"
     depth: int = 4
     hidden_dim: int = 0

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core.checkpoints import format_named
 from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.files.access import plain_name
 from ...ipadapter_core.files.text import check_length
@@ -32,7 +33,7 @@ from ...ipadapter_core.training.results import publish, set_aside
 from .access import readable, readable_folders, writable
 from .frontend import show_in_node
 
-FAMILIES = choices_of(Family)
+FAMILIES = {name: format_named(name).summary for name in choices_of(Family)}
 PRECISIONS = sorted(get_args(Precision))  # bf16 is what the node begins with
 INSIDE = "inside the base model's folder"
 FOLDERS = {"ipadapter": "ipadapter_training", "loras": "lora_training"}

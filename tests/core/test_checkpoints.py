@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ipadapter_core import checkpoints
+from ipadapter_core import checkpoints, training
 from ipadapter_core.checkpoints import (
     FORMATS,
     AdapterWeights,
@@ -51,7 +51,7 @@ from ipadapter_core.report import describe_spec, spec_facts
 from ipadapter_core.training.config import AdapterConfig
 from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, nested, tiny_state
 
-FAMILIES = ("base", "plus", "full-face")
+FAMILIES = trainable_families()
 
 
 def meta(family: str, **sizes: object) -> dict[str, Tensor]:
@@ -493,10 +493,20 @@ def test_no_other_file_asks_for_a_family_by_name() -> None:
 
 
 def test_families_that_are_trained() -> None:
-    assert trainable_families() == ("base", "plus", "full-face")
-    for family in trainable_families():
-        _, num_tokens = format_named(family).fresh(32, EncoderSizes(24, 40, 5), AdapterConfig(depth=1))
-        assert num_tokens == {"base": 4, "plus": 16, "full-face": 5}[family]
+    """Each makes as many tokens as it says, and is where those who choose one look: in the node and in the trainer's page."""
+    page = (Path(training.__file__).parent / "README.md").read_text(encoding="utf-8")
+    made: dict[str, int] = {}
+    for format in FORMATS:
+        if not format.trains:
+            continue
+        projector, made[format.name] = format.fresh(32, EncoderSizes(24, 40, 5), AdapterConfig(depth=1))
+        width = 24 if format.feature.encoded == "image_embeds" else 40
+        features = torch.zeros(*(2, 5)[: format.feature.rank - 1], width)
+        assert projector(features).shape == (2, made[format.name], 32)
+        assert f"\n| {format.name} | " in page, f"the table of training/README.md has no row of {format.name}"
+        assert format.summary, "the node's tooltip says it"
+    assert tuple(made) == trainable_families()
+    assert made.items() >= {"base": 4, "plus": 16, "full-face": 5}.items()
     with pytest.raises(InvalidInputError, match="'pluss' is no family of adapters; choose one of: base, plus"):
         format_named("pluss")
 
@@ -555,9 +565,9 @@ def test_every_single_missing_tensor_is_an_error_of_ours(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_single_misshapen_tensor_is_an_error_of_ours(family: str) -> None:
     state = tiny_state(family)
-    feature = {"base": "proj.weight", "plus": "proj_in.weight", "full-face": "proj.0.weight"}[family]
+    (feature,) = (key for key, tensor in state.items() if tensor.shape[-1] == 24)
     for key, tensor in state.items():
-        shorter = [tensor[..., :-1]] if key != f"image_proj.{feature}" else []  # there it is another feature width
+        shorter = [tensor[..., :-1]] if key != feature else []  # there it is another feature width
         for damaged in (*shorter, tensor[:-1], tensor[None], tensor.new_zeros(0), tensor.flatten()[0]):
             with pytest.raises(AdapterError, match=rf"state dict \({family} adapter\): "):
                 load_adapter({**state, key: damaged})

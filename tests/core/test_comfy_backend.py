@@ -31,9 +31,9 @@ from tiny_models import (
     SD15,
     SDXL,
     TOKEN_DIM,
-    BaseModel,
     FakePatcher,
     Guider,
+    HostModel,
     Sampling,
     conditioning,
     host_attention,
@@ -569,7 +569,7 @@ def test_a_patch_for_another_model_is_refused(model: FakePatcher) -> None:
 
 def test_a_model_without_cross_attention_is_refused() -> None:
     with pytest.raises(IncompatibleAdapterError, match="Linear"):
-        backend.comfy_layout(FakePatcher(BaseModel(torch.nn.Linear(1, 1))))
+        backend.comfy_layout(FakePatcher(HostModel(torch.nn.Linear(1, 1))))
 
 
 def test_a_mask_without_the_latents_size_is_explained(model: FakePatcher) -> None:

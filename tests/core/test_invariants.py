@@ -26,9 +26,9 @@ from ipadapter_core.training.frozen import FrozenBase
 from tiny_models import (
     TINY,
     TOKEN_DIM,
-    BaseModel,
     FakePatcher,
     Guider,
+    HostModel,
     Tiny,
     conditioning,
     noise,
@@ -133,7 +133,7 @@ def world(name: str) -> World:
     if tiny is None:
         pytest.fail(f"{family} has a walk and no tiny model; write one and register it in TINY of tests/tiny_models.py")
     if host == "ComfyUI":
-        patcher = FakePatcher(BaseModel(tiny.comfy()))
+        patcher = FakePatcher(HostModel(tiny.comfy()))
         return ComfyWorld(patcher, comfy.comfy_layout(patcher), tiny.format)
     module = tiny.diffusers()
     return DiffusersWorld(module, models.layout_of(module), tiny.format)

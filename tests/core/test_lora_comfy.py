@@ -20,7 +20,7 @@ from ipadapter_core.lora import load_lora
 from ipadapter_core.lora.patch import LoRAPatch, masked
 from ipadapter_core.lora.selector import parse_selector
 from ipadapter_core.models.unet import walk_unet
-from tiny_loras import ALGORITHMS, tiny_lora
+from tiny_loras import MAKERS, tiny_lora
 from tiny_models import TOKEN_DIM, FakePatcher, Guider, conditioning, noise, tiny_adapter, tiny_host, tiny_prompt
 
 CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 5e-5}  # outputs of size 10; processors differ in the order of sums
@@ -89,7 +89,7 @@ def apart(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return min(float((a[name] - b[name]).abs().mean()) for name in a)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", MAKERS)
 def test_merged_is_live(algorithm: str) -> None:
     host = tiny_host()
     patch = patch_on(host, algorithm=algorithm, strength=0.7)

@@ -22,7 +22,7 @@ from ipadapter_core.lora.matching import TargetMatch
 from ipadapter_core.lora.patch import LoRAPatch, choose_mode, masked
 from ipadapter_core.lora.selector import parse_selector
 from ipadapter_core.lora.unfused import UnfusedStack
-from tiny_loras import ALGORITHMS, tiny_lora
+from tiny_loras import MAKERS, tiny_lora
 from tiny_models import SD15, SDXL, TOKEN_DIM, call_unet, noise, tiny_adapter, tiny_prompt, tiny_unet
 
 X, TEXT = noise(2, 4, 16, 16, seed=3), noise(2, 7, TOKEN_DIM, seed=4)
@@ -69,7 +69,7 @@ def effect(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("strength", [-1.0, 0.5, 2.0])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", MAKERS)
 def test_merged_is_live(unet: Any, algorithm: str, strength: float) -> None:
     """Linears and convolutions of resnets, transformers, down- and upsamplers alike."""
     patch = patch_on(unet, algorithm=algorithm, strength=strength)
@@ -100,7 +100,7 @@ def test_real_topologies(kind: str) -> None:
     assert_close(merged(unet, patch), live(unet, patch), **CLOSE)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", MAKERS)
 def test_strength_0_changes_no_bit_and_adds_no_operation(unet: Any, algorithm: str) -> None:
     plain = run(unet)
     patch = patch_on(unet, algorithm=algorithm, strength=0.0)

@@ -28,13 +28,14 @@ from ipadapter_core.lora import (
     load_lora,
     match_lora,
     matching,
+    names,
     targets_of,
 )
 from ipadapter_core.lora.losses import lost_part
 from ipadapter_core.lora.trainable import trainable
 from ipadapter_core.models.layers import LayerNames, Link, fused, linked_names, numbered_blocks
 from ipadapter_core.models.sites import BaseModel
-from tiny_loras import ALGORITHMS
+from tiny_loras import MAKERS
 from tiny_models import SD15, SDXL, noise, tiny_unet
 
 Weights = dict[str, Tensor]
@@ -145,7 +146,7 @@ OLD, LINEAR_LAYER = (
         ".lora_linear_layer.up.weight",
     ),
 )
-KEY_FORMATS: dict[str, KeyFormat] = {
+READ_FORMATS: dict[str, KeyFormat] = {
     "kohya, diffusers names": lambda d, s, a, b: suffixed(f"lora_unet_{under(d)}", b, a, KOHYA),
     "kohya, LDM names": lambda d, s, a, b: suffixed(f"lora_unet_{under(s)}", b, a, KOHYA),
     "SimpleTuner": lambda d, s, a, b: suffixed(f"lycoris_{under(d)}", b, a, KOHYA),
@@ -160,7 +161,7 @@ KEY_FORMATS: dict[str, KeyFormat] = {
 }
 
 
-@pytest.mark.parametrize("key_format", KEY_FORMATS)
+@pytest.mark.parametrize("key_format", READ_FORMATS)
 @pytest.mark.parametrize("naming", ["diffusers", "ldm"])
 def test_every_key_format_is_the_same_update(key_format: str, naming: str) -> None:
     model = tiny_unet(SD15) if naming == "diffusers" else ldm("sd15")
@@ -170,7 +171,7 @@ def test_every_key_format_is_the_same_update(key_format: str, naming: str) -> No
     for diffusers, ldm_name in PAIRS.items():
         path = diffusers if naming == "diffusers" else ldm_name
         down, up = pair_of(table, path)
-        state |= KEY_FORMATS[key_format](diffusers, ldm_name, down, up)
+        state |= READ_FORMATS[key_format](diffusers, ldm_name, down, up)
         expected[f"{path}.weight"] = (up.flatten(1) @ down.flatten(1)).reshape(table.targets[path].shape)
     found = placed(state, model)
     assert not found.unmatched
@@ -179,6 +180,18 @@ def test_every_key_format_is_the_same_update(key_format: str, naming: str) -> No
     assert actual.keys() == expected.keys()
     for key, delta in expected.items():
         assert_close(actual[key], delta, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prefix_says_the_part_and_the_key_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = names.Prefix("novel_dit_", "unet", "novel")
+    monkeypatch.setattr(names, "PREFIXES", (*names.PREFIXES, new))
+    for prefix in names.PREFIXES:
+        assert not any(other.text.startswith(prefix.text) for other in names.PREFIXES if other is not prefix)
+        weights = load_lora(suffixed(f"{prefix.text}some_layer", torch.ones(4, 2), torch.ones(2, 4), PEFT))
+        assert weights.modules[0].component == prefix.part
+        assert prefix.key_format in (weights.key_format, ""), "else what follows the name tells it"
+    wrapped = suffixed("module._orig_mod.lora_unet_x", torch.ones(4, 2), torch.ones(2, 4), KOHYA)
+    assert load_lora(wrapped).key_format == "kohya"
 
 
 def test_old_attention_processors() -> None:
@@ -365,7 +378,7 @@ def test_what_reads_the_weight_runs_live_on_a_part_of_a_fused_layer(kind: str) -
     state = {
         f"transformer.transformer_blocks.0.attn.to_{n}.{key}": value
         for i, n in enumerate("qv")
-        for key, value in ALGORITHMS[kind]((H, H), 2, 7 * i).items()
+        for key, value in MAKERS[kind]((H, H), 2, 7 * i).items()
     }
     patch = replace(backend.place(model, load_lora(state)), strength=0.7)
     plain = model(x)
@@ -618,7 +631,7 @@ def test_open_names_of_an_sdxl_file_are_those_of_kohya() -> None:
         one: Weights = {"bundle_emb.tok.clip_l": noise(1, 8)}
         two: Weights = {}
         for seed, ((component, path), shape) in enumerate(layers.items()):
-            tensors = ALGORITHMS[algorithm](shape, 2, seed)
+            tensors = MAKERS[algorithm](shape, 2, seed)
             one |= {f"{opened[component]}{path}.{key}": t for key, t in tensors.items()}
             two |= {f"{kohya[component]}{under(path)}.{key}": t for key, t in tensors.items()}
         first, second = (match_lora(load_lora(state), tables) for state in (one, two))

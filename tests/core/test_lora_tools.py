@@ -24,7 +24,7 @@ from ipadapter_core.lora.extract import extract
 from ipadapter_core.lora.factors import Smaller, combine, resize
 from ipadapter_core.lora.inspection import heat_map, lora_facts, verify
 from ipadapter_core.lora.saving import save_lora
-from tiny_loras import ALGORITHMS, low_rank, state_for
+from tiny_loras import MAKERS, low_rank, state_for
 from tiny_models import SD15, noise, tiny_unet
 
 SHAPES = {
@@ -105,7 +105,7 @@ def test_every_key_format_there_and_back(key_format: Any) -> None:
     assert expected[key_format] in tensors
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", MAKERS)
 def test_kohya_carries_every_algorithm(algorithm: str) -> None:
     targets = [t for t in targets_of(tiny_unet("small")).targets.values() if t.shape[0] % 4 == 0 and len(t.shape) == 2]
     first = load_lora(state_for(targets[:6], algorithm))
@@ -119,7 +119,7 @@ def test_kohya_carries_every_algorithm(algorithm: str) -> None:
 
 
 def test_what_a_key_format_cannot_say() -> None:
-    loha = {f"lora_unet_conv_in.{k}": t for k, t in ALGORITHMS["LoHa"]((8, 4, 3, 3), 2, 0).items()}
+    loha = {f"lora_unet_conv_in.{k}": t for k, t in MAKERS["LoHa"]((8, 4, 3, 3), 2, 0).items()}
     weights = load_lora(loha | {"lora_unet_down_blocks_0_attentions_0_proj_in.diff": noise(4, 4)})
     with pytest.raises(InvalidInputError, match="PEFT's key format cannot say"):
         to_tensors(weights, "diffusers")
@@ -169,7 +169,7 @@ def test_a_merge_is_the_weighted_sum() -> None:
 
 
 def test_loha_is_a_product_of_factors_exactly() -> None:
-    (module,) = load_lora({f"x.{k}": t for k, t in ALGORITHMS["LoHa"]((12, 10), 2, 0).items()}).modules
+    (module,) = load_lora({f"x.{k}": t for k, t in MAKERS["LoHa"]((12, 10), 2, 0).items()}).modules
     assert module.weight is not None
     factors = module.weight.factors()
     assert factors is not None
@@ -178,14 +178,14 @@ def test_loha_is_a_product_of_factors_exactly() -> None:
 
 @pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "full"])
 def test_norms_without_the_matrix(algorithm: str) -> None:
-    (module,) = load_lora({f"x.{k}": t for k, t in ALGORITHMS[algorithm]((12, 10), 2, 0).items()}).modules
+    (module,) = load_lora({f"x.{k}": t for k, t in MAKERS[algorithm]((12, 10), 2, 0).items()}).modules
     assert module.weight is not None
     norm = module.weight.norm()
     assert norm == pytest.approx(float(module.weight.delta(torch.zeros(12, 10)).norm()), rel=1e-4)
 
 
 def test_merges_that_cannot_be() -> None:
-    dora = load_lora({f"lora_unet_conv_in.{k}": t for k, t in ALGORITHMS["DoRA out"](SHAPES["conv_in"], 2, 0).items()})
+    dora = load_lora({f"lora_unet_conv_in.{k}": t for k, t in MAKERS["DoRA out"](SHAPES["conv_in"], 2, 0).items()})
     with pytest.raises(InvalidInputError, match="is DoRA, not a product"):
         combine([dora], [1.0])
     other = load_lora({f"lora_unet_conv_in.{k}": t for k, t in low_rank((9, 4, 3, 3), 2, 0).items()})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from ipadapter_core.attention.presets import PRESETS
+from ipadapter_core.checkpoints import trainable_families
 from ipadapter_core.legacy.migrate import REPLACEMENTS
 from ipadapter_core.legacy.migrate.apply import steering_widgets
 from ipadapter_core.legacy.migrate.graph import Migration, Wires
@@ -25,6 +27,9 @@ from ipadapter_core.legacy.migrate.names import (
     TEXTS,
     WIDGETS,
 )
+from ipadapter_core.lora.algorithms import trainings
+from ipadapter_core.lora.convert import KEY_FORMATS
+from ipadapter_core.prompt.combine import Combine
 from workflows.graph import widget_names
 
 INFO: dict[str, Any] = json.loads(Path(__file__).with_name("object_info.json").read_text(encoding="utf-8"))
@@ -120,3 +125,20 @@ def test_one_node_stands_for_an_old_one(entry: Any) -> None:
     same = {"IPADAPTER": "IMAGE_PROMPT_ADAPTER", "INSIGHTFACE": "IMAGE_PROMPT_FACE_MODEL"}
     old = [same.get(kind, kind) for kind in INFO[entry.old]["output"][: entry.outputs]]
     assert old == INFO[entry.new]["output"][: entry.outputs]
+
+
+@pytest.mark.parametrize(
+    ("widget", "kinds", "options"),
+    [
+        ("preset", ("ImagePromptApply", "ImagePromptApplyImage", "ImagePromptApplyTiled"), PRESETS),
+        ("combine", ("ImagePromptApplyImage", "ImagePromptCombine", "ImagePromptEncode"), get_args(Combine)),
+        ("family", ("ImagePromptTrain",), trainable_families()),
+        ("algorithm", ("ImagePromptTrainLoRA",), trainings()),
+        ("spelling", ("ImagePromptLoRASave", "ImagePromptLoRAExtract"), KEY_FORMATS),
+    ],
+)
+def test_the_stored_choices_are_the_cores(widget: str, kinds: tuple[str, ...], options: Iterable[str]) -> None:
+    for kind in kinds:
+        assert inputs(kind)[widget][1]["options"] == list(options), (
+            f"{widget} of {kind} offers other choices than tests/core/object_info.json says; run `python tests/host/object_info.py`"
+        )

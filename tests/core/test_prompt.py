@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ipadapter_core.checkpoints import AdapterWeights, load_adapter
+from ipadapter_core.checkpoints import AdapterWeights, format_named, load_adapter, trainable_families
 from ipadapter_core.compatibility import IPADAPTER_PLUS
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.features import ImageFeatures
@@ -26,7 +26,7 @@ from tiny import tiny_state
 
 SIZE, HIDDEN, EMBED, TOKENS = 28, 32, 24, 4
 COMBINES = get_args(Combine)
-FAMILIES = ("base", "plus", "full-face")
+FAMILIES = trainable_families()
 exact = {"rtol": 0.0, "atol": 0.0}
 
 
@@ -47,9 +47,13 @@ def encoder() -> TransformersImageEncoder:
     return TransformersImageEncoder(CLIPVisionModelWithProjection(config), name="tiny clip")
 
 
+def pooled(family: str) -> bool:
+    return format_named(family).feature.encoded == "image_embeds"
+
+
 @cache
 def adapter(family: str = "plus") -> AdapterWeights:
-    width = EMBED if family == "base" else HIDDEN
+    width = EMBED if pooled(family) else HIDDEN
     return load_adapter(tiny_state(family, feature_dim=width), name=f"tiny {family}")
 
 
@@ -88,7 +92,7 @@ def test_one_image_is_encoder_then_projector(family: str) -> None:
     assert prompt.uncond.shape == prompt.cond.shape == (1, {"full-face": 5}.get(family, TOKENS), 32)
     assert (prompt.cond - prompt.uncond).abs().max() > 0.1
     assert (prompt.adapter, prompt.encoder, prompt.token_dim) == (f"tiny {family}", "tiny clip", 32)
-    assert prompt.features.shape == ((1, 1, EMBED) if family == "base" else (1, 1, 5, HIDDEN))
+    assert prompt.features.shape == ((1, 1, EMBED) if pooled(family) else (1, 1, 5, HIDDEN))
     assert not prompt.cond.requires_grad
 
 

@@ -31,7 +31,7 @@ from ipadapter_core import WeightSchedule, bake, load_adapter, load_prompt
 from ipadapter_core.attention.presets import parse_layers, parse_site_factors
 from ipadapter_core.attention.schedule import parse_curve, parse_numbers
 from ipadapter_core.backends.diffusers import lora as diffusers_lora
-from ipadapter_core.checkpoints import describe_adapter, kohya_lora, save_adapter
+from ipadapter_core.checkpoints import describe_adapter, kohya_lora, save_adapter, trainable_families
 from ipadapter_core.commands.cli import build_parser
 from ipadapter_core.errors import AdapterError
 from ipadapter_core.features import pack_face
@@ -173,9 +173,8 @@ def layout() -> Any:
 
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "base": ("base", {}),
+    **{family: (family, {}) for family in trainable_families()},
     "plus": ("plus", {"depth": 1, "num_tokens": 4, "inner_dim": 64, "hidden_dim": 16}),
-    "full-face": ("full-face", {}),
     "faceid": ("faceid", {}),
     "faceid with LoRA": ("faceid", {"lora_rank": 2}),
     "faceid-plus": ("faceid-plus", {"depth": 1, "face_dim": 12}),
@@ -257,8 +256,8 @@ def _locon(shape: tuple[int, ...], rank: int, seed: int) -> m.State:
     return made
 
 
-MORE_ALGORITHMS = {**tiny_loras.ALGORITHMS, "GLoRA": _glora, "BOFT": _boft, "LoCon": _locon}
-PREFIXES = (
+MORE_MAKERS = {**tiny_loras.MAKERS, "GLoRA": _glora, "BOFT": _boft, "LoCon": _locon}
+LORA_PREFIXES = (
     "lora_unet_",
     "lycoris_",
     "lora_transformer_",
@@ -278,7 +277,7 @@ def lora_seed(algorithm: str, prefix: str) -> m.State:
         dotted = prefix.endswith(".") or not prefix
         if algorithm == "GLoRA" and len(target.shape) != 2:
             continue
-        for key, t in MORE_ALGORITHMS[algorithm](target.shape, 2, 7 * number).items():
+        for key, t in MORE_MAKERS[algorithm](target.shape, 2, 7 * number).items():
             key = PEFT_NAMES.get(key, key) if prefix in ("unet.", "base_model.model.") else key
             state[f"{prefix}{target.path if dotted else target.path.replace('.', '_')}.{key}"] = t.contiguous()
     return state
@@ -293,7 +292,7 @@ TEXTS_OF_LORA = {
 
 
 def make_lora(rng: Random, keep: Keep) -> Case:
-    algorithm, prefix = rng.choice(sorted(MORE_ALGORITHMS)), rng.choice(PREFIXES)
+    algorithm, prefix = rng.choice(sorted(MORE_MAKERS)), rng.choice(LORA_PREFIXES)
     texts = dict(TEXTS_OF_LORA)
     if rng.random() < 0.2:
         texts[rng.choice(sorted(texts))] = rng.choice(m.TEXTS)
