@@ -509,8 +509,9 @@ def tiny_host(kind: str = "small", *, seed: int = 1, deepcopy_options: bool = Fa
 class Tiny:
     """A kind of base model in both hosts' forms, with latents of 4 channels and text tokens ``TOKEN_DIM`` wide.
 
-    ComfyUI's is called ``(x, timesteps, context, transformer_options=)``, diffusers' ``(x, timestep, text)``. ``format`` is the
-    family of adapters that acts in it, None for the first, which acts on the projected query at every site.
+    It pads sizes that its patches do not divide, as the hosts' own models do. ComfyUI's is called
+    ``(x, timesteps, context, transformer_options=)``, diffusers' ``(x, timestep, text)``. ``format`` is the family of adapters
+    that acts in it, None for the first, which acts on the projected query at every site.
     """
 
     comfy: Callable[[], nn.Module]
