@@ -23,7 +23,7 @@ UNCOND, COND = 0, 1
 
 @dataclass(slots=True, eq=False)
 class Ready:
-    """What one image prompt does at one site, resolved for queries on this device: ``factor`` is the step's, ``groups`` and
+    """What one image prompt does at one site, resolved for queries of this device and dtype: ``factor`` is the step's, ``groups`` and
     ``width`` those of ``query_rows``, ``tokens`` how many queries there must be, None where a mask does not ask."""
 
     add: AddImage
@@ -32,6 +32,7 @@ class Ready:
     width: int
     tokens: int | None
     device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass(slots=True, eq=False)

@@ -69,8 +69,10 @@ def scale_for(scaling: Scaling, weight: float | Tensor, channels: int, reference
 
 
 def query_rows(q: Tensor, heads: int, groups: int, width: int) -> Tensor:
-    """Queries ``b l c`` as ``g h (b/g l) d``, ``width`` being d: members that share image tokens are folded into the query length, so K and V
-    are never repeated."""
+    """Queries ``b l c`` as ``g h (b/g l) d``, ``width`` being d.
+
+    Members that share image tokens are folded into the query length, so K and V are never repeated.
+    """
     return q.reshape(groups, -1, heads, width).transpose(1, 2)
 
 
@@ -118,9 +120,16 @@ def adding(kv: KeyValue, heads: int, scale: Scale, mask: Tensor | None, folded: 
 
     The usual case is no more than the calls that it needs: Python between them is what a GPU waits for.
     """
-    key, output, k, v = scale.key, scale.output, kv.k, kv.v
-    usual = not folded and mask is None and isinstance(key, float) and key >= 0 and scale.mean.__class__ is float
-    if not usual or scale.mean != 0.0 or isinstance(output, Tensor):
+    key, output, mean, k, v = scale.key, scale.output, scale.mean, kv.k, kv.v
+    if (
+        folded
+        or mask is not None
+        or isinstance(key, Tensor)
+        or isinstance(output, Tensor)
+        or isinstance(mean, Tensor)
+        or key < 0
+        or mean != 0.0
+    ):
         return lambda base, q, rows: add_image_attention(base, q, kv, heads, scale, mask, rows)
     kernel_scale = None if key == 1.0 else key * k.shape[-1] ** -0.5
 

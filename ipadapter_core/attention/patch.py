@@ -107,6 +107,7 @@ class AdapterPatch:
             ready is None
             or ready.factor != acting.factor
             or ready.device != q.device
+            or ready.dtype != q.dtype
             or (ready.tokens is not None and ready.tokens != q.shape[1])
         ):
             ready = self._ready(site, at, acting)
@@ -146,7 +147,9 @@ class AdapterPatch:
         mask = None if self.mask is None else self._mask_rows(self.mask, at, latents)
         groups, _, _, width = kv.k.shape
         tokens = None if mask is None else q.shape[1]
-        ready = Ready(adding(kv, at.heads, scale, mask, groups != q.shape[0]), factor, groups, width, tokens, q.device)
+        ready = Ready(
+            adding(kv, at.heads, scale, mask, groups != q.shape[0]), factor, groups, width, tokens, q.device, q.dtype
+        )
         if site_kv.constant:
             acting.sites[site] = ready
         return ready

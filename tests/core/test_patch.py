@@ -148,6 +148,17 @@ def call(q: Tensor, layout: ModelLayout, *branches: int, percent: float = 0.5) -
     return SiteCall(ModelCall(branches, lambda: percent), q, layout.sites[0].heads)
 
 
+def test_one_site_alone_in_another_dtype(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    """What is ready at a site is for the dtype of its own queries, not of the first site's that was asked."""
+    patch = bake(adapter, tiny_prompt(adapter), layout)
+    first, second = (noise(2, 4, layout.sites[i].channels) for i in (0, 1))
+    for dtype in (torch.float32, torch.float64):
+        at = call(first, layout, 0, 1)
+        patch.add_to(first, 0, at)
+        q = second.to(dtype)
+        assert patch.add_to(q, 1, SiteCall(at.call, q, layout.sites[1].heads)).dtype == dtype
+
+
 def added(patch: AdapterPatch, q: Tensor, *branches: int, site: int = 0) -> Tensor:
     base = torch.zeros_like(q)
     return patch.add_to(base, site, call(q, patch.layout, *branches))
