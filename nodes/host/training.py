@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -163,6 +164,8 @@ def run(
         data = values["data"] | {"roots": readable_folders()}
         config = graph_settings(settings, parse_config({**values, "model": model, "data": data}, "this node"))
         target = Path(writable(kind, f"{name}.safetensors"))
+        # models that only cycles keep would die while ComfyUI goes through its list, and change it under way
+        gc.collect()
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         result = run_job(

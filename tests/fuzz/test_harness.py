@@ -83,6 +83,17 @@ def test_every_failure_that_is_planted_is_seen(runner: Runner, word: str) -> Non
     runner.close()
 
 
+def test_memory_is_seen_where_the_allocator_holds_free_memory(runner: Runner) -> None:
+    blocks, apart = [], []
+    for _ in range(2000):  # 200 MB of a heap whose end stays in use, so that free() gives nothing back
+        blocks.append(b"x" * 100_000)
+        apart.append(bytes(600))
+    del apart[:-50]
+    blocks.clear()
+    assert runner.run("planted", Case({"a.txt": b"memory"}, "a.txt")).verdict == "memory"
+    runner.close()
+
+
 def test_what_must_be_refused_and_loads_is_silent(runner: Runner) -> None:
     assert runner.run("planted", Case({"a.txt": b"fine"}, "a.txt", refused=True)).verdict == "silent"
     runner.close()
