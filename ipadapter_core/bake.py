@@ -94,8 +94,9 @@ def _project(
 def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
     """Raise IncompatibleAdapterError unless the adapter's layers fit the sites that it names one by one."""
     spec = adapter.spec
-    reached = spec.format.reach.sites(layout)
-    if spec.token_dim != layout.token_dim or len(spec.layer_channels) != len(reached):
+    reach = spec.format.reach
+    reached = reach.sites(layout)
+    if (reach.text_wide and spec.token_dim != layout.token_dim) or len(spec.layer_channels) != len(reached):
         raise IncompatibleAdapterError(
             f"{adapter.name!r} is an adapter for {spec.base_model} ({len(spec.layer_channels)} attention layers, "
             f"{spec.token_dim} wide); the model is {layout.name} ({len(reached)} layers, {layout.token_dim} wide). "

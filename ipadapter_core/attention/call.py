@@ -80,12 +80,23 @@ class SiteCall:
 
     ``q`` are the latent tokens' queries ``b l c`` of ``heads`` heads; ``shape`` ends in the rows and columns of the tokens
     where the host tells them.
+
+    Transformers norm their queries: ``q`` is the normed one, before any rotation. For adapters with a norm of their own
+    (``Reach.query`` is ``raw``) ``query_norm`` is the weight ``d`` of the model's RMS norm, so that it can be undone; None
+    says that ``q`` is as its layer projects it. For ``Reach.own_keys`` ``k`` and ``v`` are the keys, after the model's norm of
+    weight ``key_norm`` (None: before one), and the values of the same tokens, ``b l c``. For ``Reach.gated`` ``emb`` is the
+    conditioning of the block, ``b 1 e``, or ``b t e`` where tokens are of t frames one after the other.
     """
 
     call: ModelCall
     q: Tensor
     heads: int
     shape: Sequence[int] | None = None
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    emb: Tensor | None = None
     _rows: Tensor | None = None
     _groups: int = 0
 

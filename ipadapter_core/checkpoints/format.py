@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, ClassVar, Literal, Protocol, cast
@@ -142,8 +142,27 @@ class Format(ABC):
     def key_value(
         self, module: AdapterModule, index: int, tokens: Tensor, timestep: float | None
     ) -> tuple[Tensor, Tensor]:
-        """K and V ``b n c`` of the i-th layer; ``timestep`` 0..1000 for a family whose reach is timed, else None."""
+        """K and V ``b n c`` of the i-th layer, normed as the family does; ``timestep`` 0..1000 where its reach is timed, else None."""
         return module.to_k_ip[index](tokens), module.to_v_ip[index](tokens)
+
+    def query_weight(self, module: AdapterModule, index: int) -> Tensor | None:
+        """Weight ``d`` of the i-th layer's RMS norm of queries, of a family whose reach wants raw ones; None: a norm without."""
+        return None
+
+    def self_weight(self, module: AdapterModule, index: int) -> Tensor | None:
+        """Weight ``d`` of the i-th layer's RMS norm of the picture's own keys (``Reach.own_keys``); None: a norm without."""
+        return None
+
+    def gate(self, module: AdapterModule, index: int) -> Callable[[Tensor], Tensor] | None:
+        """What makes the factors ``b t c`` of the i-th layer's result from a block's conditioning ``b t e`` (``Reach.gated``)."""
+        return None
+
+    def tokens_at(self, projector: nn.Module, constant: Tensor, timestep: float) -> Tensor:
+        """Image tokens ``i n d`` at a timestep 0..1000, of a family whose reach is timed.
+
+        ``constant`` is what ``tokens`` gave: all that does not depend on the timestep. Asked once per timestep for all sites.
+        """
+        return constant
 
     def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
         """Image tokens ``i n d`` of features ``i ...``; ``face_scale`` as in AdapterWeights.tokens()."""
@@ -282,6 +301,10 @@ class AdapterWeights:
     def key_value(self, index: int, tokens: Tensor, timestep: float | None = None) -> tuple[Tensor, Tensor]:
         """Image keys and values ``b n c`` of the layer at ``index`` in checkpoint order (key number 2·index+1)."""
         return self.spec.format.key_value(self.module, index, self._fitting(tokens), timestep)
+
+    def tokens_at(self, constant: Tensor, timestep: float) -> Tensor:
+        """Image tokens ``b n d`` at a timestep 0..1000 of what ``tokens`` gave, of a family whose reach is timed."""
+        return self.spec.format.tokens_at(self.module.projector, self._fitting(constant), timestep)
 
     def _fitting(self, x: Tensor) -> Tensor:
         if self.module.casts_weights:
