@@ -17,15 +17,15 @@ KEY_FORMATS: tuple[KeyFormat, ...] = get_args(KeyFormat)
 """Those that are written; many more are read, see ``names.PREFIXES``."""
 Spelling, SPELLINGS = KeyFormat, KEY_FORMATS  # older names
 
-_KOHYA: Mapping[Component, str] = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "te3": "lora_te3_"}
+_KOHYA: Mapping[Component, str] = {"denoiser": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "te3": "lora_te3_"}
 _DIFFUSERS: Mapping[Component, str] = {
-    "unet": "unet.",
+    "denoiser": "unet.",
     "te1": "text_encoder.",
     "te2": "text_encoder_2.",
     "te3": "text_encoder_3.",
 }
 _GENERIC: Mapping[Component, str] = {
-    "unet": "diffusion_model.",
+    "denoiser": "diffusion_model.",
     "te1": "text_encoders.clip_l.transformer.",
     "te2": "text_encoders.clip_g.transformer.",
     "te3": "text_encoders.t5xxl.transformer.",
@@ -45,10 +45,10 @@ def to_tensors(
         raise InvalidInputError(f"unknown key format {quoted(key_format)}; choose one of: {', '.join(KEY_FORMATS)}")
     tensors: dict[str, Tensor] = {}
     known = by_name(weights.base_model)
-    if any(m.component == "unet" and m.name not in known for m in weights.modules):
+    if any(m.component == "denoiser" and m.name not in known for m in weights.modules):
         known = {}  # a pruned or unknown model: its blocks are numbered otherwise, so each name stays what it is
     for module in weights.modules:
-        pair = known.get(module.name) if module.component == "unet" else None
+        pair = known.get(module.name) if module.component == "denoiser" else None
         stem = stem_of(module, pair, key_format, sdxl="te2" in weights.components or weights.base_model == "SDXL")
         parts = _peft(module) if key_format == "diffusers" else _parts(module)
         for role, tensor in parts.items():
@@ -73,7 +73,7 @@ def stem_of(module: LoRAModule, pair: tuple[str, str] | None, key_format: KeyFor
     SDXL is spelled by LDM names in kohya's files, SD1.5 by diffusers names.
     """
     component = module.component
-    if component == "unet":
+    if component == "denoiser":
         if key_format == "kohya":
             path = module.name if pair is None else pair[sdxl]
             return _KOHYA[component] + path.replace(".", "_")

@@ -16,8 +16,8 @@ from .update import alike
 from .weights import Component, LoRAModule, LoRAWeights
 
 CHECKPOINT_PREFIXES: tuple[tuple[str, Component], ...] = (
-    ("model.diffusion_model.", "unet"),
-    ("diffusion_model.", "unet"),
+    ("model.diffusion_model.", "denoiser"),
+    ("diffusion_model.", "denoiser"),
     ("cond_stage_model.transformer.", "te1"),
     ("conditioner.embedders.0.transformer.", "te1"),
 )
@@ -93,9 +93,9 @@ def _module(key: str) -> LoRAModule | None:
     for prefix, component in CHECKPOINT_PREFIXES:
         if stem.startswith(prefix):
             path = stem.removeprefix(prefix)
-            if component != "unet" and text_path(to_name(path)) is None:
+            if component != "denoiser" and text_path(to_name(path)) is None:
                 return None
             return LoRAModule(stem, component, to_name(path), None)
     if stem.startswith(("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")):
-        return LoRAModule(stem, "unet", to_name(stem), None)
+        return LoRAModule(stem, "denoiser", to_name(stem), None)
     return None

@@ -228,9 +228,9 @@ def _module_lines(modules: Sequence[ModuleFacts]) -> list[str]:
 
 def target_of(module: LoRAModule, base_model: str) -> Target:
     """The layer that a module stands for, from its name alone, for the selector's words."""
-    pair = by_name(base_model).get(module.name) if module.component == "unet" else None
+    pair = by_name(base_model).get(module.name) if module.component == "denoiser" else None
     label = pair[0] if pair else module.name
-    block = module.component if module.component != "unet" else _block(pair[1] if pair else module.name)
+    block = module.component if module.component != "denoiser" else _block(pair[1] if pair else module.name)
     shape = () if module.weight is None else tuple(size or 1 for size in module.weight.weight_shape)
     return Target(label, module.component, label, block, shape, True)
 
@@ -348,7 +348,7 @@ def verify(source: Source) -> Verdict:
     base = weights.base_model
     known = by_name(base)
     if unet_paths(base):
-        lost = [m.stem for m in weights.modules if m.component == "unet" and m.name not in known]
+        lost = [m.stem for m in weights.modules if m.component == "denoiser" and m.name not in known]
         lost = [stem for stem in lost if not stem.split(".")[0].isdigit() and "ip_adapter" not in stem]
         if lost:
             problems.append(f"{len(lost)} modules are no layers of {base}, such as {quoted(lost[0])}")

@@ -104,7 +104,7 @@ PARTIAL: tuple[Partial, ...] = ("refuse", "allow")
 NO_PLACE = "modules that the model does not have"
 NO_BIAS = "changes of a bias that the model's layer does not have"
 NOT_THERE: Mapping[Component, str] = {
-    "unet": "modules of a UNet or transformer, which is not given here",
+    "denoiser": "modules of a UNet or transformer, which is not given here",
     "te1": "modules of the first text encoder (CLIP-L or OpenCLIP-H), which is not given here",
     "te2": "modules of the second text encoder (CLIP-G), which is not given here",
     "te3": "modules of the third text encoder (T5), which is not given here",
@@ -240,8 +240,8 @@ def _refuse(weights: LoRAWeights, tables: Mapping[Component, TargetTable], found
             "wider layer and a control picture beside the latent. Load it with the host's own loader (ComfyUI: LoraLoader and "
             "InstructPixToPixConditioning; diffusers: FluxControlPipeline.load_lora_weights)"
         )
-    base, unet = weights.base_model, tables.get("unet")
-    model = unet.family if unet is not None else "unknown"
+    base, denoiser = weights.base_model, tables.get("denoiser")
+    model = denoiser.family if denoiser is not None else "unknown"
     foreign = "unknown" not in (base, model) and model not in base
     diagnosis = f"this is a LoRA for {base}, the model is {model}" if foreign else ""
     if found.misfits:

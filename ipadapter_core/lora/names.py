@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-Component = Literal["unet", "te1", "te2", "te3"]
+Component = Literal["denoiser", "te1", "te2", "te3"]
 """The denoiser (UNet or transformer) and the text encoders: CLIP-L, CLIP-G (or OpenCLIP-H), T5."""
 
 
@@ -25,9 +25,9 @@ class Prefix(NamedTuple):
 
 
 PREFIXES: tuple[Prefix, ...] = (
-    Prefix("lycoris_", "unet", "SimpleTuner (LyCORIS)"),
-    Prefix("lora_transformer_", "unet", "OneTrainer"),
-    Prefix("lora_unet_", "unet", "kohya"),
+    Prefix("lycoris_", "denoiser", "SimpleTuner (LyCORIS)"),
+    Prefix("lora_transformer_", "denoiser", "OneTrainer"),
+    Prefix("lora_unet_", "denoiser", "kohya"),
     Prefix("lora_te1_", "te1", "kohya"),
     Prefix("lora_te2_", "te2", "kohya"),
     Prefix("lora_te3_", "te3", "kohya"),
@@ -46,10 +46,10 @@ PREFIXES: tuple[Prefix, ...] = (
     Prefix("clip_g.", "te2"),
     Prefix("t5xxl.", "te3"),
     Prefix("t5.", "te3"),
-    Prefix("unet.", "unet"),
-    Prefix("transformer.", "unet"),
-    Prefix("model.diffusion_model.", "unet"),
-    Prefix("diffusion_model.", "unet"),
+    Prefix("unet.", "denoiser"),
+    Prefix("transformer.", "denoiser"),
+    Prefix("model.diffusion_model.", "denoiser"),
+    Prefix("diffusion_model.", "denoiser"),
 )
 """None begins with another, so that their order decides one thing: the first one in a file names its key format."""
 
@@ -63,16 +63,16 @@ _NUMBERED = re.compile(r"^(?:ip_adapter\.)?(\d+)\.(to_[qkv]|to_out)$")
 
 
 def canonical(stem: str) -> tuple[Component, str]:
-    """Part and comparable name of a module: ``unet.down_blocks.0.….to_out`` → ``unet``, ``down_blocks_0_…_to_out_0``."""
+    """Part and comparable name of a module: ``unet.down_blocks.0.….to_out`` → ``denoiser``, ``down_blocks_0_…_to_out_0``."""
     numbered = _NUMBERED.match(stem)
     if numbered is not None:  # in FaceID files: a number in the order of diffusers' attention processors
-        return "unet", to_name(f"processor.{numbered[1]}.{numbered[2]}")
+        return "denoiser", to_name(f"processor.{numbered[1]}.{numbered[2]}")
     component, path = part_and_path(stem)
     name = to_name(path)
     if component is None:  # saved from a bare text encoder
         if name.startswith(("text_model_", "encoder_layers_")):
             return "te1", name
-        return ("te3" if name.startswith("encoder_block_") else "unet"), name
+        return ("te3" if name.startswith("encoder_block_") else "denoiser"), name
     if component == "te2" and name.startswith(("encoder_block_", "shared")):
         return "te3", name  # Flux has T5 in the second place
     return component, name
@@ -86,7 +86,7 @@ def part_and_path(stem: str) -> tuple[Component | None, str]:
         if component in ("te1", "te2", "te3"):
             return component, stem.removeprefix("transformer.")
         found = next((prefix for prefix in PREFIXES if stem.startswith(prefix.text)), None)
-        if found is None or (component == "unet" and found.part != "unet"):
+        if found is None or (component == "denoiser" and found.part != "denoiser"):
             return component, stem
         component, stem = found.part, stem[len(found.text) :]
 

@@ -67,7 +67,7 @@ class LoRAPatch:
 
     def strength_for(self, component: Component) -> float:
         """Strength in one part, before selector and window."""
-        return self.strength if component == "unet" or self.text_strength is None else self.text_strength
+        return self.strength if component == "denoiser" or self.text_strength is None else self.text_strength
 
     def acting(self, component: Component) -> tuple[tuple[TargetMatch, float], ...]:
         """Every placement in one part with the selector's factor, those with factor 0 left out."""

@@ -25,7 +25,7 @@ class Running:
     """
 
     patches: tuple[LoRAPatch, ...] = ()
-    component: Component = "unet"
+    component: Component = "denoiser"
     model: ModelCall = field(default_factory=ModelCall)
     region: int | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -37,8 +37,8 @@ class Running:
         if found is None:
             patch, component = self.patches[index], self.component
             cond = patch.strength_for(component)
-            uncond = cond if patch.uncond_strength is None or component != "unet" else patch.uncond_strength
-            if component == "unet" and not patch.window.constant:
+            uncond = cond if patch.uncond_strength is None or component != "denoiser" else patch.uncond_strength
+            if component == "denoiser" and not patch.window.constant:
                 factor = patch.window.at(self.model.percent())
                 cond, uncond = cond * factor, uncond * factor
             chunks = tuple(uncond if branch == UNCOND else cond for branch in self.model.branches)

@@ -5,7 +5,7 @@ One language for strength and for what is trained. An entry names layers by one 
 - blocks ``in4``, ``in1-3``, ``mid``, ``mid0``, ``out*``, ``double*``, ``single3-7``, ``joint0``, ``base`` (what is in no block);
 - layer types ``attn``, ``attn1`` (self), ``attn2`` (cross), ``q``, ``k``, ``v``, ``out`` (the projection), ``ff``, ``proj``
   (in and out of a transformer), ``resnet``, ``conv``, ``linear``, ``norm``, ``sampler``;
-- parts ``unet`` or ``denoiser`` (the same), ``te``, ``te1``, ``te2``, ``te3``; ``all``;
+- parts ``denoiser`` or ``unet`` (the same), ``te``, ``te1``, ``te2``, ``te3``; ``all``;
 - a glob of the whole name of a layer, in diffusers or in its own model: ``*.attn2.to_k``, ``*proj_in``, ``up_blocks.?.resnets.*``.
 
 ``re:…`` of older graphs is read as the globs that it means; a graph may hold no other regular expression.
@@ -46,13 +46,13 @@ def _attention(target: Target) -> bool:
 
 TYPES: dict[str, Test] = {
     "all": lambda t: True,
-    "unet": lambda t: t.component == "unet",
-    "denoiser": lambda t: t.component == "unet",  # what it is called where it is a transformer
-    "te": lambda t: t.component != "unet",
+    "denoiser": lambda t: t.component == "denoiser",
+    "unet": lambda t: t.component == "denoiser",  # as graphs and texts of before say
+    "te": lambda t: t.component != "denoiser",
     "te1": lambda t: t.component == "te1",
     "te2": lambda t: t.component == "te2",
     "te3": lambda t: t.component == "te3",
-    "base": lambda t: t.block == "base" or t.component != "unet",
+    "base": lambda t: t.block == "base" or t.component != "denoiser",
     "attn": _attention,
     "attn1": lambda t: _has(t, ".attn1."),
     "attn2": lambda t: _has(t, ".attn2."),
@@ -230,7 +230,7 @@ def _in_block(kind: str, first: str | None, last: str | None) -> Test:
     numbers = None if first is None else range(int(first), int(last or first) + 1)
 
     def in_block(target: Target) -> bool:
-        if target.component != "unet":
+        if target.component != "denoiser":
             return False
         own, at = _split_block(target.block)
         return own == kind and at is not None and (numbers is None or at in numbers)

@@ -38,17 +38,17 @@ class TargetTable:
     names: Mapping[str, tuple[Place, ...]]
 
 
-def targets_of(model: nn.Module, component: Component = "unet") -> TargetTable:
+def targets_of(model: nn.Module, component: Component = "denoiser") -> TargetTable:
     """The table of a UNet, a transformer or a text encoder, of diffusers, transformers or ComfyUI (its bare module)."""
-    if component != "unet":
+    if component != "denoiser":
         return _text_encoder(model, component)
     layers = dict(_layers(model))
     named = names_of_layers(model, {path: Layer(module).shape for path, module in layers.items()})
     targets = {
-        path: _target(path, module, "unet", named.labels.get(path, path), named.blocks[path])
+        path: _target(path, module, "denoiser", named.labels.get(path, path), named.blocks[path])
         for path, module in layers.items()
     }
-    return TargetTable("unet", named.family, targets, named.names)
+    return TargetTable("denoiser", named.family, targets, named.names)
 
 
 # --- text encoders ---------------------------------------------------------------------------------------------------

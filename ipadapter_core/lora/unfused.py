@@ -64,7 +64,7 @@ class UnfusedLayer:
         if index not in self.indices or self.path not in running.inputs:
             return None
         only = tuple(patch if i == index else patch.with_strength(0.0) for i, patch in enumerate(running.patches))
-        alone = Running(only, "unet", running.model, index)
+        alone = Running(only, "denoiser", running.model, index)
         changed = self.add(module, running.inputs[self.path], y, alone)
         return None if changed is y else changed
 
@@ -108,7 +108,7 @@ class UnfusedLayer:
 class UnfusedStack:
     """Patches on one part of a model, layer by layer. What it keeps per device is made when first used."""
 
-    def __init__(self, patches: Sequence[LoRAPatch], component: Component = "unet") -> None:
+    def __init__(self, patches: Sequence[LoRAPatch], component: Component = "denoiser") -> None:
         self.patches = tuple(patches)
         self.component: Component = component
         parts: dict[str, list[Part]] = {}

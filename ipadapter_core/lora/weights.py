@@ -64,7 +64,7 @@ class LoRAWeights:
     def components(self) -> tuple[Component, ...]:
         """Which parts it changes, in order."""
         found = {module.component for module in self.modules}
-        return tuple(c for c in ("unet", "te1", "te2", "te3") if c in found)
+        return tuple(c for c in ("denoiser", "te1", "te2", "te3") if c in found)
 
     @property
     def base_model(self) -> str:
@@ -88,12 +88,12 @@ def left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
 
 def guess_base_model(modules: tuple[LoRAModule, ...]) -> str:
     """The family that these names and shapes belong to."""
-    unet = [module for module in modules if module.component == "unet"]
-    possible = marked([module.name for module in unet])
+    denoiser = [module for module in modules if module.component == "denoiser"]
+    possible = marked([module.name for module in denoiser])
     transformer = next((base for base in possible if not isinstance(base, UNet)), None)
     if transformer is not None:
         return transformer.name
-    for module in unet:
+    for module in denoiser:
         if module.weight is not None and module.name.endswith(("attn2_to_k", "attn2_to_v")):
             for columns in module.weight.weight_shape[1:2]:
                 family = None if columns is None else unet_of_width(columns)

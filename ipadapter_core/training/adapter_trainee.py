@@ -70,7 +70,7 @@ class AdapterTrainee(Trainee):
         return config
 
     def attach(self, learned: nn.Module, parts: Parts) -> None:
-        cast(TrainedAdapter, learned).install(parts["unet"])
+        cast(TrainedAdapter, learned).install(parts["denoiser"])
 
     def off(self) -> AbstractContextManager[None]:
         return nullcontext()  # the encoders of pictures know nothing of it

@@ -69,7 +69,7 @@ class TrainedLoRA(nn.Module):
         return [
             p
             for target, learned in self.updates()
-            if (target.component != "unet") == text
+            if (target.component != "denoiser") == text
             for p in learned.parameters()
         ]
 
@@ -191,7 +191,7 @@ def continued_lora(parts: Parts, config: LoRAConfig) -> TrainedLoRA:
     Raises IncompatibleAdapterError if it does not fit the models or would be trained in part only.
     """
     weights = load_lora(config.start_from)
-    if "unet" in parts and len(parts) == 1 and any(c != "unet" for c in weights.components):
+    if "denoiser" in parts and len(parts) == 1 and any(c != "denoiser" for c in weights.components):
         raise IncompatibleAdapterError(
             f"{weights.name} also changes text encoders ({', '.join(weights.components)}); set lora.text_encoders = true to "
             "train all of it on"
@@ -231,7 +231,7 @@ def describe_lora(lora: TrainedLoRA, lr: float, text_rate: float = 0.0) -> str:
         count = sum(p.numel() for learned in own for p in learned.parameters())
         kinds = ", ".join(f"{title} × {n}" for title, n in _counts(u.title for u in updates).items())
         ranks = ", ".join(f"{rank} × {n}" for rank, n in _counts(u.rank or "whole" for u in updates).items())
-        rate = lr if component == "unet" else text_rate or lr
+        rate = lr if component == "denoiser" else text_rate or lr
         lines.append(f"  {component} {count:,} in {len(own)} layers ({kinds}; ranks {ranks}) at rate {rate:g}")
     return "\n".join(lines)
 

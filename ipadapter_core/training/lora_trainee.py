@@ -96,7 +96,7 @@ class LoRATrainee(Trainee):
         return _parts(self.config, self.base)
 
     def attach(self, learned: nn.Module, parts: Parts) -> None:
-        layer = _LayerWithoutNumbers if parts["unet"].device.type == "meta" else Layer
+        layer = _LayerWithoutNumbers if parts["denoiser"].device.type == "meta" else Layer
         self.attached = cast(TrainedLoRA, learned).attach(parts, layer)
 
     def off(self) -> AbstractContextManager[None]:
@@ -156,7 +156,7 @@ class _LayerWithoutNumbers(Layer):
 
 
 def _parts(config: RunConfig, base: FrozenBase) -> Parts:
-    found: dict[Component, nn.Module] = {"unet": base.unet}
+    found: dict[Component, nn.Module] = {"denoiser": base.unet}
     if config.lora.text_encoders:
         found |= dict(zip(("te1", "te2"), base.text_encoders, strict=False))
     return found

@@ -125,7 +125,7 @@ def activation_bytes(trainee: Trainee, latent: tuple[int, int], element: int, *,
                 twins[name](ids.to("meta"))
         context = torch.zeros(1, 77 + trainee.image_tokens, base.unet.config.cross_attention_dim, device="meta")
         learns = len(twins) > 1 or trainee.image_tokens > 0
-        _denoise(twins["unet"], context.requires_grad_(learns), latent, base)
+        _denoise(twins["denoiser"], context.requires_grad_(learns), latent, base)
     return counter.total(checkpointing) * element // 4
 
 

@@ -102,7 +102,7 @@ class Trainee(ABC):
     @property
     def parts(self) -> Parts:
         """The frozen models that it acts in."""
-        return {"unet": self.base.unet}
+        return {"denoiser": self.base.unet}
 
     def count(self) -> int:
         """Numbers that learn."""

@@ -164,8 +164,8 @@ def apply(
                 managed = LiveFactors.managed(stack, model.load_device, model.offload_device)
                 model.set_additional_models(backend.LORA_KEY, [managed])
         else:
-            model = backend.apply_merged(model, patch, ("unet",), MergedUpdates.of)
-        lines.append(patch.selector.table(p.target for p in matched.of("unet")))
+            model = backend.apply_merged(model, patch, ("denoiser",), MergedUpdates.of)
+        lines.append(patch.selector.table(p.target for p in matched.of("denoiser")))
         lost = patch.selector.unmatched(p.target for p in matched.matches)
         if lost:
             lines.append(

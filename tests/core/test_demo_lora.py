@@ -42,7 +42,7 @@ def test_posters_have_few_shades_in_coarse_dots(tmp_path: Path) -> None:
 def test_the_trainer_makes_a_small_file_that_the_demo_shows(tmp_path: Path) -> None:
     file = train_lora.train_style(discs(), FOLDER, tmp_path, steps=1, batch=1, rank=4, count=2)
     assert file.stat().st_size < 1e6
-    assert load_lora(file).components == ("unet",)
+    assert load_lora(file).components == ("denoiser",)
     world = load_world()
     sheet = draw_style(world, "base", 1, file)
     assert sheet.size == (128 + (1 + 2 * len(STYLE_STRENGTHS)) * 136, 74 + ROWS * 136)

@@ -64,7 +64,7 @@ class Merged:
 def merged_sample(host: FakePatcher, *patches: LoRAPatch) -> dict[str, Tensor]:
     """What the host does with its patches, around one sampling step."""
     for patch in patches:
-        host = backend.apply_merged(host, patch, ("unet",), Merged)  # type: ignore[assignment]
+        host = backend.apply_merged(host, patch, ("denoiser",), Merged)  # type: ignore[assignment]
     parameters = dict(host.model.named_parameters())
     kept = {key: parameters[key].data.clone() for key in host.patches}
     for key, entries in host.patches.items():
@@ -101,7 +101,7 @@ def test_merged_is_live(algorithm: str) -> None:
 def test_strength_0_is_bit_identical(host: FakePatcher) -> None:
     patch = patch_on(host, strength=0.0)
     assert equal(sample(live(host, patch)), sample(host))
-    assert backend.apply_merged(host, patch, ("unet",), Merged).patches == {}
+    assert backend.apply_merged(host, patch, ("denoiser",), Merged).patches == {}
 
 
 def test_nothing_is_on_the_model_between_calls(host: FakePatcher) -> None:
@@ -142,8 +142,8 @@ def test_others_patches_on_a_weight_stay(host: FakePatcher) -> None:
     patch = patch_on(host, where="attn1 q")
     key = f"diffusion_model.{patch.matched.matches[0].key}"
     host.patches[key] = [(1.0, "theirs", 1.0, None, None)]
-    first = backend.apply_merged(host, patch, ("unet",), Merged)
-    second = backend.apply_merged(first, patch, ("unet",), Merged)
+    first = backend.apply_merged(host, patch, ("denoiser",), Merged)
+    second = backend.apply_merged(first, patch, ("denoiser",), Merged)
     assert next(entry[1] for entry in second.patches[key]) == "theirs"
     assert len(second.patches[key]) == 2
     assert len(second.patches[key][1][1].parts) == 2

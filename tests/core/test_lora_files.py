@@ -105,7 +105,7 @@ PAIRS = {
 
 
 def placed(weights: Weights, model: nn.Module, **more: Any) -> MatchedLoRA:
-    return match_lora(load_lora(weights, **more), {"unet": targets_of(model)})
+    return match_lora(load_lora(weights, **more), {"denoiser": targets_of(model)})
 
 
 def changes(found: MatchedLoRA) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ def test_every_key_format_is_the_same_update(key_format: str, naming: str) -> No
 
 
 def test_a_prefix_says_the_part_and_the_key_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    new = names.Prefix("novel_dit_", "unet", "novel")
+    new = names.Prefix("novel_dit_", "denoiser", "novel")
     monkeypatch.setattr(names, "PREFIXES", (*names.PREFIXES, new))
     for prefix in names.PREFIXES:
         assert not any(other.text.startswith(prefix.text) for other in names.PREFIXES if other is not prefix)
@@ -619,13 +619,13 @@ def test_open_names_of_an_sdxl_file_are_those_of_kohya() -> None:
     """UNet by LDM names, CLIP-L and CLIP-G under their own prefixes: every tensor where kohya's names put it."""
     unet = ldm("sdxl")
     clip = composite(("clip_l", CLIP_LAYERS), ("clip_g", CLIP_LAYERS))
-    tables = {"unet": targets_of(unet), **{c: targets_of(clip, c) for c in ("te1", "te2")}}
+    tables = {"denoiser": targets_of(unet), **{c: targets_of(clip, c) for c in ("te1", "te2")}}
     block = "output_blocks.0.1.transformer_blocks.0.attn2.to_k"
-    layers = {("unet", block): tables["unet"].targets[block].shape}
+    layers = {("denoiser", block): tables["denoiser"].targets[block].shape}
     layers |= {(te, path): shape for te in ("te1", "te2") for path, shape in CLIP_LAYERS.items()}
     opened, kohya = (
-        {"unet": "unet.", "te1": "clip_l.", "te2": "clip_g."},
-        {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_"},
+        {"denoiser": "unet.", "te1": "clip_l.", "te2": "clip_g."},
+        {"denoiser": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_"},
     )
     for algorithm in ("LoRA", "DoRA out", "LoHa", "LoKr"):
         one: Weights = {"bundle_emb.tok.clip_l": noise(1, 8)}
@@ -779,26 +779,30 @@ def test_the_layer_tells_glora_s_order(old: bool, rows: int, columns: int, rank:
 
 
 def named(*counts: tuple[str, int]) -> list[tuple[Any, str]]:
-    return [("unet", f"down_blocks_{i}_{kind}") for kind, n in counts for i in range(n)]
+    return [("denoiser", f"down_blocks_{i}_{kind}") for kind, n in counts for i in range(n)]
 
 
 @pytest.mark.parametrize(
     ("there", "lost", "matters"),
     [
         (named(("attn1_to_q", 16)), [], None),
-        (named(("attn1_to_q", 16)), [("unet", "time_embed_7")], None),
-        (named(("attn1_to_q", 15)), [("unet", "time_embed_7")], "1 of 16"),
+        (named(("attn1_to_q", 16)), [("denoiser", "time_embed_7")], None),
+        (named(("attn1_to_q", 15)), [("denoiser", "time_embed_7")], "1 of 16"),
         (named(("attn1_to_q", 100)), named(("attn1_to_k", 1)), None),
         (named(("attn1_to_q", 100)), named(("attn1_to_k", 2)), "all 2 modules of the kind 'attn1_to_k'"),
-        (named(("attn1_to_q", 100)), [("unet", f"down_blocks_{i}_attn1_to_q") for i in range(100, 106)], None),
-        (named(("attn1_to_q", 100)), [("unet", f"down_blocks_{i}_attn1_to_q") for i in range(100, 107)], "7 of 107"),
+        (named(("attn1_to_q", 100)), [("denoiser", f"down_blocks_{i}_attn1_to_q") for i in range(100, 106)], None),
+        (
+            named(("attn1_to_q", 100)),
+            [("denoiser", f"down_blocks_{i}_attn1_to_q") for i in range(100, 107)],
+            "7 of 107",
+        ),
         (named(("attn1_to_q", 2)), [("te1", "encoder_layers_0_mlp_fc1")], None),
         (named(("attn1_to_q", 1)), named(("attn1_to_k", 5)), "5 of 6"),
-        ([], [("unet", "x")], "1 of 1"),
+        ([], [("denoiser", "x")], "1 of 1"),
     ],
 )
 def test_what_loss_matters(there: list[Any], lost: list[Any], matters: str | None) -> None:
-    found = lost_part(there, lost, {"unet"})
+    found = lost_part(there, lost, {"denoiser"})
     assert found is None if matters is None else found is not None and matters in found
 
 
@@ -806,16 +810,16 @@ def test_half_a_file_is_refused_or_allowed(caplog: pytest.LogCaptureFixture) -> 
     unet = tiny_unet(SD15)
     state = whole(unet) | {key.replace("to_k", "to_kk"): t for key, t in whole(unet).items()}
     with pytest.raises(
-        IncompatibleAdapterError, match=r"in part only: 16 of 32 modules of unet.*nearest name.*'allow'"
+        IncompatibleAdapterError, match=r"in part only: 16 of 32 modules of denoiser.*nearest name.*'allow'"
     ):
         placed(state, unet)
     caplog.clear()
-    found = match_lora(load_lora(state, name="half"), {"unet": targets_of(unet)}, partial="allow")
+    found = match_lora(load_lora(state, name="half"), {"denoiser": targets_of(unet)}, partial="allow")
     assert len(found.matches) == len(found.unmatched) == len(found.left_out) == 16
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "'half': not applied: 16 × modules that the model does not have" in caplog.text
     with pytest.raises(InvalidInputError, match="partial is 'maybe'"):
-        match_lora(load_lora(state), {"unet": targets_of(unet)}, partial="maybe")  # type: ignore[arg-type]
+        match_lora(load_lora(state), {"denoiser": targets_of(unet)}, partial="maybe")  # type: ignore[arg-type]
 
 
 def test_layers_with_tensors_of_nothing_known_are_lost_too() -> None:
@@ -824,15 +828,15 @@ def test_layers_with_tensors_of_nothing_known_are_lost_too() -> None:
     state = whole(unet) | {
         key.replace("lora_up.weight", "new_thing_a"): t for key, t in keys.items() if "lora_up" in key
     }
-    with pytest.raises(IncompatibleAdapterError, match="16 of 32 modules of unet"):
+    with pytest.raises(IncompatibleAdapterError, match="16 of 32 modules of denoiser"):
         placed(state, unet)
-    assert len(match_lora(load_lora(state), {"unet": targets_of(unet)}, partial="allow").matches) == 16
+    assert len(match_lora(load_lora(state), {"denoiser": targets_of(unet)}, partial="allow").matches) == 16
 
 
 def test_other_shapes_are_left_out_where_that_is_allowed() -> None:
     unet = tiny_unet(SD15)
     state = whole(unet) | lora_for("lora_unet_time_embedding_linear_1", (7, 7))
-    found = match_lora(load_lora(state), {"unet": targets_of(unet)}, partial="allow")
+    found = match_lora(load_lora(state), {"denoiser": targets_of(unet)}, partial="allow")
     assert len(found.matches) == 16
     assert [item.why for item in found.left_out] == ["modules of another shape than the model's layer"]
 
@@ -844,7 +848,7 @@ def test_files_that_lose_nothing_that_matters() -> None:
     state = whole(unet)
     for stem, shape in text.items():
         state |= lora_for(stem, shape)
-    found = match_lora(load_lora(state | {"epoch": noise(1)}), {"unet": targets_of(unet)}, ("te1",))
+    found = match_lora(load_lora(state | {"epoch": noise(1)}), {"denoiser": targets_of(unet)}, ("te1",))
     assert len(found.matches) == 16
     assert len(found.left_out) == 13
     assert sum("first text encoder" in item.why for item in found.left_out) == 12
@@ -853,7 +857,7 @@ def test_files_that_lose_nothing_that_matters() -> None:
         "lora_te1_text_model_encoder_layers_0_mlp_fc1", (H, H)
     )
     flux |= lora_for("lora_te2_encoder_block_0_layer_0_SelfAttention_q", (H, H))
-    assert len(match_lora(load_lora(flux), {"unet": targets_of(Skeleton(FLUX_ORIGINAL))}).matches) == 1
+    assert len(match_lora(load_lora(flux), {"denoiser": targets_of(Skeleton(FLUX_ORIGINAL))}).matches) == 1
 
 
 def test_everything_left_out_is_reported(caplog: pytest.LogCaptureFixture) -> None:

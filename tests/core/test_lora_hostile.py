@@ -164,7 +164,7 @@ def used(state: Weights) -> None:
             use()
         except AdapterError:
             continue
-    placed = match_lora(weights, {"unet": targets_of(model)}, partial="allow")
+    placed = match_lora(weights, {"denoiser": targets_of(model)}, partial="allow")
     for p in placed.matches:
         pristine = model.state_dict()[p.key]
         total = pristine.clone()
@@ -287,7 +287,7 @@ def test_a_change_that_is_not_finite_is_not_written() -> None:
     big = torch.full((4, 4), LARGEST)
     state = {f"linear.hada_{name}": big for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
     model = Layers()
-    (match,) = match_lora(load_lora(state), {"unet": targets_of(model)}).matches
+    (match,) = match_lora(load_lora(state), {"denoiser": targets_of(model)}).matches
     weight = model.linear.weight.data
     with pytest.raises(AdapterError, match=r"linear\.weight at strength 1e\+20 is not finite, so it was not written"):
         match.change(weight, weight.clone(), 1e20)
@@ -343,7 +343,7 @@ def test_a_crowd_of_modules_and_strays() -> None:
     weights = load_lora(state)
     assert len(weights.modules) == len(weights.left_out) == 2_000
     with pytest.raises(AdapterError, match="2000 of 2000 modules have no place") as caught:
-        match_lora(weights, {"unet": targets_of(Layers())})
+        match_lora(weights, {"denoiser": targets_of(Layers())})
     assert len(str(caught.value)) < 500
     text = describe_facts(facts_of(weights))
     assert len(text) < 10_000

@@ -151,7 +151,9 @@ def test_layers_that_it_cannot_change_are_told_before_the_training() -> None:
         InvalidInputError,
         match=r"down_blocks\S+ \(\d+×\d+×3×3\), which lora.algorithm 'outer' cannot change .* leave such layers out",
     ):
-        fresh_lora({"unet": tiny_unet(SD15)}, LoRAConfig(rank=1, algorithm="outer", targets="all: 0, resnet conv: 1"))
+        fresh_lora(
+            {"denoiser": tiny_unet(SD15)}, LoRAConfig(rank=1, algorithm="outer", targets="all: 0, resnet conv: 1")
+        )
 
 
 def test_a_role_or_mark_of_another_algorithm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +182,7 @@ def test_it_is_trained_under_its_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"choose one of lora, .*, dora, outer; did you mean 'outer'"):
         parse_config({"lora": {"rank": 1, "algorithm": "outre"}}, "here")
     unet = tiny_unet(SD15)
-    lora = fresh_lora({"unet": unet}, LoRAConfig(rank=1, algorithm="outer"))
+    lora = fresh_lora({"denoiser": unet}, LoRAConfig(rank=1, algorithm="outer"))
     assert all(target.path.endswith("attn2.to_k") for target in lora.targets)
     config = tiny_config(
         save_model(tmp_path / "model"), save_pictures(tmp_path / "pictures", 4), tmp_path / "run", lora__rank=1,

@@ -66,7 +66,7 @@ def saved(folder: Path, config: PeftConfig, seed: int = 1) -> tuple[Net, dict[st
 
 
 def placed(file: Path, model: nn.Module) -> MatchedLoRA:
-    found = match_lora(load_lora(file), {"unet": targets_of(model)})
+    found = match_lora(load_lora(file), {"denoiser": targets_of(model)})
     assert not found.left_out
     return found
 

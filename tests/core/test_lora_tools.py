@@ -90,7 +90,7 @@ def test_every_key_format_there_and_back(key_format: Any) -> None:
     assert first.base_model == "SD1.5"
     tensors, _ = to_tensors(first, key_format)
     again = load_lora(tensors)
-    assert [m.component for m in again.modules] == ["unet", "unet", "te1"]
+    assert [m.component for m in again.modules] == ["denoiser", "denoiser", "te1"]
     known = by_name("SD1.5")
     for a, b, shape in zip(first.modules, again.modules, ((16, 768), (8, 8, 3, 3), (8, 8)), strict=True):
         assert known.get(a.name) == known.get(b.name)

@@ -130,7 +130,7 @@ def test_one_step_is_the_papers(algorithm: str, text: bool) -> None:
         rank=2, alpha=3.0, rslora=True, algorithm=kind, dora_axis=axis or "out", factor=4, text_encoders=text,
         targets="all: 0, attn2: 1, resnet conv: 1" + (", te re:q_proj: 1" if text else ""),
     )  # fmt: skip
-    parts: Any = {"unet": unet, "te1": encoder} if text else {"unet": unet}
+    parts: Any = {"denoiser": unet, "te1": encoder} if text else {"denoiser": unet}
     lora = fresh_lora(parts, config).double()
     with torch.no_grad():
         for i, p in enumerate(lora.parameters()):
@@ -160,7 +160,7 @@ def test_one_step_is_the_papers(algorithm: str, text: bool) -> None:
     attached.remove()
 
     leaves = {name: p.detach().clone().requires_grad_(True) for name, p in lora.named_parameters()}
-    changed: dict[str, dict[str, Tensor]] = {"unet": {}, "te1": {}}
+    changed: dict[str, dict[str, Tensor]] = {"denoiser": {}, "te1": {}}
     for target, key in zip(lora.targets, lora.layers, strict=True):
         weight = parts[target.component].get_submodule(target.path).weight
         p = {name.rsplit(".", 1)[1]: leaf for name, leaf in leaves.items() if name.startswith(f"layers.{key}.")}
@@ -172,7 +172,7 @@ def test_one_step_is_the_papers(algorithm: str, text: bool) -> None:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas = torch.cumprod(1 - betas, 0).double()[t].reshape(3, 1, 1, 1)
     noisy = alphas**0.5 * latents + (1 - alphas) ** 0.5 * gauss
-    predicted = torch.func.functional_call(unet, changed["unet"], (noisy, t, read)).sample
+    predicted = torch.func.functional_call(unet, changed["denoiser"], (noisy, t, read)).sample
     expected = F.mse_loss(predicted, gauss)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
@@ -186,11 +186,11 @@ def test_one_step_is_the_papers(algorithm: str, text: bool) -> None:
 @pytest.mark.parametrize("algorithm", ["lora", "locon", "loha", "lokr", "dora"])
 def test_it_starts_as_no_change(algorithm: Any) -> None:
     unet = tiny_unet("small")
-    lora = fresh_lora({"unet": unet}, LoRAConfig(rank=3, algorithm=algorithm))
+    lora = fresh_lora({"denoiser": unet}, LoRAConfig(rank=3, algorithm=algorithm))
     x, t, text = noise(2, 4, 16, 16), torch.tensor(500), noise(2, 7, 32)
     with torch.no_grad():
         plain = unet(x, t, text).sample
-        attached = lora.attach({"unet": unet})
+        attached = lora.attach({"denoiser": unet})
         # dora's m / ‖W‖ is 1 up to rounding
         torch.testing.assert_close(unet(x, t, text).sample, plain, rtol=0, atol=1e-5)
         with attached.off():
@@ -225,7 +225,7 @@ def test_a_cache_changes_no_loss(
     for a, b in zip(*seen, strict=True):
         assert a["validation"] == pytest.approx(b["validation"], rel=1e-5)
     components = load_lora(tmp_path / "live/style.safetensors").components
-    assert components == (("unet", "te1", "te2")[: 3 if kind == "sdxl" else 2] if text else ("unet",))
+    assert components == (("denoiser", "te1", "te2")[: 3 if kind == "sdxl" else 2] if text else ("denoiser",))
 
 
 def test_what_is_frozen_stays_and_text_encoders_leave(model: Path, pictures: Path, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_text_encoders_learn_at_their_own_rate_and_resume(
 def filled(model: Path, out: Path, config: LoRAConfig) -> tuple[Any, TrainedLoRA]:
     """A pipeline and a LoRA on it that changes something."""
     pipeline = load_pipeline(model)
-    parts = {c: m for c, m in backend.parts_of(pipeline).items() if c == "unet" or config.text_encoders}
+    parts = {c: m for c, m in backend.parts_of(pipeline).items() if c == "denoiser" or config.text_encoders}
     torch.manual_seed(1)
     lora = fresh_lora(parts, config)
     with torch.no_grad():
@@ -420,7 +420,7 @@ def test_files_come_back_the_same(algorithm: Any, key_format: Any, sdxl: Path, t
     lora.save(file, lora.state_dict(), told, out)
     back, mine = deltas(pipeline, load_lora(file)), deltas(pipeline, lora.weights(torch.float32))
     assert back.keys() == mine.keys()
-    assert {key.split(".")[0] for key in back} == {"unet", "te1", "te2"}
+    assert {key.split(".")[0] for key in back} == {"denoiser", "te1", "te2"}
     for key in mine:
         torch.testing.assert_close(back[key], mine[key], rtol=1e-5, atol=1e-6, msg=key)
         assert mine[key].abs().max() > 1e-3
@@ -513,10 +513,10 @@ def test_dry_run_lists_what_learns(kind: str, model: Path, sdxl: Path, pictures:
     )  # fmt: skip
     text = dry_run(config)
     encoders = 2 if kind == "sdxl" else 1
-    assert "adapter.layers.unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q.down 32" in text.replace(
+    assert "adapter.layers.denoiser_mid_block_attentions_0_transformer_blocks_0_attn2_to_q.down 32" in text.replace(
         "  layers.", "  adapter.layers."
     )
-    assert "unet 80 in 1 layers (DoRA × 1; ranks 2 × 1)" in text
+    assert "denoiser 80 in 1 layers (DoRA × 1; ranks 2 × 1)" in text
     assert ("te2 " in text) == (encoders == 2)
     assert "memory: about" in text
     assert not list(tmp_path.glob("*.safetensors"))
@@ -526,7 +526,7 @@ def test_memory_counts_what_autograd_keeps(model: Path, pictures: Path, tmp_path
     from ipadapter_core.training.memory import activation_bytes
 
     base = load_base(str(model))
-    parts: Any = {"unet": base.unet, "te1": base.text_encoders[0]}
+    parts: Any = {"denoiser": base.unet, "te1": base.text_encoders[0]}
     for algorithm in ("lora", "dora"):
         config = lora_config(model, pictures, tmp_path, lora__algorithm=algorithm, lora__text_encoders=True)
         trainee = LoRATrainee.build(config, base)
@@ -583,10 +583,10 @@ def test_mistakes_name_what_was_meant(model: Path, pictures: Path, tmp_path: Pat
 
 def test_targets_that_match_nothing_are_named(model: Path) -> None:
     unet = load_base(str(model)).unet
-    with pytest.raises(InvalidInputError, match=r"'te attn' matches no layer of unet.*lora.text_encoders"):
-        fresh_lora({"unet": unet}, LoRAConfig(rank=2, targets="all: 0, attn1: 1, te attn: 1"))
+    with pytest.raises(InvalidInputError, match=r"'te attn' matches no layer of denoiser.*lora.text_encoders"):
+        fresh_lora({"denoiser": unet}, LoRAConfig(rank=2, targets="all: 0, attn1: 1, te attn: 1"))
     with pytest.raises(InvalidInputError, match="chooses no linear layer"):
-        fresh_lora({"unet": unet}, LoRAConfig(rank=2, targets="all: 0"))
+        fresh_lora({"denoiser": unet}, LoRAConfig(rank=2, targets="all: 0"))
 
 
 def test_full_sizes_are_counted() -> None:
@@ -595,6 +595,6 @@ def test_full_sizes_are_counted() -> None:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)
-        lora = fresh_lora({"unet": unet}, LoRAConfig(rank=4))
+        lora = fresh_lora({"denoiser": unet}, LoRAConfig(rank=4))
     assert sum(p.numel() for p in lora.parameters()) == 797_184
     assert len(lora.targets) == 32 * 4

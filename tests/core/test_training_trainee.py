@@ -53,7 +53,7 @@ class LearnedWord(Trainee):
                 return (*args[:2], args[2] + word), named
             return args, named | {"encoder_hidden_states": named["encoder_hidden_states"] + word}
 
-        parts["unet"].register_forward_pre_hook(add, with_kwargs=True)
+        parts["denoiser"].register_forward_pre_hook(add, with_kwargs=True)
 
     @contextmanager
     def off(self) -> Generator[None]:

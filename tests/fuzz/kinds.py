@@ -317,7 +317,7 @@ def use_lora(folder: Path, main: Path) -> None:
             save_lora(weights, folder / f"{key_format}.safetensors", key_format=key_format)
             load_lora(folder / f"{key_format}.safetensors")
     model = unet()
-    placed = match_lora(weights, {"unet": targets_of(model)})
+    placed = match_lora(weights, {"denoiser": targets_of(model)})
     placed.summary()
     patch = LoRAPatch(placed, 0.7)
     before = {key: t.clone() for key, t in model.state_dict().items()}

@@ -125,7 +125,7 @@ def trained_files(folder: Path, algorithm: Any) -> dict[str, Path]:
             for p in unet.parameters():
                 p.fill_(0.02)
     config = LoRAConfig(rank=4, alpha=2.0, algorithm=algorithm, dora_axis="in")
-    lora = fresh_lora({"unet": unet}, config)
+    lora = fresh_lora({"denoiser": unet}, config)
     size = 1.0 if algorithm == "loha" else 0.3
     with torch.no_grad():
         for i, (name, p) in enumerate(lora.named_parameters()):

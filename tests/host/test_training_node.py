@@ -133,7 +133,7 @@ def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> Non
     file = server.base / "output/loras/my lora.safetensors"
     assert result.text(path) == [str(file)]
     weights = load_lora(file)
-    assert weights.components == ("unet", "te1")
+    assert weights.components == ("denoiser", "te1")
     assert weights.metadata["modelspec.trigger_phrase"] == "in tiny style"
     assert weights.metadata["ss_steps"] == "4"
     for node_type, field in (("ImagePromptLoRAStrength", "file"), ("LoraLoader", "lora_name")):

@@ -50,7 +50,7 @@ def tables_of(model: LoRAPatcherLike | None, clip_model: nn.Module | None = None
     """The parts of a MODEL and of a CLIP's ``cond_stage_model``."""
     tables: dict[Component, TargetTable] = {}
     if model is not None:
-        tables["unet"] = targets_of(denoiser(model))
+        tables["denoiser"] = targets_of(denoiser(model))
     if clip_model is not None:
         parts: tuple[Component, ...] = ("te1", "te2", "te3")
         tables |= {part: table for part in parts if (table := targets_of(clip_model, part)).targets}
@@ -66,8 +66,8 @@ def place(
     """A LoRA on a MODEL and a CLIP; the parts of what is None are left out. Raises as ``match_lora`` does."""
     tables = tables_of(model, clip_model)
     text: tuple[Component, ...] = ("te1", "te2", "te3") if clip_model is None else ()
-    unet: tuple[Component, ...] = ("unet",) if model is None else ()
-    return match_lora(weights, tables, (*unet, *text), partial)
+    first: tuple[Component, ...] = ("denoiser",) if model is None else ()
+    return match_lora(weights, tables, (*first, *text), partial)
 
 
 # --- unfused ---------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class UnfusedWrapper:
 
     def _run(self, executor: Executor, x: Tensor, *args: object, **kwargs: object) -> object:
         unet = uncompiled(executor.class_obj.diffusion_model)
-        running = Running(self.stack.patches, "unet", model := call_of(x, args, kwargs))
+        running = Running(self.stack.patches, "denoiser", model := call_of(x, args, kwargs))
         args, kwargs = noted(args, kwargs, {KEY: model, LORA_KEY: _Unfused(self.stack, running, unet)})
         watch_hooks()
         with self._hooks.on(unet), marked(unet, lambda: "live LoRAs"):
@@ -244,7 +244,7 @@ def apply_merged(
     of ours on one parameter become one patch, so that each is computed from the weight as it was before them.
     """
     clone = model.clone()
-    prefix = "diffusion_model." if "unet" in components else ""
+    prefix = "diffusion_model." if "denoiser" in components else ""
     found: dict[str, list[Part]] = {}
     for component in components:
         strength = patch.strength_for(component)

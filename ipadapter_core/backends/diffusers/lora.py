@@ -48,10 +48,10 @@ def place(pipeline: object, weights: LoRAWeights, *, partial: Partial = "refuse"
 def parts_of(pipeline: object) -> dict[Component, nn.Module]:
     """The modules of a pipeline that a LoRA can change; a bare UNet or transformer counts as one."""
     if isinstance(pipeline, nn.Module):
-        return {"unet": uncompiled(pipeline)}
+        return {"denoiser": uncompiled(pipeline)}
     names: Mapping[str, Component] = {
-        "unet": "unet",
-        "transformer": "unet",
+        "unet": "denoiser",
+        "transformer": "denoiser",
         "text_encoder": "te1",
         "text_encoder_2": "te2",
         "text_encoder_3": "te3",
@@ -136,7 +136,7 @@ class UnfusedLoRAs:
 
     def running(self, component: Component, call: Beginning) -> Running:
         """What runs in a call that begins now."""
-        model = call.described(self._branches) if component == "unet" else ModelCall()
+        model = call.described(self._branches) if component == "denoiser" else ModelCall()
         return Running(self._patches, component, model)
 
 
