@@ -19,10 +19,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ipadapter_core import AdapterWeights, ImagePrompt, load_adapter
+from ipadapter_core.checkpoints.base import Base
 from ipadapter_core.checkpoints.format import Format
+from ipadapter_core.models.chroma import walk_chroma
+from ipadapter_core.models.flux import walk_flux
+from ipadapter_core.models.reach import Reach, every, sites_in
 from ipadapter_core.models.sites import ModelLayout, Walk
 from ipadapter_core.models.unet import down_up_middle, walk_unet
 from tiny import tiny_state
+from tiny_flux import call_packed, comfy_chroma, comfy_flux, diffusers_chroma, diffusers_flux
 
 TOKEN_DIM = 32
 FEATURE_DIM = 24
@@ -510,16 +515,34 @@ class Tiny:
     """A kind of base model in both hosts' forms, with latents of 4 channels and text tokens ``TOKEN_DIM`` wide.
 
     It pads sizes that its patches do not divide, as the hosts' own models do. ComfyUI's is called
-    ``(x, timesteps, context, transformer_options=)``, diffusers' ``(x, timestep, text)``. ``format`` is the family of adapters
-    that acts in it, None for the first, which acts on the projected query at every site.
+    ``(x, timesteps, context, transformer_options=)``, diffusers' ``(x, timestep, text)``, or as ``call`` does with the model
+    before them. ``format`` is the family of adapters that acts in it, None for the first, which acts on the projected query at
+    every site.
     """
 
     comfy: Callable[[], nn.Module]
     diffusers: Callable[[], nn.Module]
     format: Format | None = None
+    call: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+class AtEverySite(Base):
+    """Image tokens at every attention of a transformer: the normed query, added before the output projection (as InstantX)."""
+
+    name = "every site"
+    reach = Reach(every, query="normed", span="all")
+
+
+class BehindDoubleBlocks(Base):
+    """Image tokens at double blocks alone, added to the picture's stream behind the block (as XLabs)."""
+
+    name = "double blocks"
+    reach = Reach(sites_in("double"), query="normed", join="residual")
 
 
 TINY: dict[Walk | None, Tiny] = {
     walk_unet: Tiny(lambda: tiny_host().model.diffusion_model, lambda: tiny_unet("small")),
+    walk_flux: Tiny(comfy_flux, diffusers_flux, AtEverySite(), call_packed),
+    walk_chroma: Tiny(lambda: comfy_chroma(newer=False), diffusers_chroma, BehindDoubleBlocks(), call_packed),
 }
 """By the walk that finds a model's sites; ``test_invariants`` runs all of them on both hosts."""

@@ -8,13 +8,14 @@ from torch import nn
 
 from ..errors import IncompatibleAdapterError
 from . import flux, sd3
+from .chroma import CHROMA
 from .flux import FLUX
 from .layers import LayerNames, Shapes, numbered_blocks, own_names
 from .sd3 import SD3
 from .sites import BaseModel, Clock, ModelLayout
 from .unet import SD2, SD15, SDXL
 
-BASE_MODELS: tuple[BaseModel, ...] = (SD15, SD2, SDXL, FLUX, SD3)
+BASE_MODELS: tuple[BaseModel, ...] = (SD15, SD2, SDXL, FLUX, CHROMA, SD3)
 """Every known family."""
 
 

@@ -1,14 +1,17 @@
-"""Flux, as diffusers and as its authors (and ComfyUI) build it. Image prompts do not act in it yet; LoRAs do."""
+"""FLUX.1 (dev, schnell, Krea, Kontext, Fill), as diffusers and as its authors (and ComfyUI) build it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import count
+from typing import Any
 
 from torch import nn
 
+from ..errors import IncompatibleAdapterError
 from .layers import LayerNames, Link, Names, Place, Rows, Shapes, fused, linked_names, numbered_blocks, swapped
-from .sites import BaseModel
+from .sites import BaseModel, ModelLayout, Site
 
 BLOCKS = {
     "double_blocks": "double",
@@ -17,6 +20,74 @@ BLOCKS = {
     "single_transformer_blocks": "single",
 }
 """Words for the lists of blocks, the original's and diffusers'."""
+
+# --- sites -----------------------------------------------------------------------------------------------------------
+
+
+def walk_flux(model: nn.Module) -> ModelLayout | None:
+    """The layout of a FLUX.1 transformer; None for another model, also for those that share blocks with it.
+
+    FLUX.1 alone reads the text's tokens by one matrix and adds a pooled text embedding to the timestep's. FLUX.2 and others
+    have no such embedding, HunyuanVideo refines the text first, Chroma makes its modulations otherwise.
+    """
+    inner: object = getattr(model, "model", None)
+    runs_on: tuple[type[object], ...] = (type(model), type(inner))
+    if any("nunchaku" in f"{kind.__module__}.{kind.__name__}".lower() for kind in runs_on):
+        raise IncompatibleAdapterError(
+            f"this model ({type(model).__name__}) runs on nunchaku's kernels, which let no image prompt into their attention; "
+            "load the base model as safetensors (fp16, bf16 or fp8) or GGUF"
+        )
+    pooled = getattr(getattr(model, "time_text_embed", None), "text_embedder", None) or getattr(
+        model, "vector_in", None
+    )
+    sites = () if pooled is None else sites_of(model)
+    return ModelLayout(FLUX, text_width(model), sites) if sites else None
+
+
+def sites_of(model: nn.Module) -> tuple[Site, ...]:
+    """The attentions of a model of double and single blocks; nothing of another model.
+
+    In double blocks that of text and picture together, where the picture's stream asks; in single blocks that of the one
+    stream of both, text first.
+    """
+    order, sites = count(), list[Site]()
+    if not text_width(model):
+        return ()
+    for group, path, block in _blocks(model):
+        attention: Any = getattr(block, "attn", None)  # diffusers'
+        if attention is not None:
+            path, channels, heads = f"{path}.attn", attention.inner_dim, attention.heads
+        else:
+            path, channels, heads = (
+                f"{path}.img_attn" if group == "double" else path,
+                block.hidden_size,
+                block.num_heads,
+            )
+        number = int(path.split(".")[1])
+        sites.append(Site(path, group, number, 0, next(order), int(channels), int(heads)))
+    return tuple(sites)
+
+
+def text_width(model: nn.Module) -> int:
+    """The width of the text tokens that a model of double and single blocks reads by one matrix; 0 for another model."""
+    forms = (
+        ("double_blocks", "single_blocks", "txt_in"),
+        ("transformer_blocks", "single_transformer_blocks", "context_embedder"),
+    )
+    for *lists, text in forms:
+        if all(isinstance(getattr(model, name, None), nn.ModuleList) for name in lists):
+            return int(getattr(getattr(model, text, None), "in_features", 0))
+    return 0
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Group, path and block, in the order in which they run."""
+    for name, group in BLOCKS.items():
+        for i, block in enumerate(getattr(model, name, ())):
+            yield group, f"{name}.{i}", block
+
+
+# --- names of layers -------------------------------------------------------------------------------------------------
 
 # original, diffusers (diffusers' convert_flux_to_diffusers.py)
 _DOUBLE = (
@@ -106,6 +177,8 @@ def _xlabs_names(names: Names, width: int) -> Names:
 
 FLUX = BaseModel(
     name="Flux",
+    walk=walk_flux,
+    reference_width=3072,
     layers=name_layers,
     marks=re.compile(r"^(double_blocks|single_blocks|single_transformer_blocks)_"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from .sites import ModelLayout
@@ -46,3 +47,12 @@ class Reach:
 def every(layout: ModelLayout) -> tuple[int, ...]:
     """One layer for every site, in execution order."""
     return tuple(range(len(layout.sites)))
+
+
+def sites_in(*groups: str) -> Callable[[ModelLayout], tuple[int, ...]]:
+    """One layer for every site of these groups of blocks, in execution order."""
+    return partial(_in_groups, frozenset(groups))
+
+
+def _in_groups(groups: frozenset[str], layout: ModelLayout) -> tuple[int, ...]:
+    return tuple(i for i, site in enumerate(layout.sites) if site.group in groups)

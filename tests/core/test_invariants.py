@@ -109,9 +109,12 @@ class DiffusersWorld(World):
         text = torch.cat([TEXTS[name].expand(len(x), -1, -1) for name in order])
         timestep = torch.tensor((1 - percent) * (999.0 if self.layout.model.clock == "steps" else 1000.0))
 
+        tiny = TINY[self.layout.model.walk]
+
         def call() -> Outputs:
             with torch.no_grad():
-                out = self.model(x.repeat(len(order), 1, 1, 1), timestep, text)
+                given = x.repeat(len(order), 1, 1, 1), timestep, text
+                out = self.model(*given) if tiny.call is None else tiny.call(self.model, *given)
             return dict(zip(order, getattr(out, "sample", out).chunk(len(order)), strict=True))
 
         if not patches:
@@ -141,7 +144,14 @@ def world(name: str) -> World:
 
 WALKED = {base.walk: base.name for base in reversed((*models.BASE_MODELS, FAKE)) if base.walk}
 """Every walk and the first family that has it: related families are one kind of model."""
-WORLDS = [f"{family} on {host}" for family in reversed(WALKED.values()) for host in ("ComfyUI", "diffusers")]
+HOSTS: dict[str, Mapping[Any, object]] = {"ComfyUI": comfy.DOORS, "diffusers": diffusers.ENTRIES}
+WORLDS = [
+    f"{family} on {host}"
+    for walk, family in reversed(WALKED.items())
+    for host, ways_in in HOSTS.items()
+    if walk in ways_in or family == "Fake"
+]
+"""Every kind of model on the hosts where image prompts can enter it."""
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.models import BASE_MODELS, flux, layout_of, sd3
 from ipadapter_core.models.sites import ModelLayout
 from ipadapter_core.models.unet import UNETS, down_up_middle, spatial_transformers
-from tiny_models import SD15, SDXL, LdmUNet, tiny_unet
+from tiny_flux import comfy_chroma, comfy_flux
+from tiny_models import SD15, SDXL, TINY, LdmUNet, tiny_unet
 
 # The published numbering (reference: tencent-ailab/IP-Adapter's released files, diffusers' and ComfyUI's UNets).
 # first key, diffusers block, ComfyUI block and id, channels, transformer index, transformer blocks
@@ -97,9 +98,24 @@ def unet_rows(table: list[Any]) -> list[Row]:
     ]
 
 
+# black-forest-labs/flux, util.py: 19 double and 38 single blocks of 24 heads of 128
+FLUX_ROWS: list[Row] = [
+    *((f"transformer_blocks.{i}.attn", "double", i, 0, 3072, i) for i in range(19)),
+    *((f"single_transformer_blocks.{i}.attn", "single", i, 0, 3072, 19 + i) for i in range(38)),
+]
+
+
+def on_meta(kind: type[nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return kind()
+
+
 GOLDEN: dict[str, tuple[Callable[[], nn.Module], int, list[Row]]] = {
     name: (partial(full_size, config), config["cross_attention_dim"], unet_rows(table))
     for name, (config, table) in UNET_TABLES.items()
+} | {
+    "Flux": (partial(on_meta, FluxTransformer2DModel), 4096, FLUX_ROWS),
+    "Chroma": (partial(on_meta, ChromaTransformer2DModel), 4096, FLUX_ROWS),
 }
 """By family: the real model in diffusers' form, the width of its text tokens, and its sites as published."""
 
@@ -178,6 +194,47 @@ def test_paths_lead_to_the_attention(kind: str) -> None:
             attention: Any = model.get_submodule(site.path)
             assert attention.to_k.out_features == site.channels
             assert attention.heads == site.heads
+
+
+@pytest.mark.parametrize("family", ["Flux", "Chroma"])
+def test_both_walks_of_double_and_single_blocks_find_the_same_sites(family: str) -> None:
+    walk = {base.name: base.walk for base in BASE_MODELS}[family]
+    diffusers, comfy = TINY[walk].diffusers(), TINY[walk].comfy()
+    ours, theirs = layout_of(diffusers), layout_of(comfy)
+    facts = [(s.group, s.number, s.depth, s.order, s.channels, s.heads) for s in ours.sites]
+    assert [(s.group, s.number, s.depth, s.order, s.channels, s.heads) for s in theirs.sites] == facts
+    assert facts == [("double", i, 0, i, 32, 2) for i in range(2)] + [("single", i, 0, 2 + i, 32, 2) for i in range(3)]
+    assert (ours.name, theirs.name, ours.token_dim, theirs.token_dim) == (family, family, 32, 32)
+    for model, layout in ((diffusers, ours), (comfy, theirs)):
+        for site in layout.sites:
+            attention: Any = model.get_submodule(site.path)
+            norm = attention.norm_q if model is diffusers else attention.norm.query_norm
+            assert norm.weight.shape == (site.channels // site.heads,)
+
+
+@pytest.mark.parametrize("lacking", ["vector_in", "txt_in"])
+def test_relatives_of_flux_are_no_flux(lacking: str) -> None:
+    """FLUX.2, Ovis and LongCat have no pooled text; HunyuanVideo refines the text by a transformer first."""
+    model = comfy_flux()
+    setattr(model, lacking, None)
+    with pytest.raises(IncompatibleAdapterError, match="ComfyFlux, which is of no family"):
+        layout_of(model)
+
+
+def test_chroma_on_pixels_is_no_chroma() -> None:
+    model = comfy_chroma()
+    del model.img_in  # Chroma Radiance reads patches of pixels
+    with pytest.raises(IncompatibleAdapterError, match="ComfyChroma, which is of no family"):
+        layout_of(model)
+
+
+def test_flux_on_foreign_kernels_is_refused_with_what_works() -> None:
+    inner = type("NunchakuFluxTransformer2dModel", (nn.Module,), {"__module__": "nunchaku.models.transformers"})
+    wrapper = nn.Module()
+    wrapper.model = inner()
+    for model in (wrapper, wrapper.model):
+        with pytest.raises(IncompatibleAdapterError, match=r"nunchaku's kernels.*safetensors"):
+            layout_of(model)
 
 
 def test_labels() -> None:
