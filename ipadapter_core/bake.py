@@ -1,6 +1,6 @@
 """From adapter and prompt to what a backend applies: image keys and values per site, computed once."""
 
-# pyright: reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .attention.call import COND
 from .attention.kv import Baked, SiteKV, Timed
 from .attention.masks import RegionMask
 from .attention.maths import split_heads
@@ -72,23 +73,24 @@ def _sites(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) ->
     weight = next(adapter.module.to_k_ip.parameters())
     tokens = torch.cat([prompt.uncond, prompt.cond]).to(weight.device, weight.dtype)
     images, reach = prompt.features.shape[1], adapter.spec.format.reach
+    off = prompt.negative_branch == "off"
     sites: list[SiteKV | None] = [None] * len(layout.sites)
     for layer, index in enumerate(reach.sites(layout)):
-        make = partial(_project, adapter, tokens, layer, layout.sites[index].heads)
+        make = partial(_project, adapter, tokens, layer, layout.sites[index].heads, off)
         sites[index] = Timed(make, images) if reach.timed else Baked(*make(None), images)
     return tuple(sites)
 
 
 @torch.no_grad()
 def _project(
-    adapter: AdapterWeights, tokens: Tensor, layer: int, heads: int, timestep: float | None
+    adapter: AdapterWeights, tokens: Tensor, layer: int, heads: int, off: bool, timestep: float | None
 ) -> tuple[Tensor, Tensor]:
-    """K and V ``2 m h n d`` of one layer."""
+    """K and V ``2 m h n d`` of one layer; ``off``: the negative branch's V are zeros, so that it gets nothing."""
     k, v = adapter.key_value(layer, tokens, timestep)
-    return (
-        split_heads(k, heads).contiguous().unflatten(0, (2, -1)),
-        split_heads(v, heads).contiguous().unflatten(0, (2, -1)),
-    )
+    values: Tensor = split_heads(v, heads).contiguous().unflatten(0, (2, -1))
+    if off:
+        values = torch.stack([torch.zeros_like(values[COND]), values[COND]])
+    return split_heads(k, heads).contiguous().unflatten(0, (2, -1)), values
 
 
 def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:

@@ -14,11 +14,30 @@ from torch import Tensor
 
 Rgb = tuple[float, float, float]
 
-Encoded = Literal["image_embeds", "penultimate"]
-"""What an image encoder gives of a picture: one pooled embedding ``e``, or the tokens ``t c`` of its last layer but one."""
+Encoded = Literal["image_embeds", "penultimate", "pooled", "last", "packed"]
+"""What an image encoder gives of a picture.
+
+``image_embeds`` is CLIP's projected embedding ``e``, ``pooled`` the output ``c`` of SigLIP's attention pooling head (transformers'
+``pooler_output``). ``penultimate`` are the tokens ``t c`` behind the last layer but one, ``last`` those behind the last layer and
+the final norm. ``packed`` are the states of several encoders side by side, see ``Look``.
+"""
 
 Embedding = Literal["normed", "raw"]
 """A face model's embedding: its direction alone, or with the length that the model gives it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a packed feature takes of one encoder, for pictures of ``side`` pixels: its ``last`` states, and the outputs of ``layers``.
+
+    Layers are numbered as transformers numbers ``hidden_states``: 1 is the output of the first, without a final norm. ``skip``
+    leading tokens (the class token) are left out.
+    """
+
+    encoder: str
+    layers: tuple[int, ...]
+    side: int
+    skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +46,7 @@ class Feature:
 
     ``name`` is what files of prompts call it and ``kind`` what files of adapters do; ``what`` says it in a sentence. It has
     ``rank`` axes, references first. ``encoded`` is what the image encoder gives of it, ``embedding`` what a face model does;
-    None: nothing.
+    None: nothing. Of a packed feature, ``looks`` say what it takes of which encoder.
     """
 
     name: str
@@ -36,10 +55,12 @@ class Feature:
     rank: int
     encoded: Encoded | None = None
     embedding: Embedding | None = None
+    looks: tuple[Look, ...] = ()
 
     def of(self, seen: ImageFeatures) -> Tensor:
         """What an image encoder saw of it, ``i e`` or ``i t c``."""
-        return seen.image_embeds if self.encoded == "image_embeds" else seen.penultimate
+        assert self.encoded is not None
+        return seen.get(self.encoded)
 
     def join(self, embeddings: Tensor | None, tokens: Tensor | None) -> Tensor:
         """The feature of face embeddings ``i e`` and encoder tokens ``i t c``, either of which may be no part of it."""
@@ -66,7 +87,25 @@ RAW_FACE = Feature("raw face", "face", "face embeddings of full length", 2, None
 FACE_TOKENS = Feature(
     "face_tokens", "face_tokens", "face embeddings with the hidden states of an encoder", 3, "penultimate", "normed"
 )
-FEATURES = {feature.name: feature for feature in (IMAGE_EMBEDS, PENULTIMATE, FACE, RAW_FACE, FACE_TOKENS)}
+POOLED = Feature("pooled", "pooled", "the pooled vector of an encoder with an attention pooling head", 2, "pooled")
+LAST = Feature("last", "last", "the last hidden states of an encoder", 3, "last")
+CHARACTER = Feature(
+    "character",
+    "character",
+    "the hidden states of two encoders at two sizes",
+    3,
+    "packed",
+    looks=(Look("SigLIP so400m/14-384", (7, 13, 26), 384), Look("DINOv2 giant/14", (9, 19, 29), 384, skip=1)),
+)
+"""``i 5832 2688``: tokens [low last 729 | low layers 3 · 729 | high last 4 · 729], channels [SigLIP 1152 | DINOv2 1536].
+
+Low is the picture at 384 pixels, high at 768 in four parts, row by row. The layers of the high one are no part of it: the authors'
+pipeline computes them and its projector never reads them (InstantCharacter, pipeline.py and models/resampler.py).
+"""
+FEATURES = {
+    feature.name: feature
+    for feature in (IMAGE_EMBEDS, PENULTIMATE, FACE, RAW_FACE, FACE_TOKENS, POOLED, LAST, CHARACTER)
+}
 
 
 def pack_face(embeddings: Tensor, tokens: Tensor) -> Tensor:
@@ -76,6 +115,11 @@ def pack_face(embeddings: Tensor, tokens: Tensor) -> Tensor:
 
 
 Crop = Literal["center", "top", "bottom", "left", "right", "pad", "stretch"]
+"""Which square of a picture is kept, for users to choose; see preprocess()."""
+
+Framing = Crop | Literal["fit", "shapes", "subject"]
+"""How a family's training saw pictures: one of the crops, or ``fit`` (all of it, with black borders), ``shapes`` (stretched to the
+nearest of PE-Core's shapes), ``subject`` (all of it, or what a mask shows of it, on white, as a square)."""
 
 
 CLIP_MEAN: Rgb = (0.48145466, 0.4578275, 0.40821073)
@@ -84,9 +128,22 @@ CLIP_MEAN: Rgb = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Rgb = (0.26862954, 0.26130258, 0.27577711)
 
 
+HALF: Rgb = (0.5, 0.5, 0.5)
+
+
+IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
+
+
+IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderSpec:
-    """A published image encoder: its widths, what its pixels must look like, and the file names people have."""
+    """A published image encoder: its widths, what its pixels must look like, and the file names people have.
+
+    ``projection_dim`` is 0 where it gives no image_embeds, ``tokens`` count a class token. ``serves`` is what adapters read of it:
+    a width is looked up among those alone; ``gives`` is all that one can ask it for.
+    """
 
     name: str
     hidden_size: int
@@ -96,9 +153,11 @@ class EncoderSpec:
     mean: Rgb
     std: Rgb
     files: tuple[str, ...]
+    serves: tuple[Encoded, ...] = ("image_embeds", "penultimate")
+    gives: tuple[Encoded, ...] = ("image_embeds", "penultimate", "pooled", "last")
 
     def width(self, encoded: Encoded) -> int:
-        """Length of one feature vector: of image_embeds, or of each penultimate token."""
+        """Length of one feature vector: of image_embeds, or of each token; 0: it gives none."""
         return width_of(self, encoded)
 
 
@@ -118,30 +177,45 @@ ENCODERS: dict[str, EncoderSpec] = {
         EncoderSpec("ViT-L/14-336", 1024, 768, 577, 336, CLIP_MEAN, CLIP_STD, (
             "clip-vit-large-patch14-336.bin (Kolors)", "openai/clip-vit-large-patch14-336",
         )),
-        EncoderSpec("SigLIP so400m/14-384", 1152, 1152, 729, 384, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (
+        EncoderSpec("SigLIP so400m/14-384", 1152, 0, 729, 384, HALF, HALF, (
             "sigclip_vision_patch14_384.safetensors", "google/siglip-so400m-patch14-384",
-        )),
+        ), ("penultimate", "pooled")),
+        EncoderSpec("SigLIP2 base/16-512", 768, 0, 1024, 512, HALF, HALF, ("google/siglip2-base-patch16-512",), ("last",)),
+        EncoderSpec("DINOv2 giant/14", 1536, 0, 1370, 518, IMAGENET_MEAN, IMAGENET_STD, ("facebook/dinov2-giant",), (),
+            ("penultimate", "last")),
+        EncoderSpec("PE-Core L/14-336", 1024, 0, 577, 336, HALF, HALF, ("PE-Core-L14-336.pt of facebook/PE-Core-L14-336",), (
+            "last",
+        ), ("last",)),
     )
 }  # fmt: skip
 
 
 def find_encoder(encoded: Encoded, width: int) -> EncoderSpec | None:
-    """The first encoder of the table that gives features ``width`` long; None if there is none."""
-    return next((spec for spec in ENCODERS.values() if spec.width(encoded) == width), None)
+    """The first encoder of the table that serves features ``width`` long; None if there is none."""
+    fitting = (spec for spec in ENCODERS.values() if encoded in spec.serves and spec.width(encoded) == width)
+    return next(fitting, None)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """What an encoder sees: ``image_embeds`` ``b e`` and ``penultimate`` ``b t c``.
+    """What an encoder sees: ``image_embeds`` ``b e`` and ``penultimate`` ``b t c``, and of some encoders more, see ``Encoded``.
 
-    ``penultimate`` is the output of the last layer but one (``hidden_states[-2]``), without a final norm.
+    ``penultimate`` is the output of the last layer but one (``hidden_states[-2]``), without a final norm. An encoder without a
+    projection gives image_embeds of width 0.
     """
 
     image_embeds: Tensor
     penultimate: Tensor
+    pooled: Tensor | None = None
+    last: Tensor | None = None
+    packed: Tensor | None = None
 
     def get(self, encoded: Encoded) -> Tensor:
-        return self.image_embeds if encoded == "image_embeds" else self.penultimate
+        """One of them. Raises LookupError for one that the encoder does not give; check_encoder() tells before."""
+        found: Tensor | None = getattr(self, encoded)
+        if found is None:
+            raise LookupError(f"the image encoder does not give {encoded} features")
+        return found
 
 
 class TakesPixels(Protocol):
@@ -165,7 +239,10 @@ class PixelSpec:
 
 
 class ImageEncoder(TakesPixels, Protocol):
-    """What the core asks of an image encoder, wherever it runs."""
+    """What the core asks of an image encoder, wherever it runs.
+
+    One that gives more than image_embeds and penultimate tokens names it all in ``gives: tuple[Encoded, ...]``.
+    """
 
     @property
     def name(self) -> str: ...
@@ -180,5 +257,8 @@ class ImageEncoder(TakesPixels, Protocol):
 
 
 def width_of(encoder: ImageEncoder | EncoderSpec, encoded: Encoded) -> int:
-    """Length of one feature vector that an encoder gives."""
-    return encoder.projection_dim if encoded == "image_embeds" else encoder.hidden_size
+    """Length of one feature vector that an encoder gives; 0: it gives none."""
+    if encoded == "image_embeds":
+        return encoder.projection_dim
+    given: tuple[Encoded, ...] = getattr(encoder, "gives", ("penultimate",))
+    return encoder.hidden_size if encoded in given else 0

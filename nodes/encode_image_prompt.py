@@ -54,7 +54,8 @@ class EncodeImagePrompt(io.ComfyNode):
                     "unconditional",
                     options=list(get_args(Unconditional)),
                     tooltip="What the negative prompt sees instead of the image. auto: as in the adapter's training. "
-                    "black: an encoded black image, as ComfyUI_IPAdapter_plus had it for plus adapters.",
+                    "black: an encoded black image, as ComfyUI_IPAdapter_plus had it for plus adapters. same: the image too. off: "
+                    "nothing, as if there were no adapter.",
                 ),
                 per_latent_input(),
                 io.Mask.Input(

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError, one_line
-from ..features import Encoded, Feature, find_encoder
+from ..features import Encoded, Feature, Framing, find_encoder
 from ..files.state_dict import StateDict, TensorFile
 from ..models.reach import Reach
 from ..models.unet import SDXL, unet_of_size
 from .projectors import TORCH, Operations
 
-TrainedUnconditional = Literal["zero_embeds", "zero_pixels"]
-"""What stood for no image in an adapter's training: zeros for its feature, or an encoded picture of zeros."""
+TrainedUnconditional = Literal["zero_embeds", "zero_pixels", "black_picture", "same", "off"]
+"""What stood for no image in an adapter's training: zeros for its feature, or an encoded picture of zeros, or a black one.
+
+``same``: the negative branch sees the image too. ``off``: it sees nothing at all, as if there were no adapter.
+"""
 
 LAYER_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_([kv])_ip\.weight")
 """One number per attention of the UNet, down, up, mid; odd ones are cross-attention (the only ones here)."""
@@ -36,7 +39,7 @@ class AdapterSpec:
     ``num_tokens`` counts the image tokens of one reference; 0 if it depends on the encoder and the encoder is not known.
     ``layer_channels`` holds the rows of the i-th ``to_k_ip``, in checkpoint order (down, up, mid); ``token_dim`` its
     columns, which is also the width of the image tokens unless ``projected_by_model``.
-    ``encoder`` is the name in ``features.ENCODERS`` that the feature's width points to, or "custom".
+    ``encoder`` is the name in ``features.ENCODERS`` that the feature's width points to, or "custom"; of several, both with " + ".
     ``options`` holds the sizes only this family's projector has (``depth``, ``queries``, ``hidden_dim``, …).
     """
 
@@ -110,6 +113,8 @@ class Format(ABC):
     """For people, where there is room for a few words."""
     feature: ClassVar[Feature]
     unconditional: ClassVar[TrainedUnconditional]
+    framing: ClassVar[Framing] = "center"
+    """How its training saw pictures that were not square, where the user chooses nothing else."""
     anchor: ClassVar[str]
     allowed: ClassVar[re.Pattern[str]]
     layer_keys: ClassVar[re.Pattern[str]] = LAYER_KEY
@@ -216,7 +221,6 @@ class Format(ABC):
         """The spec of a file whose tokens are as wide as the tensor ``width`` is long, or else ``token_dim``."""
         token_dim = int(state[width].shape[0]) if token_dim is None else token_dim
         channels = layer_channels(state, token_dim, width)
-        encoded = self.feature.encoded
         return AdapterSpec(
             self,
             base_model(token_dim, len(channels)),
@@ -224,10 +228,16 @@ class Format(ABC):
             token_dim,
             feature_dim,
             self.unconditional,
-            self.encoder or ("custom" if encoded is None else encoder_name(encoded, feature_dim)),
+            self.encoder or self._encoder_name(feature_dim),
             channels,
             options or {},
         )
+
+    def _encoder_name(self, feature_dim: int) -> str:
+        if self.feature.looks:
+            return " + ".join(look.encoder for look in self.feature.looks)
+        encoded = self.feature.encoded
+        return "custom" if encoded is None else encoder_name(encoded, feature_dim)
 
     def __repr__(self) -> str:
         return f"<format {self.name}>"

@@ -29,7 +29,9 @@ def combine_prompts(
     """Combine encoded prompts as if their images had been encoded together, for ``adapter``.
 
     The prompts may come from another adapter that reads the same feature of the same encoder. ``strengths`` holds one
-    number per prompt. Except for concat, which keeps each prompt's own, the unconditional is the first prompt's. A
+    number per prompt. Except for concat, which keeps each prompt's own, the unconditional is the first prompt's; where some
+    prompts of a concat have a negative image and others' negative branch sees the same image or nothing, theirs is the image's
+    feature or that of no image. A
     prompt of one image per latent combines with shared ones and with prompts of as many latents; all but concat
     combine image by image where a prompt holds several side by side.
 
@@ -89,8 +91,15 @@ def combine_prompts(
     uncond = torch.cat(unconds, 1) if concat else unconds[0]
     has_negative = any(prompt.neutral_features is not None for prompt in prompts)
     neutral = (torch.cat(neutrals, 1) if concat else neutrals[0]) if has_negative else None
+    agreed = not concat or all(prompt.negative_branch == first.negative_branch for prompt in prompts)
     return project_features(
-        adapter, first.encoder, features=combined, uncond=uncond, neutral=neutral, face_scale=first.face_scale
+        adapter,
+        first.encoder,
+        features=combined,
+        uncond=uncond,
+        neutral=neutral,
+        face_scale=first.face_scale,
+        negative_branch=first.negative_branch if agreed else "tokens",
     )
 
 

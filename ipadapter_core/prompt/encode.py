@@ -12,16 +12,20 @@ from torch import Tensor
 
 from ..attention.batch import fit_batch
 from ..checkpoints import AdapterWeights
+from ..checkpoints.format import TrainedUnconditional
 from ..compatibility import CORRECT, Rules
 from ..errors import IncompatibleEncoderError, InvalidInputError
 from ..features import Encoded, ImageEncoder
 from ..images.tiles import split_tiles
 from .combine import at_strength, check_strengths, combine_features
-from .image_prompt import ImagePrompt, project_features
+from .image_prompt import ImagePrompt, NegativeBranch, project_features
 from .needs import check_encoder
-from .options import EncodeOptions, changed
+from .options import EncodeOptions, NoImage, changed
 from .references import Part, negatives_of, no_image_pixels, parts_of, pixels_of, single_images, single_masks
 from .tiles import merge_tiles
+
+ENCODED_RULES = ("zero_pixels", "black", "black_picture")
+"""Rules under which what stands for no image is a picture that the encoder sees; under the others its feature is zeros."""
 
 
 @torch.no_grad()
@@ -68,9 +72,17 @@ def encode_image_prompt(
         features = torch.cat(references)
     else:
         features = combine_features(references, options.combine, options.rules)
+    branch = negative_branch(rule) if away is None else "tokens"
     uncond, neutral = (neutral, None) if away is None else (away, neutral)
-    chunk = options.chunk
-    return project_features(adapter, encoder.name, features=features, uncond=uncond, neutral=neutral, chunk=chunk)
+    return project_features(
+        adapter,
+        encoder.name,
+        features=features,
+        uncond=uncond,
+        neutral=neutral,
+        chunk=options.chunk,
+        negative_branch=branch,
+    )
 
 
 @torch.no_grad()
@@ -111,8 +123,8 @@ def unconditional_features(
 
     Raises InvalidInputError where that takes an encoder and there is none.
     """
-    feature = adapter.spec.format.feature
-    if feature.encoded is None or adapter.spec.unconditional == "zero_embeds":
+    feature, trained = adapter.spec.format.feature, adapter.spec.unconditional
+    if feature.encoded is None or trained not in ENCODED_RULES:
         return torch.zeros_like(like[:1])
     if encoder is None:
         raise InvalidInputError(
@@ -120,7 +132,7 @@ def unconditional_features(
             "the encoder node, or a CLIP vision model"
         )
     check_encoder(adapter.spec, encoder)
-    return feature.without_face(_no_image(feature.encoded, encoder, rules))
+    return feature.without_face(_no_image(feature.encoded, encoder, rules, trained))
 
 
 def no_image_features(encoded: Encoded, encoder: ImageEncoder, like: Tensor, rules: Rules = CORRECT) -> Tensor:
@@ -131,11 +143,18 @@ def no_image_features(encoded: Encoded, encoder: ImageEncoder, like: Tensor, rul
     return torch.zeros_like(like[:1]) if encoded == "image_embeds" else _no_image(encoded, encoder, rules)
 
 
-def _no_image(encoded: Encoded, encoder: ImageEncoder, rules: Rules) -> Tensor:
+def _no_image(
+    encoded: Encoded, encoder: ImageEncoder, rules: Rules, trained: TrainedUnconditional = "zero_pixels"
+) -> Tensor:
     """The feature ``1 ...`` of an encoded empty picture."""
     options = EncodeOptions(rules=rules)
     zeros = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
-    return _encode(encoded, encoder, [no_image_pixels(options.no_image("zero_pixels"), encoder, zeros)], options)
+    return _encode(encoded, encoder, [no_image_pixels(options.no_image(trained), encoder, zeros)], options)
+
+
+def negative_branch(rule: NoImage | TrainedUnconditional) -> NegativeBranch:
+    """What the negative branch gets under a rule, where no negative image is given."""
+    return rule if rule == "same" or rule == "off" else "tokens"
 
 
 @torch.no_grad()
@@ -147,12 +166,13 @@ def prompt_from_features(
     *,
     neutral: Tensor | None = None,
     encoder: str = "saved embeds",
+    negative_branch: NegativeBranch = "tokens",
     **changes: Any,
 ) -> ImagePrompt:
     """The other steps of encode_image_prompt(): features ``i ...`` and those of no image ``1|i ...`` to a prompt.
 
-    ``neutral`` ``1 ...`` stands for no image where ``uncond`` is a negative one; ``options`` and ``changes`` are fields of
-    EncodeOptions.
+    ``neutral`` ``1 ...`` stands for no image where ``uncond`` is a negative one; ``negative_branch`` says whether the negative
+    branch gets ``uncond`` at all; ``options`` and ``changes`` are fields of EncodeOptions.
 
     Raises IncompatibleEncoderError for features of another encoder.
     """
@@ -179,6 +199,7 @@ def prompt_from_features(
         neutral=None if neutral is None else neutral[None, :1].to(features),
         chunk=options.chunk,
         face_scale=options.face_scale,
+        negative_branch=negative_branch,
     )
 
 
@@ -187,17 +208,17 @@ def _look(
     encoder: ImageEncoder,
     parts: list[list[Part]],
     negatives: list[Tensor],
-    rule: str,
+    rule: NoImage,
     options: EncodeOptions,
 ) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
     """What the encoder sees, in one go: every reference's tiles ``t 1 ...``, no image ``1 1 ...``, negatives ``i 1 ...``."""
     pixels = [pixels_of(*part, encoder, options) for reference in parts for part in reference]
     count = len(pixels)
-    if rule != "zero_embeds":
+    if rule in ENCODED_RULES:
         pixels.append(no_image_pixels(rule, encoder, pixels[0]))
     pixels += [pixels_of(image, None, encoder, options) for image in negatives]
     seen = _encode(encoded, encoder, pixels, options)[:, None]
-    neutral = torch.zeros_like(seen[:1]) if rule == "zero_embeds" else seen[count : count + 1]
+    neutral = seen[count : count + 1] if rule in ENCODED_RULES else torch.zeros_like(seen[:1])
     away = seen[-len(negatives) :] if negatives else None
     return seen[:count].split([len(reference) for reference in parts]), neutral, away
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputErr
 from ..features import ENCODERS, FEATURES, ImageEncoder
 from ..files.state_dict import LONGEST_NAME
 from .embeds import MOST_REFERENCES, SavedEmbeds, load_embeds, save_embeds
-from .encode import unconditional_features
-from .image_prompt import ImagePrompt, project_features
+from .encode import ENCODED_RULES, negative_branch, unconditional_features
+from .image_prompt import ImagePrompt, NegativeBranch, project_features
 from .needs import check_encoder
 
 UNNAMED = "saved embeds"
@@ -45,10 +46,14 @@ def save_prompt(path: str | os.PathLike[str], prompt: ImagePrompt) -> Path:
     }  # fmt: skip
     if prompt.face_scale != 1:
         texts["face_scale"] = repr(float(prompt.face_scale))
-    neutral = prompt.neutral_features
+    if prompt.negative_branch != "tokens":
+        texts["negative_branch"] = prompt.negative_branch
+    uncond, neutral = prompt.uncond_features, prompt.neutral_features
+    if prompt.negative_branch == "same" and neutral is not None:  # the references themselves are not written twice
+        uncond, neutral = neutral, None
     saved = SavedEmbeds(
         prompt.features.flatten(0, 1),
-        _distinct(prompt.uncond_features.flatten(0, 1)),
+        _distinct(uncond.flatten(0, 1)),
         None if neutral is None else _distinct(neutral.flatten(0, 1)),
         texts,
     )
@@ -82,14 +87,15 @@ def load_prompt(
         raise CorruptFileError(
             f"{name} holds {len(embeds)} references, which are not the same number for {latents} latents"
         )
-    negative = saved.negative
+    negative, branch = saved.negative, _branch(name, saved)
     if negative is None:
-        if encoder is None and spec.unconditional != "zero_embeds":
+        if encoder is None and spec.unconditional in ENCODED_RULES:
             raise InvalidInputError(
                 f"{name} does not hold what stands for no image, which {adapter.name} needs: connect the image encoder "
                 f"({spec.encoder}) to clip_vision, or save the references with Save Image Prompt"
             )
         negative = unconditional_features(adapter, encoder, embeds, rules)
+        branch = negative_branch(spec.unconditional)
     beside = [
         _beside(name, what, t, embeds, latents) for what, t in (("negative", negative), ("neutral", saved.neutral))
     ]
@@ -101,6 +107,7 @@ def load_prompt(
         uncond=beside[0],
         neutral=beside[1],
         face_scale=_number(name, saved, "face_scale", 1.0, -math.inf, math.inf),
+        negative_branch=branch,
     )
     # one look per loaded file: large features, or a large face_scale, overflow in the projector's half precision
     if not all(bool(torch.isfinite(tokens).all()) for tokens in (prompt.cond, prompt.uncond)):
@@ -140,6 +147,14 @@ def _number(name: str, saved: SavedEmbeds, key: str, default: float, least: floa
     if not (math.isfinite(value) and least <= value <= most):
         raise CorruptFileError(f"{name} says {key} is {quoted(text)}, which is no number that it can have")
     return value
+
+
+def _branch(name: str, saved: SavedEmbeds) -> NegativeBranch:
+    text = saved.metadata.get("negative_branch", "tokens")
+    for known in get_args(NegativeBranch):
+        if known == text:
+            return known
+    raise CorruptFileError(f"{name} says negative_branch is {quoted(text)}; tokens, same or off were expected")
 
 
 def _distinct(rows: Tensor) -> Tensor:

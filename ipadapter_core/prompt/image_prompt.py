@@ -9,11 +9,15 @@ dim; features are ``b k e`` (image_embeds) or ``b k t c`` (penultimate tokens).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..checkpoints import AdapterSpec, AdapterWeights
+
+NegativeBranch = Literal["tokens", "same", "off"]
+"""What the negative branch of guidance gets: tokens of its own, the same as the positive one, or nothing at all."""
 
 
 @dataclass(frozen=True, eq=False)  # no slots: baked K/V are kept per prompt by weak reference
@@ -25,7 +29,8 @@ class ImagePrompt:
     project_by_model() first.
     ``features`` and ``uncond_features`` are what they were projected from, ``b k ...``; ``neutral_features`` stand for
     no image at all and differ from ``uncond_features`` only where a negative image was given.
-    ``spec`` is the adapter's that they were projected with, ``face_scale`` as in EncodeOptions.
+    ``spec`` is the adapter's that they were projected with, ``face_scale`` as in EncodeOptions. Where ``negative_branch`` is
+    "same", uncond is cond; where it is "off", uncond is zeros, and the image's values of that branch must be too.
     """
 
     cond: Tensor
@@ -38,6 +43,7 @@ class ImagePrompt:
     neutral_features: Tensor | None = None
     spec: AdapterSpec | None = None
     face_scale: float = 1.0
+    negative_branch: NegativeBranch = "tokens"
 
 
 def project_features(
@@ -49,11 +55,20 @@ def project_features(
     neutral: Tensor | None,
     chunk: int = 8,
     face_scale: float = 1.0,
+    negative_branch: NegativeBranch = "tokens",
 ) -> ImagePrompt:
-    """The prompt of ``features`` ``b k ...``; uncond and neutral may have b or k = 1 and are spread."""
+    """The prompt of ``features`` ``b k ...``; uncond and neutral may have b or k = 1 and are spread.
+
+    Where the negative branch gets no tokens of its own, ``uncond`` is the feature that stands for no image.
+    """
     b, k = features.shape[:2]
     cond_tokens = _tokens(adapter, features, chunk, face_scale)
-    uncond_tokens = _tokens(adapter, uncond, chunk, face_scale)
+    if negative_branch == "same":
+        neutral, uncond, uncond_tokens = uncond if neutral is None else neutral, features, cond_tokens
+    elif negative_branch == "off":
+        uncond_tokens = torch.zeros_like(cond_tokens)
+    else:
+        uncond_tokens = _tokens(adapter, uncond, chunk, face_scale)
     return ImagePrompt(
         cond=cond_tokens.flatten(1, 2),
         uncond=uncond_tokens.expand(b, k, *uncond_tokens.shape[2:]).flatten(1, 2).contiguous(),
@@ -65,6 +80,7 @@ def project_features(
         neutral_features=None if neutral is None else neutral.expand(b, k, *neutral.shape[2:]),
         spec=adapter.spec,
         face_scale=face_scale,
+        negative_branch=negative_branch,
     )
 
 

@@ -13,7 +13,8 @@ from ..features import Crop
 from ..images.faces import Which
 from .combine import Combine, check_choice
 
-Unconditional = Literal["auto", "zero_pixels", "zero_embeds", "black"]
+Unconditional = Literal["auto", "zero_pixels", "zero_embeds", "black", "same", "off"]
+NoImage = Literal["zero_pixels", "zero_embeds", "black", "same", "off"]
 PromptCrop = Crop | Literal["tiles"]
 
 
@@ -42,8 +43,8 @@ class EncodeOptions:
 
     unconditional: Unconditional = "auto"
     """What the negative branch of guidance sees. ``auto`` does as the adapter was trained; otherwise ``zero_pixels`` (a picture
-    of the encoder's mean colour), ``zero_embeds`` (no encoder at all), or ``black`` (a black picture, as
-    ComfyUI_IPAdapter_plus feeds plus adapters)."""
+    of the encoder's mean colour), ``zero_embeds`` (no encoder at all), ``black`` (a black picture, as
+    ComfyUI_IPAdapter_plus feeds plus adapters), ``same`` (the image itself) or ``off`` (nothing, as if there were no adapter)."""
 
     which: Which = "best"
     """The choice among the faces of a picture, see find_faces()."""
@@ -75,11 +76,13 @@ class EncodeOptions:
         if self.chunk < 1:
             raise InvalidInputError(f"chunk is {self.chunk}; it must be at least 1")
 
-    def no_image(self, trained: TrainedUnconditional) -> Literal["zero_pixels", "zero_embeds", "black"]:
+    def no_image(self, trained: TrainedUnconditional) -> NoImage:
         """What stands for no image with an adapter that was trained so."""
         if self.unconditional != "auto":
             return self.unconditional
-        return "black" if trained == "zero_pixels" and self.rules.black_unconditional else trained
+        if trained == "black_picture" or (trained == "zero_pixels" and self.rules.black_unconditional):
+            return "black"
+        return trained
 
 
 def changed(options: EncodeOptions | None, changes: Mapping[str, Any]) -> EncodeOptions:

@@ -60,8 +60,8 @@ def no_image_pixels(rule: str, encoder: ImageEncoder, like: Tensor) -> Tensor:
     # old pack have their pictures from
     if rule == "zero_pixels":
         return torch.zeros_like(like)
-    size = encoder.image_size
-    return preprocess(torch.zeros(1, size, size, 3, device=like.device), encoder)
+    mean, std = (torch.tensor(value, device=like.device).view(3, 1, 1) for value in (encoder.mean, encoder.std))
+    return (-mean / std).expand_as(like).to(like)
 
 
 def single_images(images: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -148,6 +148,19 @@ def call(q: Tensor, layout: ModelLayout, *branches: int, percent: float = 0.5) -
     return SiteCall(ModelCall(branches, lambda: percent), q, layout.sites[0].heads)
 
 
+def test_a_negative_branch_that_is_off_is_the_base_model_to_the_bit(
+    adapter: AdapterWeights, layout: ModelLayout
+) -> None:
+    prompt = tiny_prompt(adapter)
+    q = noise(2, 4, layout.sites[0].channels)
+    plain = bake(adapter, prompt, layout).add_to(q, 0, call(q, layout, 0, 1))
+    off = replace(prompt, negative_branch="off")  # its tokens stay: a bias would make keys of zeros too
+    out = bake(adapter, off, layout).add_to(q, 0, call(q, layout, 0, 1))
+    assert torch.equal(out[:1], q[:1])
+    assert_close(out[1:], plain[1:], **TOLERANCE)
+    assert (plain[:1] - q[:1]).abs().max() > 1e-2
+
+
 def test_one_site_alone_in_another_dtype(adapter: AdapterWeights, layout: ModelLayout) -> None:
     """What is ready at a site is for the dtype of its own queries, not of the first site's that was asked."""
     patch = bake(adapter, tiny_prompt(adapter), layout)

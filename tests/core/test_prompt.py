@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import AdapterWeights, format_named, load_adapter, trainable_families
+from ipadapter_core.checkpoints.format import TrainedUnconditional
 from ipadapter_core.compatibility import IPADAPTER_PLUS
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.features import ImageFeatures
@@ -120,8 +121,65 @@ def test_the_named_unconditionals_differ(family: str) -> None:
     assert_close(uncond["black"], black)
 
 
+def trained_so(family: str, rule: TrainedUnconditional) -> AdapterWeights:
+    return replace(adapter(family), spec=replace(adapter(family).spec, unconditional=rule))
+
+
+@pytest.mark.parametrize(
+    ("trained", "chosen"),
+    [("black_picture", "black"), ("zero_embeds", "zero_embeds"), ("same", "same"), ("off", "off")],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_family_was_trained_with_can_be_chosen_for_another(
+    family: str, trained: TrainedUnconditional, chosen: str
+) -> None:
+    images = photos(2)
+    alone = encode_image_prompt(trained_so(family, trained), encoder(), images, strengths=[1, 0.4])
+    same(alone, encode(family, images, strengths=[1, 0.4], unconditional=chosen), **exact)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_image_in_both_branches(family: str, combine: str) -> None:
+    """Also where strengths change it and pictures are joined afterwards; weak images fade to the zero feature."""
+    prompt = encode(family, photos(3), combine=combine, strengths=[0.5, 1, -2], unconditional="same")
+    assert prompt.negative_branch == "same"
+    assert_close(prompt.uncond, prompt.cond, **exact)
+    assert_close(prompt.uncond_features, prompt.features, **exact)
+    assert prompt.neutral_features is not None
+    assert not prompt.neutral_features.any()
+    apart = [encode(family, photos(3)[i : i + 1], unconditional="same") for i in range(3)]
+    joined = combine_prompts(adapter(family), apart, combine=combine, strengths=[0.5, 1, -2])  # pyright: ignore[reportArgumentType]
+    same(joined, prompt)
+    assert joined.negative_branch == "same"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_branch_that_is_off_has_no_tokens(family: str) -> None:
+    prompt = encode(family, photos(2), unconditional="off")
+    assert prompt.negative_branch == "off"
+    assert not prompt.uncond.any()
+    assert prompt.uncond.shape == prompt.cond.shape
+    assert_close(prompt.cond, encode(family, photos(2)).cond, **exact)
+    joined = combine_prompts(adapter(family), [prompt, prompt], combine="concat")
+    assert joined.negative_branch == "off"
+
+
+@pytest.mark.parametrize("rule", ["same", "off", "black"])
+def test_a_negative_image_comes_before_every_rule(rule: str) -> None:
+    images, negative = photos(2), photos(1, seed=9)
+    prompt = encode("plus", images, negative=negative, unconditional=rule)
+    assert prompt.negative_branch == "tokens"
+    assert_close(prompt.uncond, tokens_of("plus", negative).repeat(1, 2, 1))
+    mixed = combine_prompts(adapter(), [prompt, encode("plus", images[:1], unconditional=rule)], combine="concat")
+    assert mixed.negative_branch == "tokens"
+    own = {"same": images[:1], "black": torch.zeros_like(images[:1])}
+    last = tokens_of("plus", own[rule]) if rule in own else adapter().tokens(torch.zeros(1, 5, HIDDEN))
+    assert_close(mixed.uncond, torch.cat([prompt.uncond, last], 1))
+
+
 def test_unconditional_does_not_touch_the_image() -> None:
-    rules = ("auto", "zero_pixels", "zero_embeds", "black")
+    rules = ("auto", "zero_pixels", "zero_embeds", "black", "same", "off")
     conds = [encode("plus", photos(1), unconditional=rule).cond for rule in rules]
     for cond in conds[1:]:
         assert_close(cond, conds[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,38 @@ def same(a: ImagePrompt, b: ImagePrompt) -> None:
     for name in ("cond", "uncond", "features", "uncond_features", "neutral_features"):
         assert_close(getattr(a, name), getattr(b, name), **exact)
     assert (a.encoder, a.adapter, a.token_dim, a.face_scale) == (b.encoder, b.adapter, b.token_dim, b.face_scale)
+    assert a.negative_branch == b.negative_branch
 
 
-@pytest.mark.parametrize("options", [{}, {"per_latent": True}, {"negative": photos(1, 9)}, {"strengths": [0.5, 2.0]}])
+RULES = [{"unconditional": "same"}, {"unconditional": "off"}, {"unconditional": "same", "negative": photos(1, 9)}]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"per_latent": True}, {"negative": photos(1, 9)}, {"strengths": [0.5, 2.0]}, *RULES]
+)
 @pytest.mark.parametrize("family", ["base", "plus", "full-face"])
 def test_a_saved_prompt_is_the_same_again(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     prompt = encode(family, **options)
     path = save_prompt(tmp_path / "deep" / "a.ipadpt.safetensors", prompt)
     same(load_prompt(path, adapter(family)), prompt)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("rule", ["same", "off"])
+def test_embeds_of_other_tools_follow_the_adapters_rule(tmp_path: Path, rule: Any) -> None:
+    trained = replace(adapter(), spec=replace(adapter().spec, unconditional=rule))
+    made = encode_image_prompt(trained, Encoder(), photos(2))
+    save_file({"embeds": made.features[0]}, tmp_path / "a.safetensors")
+    loaded = load_prompt(tmp_path / "a.safetensors", trained)
+    for name in ("cond", "uncond", "negative_branch"):
+        assert_equal(getattr(loaded, name), getattr(made, name))
+    save_file({"embeds": made.features[0]}, tmp_path / "a.safetensors", metadata={"negative_branch": "none"})
+    with pytest.raises(CorruptFileError, match="tokens, same or off"):
+        load_prompt(tmp_path / "a.safetensors", trained)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def test_prompts_of_many_images_and_latents_come_back(tmp_path: Path) -> None:
