@@ -227,7 +227,7 @@ class WorldAdapter(AdapterTrainee):
 
     def attach(self, learned: nn.Module, parts: Parts) -> None:
         learned.install(
-            parts["unet"],
+            parts["denoiser"],
             lambda layer: MatmulIPAttention(layer) if isinstance(layer, IPAttnProcessor) else AttnProcessor(),
         )
 

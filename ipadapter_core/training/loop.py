@@ -145,163 +145,213 @@ def fit(
     Raises TrainingFailed when steps keep giving no numbers, when memory ran out (the state before that step is saved, unless
     several processes train) and when nothing can be saved; InvalidInputError for a folder of another run.
     """
-    train, out, seen = config.train, config.output, config.watch
-    learned = module.learned
-    parameters = [p for p in learned.parameters() if p.requires_grad]
-    plain = build_optimizer(train, module.groups(train.lr))
-    schedule = build_schedule(train, plain)
-    model, optimizer = accelerator.prepare(module, plain)
-    average = build_average(train, learned)
-    progress = TrainerState()
-    training = Training(module, average, plain, schedule, accelerator.scaler)
-    rank: int = accelerator.process_index
-    newest = _newest(accelerator, folder, log)
-    if newest is not None:
-        changed = check_same_run(config, newest, accelerator.num_processes)
-        progress.set(training.load(newest.folder), newest.step)
-        load_random(newest.folder, rank)
-        changed = "\n".join(filter(None, [changed, _other_pictures(newest, pictures)]))
-        log.say(f"going on after step {progress.step} from {newest.folder}" + (changed and f"\n{changed}"))
-    log.begin(progress.step)
+    loop = Loop(config, accelerator, module, stream, folder, log, watch, results, pictures)
+    loop.go_on()
+    return loop.run()
 
-    def raw() -> State:
-        return learned.state_dict()
 
-    def best() -> State:
-        return raw() if average is None else average.module.state_dict()
+class Loop:
+    """A training from where it is to its end. What is in memory between two steps is what a state holds."""
 
-    def save_checkpoint() -> None:
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, module: Step, stream: BatchStream, folder: RunFolder, log: Log,
+        watch: Watch, results: Results, pictures: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.config, self.accelerator, self.module, self.stream = config, accelerator, module, stream
+        self.folder, self.log, self.watch, self.results, self.pictures = folder, log, watch, results, pictures
+        train = config.train
+        self.learned = module.learned
+        self.parameters = [p for p in self.learned.parameters() if p.requires_grad]
+        plain = build_optimizer(train, module.groups(train.lr))
+        self.schedule = build_schedule(train, plain)
+        self.model, self.optimizer = accelerator.prepare(module, plain)
+        self.average = build_average(train, self.learned)
+        self.progress = TrainerState()
+        self.training = Training(module, self.average, plain, self.schedule, accelerator.scaler)
+        # where the frozen models are split, no process can look at anything without the others
+        self.looks: bool = accelerator.is_main_process or train.shard
+        self.unsaved: list[Callable[[], None]] = []
+        self.updating = False
+        """Inside of a step, where the numbers are of no step."""
+
+    def go_on(self) -> None:
+        """Read the newest state, if there is one."""
+        newest = _newest(self.accelerator, self.folder, self.log)
+        if newest is not None:
+            changed = check_same_run(self.config, newest, self.accelerator.num_processes)
+            self.progress.set(self.training.load(newest.folder), newest.step)
+            load_random(newest.folder, self.accelerator.process_index)
+            changed = "\n".join(filter(None, [changed, _other_pictures(newest, self.pictures)]))
+            text = f"going on after step {self.progress.step} from {newest.folder}"
+            self.log.say(text + (changed and f"\n{changed}"))
+        self.log.begin(self.progress.step)
+
+    def run(self) -> Outcome:
+        """All steps that are left, and the result."""
+        train, progress = self.config.train, self.progress
+        if self.looks and progress.step == 0 and self.config.watch.validate_every:
+            self._validate()
+        orphaned, clock = orphan_watch(), Clock()
+        batches = self.stream.batches(progress.step * train.accumulate, train.steps * train.accumulate)
+        stopped = by_file = False
+        failure = ""
+        try:
+            with asked_to_stop() as asked:
+                while progress.step < train.steps and not stopped:
+                    self.module.train()
+                    clock.start()
+                    value, fine = self._step(batches)
+                    clock.stop()
+                    _guard(progress, fine, value, self.config, self.log)
+                    progress.losses.append(value)
+                    self.log.tick(progress.step, value)
+                    last = progress.step == train.steps
+                    wanted = asked() or self.folder.stop_file.exists() or orphaned()
+                    stopped = _agree(self.accelerator, wanted) and not last
+                    by_file = stopped and self.folder.stop_file.exists()  # before the first process takes it away
+                    self._between_steps(clock, last=last, stopped=stopped)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            failure = reason(error)
+        if failure:  # outside of except, where the error holds on to all that the step had in memory
+            raise self._out_of_memory(failure)
+        self._finish(stopped)
+        return Outcome(progress.step, self.results.file(progress.step if stopped else None), stopped, by_file)
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _step(self, batches: Iterator[Sequence[Any]]) -> tuple[float, bool]:
+        """One optimiser step: the mean loss of its micro-steps, and whether the gradients were numbers."""
+        train, accelerator = self.config.train, self.accelerator
+        loss_sum, fine = 0.0, False
+        for _ in range(train.accumulate):
+            given = _onto(next(batches), accelerator.device)
+            with accelerator.accumulate(self.model):
+                loss = self.model(*given)
+                accelerator.backward(loss)
+                loss_sum = loss_sum + loss.detach()
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, train.clip or math.inf)
+                    fine = bool(torch.isfinite(norm))
+                    self.updating = True
+                    if fine or train.precision == "fp16":  # fp16's own scaler skips overflows and learns from them
+                        self.optimizer.step()
+                    if fine and self.average is not None:
+                        self.average.update_parameters(self.learned)
+                    self.schedule.step()
+                self.optimizer.zero_grad()
+        self.progress.step += 1
+        self.updating = False
+        return float(loss_sum) / train.accumulate, fine
+
+    def _between_steps(self, clock: Clock, *, last: bool, stopped: bool) -> None:
+        """What is due: a line of the log, a validation, a sheet, a checkpoint, a state."""
+        out, seen, step, log = self.config.output, self.config.watch, self.progress.step, self.log
+        if last or stopped or step % seen.log_every == 0:
+            mean = _mean(self.accelerator, self.progress.losses)
+            rate = self.schedule.get_last_lr()[0]
+            log.event("step", step, loss=mean, lr=rate, seconds_per_step=clock.each())
+            self.progress.losses.clear()
+            self.unsaved = [save for save in self.unsaved if not self._try_to(save)]
+        if self.looks and (_due(step, seen.validate_every) or last):
+            self._validate()
+        if self.looks and (_due(step, seen.sample_every) or (last and seen.sample_every)):
+            together = self.config.train.shard
+            _draw(log, self.folder, step, lambda: self.watch.sheet(self.module, self._best()), together=together)
+        if _due(step, out.save_every) or last or stopped:
+            self._save(self._checkpoint)
+        if _due(step, out.state_every) or last or stopped:
+            self._save(self._state)
+
+    def _validate(self) -> None:
+        together = self.config.train.shard
+        _look(
+            self.accelerator, self.log, self.progress.step, lambda: self.watch.validate(self.module), together=together
+        )
+
+    # --- what is saved ------------------------------------------------------------------------------------------------
+
+    def _raw(self) -> State:
+        return self.learned.state_dict()
+
+    def _best(self) -> State:
+        return self._raw() if self.average is None else self.average.module.state_dict()
+
+    def _checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            averaged = None if self.average is None else self._best()
+            self.results.checkpoint(self.progress.step, self._raw(), averaged)
+        self.accelerator.wait_for_everyone()
+
+    def _state(self) -> None:
+        accelerator, step = self.accelerator, self.progress.step
+        place = self.folder.unfinished(step)
         if accelerator.is_main_process:
-            results.checkpoint(progress.step, raw(), None if average is None else best())
-        accelerator.wait_for_everyone()
-
-    def save_state() -> None:
-        place = folder.unfinished(progress.step)
-        if accelerator.is_main_process:
-            training.save(place, progress.counts())
-            if pictures is not None:
-                write_tensors(place / PICTURES, {"digests": pictures})
-        save_random(place, rank)
+            self.training.save(place, self.progress.counts())
+            if self.pictures is not None:
+                write_tensors(place / PICTURES, {"digests": self.pictures})
+        save_random(place, accelerator.process_index)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             world = accelerator.num_processes
-            folder.finish(progress.step, {"config": config.as_dict(), "step": progress.step, "processes": world})
+            self.folder.finish(step, {"config": self.config.as_dict(), "step": step, "processes": world})
         accelerator.wait_for_everyone()
 
-    def try_to(save: Callable[[], None]) -> bool:
+    def _save(self, save: Callable[[], None]) -> None:
+        """Now, or when there is room."""
+        if not self._try_to(save):
+            self.unsaved.append(save)
+
+    def _try_to(self, save: Callable[[], None]) -> bool:
         """A full disk should not cost the training that is in memory: say it, go on, try again later."""
         try:
             save()
             return True
         except Exception as error:  # torch, safetensors and the system each have their own kinds
-            if accelerator.num_processes > 1:
+            if self.accelerator.num_processes > 1:
                 raise
-            log.say(f"step {progress.step} could not be saved ({error}); training goes on and tries again")
-            log.event("save failed", progress.step, error=str(error))
-            folder.prepare_again()
+            step = self.progress.step
+            self.log.say(f"step {step} could not be saved ({error}); training goes on and tries again")
+            self.log.event("save failed", step, error=str(error))
+            self.folder.prepare_again()
             return False
 
-    # where the frozen models are split, no process can look at anything without the others
-    looks: bool = accelerator.is_main_process or train.shard
-    if looks and progress.step == 0 and seen.validate_every:
-        _look(accelerator, log, 0, lambda: watch.validate(module), together=train.shard)
-    orphaned = orphan_watch()
-    end = train.steps * train.accumulate
-    batches = stream.batches(progress.step * train.accumulate, end)
-    unsaved: list[Callable[[], None]] = []
-    clock = Clock()
-    stopped = by_file = updating = False
-    failure = ""
+    # --- its end ------------------------------------------------------------------------------------------------------
 
-    def take_step() -> tuple[float, bool]:
-        """One optimiser step: the mean loss of its micro-steps, and whether the gradients were numbers."""
-        nonlocal updating
-        loss_sum, fine = 0.0, False
-        for _ in range(train.accumulate):
-            given = _onto(next(batches), accelerator.device)
-            with accelerator.accumulate(model):
-                loss = model(*given)
-                accelerator.backward(loss)
-                loss_sum = loss_sum + loss.detach()
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(parameters, train.clip or math.inf)
-                    fine = bool(torch.isfinite(norm))
-                    updating = True
-                    if fine or train.precision == "fp16":  # fp16's own scaler skips overflows and learns from them
-                        optimizer.step()
-                    if fine and average is not None:
-                        average.update_parameters(learned)
-                    schedule.step()
-                optimizer.zero_grad()
-        progress.step += 1
-        updating = False
-        return float(loss_sum) / train.accumulate, fine
-
-    try:
-        with asked_to_stop() as asked:
-            while progress.step < train.steps and not stopped:
-                module.train()
-                clock.start()
-                value, fine = take_step()
-                clock.stop()
-                _guard(progress, fine, value, config, log)
-                progress.losses.append(value)
-                log.tick(progress.step, value)
-                last = progress.step == train.steps
-                stopped = _agree(accelerator, asked() or folder.stop_file.exists() or orphaned()) and not last
-                by_file = stopped and folder.stop_file.exists()  # before the first process takes it away
-                if last or stopped or progress.step % seen.log_every == 0:
-                    mean = _mean(accelerator, progress.losses)
-                    rate = schedule.get_last_lr()[0]
-                    log.event("step", progress.step, loss=mean, lr=rate, seconds_per_step=clock.each())
-                    progress.losses.clear()
-                    unsaved = [save for save in unsaved if not try_to(save)]
-                if looks and (_due(progress.step, seen.validate_every) or last):
-                    _look(accelerator, log, progress.step, lambda: watch.validate(module), together=train.shard)
-                if looks and (_due(progress.step, seen.sample_every) or (last and seen.sample_every)):
-                    _draw(log, folder, progress.step, lambda: watch.sheet(module, best()), together=train.shard)
-                if _due(progress.step, out.save_every) or last or stopped:
-                    unsaved += [] if try_to(save_checkpoint) else [save_checkpoint]
-                if _due(progress.step, out.state_every) or last or stopped:
-                    unsaved += [] if try_to(save_state) else [save_state]
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        failure = reason(error)
-    if failure:  # outside of except, where the error holds on to all that the step had in memory
-        optimizer.zero_grad()
+    def _out_of_memory(self, why: str) -> TrainingFailed:
+        """Save what is whole, and say how to go on."""
+        self.optimizer.zero_grad()
         _let_go()
-        alone = accelerator.num_processes == 1 and not updating
+        step, alone = self.progress.step, self.accelerator.num_processes == 1 and not self.updating
         saved = (
-            f"step {progress.step} is saved"
-            if alone and try_to(save_state)
+            f"step {step} is saved"
+            if alone and self._try_to(self._state)
             else "the newest saved state is from before it"
         )
-        raise TrainingFailed(
-            f"memory ran out after step {progress.step} ({failure}); {saved}, and the same command goes on from there: close other "
+        return TrainingFailed(
+            f"memory ran out after step {step} ({why}); {saved}, and the same command goes on from there: close other "
             "programs first, or begin in another output.folder with train.checkpointing = true or a smaller train.batch"
         )
-    file = results.file(progress.step if stopped else None)
 
-    def save_final() -> None:
-        for save in unsaved:
-            save()
-        if accelerator.is_main_process and not stopped:
-            results.finish(progress.step, best())
-
-    try:
-        save_final()
-    except Exception as error:
-        raise TrainingFailed(
-            f"the result of step {progress.step} could not be saved ({error}); make room in {folder.path} and start the training "
-            "again: it goes on after its newest state"
-        ) from error
-    if accelerator.is_main_process:
-        folder.stop_file.unlink(missing_ok=True)
-        log.plot()
-        log.event("stopped" if stopped else "done", progress.step, file=str(file), bad_steps=progress.bad)
-    accelerator.wait_for_everyone()
-    return Outcome(progress.step, file, stopped, by_file)
+    def _finish(self, stopped: bool) -> None:
+        step, main = self.progress.step, self.accelerator.is_main_process
+        try:
+            for save in self.unsaved:
+                save()
+            if main and not stopped:
+                self.results.finish(step, self._best())
+        except Exception as error:
+            raise TrainingFailed(
+                f"the result of step {step} could not be saved ({error}); make room in {self.folder.path} and start the training "
+                "again: it goes on after its newest state"
+            ) from error
+        if main:
+            self.folder.stop_file.unlink(missing_ok=True)
+            self.log.plot()
+            file = self.results.file(step if stopped else None)
+            self.log.event("stopped" if stopped else "done", step, file=str(file), bad_steps=self.progress.bad)
+        self.accelerator.wait_for_everyone()
 
 
 def _newest(accelerator: Accelerator, folder: RunFolder, log: Log) -> Saved | None:
