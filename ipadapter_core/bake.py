@@ -51,7 +51,7 @@ def bake(
             f"the image prompt was encoded for {prompt.adapter!r} ({prompt.token_dim} wide tokens), not for {adapter.name!r} "
             f"({adapter.spec.token_dim}); encode the image with the adapter that you apply"
         )
-    if prompt.cond.shape[-1] != prompt.token_dim:
+    if adapter.spec.projected_by_model and prompt.cond.shape[-1] != prompt.token_dim:
         raise IncompatibleAdapterError(
             f"the tokens of {prompt.adapter!r} are {prompt.cond.shape[-1]} wide and must become {prompt.token_dim} wide by the "
             "model's own projection first: in Python, call project_by_model(prompt, unet)"
@@ -108,6 +108,6 @@ def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
         site, channels = layout.sites[index], spec.layer_channels[layer]
         if channels != site.channels:
             raise IncompatibleAdapterError(
-                f"{adapter.name!r} has {channels} channels in layer {2 * layer + 1}, but {layout.label(site)} of "
+                f"{adapter.name!r} has {channels} channels in layer {spec.format.keys.number(layer)}, but {layout.label(site)} of "
                 f"{layout.name} has {site.channels}; the adapter was made for another variant of this model"
             )

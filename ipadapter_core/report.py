@@ -70,7 +70,7 @@ def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence
     lines.append(header + "".join(f" {f'prompt {i + 1}':>9}" for i in range(len(patches))))
     for index, site in enumerate(layout.sites):
         role = "" if roles is None else roles.of(site)
-        key = 2 * layers.index(index) + 1 if index in layers else ""
+        key = adapter.spec.format.keys.number(layers.index(index)) if index in layers else ""
         row = f"  {layout.label(site):<12} {site.order:>3} {key:>4} {site.channels:>8}  {role:<12}"
         for patch in patches:
             weight = patch.weights[index]

@@ -29,11 +29,38 @@ def adapter_shapes(
     lora_rank: int = 0,
     text_dim: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Flat key to shape of an adapter of the family "base", "plus", "full-face", "faceid" or "faceid-plus".
+    """Flat key to shape of an adapter of the family "base", "plus", "full-face", "faceid" or "faceid-plus", or of one for transformers.
 
     With a LoRA of `lora_rank` inside, as FaceID files have it (the channels of self-attention are those of its cross one).
     `text_dim` is the width of the projector's tokens where the base model narrows them to `token_dim` (Kolors FaceID).
     """
+    if family in ("xlabs", "xlabs-diffusers"):
+        base = adapter_shapes("base", channels=(), token_dim=token_dim, num_tokens=num_tokens, feature_dim=feature_dim)
+        if family == "xlabs":
+            base = {key.replace("image_proj.", "ip_adapter_proj_model."): shape for key, shape in base.items()}
+        for n, c in enumerate(channels):
+            for part in "kv":
+                layer = {
+                    "xlabs": f"double_blocks.{n}.processor.ip_adapter_double_stream_{part}_proj",
+                    "xlabs-diffusers": f"ip_adapter.{n}.to_{part}_ip",
+                }[family]
+                base |= {f"{layer}.weight": (c, token_dim), f"{layer}.bias": (c,)}
+        return base
+    if family in ("instantx", "instantx-resampler"):
+        kind = "faceid" if family == "instantx" else "plus"
+        sizes = {"hidden_dim": hidden_dim, "inner_dim": inner_dim, "ff_dim": ff_dim, "depth": depth}
+        base = adapter_shapes(
+            kind,
+            channels=(),
+            token_dim=token_dim,
+            num_tokens=num_tokens,
+            feature_dim=feature_dim,
+            face_dim=feature_dim,
+            **sizes,
+        )  # pyright: ignore
+        for n, c in enumerate(channels):
+            base |= {f"ip_adapter.{n}.to_{part}_ip.weight": (c, token_dim) for part in "kv"}
+        return base
     own = token_dim if text_dim is None else text_dim
     h, i, ff = hidden_dim, inner_dim, 4 * hidden_dim if ff_dim is None else ff_dim
     proj: dict[str, tuple[int, ...]]

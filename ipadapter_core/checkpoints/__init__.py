@@ -23,9 +23,9 @@ from ..errors import AdapterError, CorruptFileError, InvalidInputError, UnknownF
 from ..features import ENCODERS
 from ..files.state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
 from ..files.whole import written_whole
-from . import base, face_resampler, faceid, faceid_plus, full_face, plus
+from . import base, face_resampler, faceid, faceid_plus, full_face, instantx, plus, xlabs
 from .containers import left_out, normalise, other_family, other_file
-from .embedded_lora import check_lora, kohya_lora, take_lora
+from .embedded_lora import kohya_lora
 from .format import (
     BARE,
     AdapterModule,
@@ -35,7 +35,6 @@ from .format import (
     TrainedUnconditional,
     check_finite,
     check_tensors,
-    checkpoint_key,
     empty_module,
     few,
 )
@@ -65,6 +64,10 @@ FORMATS: tuple[Format, ...] = (
     faceid_plus.FORMAT,
     face_resampler.UNNORM,
     face_resampler.INSTANTID,
+    xlabs.FORMAT,
+    xlabs.CONVERTED,
+    instantx.FORMAT,
+    instantx.RESAMPLER,
 )
 
 Layout = Literal["flat", "nested"]
@@ -93,7 +96,7 @@ def load_adapter(
     spec, tensors, lora = _read(file)
     module = empty_module(spec, BARE if operations is TORCH else operations)
     with _named(file, spec.format):
-        check_finite({checkpoint_key(key): tensor for key, tensor in tensors.items()} | lora)
+        check_finite({module.keys.in_file(key): tensor for key, tensor in tensors.items()} | lora)
     if dtype is None:
         dtype = reduce(_wider, (tensor.dtype for tensor in tensors.values()))
     file.tensors.clear()  # so that a tensor goes when another dtype of it comes, and the file is not in memory twice
@@ -122,9 +125,9 @@ def save_adapter(
 ) -> Path:
     """Write an adapter as released files are, in its dtype, and return the path.
 
-    "flat" makes a safetensors file with ``image_proj.`` and ``ip_adapter.`` keys that describes itself in its metadata
-    (the spec, the adapter's own entries, then ``metadata``); "nested" a .bin of two dictionaries, which has no room for
-    metadata. The file appears whole or not at all.
+    "flat" makes a safetensors file with its family's keys (``image_proj.``, ``ip_adapter.``) that describes itself in its
+    metadata (the spec, the adapter's own entries, then ``metadata``); "nested" a .bin of dictionaries, one for each word
+    that keys begin with, which has no room for metadata. The file appears whole or not at all.
 
     Raises InvalidInputError for an extension that does not belong to the layout, an adapter without numbers, metadata
     that is not text, or a folder that does not exist.
@@ -154,11 +157,14 @@ def _write(state: dict[str, Tensor], path: Path, layout: Layout, texts: dict[str
     if layout == "flat":
         save_file(_apart(state), path, metadata=texts)
     else:
-        groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+        groups: dict[str, dict[str, Tensor] | Tensor] = {}
         for key, tensor in state.items():
-            group, rest = key.split(".", 1)
+            name, _, rest = key.partition(".")
             # clone: torch.save writes the whole storage of a view
-            groups[group][rest] = tensor.clone()
+            if rest:
+                cast("dict[str, Tensor]", groups.setdefault(name, {}))[rest] = tensor.clone()
+            else:
+                groups[name] = tensor.clone()
         torch.save(groups, path)
 
 
@@ -179,7 +185,7 @@ def _read(file: TensorFile) -> tuple[AdapterSpec, dict[str, Tensor], dict[str, T
     with _named(file):
         format = _claim(normalised)
     with _named(file, format):
-        state, lora = take_lora(normalised.tensors)
+        state, lora = _lora_apart(normalised.tensors, format)
         spec = replace(format.parse(replace(file, tensors=state)), left_out=left_out(file.tensors))
         try:
             module = empty_module(spec, BARE)
@@ -188,8 +194,15 @@ def _read(file: TensorFile) -> tuple[AdapterSpec, dict[str, Tensor], dict[str, T
                 f"its sizes do not make a network ({reason(error)}): the file is damaged."
             ) from error
         tensors = check_tensors(module, state)
-        check_lora(lora, spec.layer_channels, spec.token_dim)
+        format.check_lora(lora, spec)
         return _with_hints(spec, file.metadata), tensors, lora
+
+
+def _lora_apart(state: StateDict, format: Format) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state without the LoRA that a family's files may carry, and that LoRA, under its keys in the file."""
+    matches = None if format.lora_keys is None else format.lora_keys.fullmatch
+    lora = {key: tensor for key, tensor in state.items() if matches is not None and matches(key)}
+    return {key: tensor for key, tensor in state.items() if key not in lora}, lora
 
 
 def claimants(file: TensorFile) -> list[Format]:
@@ -223,7 +236,7 @@ def _names() -> str:
 
 def _claim(file: TensorFile) -> Format:
     claims, state = claimants(file), file.tensors
-    has_layers = any(key.startswith("ip_adapter.") for key in state)
+    has_layers = any(format.keys.any_layer(state) for format in FORMATS)
     if len(claims) == 1 and has_layers:
         return claims[0]
     seen = _seen(state)
@@ -231,15 +244,15 @@ def _claim(file: TensorFile) -> Format:
         names = " and ".join(format.name for format in claims)
         raise UnknownFormatError(f"could be {names} at once, so it is none of them. {seen} Export it again.")
     if claims:
+        group = claims[0].keys.projector.rstrip(".")
+        layers = claims[0].keys.layers["to_k_ip"].split(".", 1)[0]
         raise UnknownFormatError(
-            f"holds the image_proj half of a {claims[0].name} adapter and no ip_adapter layers. {seen} "
+            f"holds the {group} half of a {claims[0].name} adapter and no {layers} layers. {seen} "
             "The export is incomplete: save both groups."
         )
     other = other_family(state)
     if other is not None:
-        raise UnknownFormatError(
-            f"looks like {other}. This family is not supported; {_names()} adapters of SD1.5, SD2 and SDXL are. {seen}"
-        )
+        raise UnknownFormatError(f"looks like {other}. This family is not supported; {_names()} adapters are. {seen}")
     near = _nearest(file)
     if near is not None:
         raise _strangeness(near, state)
@@ -256,12 +269,12 @@ def _claim(file: TensorFile) -> Format:
 
 
 def _nearest(file: TensorFile) -> Format | None:
-    """The format to which most of the image_proj keys belong, if its own is among them or more than half of them do."""
-    keys = [key for key in file.tensors if key.startswith("image_proj.")]
-    counts = {format: sum(map(format.allows, keys)) for format in FORMATS if format.marks(file)}
-    most = max(counts.values(), default=0)
-    near = _foremost(format for format, count in counts.items() if count == most)
-    return next((format for format in near if format.resembles(file.tensors) or 2 * most > len(keys)), None)
+    """The format to which most of the projector's keys belong, if its own is among them or more than half of them do."""
+    likeness = {format: format.likeness(file.tensors) for format in FORMATS if format.may_be(file)}
+    most = max((count for count, _ in likeness.values()), default=0)
+    near = _foremost(format for format, (count, _) in likeness.items() if count == most)
+    resembling = next((format for format in near if format.resembles(file.tensors)), None)
+    return resembling or next((format for format in near if 2 * most > max(1, likeness[format][1])), None)
 
 
 def _strangeness(near: Format, state: StateDict) -> AdapterError:
@@ -273,7 +286,7 @@ def _strangeness(near: Format, state: StateDict) -> AdapterError:
             "It may be of a newer family, which an update of this pack may read."
         )
     return CorruptFileError(
-        f"resembles the family {near.name}, but the tensor 'image_proj.{near.anchor}' is missing: the file is incomplete; "
+        f"resembles the family {near.name}, but the tensor '{near.keys.projector}{near.anchor}' is missing: the file is incomplete; "
         "download or export it again."
     )
 
@@ -281,7 +294,8 @@ def _strangeness(near: Format, state: StateDict) -> AdapterError:
 def _seen(state: StateDict) -> str:
     if not state:
         return "It holds no tensors."
-    listed = sorted(state, key=lambda key: (not key.startswith("image_proj."), key))
+    projectors = tuple(filter(None, {format.keys.projector for format in FORMATS}))
+    listed = sorted(state, key=lambda key: (not key.startswith(projectors), key))
     return f"It holds: {few((f'{key[:60]} {list(state[key].shape)}' for key in listed), limit=6)}."
 
 

@@ -78,24 +78,21 @@ def is_value_only(state: StateDict) -> bool:
     return _matches(r"^ip_adapter\..*to_v_ip")(state) and not _matches(r"^ip_adapter\..*to_k_ip")(state)
 
 
+_LAYER = re.compile(r"ip_adapter\.([0-9]{1,5})\.to_[kv]_ip\.weight")
+
+
 def numbers_every_layer(state: StateDict) -> bool:
-    """Whether an adapter's layers are numbered 0, 1, 2, … and not 1, 3, 5, … (InstantX)."""
-    numbers = [
-        int(match[1])
-        for match in map(re.compile(r"ip_adapter\.([0-9]{1,5})\.to_k_ip\.weight").fullmatch, state)
-        if match
-    ]
-    return 0 in numbers and 2 * sum(number % 2 == 0 for number in numbers) >= len(numbers)
+    """Whether an adapter's layers are numbered 0, 1, 2, … and not 1, 3, 5, …, even if one of them is missing or strange."""
+    numbers = {int(match[1]) for match in map(_LAYER.fullmatch, state) if match}
+    return 3 * sum(number % 2 == 0 for number in numbers) >= max(1, len(numbers))
 
 
 OTHER_FAMILIES: tuple[tuple[Test, str], ...] = (
     # the special before the general: reference ip-adapter.md, A.8
-    (_matches(r"ip_adapter_double_stream|^ip_adapter_proj_model\."), "a Flux IP-Adapter of XLabs"),
     (_has("ip_adapter.0.norm_ip.linear.weight"), "a Stable Diffusion 3.5 IP-Adapter"),
     (_matches(r"^ip_adapter\.0\.norm_ip_k\."), "an InstantCharacter adapter for Flux"),
     (_matches(r"^ip_gate\.|^ip_centroid$"), "an IP-Adapter for Anima (PE encoder)"),
     (_matches(r"^ip_cross_attns\."), "an IP-Adapter for Anima (SigLIP2 encoder)"),
-    (numbers_every_layer, "a Flux IP-Adapter of InstantX"),
     (_has("image_proj.proj_new_input.weight"), "an IP-Adapter Instruct"),
     (is_value_only, "a Style Components adapter (values only)"),
     (_matches(r"^encoder_hid_proj\."), "an adapter in diffusers' processor names (IP-Adapter-Art)"),
@@ -107,7 +104,7 @@ _NO_ADAPTER = "Choose an IP-Adapter file, e.g. ip-adapter-plus_sd15.safetensors"
 
 OTHER_FILES: tuple[tuple[Test, str, str], ...] = (
     (
-        _matches(r"lora[._](down|up)\.|lora_[AB]\.|hada_w|lokr_w|\.dora_scale$"),
+        _matches(r"lora[0-9]?[._](down|up)\.|lora_[AB]\.|hada_w|lokr_w|\.dora_scale$"),
         "a LoRA",
         "Load it with a LoRA loader",
     ),

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import CorruptFileError
 from ..files.state_dict import StateDict
 from ..models.unet import UNETS, attention_paths
+from .format import AdapterSpec, Format
 
 LORA_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 LAYERS_AND_LORA = re.compile(
@@ -20,10 +21,17 @@ LAYERS_AND_LORA = re.compile(
 )
 
 
-def take_lora(state: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state without LoRA, and the LoRA under its keys in the file."""
-    lora = {key: tensor for key, tensor in state.items() if LORA_KEY.fullmatch(key)}
-    return {key: tensor for key, tensor in state.items() if key not in lora}, lora
+class CarriesLoRA(Format):
+    """A family of UNet adapters whose files may hold a LoRA of every attention."""
+
+    layer_keys = LAYERS_AND_LORA
+    lora_keys = LORA_KEY
+
+    def check_lora(self, lora: StateDict, spec: AdapterSpec) -> None:
+        check_lora(lora, spec.layer_channels, spec.token_dim)
+
+    def loadable_lora(self, lora: StateDict, spec: AdapterSpec) -> dict[str, Tensor]:
+        return kohya_lora(lora, len(spec.layer_channels))
 
 
 def check_lora(lora: StateDict, channels: Sequence[int], token_dim: int) -> None:

@@ -8,27 +8,26 @@ from torch import nn
 
 from ..features import FACE
 from ..files.state_dict import TensorFile
-from .containers import is_value_only, numbers_every_layer
-from .embedded_lora import LAYERS_AND_LORA
-from .format import AdapterSpec, Format, shape_of, tokens_in
+from .containers import is_value_only
+from .embedded_lora import CarriesLoRA
+from .format import AdapterSpec, shape_of, tokens_in
 from .projectors import MLPProjModelFaceId, Operations
 
 MLP_KEYS = r"proj\.[02]\.(weight|bias)|norm\.(weight|bias)"
 
 
-class FaceID(Format):
+class FaceID(CarriesLoRA):
     name = "faceid"
     label = "FaceID (face embedding; 16 tokens: portrait)"
     feature = FACE
     unconditional = "zero_embeds"
     anchor = "proj.2.weight"
     allowed = re.compile(MLP_KEYS)
-    layer_keys = LAYERS_AND_LORA
     encoder = "InsightFace"
 
     def marks(self, file: TensorFile) -> bool:
-        """InstantX' adapter for Flux and Style Components have the same projector."""
-        return not numbers_every_layer(file.tensors) and not is_value_only(file.tensors)
+        """Style Components have the same projector."""
+        return not is_value_only(file.tensors)
 
     def parse(self, file: TensorFile) -> AdapterSpec:
         hidden_dim, feature_dim = shape_of(file.tensors, "image_proj.proj.0.weight", rank=2)

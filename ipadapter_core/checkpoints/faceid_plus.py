@@ -16,9 +16,9 @@ from ..errors import CorruptFileError
 from ..features import FACE_TOKENS
 from ..files.state_dict import TensorFile
 from ..models.unet import SDXL
-from .embedded_lora import LAYERS_AND_LORA
+from .embedded_lora import CarriesLoRA
 from .faceid import MLP_KEYS
-from .format import AdapterSpec, Format, resampler_depth, shape_of, tokens_in
+from .format import AdapterSpec, resampler_depth, shape_of, tokens_in
 from .plus import KOLORS_ENCODER
 from .projectors import RESAMPLER_KEYS, Operations, ProjModelFaceIdPlus
 
@@ -26,14 +26,13 @@ PERCEIVER = "image_proj.perceiver_resampler."
 KOLORS_TEXT_DIM, KOLORS_TOKEN_DIM = 4096, SDXL.text_width
 
 
-class FaceIDPlus(Format):
+class FaceIDPlus(CarriesLoRA):
     name = "faceid-plus"
     label = "FaceID Plus (face embedding and picture of the face)"
     feature = FACE_TOKENS
     unconditional = "zero_pixels"
     anchor = "perceiver_resampler.proj_in.weight"
     allowed = re.compile(rf"{MLP_KEYS}|perceiver_resampler\.({RESAMPLER_KEYS})")
-    layer_keys = LAYERS_AND_LORA
 
     def parse(self, file: TensorFile) -> AdapterSpec:
         state, norm = file.tensors, "image_proj.norm.weight"

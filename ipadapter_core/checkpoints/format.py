@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from ..features import Encoded, Feature, Framing, find_encoder
 from ..files.state_dict import StateDict, TensorFile
 from ..models.reach import Reach
 from ..models.unet import SDXL, unet_of_size
+from .containers import numbers_every_layer
+from .keys import UNET, Keys
 from .projectors import TORCH, Operations
 
 TrainedUnconditional = Literal["zero_embeds", "zero_pixels", "black_picture", "same", "off"]
@@ -25,8 +27,8 @@ TrainedUnconditional = Literal["zero_embeds", "zero_pixels", "black_picture", "s
 ``same``: the negative branch sees the image too. ``off``: it sees nothing at all, as if there were no adapter.
 """
 
-LAYER_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_([kv])_ip\.weight")
-"""One number per attention of the UNet, down, up, mid; odd ones are cross-attention (the only ones here)."""
+LAYER_KEY = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_[kv]_ip\.weight")
+"""Keys and values of an attention, without anything else."""
 
 MOST_LAYERS = 1000
 """Cross-attentions of a model, and layers of a resampler; SDXL has 70. Each becomes modules, whatever its size."""
@@ -37,7 +39,7 @@ class AdapterSpec:
     """Facts about an adapter, all read from keys and shapes.
 
     ``num_tokens`` counts the image tokens of one reference; 0 if it depends on the encoder and the encoder is not known.
-    ``layer_channels`` holds the rows of the i-th ``to_k_ip``, in checkpoint order (down, up, mid); ``token_dim`` its
+    ``layer_channels`` holds the rows of the i-th ``to_k_ip``, in checkpoint order (UNets: down, up, mid); ``token_dim`` its
     columns, which is also the width of the image tokens unless ``projected_by_model``.
     ``encoder`` is the name in ``features.ENCODERS`` that the feature's width points to, or "custom"; of several, both with " + ".
     ``options`` holds the sizes only this family's projector has (``depth``, ``queries``, ``hidden_dim``, …).
@@ -59,6 +61,11 @@ class AdapterSpec:
     def family(self) -> str:
         """The name of the family."""
         return self.format.name
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The names of all image encoders that it needs, in the order in which its feature packs them."""
+        return tuple(look.encoder for look in self.format.feature.looks) or (self.encoder,)
 
     @property
     def feature(self) -> str:
@@ -102,9 +109,9 @@ class FreshSizes(Protocol):
 class Format(ABC):
     """One family of adapter files: all that is true of it and of no other. One instance each, in ``FORMATS``.
 
-    A file (normalised by ``containers.normalise``) is claimed when the image_proj key ``anchor`` is there, the rest of
-    every image_proj key matches ``allowed``, every other key matches ``layer_keys``, and ``marks`` finds the family in it.
-    Of several families with the same keys, one that names the others in ``before`` is asked before them.
+    A file (normalised by ``containers.normalise``) is claimed when the projector's key ``anchor`` is there, the rest of
+    every key of the projector matches ``allowed``, every other key matches ``layer_keys``, and ``marks`` finds the family in
+    it. Of several families with the same keys, one that names the others in ``before`` is asked before them.
     """
 
     name: ClassVar[str]
@@ -118,11 +125,17 @@ class Format(ABC):
     anchor: ClassVar[str]
     allowed: ClassVar[re.Pattern[str]]
     layer_keys: ClassVar[re.Pattern[str]] = LAYER_KEY
+    lora_keys: ClassVar[re.Pattern[str] | None] = None
+    """The keys of a LoRA that its files may carry."""
+    keys: ClassVar[Keys] = UNET
+    """How its files name what is in an ``AdapterModule``."""
     before: ClassVar[tuple[str, ...]] = ()
     reach: ClassVar[Reach] = Reach()
     """Which attentions of a base model its layers serve."""
     encoder: ClassVar[str | None] = None
     """The encoder of all its files, where the feature's width does not tell it."""
+    advice: ClassVar[str] = ""
+    """Strengths and settings that people use, in a sentence or two; nothing for those that everybody knows."""
     trains: ClassVar[bool] = False
     """Whether new adapters of it are trained, see ``fresh``."""
     summary: ClassVar[str] = ""
@@ -136,13 +149,9 @@ class Format(ABC):
     def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
         """The network from features to image tokens, empty."""
 
-    def layers(self, spec: AdapterSpec, operations: Operations) -> tuple[nn.ModuleList, nn.ModuleList]:
-        """``to_k_ip`` and ``to_v_ip`` of every cross-attention, empty."""
-        k, v = (
-            nn.ModuleList(operations.Linear(spec.token_dim, c, bias=False) for c in spec.layer_channels)
-            for _ in range(2)
-        )
-        return k, v
+    def layers(self, spec: AdapterSpec, operations: Operations) -> Mapping[str, nn.Module]:
+        """The lists of what every layer has, empty: ``to_k_ip``, ``to_v_ip`` and norms and gates, by their names in ``keys``."""
+        return linear_layers(spec, operations, bias=False)
 
     def key_value(
         self, module: AdapterModule, index: int, tokens: Tensor, timestep: float | None
@@ -173,6 +182,22 @@ class Format(ABC):
         """Image tokens ``i n d`` of features ``i ...``; ``face_scale`` as in AdapterWeights.tokens()."""
         return projector(features)
 
+    def check_lora(self, lora: StateDict, spec: AdapterSpec) -> None:
+        """Raise CorruptFileError unless the LoRA inside a file fits its layers; there is none without ``lora_keys``."""
+        assert not lora, f"{self.name} does not say how its LoRA must be"
+
+    def loadable_lora(self, lora: StateDict, spec: AdapterSpec) -> dict[str, Tensor]:
+        """The LoRA inside a file under keys that LoRA loaders know; asked where there are ``lora_keys``."""
+        return dict(lora)
+
+    def is_cross_attention(self, key: str) -> bool:
+        """Whether a key of ``loadable_lora`` is of an attention to the text."""
+        return "attn2" in key
+
+    def base_model(self, token_dim: int, channels: tuple[int, ...]) -> str:
+        """The base model that has so many sites, and text tokens or channels of these widths; ``custom …`` if none is known."""
+        return base_model(token_dim, len(channels))
+
     def fresh(self, token_dim: int, encoder: EncoderSizes, sizes: FreshSizes) -> tuple[nn.Module, int]:
         """A projector of random weights to train, in the shapes of the released files, and its number of image tokens.
 
@@ -193,20 +218,34 @@ class Format(ABC):
         return True
 
     def detect(self, file: TensorFile) -> bool:
-        return self.resembles(file.tensors) and not self.foreign_keys(file.tensors) and self.marks(file)
+        return self.resembles(file.tensors) and not self.foreign_keys(file.tensors) and self.may_be(file)
+
+    def may_be(self, file: TensorFile) -> bool:
+        """Whether nothing but strange or missing keys speaks against a file's being of this family.
+
+        UNets' and transformers' adapters have the same projectors and number their layers otherwise.
+        """
+        every = numbers_every_layer(file.tensors) == (self.keys.step == 1) or not self.keys.in_common_group
+        return every and self.marks(file)
 
     def resembles(self, state: StateDict) -> bool:
         """Whether the key that marks this family is there, whatever else may be."""
-        return f"image_proj.{self.anchor}" in state
+        return self.keys.projector + self.anchor in state
 
     def foreign_keys(self, state: StateDict) -> list[str]:
         """The keys that no file of this family has."""
         return sorted(key for key in state if not self.allows(key))
 
     def allows(self, key: str) -> bool:
-        if key.startswith("image_proj."):
-            return self.allowed.fullmatch(key.removeprefix("image_proj.")) is not None
-        return self.layer_keys.fullmatch(key) is not None
+        if self.layer_keys.fullmatch(key) is not None:
+            return True
+        prefix = self.keys.projector
+        return key.startswith(prefix) and self.allowed.fullmatch(key.removeprefix(prefix)) is not None
+
+    def likeness(self, state: StateDict) -> tuple[int, int]:
+        """How many keys of a file are as this family's projector has them, and how many begin so."""
+        found = self.keys.of_projector(state)
+        return sum(self.allowed.fullmatch(key) is not None for key in found), len(found)
 
     def spec(
         self,
@@ -220,10 +259,10 @@ class Format(ABC):
     ) -> AdapterSpec:
         """The spec of a file whose tokens are as wide as the tensor ``width`` is long, or else ``token_dim``."""
         token_dim = int(state[width].shape[0]) if token_dim is None else token_dim
-        channels = layer_channels(state, token_dim, width)
+        channels = layer_channels(state, self.keys, token_dim, width)
         return AdapterSpec(
             self,
-            base_model(token_dim, len(channels)),
+            self.base_model(token_dim, channels),
             num_tokens,
             token_dim,
             feature_dim,
@@ -260,18 +299,32 @@ BARE: Operations = Bare
 
 
 class AdapterModule(nn.Module):
-    """An adapter's layers: ``projector``, and ``to_k_ip[i]``, ``to_v_ip[i]`` of the cross-attention with key number 2i+1."""
+    """An adapter's network: ``projector``, and ``to_k_ip[i]``, ``to_v_ip[i]`` and what else ``Format.layers`` has of the i-th layer."""
+
+    projector: nn.Module
+    to_k_ip: nn.ModuleList
+    to_v_ip: nn.ModuleList
 
     def __init__(self, spec: AdapterSpec, *, operations: Operations = TORCH) -> None:
         super().__init__()
         self.casts_weights = operations is not TORCH and operations is not BARE
         """Whether the layers bring their weights to the input's device and dtype themselves (comfy.ops.manual_cast)."""
+        self.keys = spec.format.keys
         self.projector = spec.format.projector(spec, operations)
-        self.to_k_ip, self.to_v_ip = spec.format.layers(spec, operations)
+        for name, layers in spec.format.layers(spec, operations).items():
+            self.add_module(name, layers)
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         """The weights under the keys of a flat released file (``image_proj.…``, ``ip_adapter.1.to_k_ip.weight``)."""
-        return {checkpoint_key(key): tensor.detach() for key, tensor in self.state_dict().items()}
+        return {self.keys.in_file(key): tensor.detach() for key, tensor in self.state_dict().items()}
+
+
+def linear_layers(spec: AdapterSpec, operations: Operations, *, bias: bool) -> dict[str, nn.Module]:
+    """One matrix for the keys and one for the values of every layer, empty."""
+    return {
+        name: nn.ModuleList(operations.Linear(spec.token_dim, c, bias=bias) for c in spec.layer_channels)
+        for name in ("to_k_ip", "to_v_ip")
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +336,7 @@ class AdapterWeights:
     name: str = "adapter"
     metadata: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
     lora: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], hash=False)
-    """The LoRA inside the file under its own keys (FaceID); embedded_lora.kohya_lora() names it for loaders."""
+    """The LoRA inside the file under its own keys; loadable_lora() names it for loaders."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -309,12 +362,21 @@ class AdapterWeights:
         return spec.format.tokens(self.module.projector, self._fitting(features), face_scale)
 
     def key_value(self, index: int, tokens: Tensor, timestep: float | None = None) -> tuple[Tensor, Tensor]:
-        """Image keys and values ``b n c`` of the layer at ``index`` in checkpoint order (key number 2·index+1)."""
+        """Image keys and values ``b n c`` of the layer at ``index`` in the order of the file."""
         return self.spec.format.key_value(self.module, index, self._fitting(tokens), timestep)
 
     def tokens_at(self, constant: Tensor, timestep: float) -> Tensor:
         """Image tokens ``b n d`` at a timestep 0..1000 of what ``tokens`` gave, of a family whose reach is timed."""
         return self.spec.format.tokens_at(self.module.projector, self._fitting(constant), timestep)
+
+    def loadable_lora(self, *, cross_attention: bool = False) -> dict[str, Tensor]:
+        """The LoRA inside the file under keys that LoRA loaders know, or that part of it which acts on the attention to the text.
+
+        Raises CorruptFileError where no name is known for one of its layers.
+        """
+        format = self.spec.format
+        named = format.loadable_lora(self.lora, self.spec)
+        return {key: t for key, t in named.items() if not cross_attention or format.is_cross_attention(key)}
 
     def _fitting(self, x: Tensor) -> Tensor:
         if self.module.casts_weights:
@@ -330,27 +392,6 @@ def empty_module(spec: AdapterSpec, operations: Operations) -> AdapterModule:
     """The layers of ``spec`` on the meta device: shapes, no memory."""
     with torch.device("meta"):
         return AdapterModule(spec, operations=operations)
-
-
-_LAYER = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_([kv])_ip\.(.+)")
-
-
-def module_key(key: str) -> str | None:
-    """The key of a checkpoint tensor inside ``AdapterModule``; None if it has no place there."""
-    if key.startswith("image_proj."):
-        return "projector." + key.removeprefix("image_proj.")
-    layer = _LAYER.fullmatch(key)
-    if layer is None or int(layer[1]) % 2 == 0:
-        return None
-    return f"to_{layer[2]}_ip.{int(layer[1]) // 2}.{layer[3]}"
-
-
-def checkpoint_key(key: str) -> str:
-    """The inverse of ``module_key``."""
-    if key.startswith("projector."):
-        return "image_proj." + key.removeprefix("projector.")
-    kind, index, name = key.split(".", 2)
-    return f"ip_adapter.{2 * int(index) + 1}.{kind}.{name}"
 
 
 def shape_of(state: StateDict, key: str, *, rank: int) -> tuple[int, ...]:
@@ -395,37 +436,34 @@ def resampler_depth(state: StateDict, group: str) -> int:
     return len(numbers)
 
 
-def layer_channels(state: StateDict, token_dim: int, width: str) -> tuple[int, ...]:
-    """Rows of ``to_k_ip`` for the key numbers 1, 3, 5, …
+def layer_channels(state: StateDict, keys: Keys, token_dim: int, width: str) -> tuple[int, ...]:
+    """Rows of the i-th ``to_k_ip``, as ``keys`` number them.
 
-    Raises CorruptFileError when a key or a value layer is missing, a number is left out or an even one is there, or
+    Raises CorruptFileError when a key or a value layer is missing, a number is left out or a foreign one is there, or
     a layer does not take tokens of ``token_dim``, which the tensor ``width`` tells.
     """
-    numbers: dict[str, set[int]] = {"k": set(), "v": set()}
-    for match in filter(None, map(LAYER_KEY.fullmatch, state)):
-        numbers[match[2]].add(int(match[1]))
-    keys, values = numbers["k"], numbers["v"]
-    if max(len(keys), len(values)) > MOST_LAYERS:
-        raise CorruptFileError(f"ip_adapter holds {len(keys)} key layers; no base model has over {MOST_LAYERS}.")
-    expected = set(range(1, 2 * max(len(keys), len(values)) + 1, 2))
-    missing = [f"{n}.to_k_ip.weight" for n in sorted(expected - keys)]
-    missing += [f"{n}.to_v_ip.weight" for n in sorted(expected - values)]
+    found = {name: keys.numbers(state, name) for name in ("to_k_ip", "to_v_ip")}
+    most = max(map(len, found.values()))
+    if most > MOST_LAYERS:
+        raise CorruptFileError(f"it holds {most} layers of keys or values; no base model has over {MOST_LAYERS}.")
+    expected = {keys.number(index) for index in range(most)}
+    missing = [keys.layer(name, number) for name in found for number in sorted(expected - found[name])]
     if missing or not expected:
-        extra = sorted((keys | values) - expected)
+        extra = sorted(set[int]().union(*found.values()) - expected)
         also = f" and there are unexpected numbers {few(map(str, extra))}" if extra else ""
         raise CorruptFileError(
-            f"ip_adapter holds {len(keys)} key and {len(values)} value layers, but the numbers must run 1, 3, 5, … "
-            f"without a gap: missing {few(missing) or '1.to_k_ip.weight'}{also}. "
+            f"it holds {len(found['to_k_ip'])} key and {len(found['to_v_ip'])} value layers, but the numbers must run "
+            f"{keys.sequence()} without a gap: missing {few(missing) or keys.layer('to_k_ip', keys.first)}{also}. "
             "The file is incomplete; download or export it again."
         )
     channels: list[int] = []
-    for number in sorted(keys):
-        key_name = f"ip_adapter.{number}.to_k_ip.weight"
+    for number in sorted(expected):
+        key_name = keys.layer("to_k_ip", number)
         rows, columns = shape_of(state, key_name, rank=2)
         if columns != token_dim:
             raise CorruptFileError(
-                f"'{key_name}' takes tokens of {columns} channels, but image_proj makes tokens of {token_dim} "
-                f"('{width}'): the two halves come from different adapters, or one of these is damaged."
+                f"'{key_name}' takes tokens of {columns} channels, but its tokens have {token_dim} "
+                f"('{width}'): the parts come from different adapters, or one of these is damaged."
             )
         channels.append(rows)
     return tuple(channels)
@@ -448,7 +486,9 @@ def check_tensors(module: AdapterModule, state: StateDict) -> dict[str, Tensor]:
 
     Raises CorruptFileError naming the first missing, unexpected, misshapen or non-float tensors.
     """
-    expected = {checkpoint_key(key): tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    inside = {module.keys.in_file(key): key for key in module.state_dict()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    expected = {key: shapes[own] for key, own in inside.items()}
     missing = [key for key in expected if key not in state]
     if missing:
         raise CorruptFileError(
@@ -472,7 +512,7 @@ def check_tensors(module: AdapterModule, state: StateDict) -> dict[str, Tensor]:
     stored = [f"{key} is {state[key].dtype}" for key in expected if not state[key].is_floating_point()]
     if stored:
         raise CorruptFileError(f"weights must be floating point: {few(stored)}. Use a float16 or float32 file.")
-    return {cast(str, module_key(key)): state[key] for key in expected}
+    return {own: state[key] for key, own in inside.items()}
 
 
 def _said_by(state: StateDict, expected: Mapping[str, tuple[int, ...]]) -> str:

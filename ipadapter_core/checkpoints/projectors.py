@@ -4,7 +4,7 @@ Attribute names are the key names of released files, so a ``state_dict()`` here 
 Shapes in the docstrings: ``b`` batch, ``e`` feature dim, ``t`` tokens of the image encoder, ``n`` image tokens, ``d`` token dim.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ TORCH: Operations = torch.nn
 
 DIM_HEAD = 64
 """Channels per attention head in every released resampler; only their number varies (12, 20, …)."""
+
+
+def rms_norm(x: Tensor, heads: int, epsilon: float, weight: Tensor | None = None) -> Tensor:
+    """``b n c`` divided by its root mean square over each head's channels, in float32; times ``weight`` (one head's channels)."""
+    parts = x.float().unflatten(-1, (heads, -1))
+    parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + epsilon)
+    return (parts if weight is None else parts * weight.to(parts)).flatten(-2).to(x.dtype)
 
 
 def head_count(inner: int) -> int:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ...ipadapter_core import InvalidInputError, check_adapter
 from ...ipadapter_core.backends.comfy import lora as backend
 from ...ipadapter_core.backends.comfy.doors import comfy_layout
-from ...ipadapter_core.checkpoints import kohya_lora
 from ...ipadapter_core.entries import some
 from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.lora import LoRAWeights, Partial, load_lora
@@ -63,7 +62,7 @@ def apply_face(model: Any, adapter: ManagedAdapter, strength: float) -> tuple[An
     if strength == 0:
         return model, "strength 0: the model is as it was"
     check_adapter(weights, comfy_layout(model))
-    lora = kohya_lora(weights.lora, len(weights.spec.layer_channels))
+    lora = weights.loadable_lora()
     matched = backend.place(load_lora(lora, name=weights.name), model)  # refuses what the host would leave out unsaid
     return apply_by_host(model, lora, strength), "\n".join((matched.summary(), *matched.report()))
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...ipadapter_core import ENCODERS, AdapterSpec, InvalidInputError
 from ...ipadapter_core.backends.comfy.doors import comfy_layout
-from ...ipadapter_core.checkpoints import kohya_lora
 from ...ipadapter_core.images.faces import PROVIDERS
 from ...ipadapter_core.legacy.known_files import KnownFile, base_of, choose_encoder, choose_file, known_file
 from .. import host
@@ -137,7 +136,7 @@ def find_lora(entry: KnownFile, adapter: host.adapters.ManagedAdapter) -> dict[s
         return host.lora.load_tensors(files[0])
     weights = adapter.weights
     if weights.lora:
-        return kohya_lora(weights.lora, len(weights.spec.layer_channels))
+        return weights.loadable_lora()
     raise InvalidInputError(
         f"{weights.name} carries no LoRA, and {host.files.folder_of('loras')} holds none for it: put "
         f"{entry.release.split(' from ')[0].replace('.bin', '_lora.safetensors')} there, or set lora_strength to 0"

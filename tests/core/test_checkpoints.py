@@ -32,10 +32,10 @@ from ipadapter_core.checkpoints.format import (
     AdapterSpec,
     EncoderSizes,
     Format,
-    checkpoint_key,
-    module_key,
+    linear_layers,
     shape_of,
 )
+from ipadapter_core.checkpoints.keys import UNET, numbered
 from ipadapter_core.checkpoints.projectors import Operations
 from ipadapter_core.errors import (
     AdapterError,
@@ -150,8 +150,12 @@ def test_keys_and_values_are_in_checkpoint_order() -> None:
 
 def test_key_names_map_both_ways() -> None:
     for key in tiny_state("plus"):
-        assert checkpoint_key(module_key(key) or "") == key
-    assert module_key("ip_adapter.2.to_k_ip.weight") is None
+        assert UNET.in_file(UNET.in_module(key) or "") == key
+    assert UNET.in_module("ip_adapter.2.to_k_ip.weight") is None
+    every = numbered("to_k_ip", "to_v_ip")
+    assert every.in_module("ip_adapter.12.to_v_ip.bias") == "to_v_ip.12.bias"
+    assert every.in_file("to_v_ip.12.bias") == "ip_adapter.12.to_v_ip.bias"
+    assert every.in_module("ip_adapter.012.to_v_ip.bias") is every.in_module("elsewhere") is None
 
 
 # --- construction ------------------------------------------------------------------------------------------------
@@ -330,11 +334,8 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
     "FaceID LoRA on base": ({**meta("base"), **LORA_INSIDE}, "the family base but has keys"),
     "Instruct": ({**meta("plus"), **named("image_proj.proj_new_input.weight")}, "Instruct"),
     "SD3.5": ({**meta("plus"), **named("ip_adapter.0.norm_ip.linear.weight")}, "Stable Diffusion 3.5"),
-    "XLabs": (named("ip_adapter_proj_model.proj.weight", "double_blocks.0.processor.x"), "XLabs"),
-    "InstantX": (
-        {**face_projector(), **named("ip_adapter.0.to_k_ip.weight", "ip_adapter.0.to_v_ip.weight")},
-        "InstantX",
-    ),
+    "XLabs' LoRA": (named("double_blocks.0.processor.qkv_lora1.down.weight"), "a LoRA"),
+    "Flux": (named("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"), "diffusion model"),
     "InstantCharacter": (named("image_proj.proj.x", "ip_adapter.0.norm_ip_k.weight"), "InstantCharacter"),
     "Anima PE": (named("resampler.queries", "ip_gate.0", "to_k_ip.0.weight"), "Anima"),
     "Anima SigLIP2": (named("resampler.latents", "ip_cross_attns.0.to_k_ip.weight"), "Anima"),
@@ -420,9 +421,8 @@ class Toy(Format):
     def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
         return nn.ModuleDict({"matrix": operations.Linear(spec.feature_dim, spec.token_dim, bias=False)})
 
-    def layers(self, spec: AdapterSpec, operations: Operations) -> tuple[nn.ModuleList, nn.ModuleList]:
-        k, v = (nn.ModuleList(operations.Linear(spec.token_dim, c) for c in spec.layer_channels) for _ in range(2))
-        return k, v
+    def layers(self, spec: AdapterSpec, operations: Operations) -> dict[str, nn.Module]:
+        return linear_layers(spec, operations, bias=True)
 
     def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
         return projector.get_submodule("matrix")(features)[:, None]
@@ -462,6 +462,10 @@ PUBLIC: dict[str, tuple[str, str, dict[str, int]]] = {
     "faceid-plus": ("faceid-plus", "faceid-plusv2.bin", {"lora_rank": 2, "inner_dim": 64, "ff_dim": 40}),
     "faceid-unnorm": ("plus", "portrait_unnorm.bin", RAW_FACE),
     "instantid": ("plus", "ip-adapter.bin", RAW_FACE),
+    "xlabs": ("xlabs", "ip_adapter.safetensors", {}),
+    "xlabs-diffusers": ("xlabs-diffusers", "ip_adapter.safetensors", {}),
+    "instantx": ("instantx", "ip-adapter.bin", {}),
+    "instantx-resampler": ("instantx-resampler", "ip-adapter.bin", {}),
 }
 """Every family: the shape of its files, a name that one has, and sizes."""
 
@@ -575,10 +579,10 @@ def test_every_single_misshapen_tensor_is_an_error_of_ours(family: str) -> None:
 
 def test_gaps_are_named() -> None:
     state = tiny_state("base", channels=(8,) * 5)
-    with pytest.raises(CorruptFileError, match=r"5 key and 4 value layers.*missing 5\.to_v_ip\.weight"):
+    with pytest.raises(CorruptFileError, match=r"5 key and 4 value layers.*missing ip_adapter\.5\.to_v_ip\.weight"):
         load_adapter({key: t for key, t in state.items() if key != "ip_adapter.5.to_v_ip.weight"})
     holed = {key: t for key, t in state.items() if not key.startswith("ip_adapter.5.")}
-    with pytest.raises(CorruptFileError, match=r"missing 5\.to_k_ip.*unexpected numbers 9"):
+    with pytest.raises(CorruptFileError, match=r"missing ip_adapter\.5\.to_k_ip.*unexpected numbers 9"):
         load_adapter(holed)
     even = {
         **state,
@@ -600,7 +604,7 @@ def test_gaps_are_named() -> None:
 def test_halves_of_different_adapters_are_named() -> None:
     mixed = {**tiny_state("base", token_dim=48)}
     mixed |= {key: t for key, t in tiny_state("base").items() if key.startswith("ip_adapter.")}
-    with pytest.raises(CorruptFileError, match="tokens of 32 channels, but image_proj makes tokens of 48"):
+    with pytest.raises(CorruptFileError, match="tokens of 32 channels, but its tokens have 48"):
         load_adapter(mixed)
 
 

@@ -301,6 +301,7 @@ OTHER_SUBJECTS = {
     "features.py": "widths of image encoders",
     "images/encoder.py": "widths of image encoders",
     "checkpoints/containers.py": "keys by which a whole model is refused",
+    "checkpoints/xlabs.py": "keys of an adapter's layers",
     "lora/extract.py": "keys by which a whole model is read",
 }
 

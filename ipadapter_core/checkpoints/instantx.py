@@ -1,0 +1,69 @@
+"""InstantX' adapter for FLUX.1, and files in its layout with another projector.
+
+Every block has a layer, double ones first. Keys are normed by RMS over each head, without a weight; values are not: the line for
+them in the authors' processor is commented out, and it wrote to another name before that. The result is added before the output
+projection, in single blocks to the text's tokens too (InstantX/FLUX.1-dev-IP-Adapter, infer_flux_ipa_siglip.py).
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from ..features import PENULTIMATE, POOLED
+from ..files.state_dict import TensorFile
+from ..models.reach import Reach, every
+from .flux_layers import FluxFormat, heads_of
+from .format import AdapterModule, AdapterSpec, shape_of, tokens_in
+from .keys import numbered
+from .plus import Plus
+from .projectors import MLPProjModelFaceId, Operations, rms_norm
+
+EPSILON = 1e-5
+
+
+class InstantXLayers(FluxFormat):
+    """The layers of InstantX' file."""
+
+    unconditional = "zero_embeds"
+    framing = "stretch"
+    keys = numbered("to_k_ip", "to_v_ip")
+    reach = Reach(every, query="normed", span="all")
+    advice = "0.5 to 0.8; the authors' example is 0.7 with guidance 3.5"
+
+    def key_value(
+        self, module: AdapterModule, index: int, tokens: Tensor, timestep: float | None
+    ) -> tuple[Tensor, Tensor]:
+        k, v = super().key_value(module, index, tokens, timestep)
+        return rms_norm(k, heads_of(k.shape[-1]), EPSILON), v
+
+
+class InstantX(InstantXLayers):
+    name = "instantx"
+    label = "InstantX' FLUX adapter (pooled SigLIP vector, all blocks)"
+    feature = POOLED
+    anchor = "proj.2.weight"
+    allowed = re.compile(r"proj\.[02]\.(weight|bias)|norm\.(weight|bias)")
+
+    def parse(self, file: TensorFile) -> AdapterSpec:
+        hidden_dim, feature_dim = shape_of(file.tensors, "image_proj.proj.0.weight", rank=2)
+        norm = "image_proj.norm.weight"
+        num_tokens = tokens_in(file.tensors, "image_proj.proj.2.weight", norm)
+        options = {"hidden_dim": hidden_dim}
+        return self.spec(file.tensors, norm, num_tokens=num_tokens, feature_dim=feature_dim, options=options)
+
+    def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
+        sizes = spec.feature_dim, spec.options["hidden_dim"], spec.token_dim, spec.num_tokens
+        return MLPProjModelFaceId(*sizes, operations=operations)
+
+
+class InstantXResampler(InstantXLayers, Plus):
+    name = "instantx-resampler"
+    label = "FLUX adapter in InstantX' layout with a resampler (hidden states of SigLIP, all blocks)"
+    feature = PENULTIMATE
+    unconditional = "zero_pixels"
+    trains = False
+
+
+FORMAT, RESAMPLER = InstantX(), InstantXResampler()
