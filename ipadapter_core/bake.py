@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .attention.call import COND
-from .attention.kv import Baked, SiteKV, Timed
+from .attention.call import UNCOND
+from .attention.kv import Baked, Norms, SiteKV, Timed, TimedTokens
 from .attention.masks import RegionMask
 from .attention.maths import split_heads
 from .attention.patch import AdapterPatch, resolve_weights
@@ -71,26 +71,59 @@ def bake(
 def _sites(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) -> tuple[SiteKV | None, ...]:
     """K and V of every site that the adapter's reach names."""
     weight = next(adapter.module.to_k_ip.parameters())
-    tokens = torch.cat([prompt.uncond, prompt.cond]).to(weight.device, weight.dtype)
+    seen, silent = _seen(prompt)
+    tokens = torch.cat(seen).to(weight.device, weight.dtype).unflatten(0, (len(seen), -1))
     images, reach = prompt.features.shape[1], adapter.spec.format.reach
-    off = prompt.negative_branch == "off"
+    timed = TimedTokens(partial(_tokens_at, adapter, tokens, images)) if reach.timed else None
     sites: list[SiteKV | None] = [None] * len(layout.sites)
     for layer, index in enumerate(reach.sites(layout)):
-        make = partial(_project, adapter, tokens, layer, layout.sites[index].heads, off)
-        sites[index] = Timed(make, images) if reach.timed else Baked(*make(None), images)
+        project = partial(_project, adapter, layer, layout.sites[index].heads, images, silent)
+        sites[index] = (
+            project(tokens, None) if timed is None else Timed(timed, project, silent, not reach.block_by_block)
+        )
     return tuple(sites)
+
+
+def _seen(prompt: ImagePrompt) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The tokens of the branches, one for both where they see the same, and the branches that see nothing."""
+    match prompt.negative_branch:
+        case "off":
+            return [prompt.cond], (UNCOND,)
+        case "same":
+            return [prompt.cond], ()
+        case "tokens":
+            return [prompt.uncond, prompt.cond], ()
+
+
+@torch.no_grad()
+def _tokens_at(adapter: AdapterWeights, constant: Tensor, images: int, timestep: float) -> Tensor:
+    """Tokens ``r m n d`` of all branches at a timestep; those of several references stand side by side, as ``constant``'s do."""
+    r, m, n, _ = constant.shape
+    tokens = adapter.tokens_at(constant.reshape(r * m * images, n // images, -1), timestep)
+    return tokens.reshape(r, m, -1, tokens.shape[-1])
 
 
 @torch.no_grad()
 def _project(
-    adapter: AdapterWeights, tokens: Tensor, layer: int, heads: int, off: bool, timestep: float | None
-) -> tuple[Tensor, Tensor]:
-    """K and V ``2 m h n d`` of one layer; ``off``: the negative branch's V are zeros, so that it gets nothing."""
-    k, v = adapter.key_value(layer, tokens, timestep)
-    values: Tensor = split_heads(v, heads).contiguous().unflatten(0, (2, -1))
-    if off:
-        values = torch.stack([torch.zeros_like(values[COND]), values[COND]])
-    return split_heads(k, heads).contiguous().unflatten(0, (2, -1)), values
+    adapter: AdapterWeights,
+    layer: int,
+    heads: int,
+    images: int,
+    silent: tuple[int, ...],
+    tokens: Tensor,
+    timestep: float | None,
+) -> Baked:
+    """K and V of one layer for tokens ``r m n d``."""
+    branches, spec = tokens.shape[0], adapter.spec
+    k, v = (
+        split_heads(t, heads).contiguous().unflatten(0, (branches, -1))
+        for t in adapter.key_value(layer, tokens.flatten(0, 1), timestep)
+    )
+    form, reach = spec.format, spec.format.reach
+    norms = None
+    if reach.query == "raw":
+        norms = Norms(form.query_weight(adapter.module, layer), form.self_weight(adapter.module, layer), reach.own_keys)
+    return Baked(k, v, images, silent, norms, adapter.gate(layer) if reach.gated else None)
 
 
 def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:

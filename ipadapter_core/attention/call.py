@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .batch import Frames
-from .maths import AddImage, query_rows
+from .maths import query_rows
 
 Area = tuple[int, int, int, int]
 """Part of the latent that a model call sees: height, width, top, left, in latents (ComfyUI's order)."""
@@ -21,10 +21,15 @@ UNCOND, COND = 0, 1
 """Branches of classifier-free guidance; baked tensors hold them in this order, the order in which hosts batch them."""
 
 
+AddImage = Callable[[Tensor, "SiteCall", Tensor], Tensor]
+"""``(base, site's call, query_rows)`` to the base with one image's attention added."""
+
+
 @dataclass(slots=True, eq=False)
 class Ready:
     """What one image prompt does at one site, resolved for queries of this device and dtype: ``factor`` is the step's, ``groups`` and
-    ``width`` those of ``query_rows``, ``tokens`` how many queries there must be, None where a mask does not ask."""
+    ``width`` those of ``query_rows``, ``tokens`` how many queries there must be, None where a mask does not ask, and ``norm``
+    the model's norm of queries that is undone."""
 
     add: AddImage
     factor: float
@@ -33,6 +38,7 @@ class Ready:
     tokens: int | None
     device: torch.device
     dtype: torch.dtype
+    norm: Tensor | None
 
 
 @dataclass(slots=True, eq=False)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..device_cache import DeviceCache
 from .batch import Frames, fit_batch
-from .call import COND, SiteCall
+from .call import SiteCall
 from .masks import inference_mode
-from .maths import KeyValue, split_mean
+from .maths import KeyValue, OwnKeys, split_mean
 
 TIMESTEPS_KEPT = 2
 """Timesteps whose K and V are kept: samplers of second order go back to the one before."""
@@ -27,6 +27,11 @@ class SiteKV(Protocol):
     @property
     def constant(self) -> bool:
         """Whether they are the same at every step."""
+        ...
+
+    @property
+    def silent(self) -> tuple[int, ...]:
+        """Branches in which the image does nothing, so that no K and V of them are asked for."""
         ...
 
     def at(self, call: SiteCall, branches: tuple[int, ...], flipped: bool, per_image: bool = False) -> KeyValue:
@@ -43,16 +48,43 @@ class SiteKV(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Baked:
-    """K and V that are the same at every step, ``2 m h n d`` each (branch, own reference per latent or 1, …), without any strength.
+class Norms:
+    """RMS norms of a layer's own, where its reach wants raw queries: their weights ``d``, None for a norm without.
 
-    ``images`` is how many references share the n tokens evenly. ``_prepared`` keeps the arrangement that each kind of
-    call needs; usual ones are views.
+    ``own`` is of the picture's own keys, which join the image's if ``own_keys``.
+    """
+
+    query: Tensor | None = None
+    own: Tensor | None = None
+    own_keys: bool = False
+
+
+def undoing(adapter: Tensor | None, model: Tensor | None) -> Tensor | None:
+    """What a normed query or key is multiplied with to be normed by the adapter's weight and not by the model's, ``d`` in fp32.
+
+    RMS norms forget the length of what they get, so ``norm(x; w') = norm(x; w) / w * w'``. None: nothing to do.
+    """
+    if model is None:
+        return None if adapter is None else adapter.detach().float()
+    model = model.detach().float()
+    return 1 / model if adapter is None else adapter.detach().float().to(model.device) / model
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Baked:
+    """K and V that are the same at every step, ``r m h n d`` each (branch, own reference per latent or 1, …), without any strength.
+
+    ``r`` is 2, or 1 where the branches that see an image see the same. ``images`` is how many references share the n
+    tokens evenly. ``_prepared`` keeps the arrangement that each kind of call needs; usual ones are views. Weights of
+    ``norms`` go into the keys there.
     """
 
     k: Tensor
     v: Tensor
     images: int = 1
+    silent: tuple[int, ...] = ()
+    norms: Norms | None = None
+    gate: Callable[[Tensor], Tensor] | None = None
     _prepared: DeviceCache[KeyValue] = field(default_factory=DeviceCache[KeyValue], repr=False)
 
     @property
@@ -67,17 +99,39 @@ class Baked:
         """
         q, frames = call.q, call.call.frames
         shared = self.k.shape[1] == 1
-        latents = 1 if shared else q.shape[0] // len(branches)
-        key = (branches, latents, flipped, q.device, q.dtype, per_image, inference_mode())
+        latents = 1 if shared else q.shape[0] // len(call.call.branches)
+        key: tuple[Hashable, ...] = (branches, latents, flipped, q.device, q.dtype, per_image, inference_mode())
+        if self.norms is not None:
+            key = (*key, call.query_norm, call.key_norm)  # found by identity: another model's are other tensors
         found = self._prepared.get(key) if shared or frames is None else None
         if found is None:
-            k, v = (
-                self._arrange(t, branches, latents, flipped, frames).to(q.device, q.dtype) for t in (self.k, self.v)
-            )
-            found = KeyValue(k, v, split_mean(v), self._image_mean(v) if per_image and self.images > 1 else None)
+            k, v = (self._arrange(t, branches, latents, flipped, frames) for t in (self.k, self.v))
+            own = None
+            if self.norms is not None:
+                k, own = self._folded(k, self.norms, call)
+            k, v = k.to(q.device, q.dtype), v.to(q.device, q.dtype)
+            image_mean = self._image_mean(v) if per_image and self.images > 1 else None
+            raw_query = self.norms is not None and call.query_norm is None
+            found = KeyValue(k, v, split_mean(v), image_mean, raw_query, own, self.gate)
             if shared or frames is None:
                 self._prepared.keep(key, found)
         return found
+
+    @staticmethod
+    def _folded(k: Tensor, norms: Norms, call: SiteCall) -> tuple[Tensor, OwnKeys | None]:
+        """Image keys with all that differs between the model's norm of queries and the adapter's, and how own keys get it."""
+        exact = k.dtype if k.dtype == torch.float64 else torch.float32
+        query = undoing(norms.query, call.query_norm)
+        if query is not None:
+            k = k.to(exact) * query.to(k.device)
+        if not norms.own_keys:
+            return k, None
+        own = undoing(norms.own, call.key_norm)
+        both = [factor.to(call.q.device) for factor in (query, own) if factor is not None]
+        scale = torch.ones(k.shape[-1], device=call.q.device)
+        for factor in both:
+            scale = scale * factor
+        return k, OwnKeys(scale.repeat(k.shape[1]).to(call.q), call.key_norm is None)
 
     def _image_mean(self, v: Tensor) -> Tensor:
         per_image = v.unflatten(2, (self.images, -1))
@@ -90,9 +144,11 @@ class Baked:
         if not inference_mode() and not torch.compiler.is_compiling() and tensor.is_inference():
             tensor = tensor.clone()  # autograd may not save tensors made in inference mode
         if flipped:
-            tensor = torch.stack([tensor[COND], torch.zeros_like(tensor[COND])])
+            tensor = torch.stack([tensor[-1], torch.zeros_like(tensor[-1])])
         if tensor.shape[1] > 1:
             tensor = fit_batch(tensor, latents, frames, dim=1)
+        if tensor.shape[0] == 1:
+            return tensor[0] if tensor.shape[1] == 1 else tensor[0].repeat(len(branches), 1, 1, 1)
         start = branches[0]
         if branches == tuple(range(start, start + len(branches))):
             return tensor[start : start + len(branches)].flatten(0, 1)
@@ -103,11 +159,32 @@ class Baked:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Timed:
-    """K and V that depend on the timestep: ``make`` gives both as ``Baked`` holds them; those of the last timesteps are kept."""
+class TimedTokens:
+    """Image tokens that depend on the timestep, for all sites of a model: those of the last timesteps are kept."""
 
-    make: Callable[[float], tuple[Tensor, Tensor]]
-    images: int = 1
+    make: Callable[[float], Tensor]
+    _kept: DeviceCache[Tensor] = field(default_factory=lambda: DeviceCache[Tensor](TIMESTEPS_KEPT), repr=False)
+
+    def at(self, timestep: float) -> Tensor:
+        """The tokens at a timestep of training, 0..1000."""
+        return self._kept.made((timestep,), lambda: self.make(timestep))
+
+    def release(self) -> None:
+        """Forget all."""
+        self._kept.release()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Timed:
+    """K and V of one site that depend on the timestep: ``project`` makes them of its tokens when they are first asked for.
+
+    Those of the last timesteps are kept, or none with ``keep=False``, where those of all sites would be too many.
+    """
+
+    tokens: TimedTokens
+    project: Callable[[Tensor, float], Baked]
+    silent: tuple[int, ...] = ()
+    keep: bool = True
     _kept: DeviceCache[Baked] = field(default_factory=lambda: DeviceCache[Baked](TIMESTEPS_KEPT), repr=False)
 
     @property
@@ -115,11 +192,16 @@ class Timed:
         return False
 
     def at(self, call: SiteCall, branches: tuple[int, ...], flipped: bool, per_image: bool = False) -> KeyValue:
+        """As SiteKV says."""
         timestep = call.call.timestep()
         baked = self._kept.get((timestep,))
         if baked is None:
-            baked = self._kept.keep((timestep,), Baked(*self.make(timestep), self.images))
+            baked = self.project(self.tokens.at(timestep), timestep)
+            if self.keep:
+                self._kept.keep((timestep,), baked)
         return baked.at(call, branches, flipped, per_image)
 
     def release(self, device: torch.device) -> None:
+        """As SiteKV says; tokens and K and V are made again where they are needed next."""
+        self.tokens.release()
         self._kept.release()

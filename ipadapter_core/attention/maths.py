@@ -4,7 +4,7 @@ Letters: ``b`` batch (chunks of conditionings times latents), ``l`` latent token
 ``d`` head width, ``c = h d`` channels, ``g`` groups of the batch that share image tokens (``b`` is a multiple of ``g``).
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -18,10 +18,24 @@ from torch import Tensor
 from ..models.unet import REFERENCE_WIDTH
 from .schedule import Scaling
 
+NORM_EPS = 1e-6
+"""Of the RMS norms of SD3.5, Flux and their adapters."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnKeys:
+    """How the picture's own keys join the image's: times ``scale`` (``c``), where ``raw`` after a norm without weight."""
+
+    scale: Tensor
+    raw: bool = False
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyValue:
-    """Image keys and values of one site in attention layout, ``g h n d`` each."""
+    """Image keys and values of one site in attention layout, ``g h n d`` each.
+
+    All but these two is None or False in most families.
+    """
 
     k: Tensor
     v: Tensor
@@ -29,6 +43,16 @@ class KeyValue:
     """Mean of ``v`` over the image tokens, ``g 1 c``; only ``K+mean(V)`` reads it."""
     image_mean: Tensor | None = None
     """Mean of ``v`` over the tokens of each of several images, once per token, ``g h n d``; replaces ``v_mean``."""
+    raw_query: bool = False
+    """Whether queries come before their norm, whose weight is in ``k`` already."""
+    own: OwnKeys | None = None
+    gate: Callable[[Tensor], Tensor] | None = None
+    """Makes factors ``b t c`` of the result from a block's conditioning ``b t e``."""
+
+    @property
+    def usual(self) -> bool:
+        """Whether a query, keys and values are all that there is."""
+        return not self.raw_query and self.own is None and self.gate is None
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -90,6 +114,52 @@ def attend(q: Tensor, kv: KeyValue, heads: int, key_scale: float | Tensor = 1.0,
     return out.transpose(1, 2).reshape(b, length, channels)
 
 
+def normed(x: Tensor, width: int) -> Tensor:
+    """``x`` ``b l c`` with every head's ``width`` numbers divided by their root mean square, computed in fp32 at least."""
+    heads = x.unflatten(-1, (-1, width))
+    exact = heads if heads.dtype == torch.float64 else heads.float()
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype).flatten(-2)
+
+
+def attend_jointly(
+    q: Tensor, own_k: Tensor, own_v: Tensor, kv: KeyValue, heads: int, key_scale: float | Tensor = 1.0
+) -> Tensor:
+    """Attention of tokens ``b l c`` to their own keys and values ``b l c`` and to the image's, in one softmax.
+
+    No fused kernel takes keys in two parts, so both are joined anew in every call: ``2 (l + n) c`` numbers a member, little
+    beside the attention. ``kv.own`` says how the own keys become the adapter's.
+    """
+    assert kv.own is not None
+    b, length, channels = q.shape
+    if kv.own.raw:
+        own_k = normed(own_k, channels // heads)
+    members = b // kv.k.shape[0]
+    image_k, image_v = (t if members == 1 else t.repeat_interleave(members, 0) for t in (kv.k, kv.v))
+    k = torch.cat([split_heads(own_k * kv.own.scale, heads), image_k], 2)
+    v = torch.cat([split_heads(own_v, heads), image_v], 2)
+    if isinstance(key_scale, Tensor):
+        q, key_scale = q * key_scale, 1.0
+    rows = split_heads(q if key_scale >= 0 else -q, heads)
+    scale = None if key_scale == 1.0 else abs(key_scale) * (channels // heads) ** -0.5
+    return F.scaled_dot_product_attention(rows, k, v, scale=scale).transpose(1, 2).reshape(b, length, channels)
+
+
+def with_mean(image: Tensor, q: Tensor, kv: KeyValue, heads: int, scale: Scale) -> Tensor:
+    """``image + mean · mean(V)``, ``b l c``."""
+    mean = scale.mean
+    if isinstance(mean, Tensor):
+        return torch.addcmul(image, _mean_part(q, kv, heads, scale), mean)
+    return image if mean == 0.0 else torch.add(image, _mean_part(q, kv, heads, scale), alpha=mean)
+
+
+def gated(image: Tensor, factors: Tensor) -> Tensor:
+    """``b l c`` times factors ``b t c``: tokens are of t frames one after the other."""
+    frames = factors.shape[1]
+    if frames == 1:
+        return image * factors
+    return (image.unflatten(1, (frames, -1)) * factors[:, :, None]).flatten(1, 2)
+
+
 def add_image_attention(
     base: Tensor, q: Tensor, kv: KeyValue, heads: int, scale: Scale, mask: Tensor | None, rows: Tensor | None = None
 ) -> Tensor:
@@ -97,47 +167,16 @@ def add_image_attention(
 
     ``rows`` are ``query_rows`` of ``q`` for ``kv``, where another image prompt on the site made them.
     """
-    image = attend(q, kv, heads, scale.key, rows)
-    output, mean = scale.output, scale.mean
-    if isinstance(mean, Tensor) or mean != 0.0:
-        if isinstance(mean, Tensor):
-            image = torch.addcmul(image, _mean_part(q, kv, heads, scale), mean)
-        else:
-            image = torch.add(image, _mean_part(q, kv, heads, scale), alpha=mean)
+    return add_scaled(base, with_mean(attend(q, kv, heads, scale.key, rows), q, kv, heads, scale), scale.output, mask)
+
+
+def add_scaled(base: Tensor, image: Tensor, output: float | Tensor, mask: Tensor | None) -> Tensor:
+    """``base + mask · output · image``."""
     if isinstance(output, Tensor):
         return torch.addcmul(base, image, output if mask is None else mask * output)
     if mask is None:
         return torch.add(base, image, alpha=output)
     return torch.addcmul(base, image, mask, value=output)
-
-
-AddImage = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(base, q, query_rows of q)`` to the base with one image's attention added."""
-
-
-def adding(kv: KeyValue, heads: int, scale: Scale, mask: Tensor | None, folded: bool) -> AddImage:
-    """``add_image_attention`` with all that is known before the query; ``folded``: members of the batch share image tokens.
-
-    The usual case is no more than the calls that it needs: Python between them is what a GPU waits for.
-    """
-    key, output, mean, k, v = scale.key, scale.output, scale.mean, kv.k, kv.v
-    if (
-        folded
-        or mask is not None
-        or isinstance(key, Tensor)
-        or isinstance(output, Tensor)
-        or isinstance(mean, Tensor)
-        or key < 0
-        or mean != 0.0
-    ):
-        return lambda base, q, rows: add_image_attention(base, q, kv, heads, scale, mask, rows)
-    kernel_scale = None if key == 1.0 else key * k.shape[-1] ** -0.5
-
-    def add(base: Tensor, q: Tensor, rows: Tensor) -> Tensor:
-        image = F.scaled_dot_product_attention(rows, k, v, scale=kernel_scale)
-        return torch.add(base, image.transpose(1, 2).flatten(2), alpha=output)
-
-    return add
 
 
 def _mean_part(q: Tensor, kv: KeyValue, heads: int, scale: Scale) -> Tensor:

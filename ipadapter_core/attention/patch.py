@@ -12,11 +12,12 @@ from ..device_cache import LIMIT, DeviceCache
 from ..errors import InvalidInputError
 from ..models.reach import Reach
 from ..models.sites import ModelLayout
+from .adding import adding, on_chunks
 from .batch import Frames, fit_batch
 from .call import COND, UNCOND, Acting, Ready, SiteCall
 from .kv import SiteKV
 from .masks import RegionMask, inference_mode
-from .maths import Scale, adding, scale_for
+from .maths import Scale, scale_for
 from .presets import OFF, SiteWeight
 from .schedule import WeightSchedule
 
@@ -108,12 +109,13 @@ class AdapterPatch:
             or ready.factor != acting.factor
             or ready.device != q.device
             or ready.dtype != q.dtype
+            or ready.norm is not at.query_norm
             or (ready.tokens is not None and ready.tokens != q.shape[1])
         ):
             ready = self._ready(site, at, acting)
             if ready is None:
                 return base
-        return ready.add(base, q, at.rows(ready.groups, ready.width))
+        return ready.add(base, at, at.rows(ready.groups, ready.width))
 
     def _acting(self, at: SiteCall) -> Acting:
         """What the sites have in common in a call."""
@@ -137,19 +139,28 @@ class AdapterPatch:
         call, q, weight, site_kv, factor = at.call, at.q, self.weights[site], self.sites[site], acting.factor
         if weight.weight == 0.0 or site_kv is None:
             return None
-        latents = q.shape[0] // len(acting.branches)
-        kv = site_kv.at(at, acting.branches, weight.flipped, self.rules.mean_per_image)
+        count = len(acting.branches)
+        latents = q.shape[0] // count
+        silent = () if weight.flipped else site_kv.silent
+        chunks = [i for i, branch in enumerate(acting.branches) if branch not in silent]
+        if not chunks:
+            return None
+        branches = acting.branches if len(chunks) == count else tuple(acting.branches[i] for i in chunks)
+        kv = site_kv.at(at, branches, weight.flipped, self.rules.mean_per_image)
         if self.latent_weights is None:
             scale = self._scale(site, weight.weight * factor)
         else:
-            rows = self.latent_weights.of(site, len(acting.branches), latents, call.frames, q)
+            rows = self.latent_weights.of(site, len(chunks), latents, call.frames, q)
             scale = self._scale(site, rows if factor == 1.0 else rows * factor)
         mask = None if self.mask is None else self._mask_rows(self.mask, at, latents)
+        if mask is not None and mask.shape[0] > 1 and len(chunks) < count:
+            mask = torch.cat([mask.chunk(count)[chunk] for chunk in chunks])
         groups, _, _, width = kv.k.shape
         tokens = None if mask is None else q.shape[1]
-        ready = Ready(
-            adding(kv, at.heads, scale, mask, groups != q.shape[0]), factor, groups, width, tokens, q.device, q.dtype
-        )
+        add = adding(kv, at.heads, scale, mask, groups != latents * len(chunks))
+        if len(chunks) < count:
+            add = on_chunks(add, chunks, count, groups, width)
+        ready = Ready(add, factor, groups, width, tokens, q.device, q.dtype, at.query_norm)
         if site_kv.constant:
             acting.sites[site] = ready
         return ready

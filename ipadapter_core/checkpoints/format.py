@@ -365,6 +365,11 @@ class AdapterWeights:
         """Image keys and values ``b n c`` of the layer at ``index`` in the order of the file."""
         return self.spec.format.key_value(self.module, index, self._fitting(tokens), timestep)
 
+    def gate(self, index: int) -> Callable[[Tensor], Tensor] | None:
+        """What makes factors ``b t c`` of the layer's result from a block's conditioning ``b t e``; None where there is no gate."""
+        gate = self.spec.format.gate(self.module, index)
+        return None if gate is None else lambda emb: gate(self._fitting(emb))
+
     def tokens_at(self, constant: Tensor, timestep: float) -> Tensor:
         """Image tokens ``b n d`` at a timestep 0..1000 of what ``tokens`` gave, of a family whose reach is timed."""
         return self.spec.format.tokens_at(self.module.projector, self._fitting(constant), timestep)
