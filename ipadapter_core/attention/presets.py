@@ -177,7 +177,7 @@ class SiteWeights:
             raise InvalidInputError(
                 f"{some([quoted(where) for where in unknown])} matches no site of {layout.name}; "
                 f"use {', '.join(('all', *layout.groups, *roles))}, t0..t{layout.orders - 1}, "
-                f"or a site such as {layout.label(layout.sites[0])!r}"
+                f"a site such as {layout.label(layout.sites[0])!r}, or some such as '{layout.groups[0]} 0-9'"
             )
         try:
             return tuple(self._at(site, layout) for site in layout.sites)
@@ -210,15 +210,21 @@ def _matches(where: str, site: Site, layout: ModelLayout) -> bool:
     if where in ("style", "composition"):
         roles = layout.model.roles
         return roles is not None and site.order in (roles.style if where == "style" else roles.composition)
+    span = _RANGE.fullmatch(where)
+    if span is not None:
+        number = site.order if span[1] == "t" else site.number if span[1] == f"{site.group} " else -1
+        return int(span[2]) <= number <= int(span[3])
     numbered = f"{site.group} {site.number}"
     return where in ("all", site.group, f"t{site.order}", numbered, f"{numbered}.{site.depth}")
 
 
-_PLACE = re.compile(r"([a-z]{1,40})(?: ?([0-9]{1,4}(?:\.[0-9]{1,4})?))?")
+_PLACE = re.compile(r"([a-z]{1,40})(?: ?([0-9]{1,4}(?:\.[0-9]{1,4}| ?- ?[0-9]{1,4})?))?")
+_RANGE = re.compile(r"(t|[a-z]{1,40} )([0-9]{1,4})-([0-9]{1,4})")
+"""A place as rules name it: ``double 0-9``, ``t0-18``; both ends are in it."""
 
 
 def parse_site_factors(text: str) -> tuple[SiteRule, ...]:
-    """Read a per-site table such as ``all: 0.2, output: 1, input 4: 0, t3: 1.5`` (commas or lines, ``#`` comments).
+    """Read a per-site table such as ``all: 0.2, output: 1, input 4: 0, double 0-9: 0.5, t3: 1.5`` (commas or lines, ``#`` comments).
 
     Raises InvalidInputError for a text of another form, of more than 10,000 characters or 500 entries.
     """
@@ -229,9 +235,14 @@ def parse_site_factors(text: str) -> tuple[SiteRule, ...]:
         if place is None or factor is None:
             raise InvalidInputError(
                 f"cannot read {quoted(entry)} in the site table; write entries such as 'all: 0.2', 'output: 1', "
-                "'input 4: 0', 'style: 1.2' or 't3: 0', separated by commas or lines"
+                "'input 4: 0', 'double 0-9: 0.5', 'style: 1.2' or 't3: 0', separated by commas or lines"
             )
-        name, at = place[1], place[2]
+        name, at = place[1], place[2] and place[2].replace(" ", "")
+        first, _, last = (at or "").partition("-")
+        if last and int(first) > int(last):
+            raise InvalidInputError(
+                f"{quoted(entry)} in the site table names no site, as its numbers fall; write '{name} {last}-{first}'"
+            )
         rules.append(SiteRule(name if at is None else f"t{at}" if name == "t" else f"{name} {at}", factor))
     return tuple(rules)
 

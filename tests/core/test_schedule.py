@@ -248,13 +248,27 @@ def test_a_schedule_is_a_place_and_a_window_side_by_side() -> None:
     ("all: 0.2, output: 1", (SiteRule("all", 0.2), SiteRule("output", 1.0))),
     ("Input 4: 0\nstyle = -1.2e0 # why\n\n# nothing\n t3 : .5", (SiteRule("input 4", 0.0), SiteRule("style", -1.2), SiteRule("t3", 0.5))),
     ("input4.1: +2, t 5: 3.", (SiteRule("input 4.1", 2.0), SiteRule("t5", 3.0))),
+    ("double 0-9: 0.5\nSingle 10 - 37: 0, t0-18: 2", (SiteRule("double 0-9", 0.5), SiteRule("single 10-37", 0.0), SiteRule("t0-18", 2.0))),
 ])  # fmt: skip
 def test_site_tables_are_read(text: str, rules: tuple[SiteRule, ...]) -> None:
     assert parse_site_factors(text) == rules
 
 
 @pytest.mark.parametrize(
-    "text", ["input", "input: x", "4: 1", "input 4 1", "all: 1: 2", "all: 1e", "all: nan", "a-b: 1"]
+    "text",
+    [
+        "input",
+        "input: x",
+        "4: 1",
+        "input 4 1",
+        "all: 1: 2",
+        "all: 1e",
+        "all: nan",
+        "a-b: 1",
+        "double 0-: 1",
+        "double 0.1-2: 1",
+        "double 9-3: 1",
+    ],
 )
 def test_unreadable_site_tables_are_quoted(text: str) -> None:
     with pytest.raises(InvalidInputError, match="site table"):
@@ -275,6 +289,41 @@ def test_site_rules_match_blocks_numbers_roles_and_indices() -> None:
     assert got["output 0.0"] == got["output 2.3"] == got["input 5.0"] == 0.0
     assert {label for label, weight in factors("all: 0, style: 1", SDXL).items() if weight} == {"output 6"}
     assert {label for label, weight in factors("all: 0, composition: 1", SDXL).items() if weight} == {"input 3"}
+
+
+def transformer() -> ModelLayout:
+    """The sites of FLUX.1: nobody knows which carry style or composition."""
+    groups = [("double", number) for number in range(19)] + [("single", number) for number in range(38)]
+    sites = (Site("", group, number, 0, order, 8, 2) for order, (group, number) in enumerate(groups))
+    return ModelLayout(BaseModel(name="FLUX.1"), 16, tuple(sites))
+
+
+def test_site_rules_name_runs_of_blocks() -> None:
+    got = factors("double 0-9: 0.5, single: 0, single 30-37: 1.5, single 31: 3, t18-19: 2", transformer())
+    assert [got[f"double {i}"] for i in (0, 9, 10, 17, 18)] == [1.0, 1.0, 2.0, 2.0, 4.0]
+    assert [got[f"single {i}"] for i in (0, 1, 29, 30, 31, 32, 37)] == [4.0, 0.0, 0.0, 3.0, 6.0, 3.0, 3.0]
+    for rules in ("double 19-30: 1", "input 0-3: 1", "t57-60: 1", "style: 1"):
+        with pytest.raises(InvalidInputError, match=r"matches no site of FLUX\.1; use all, double, single, t0\.\.t56"):
+            factors(rules, transformer())
+
+
+BY_POSITION = ("linear", "ease in", "ease out", "ease in-out", "reverse in-out")
+
+
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset not in BY_POSITION])
+def test_presets_that_mean_nothing_for_a_transformer_are_refused_by_a_sentence(preset: str) -> None:
+    """Nobody knows which of its blocks carry style, and it has no input, middle or output."""
+    usable = "needs .*, and FLUX\\.1 has no such thing; use one of: " + ", ".join(BY_POSITION) + "$"
+    with pytest.raises(InvalidInputError, match=usable):
+        WeightSchedule(1.0, preset).site_weights(transformer())
+
+
+def test_presets_by_position_work_for_a_transformer() -> None:
+    easing = [weight.weight for weight in WeightSchedule(1.0, "ease in").site_weights(transformer())]
+    assert easing == pytest.approx([0.05 + 0.95 * (1 - order / 57) for order in range(57)])
+    for preset in BY_POSITION:
+        weights = {weight.weight for weight in WeightSchedule(1.0, preset).site_weights(transformer())}
+        assert (len(weights) > 20) == (preset != "linear")
 
 
 def test_site_rules_multiply_the_preset_and_keep_its_flip() -> None:
