@@ -7,7 +7,7 @@ The plain one, a projected query and the image before the output projection, is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,9 @@ class FakeEntry:
     def modules(self) -> tuple[nn.Module, nn.Module]:
         return self.block.norm_q, self.block  # type: ignore[return-value]
 
-    def query(self, output: Tensor, call: ModelCall) -> Tensor:
-        return output[:, image_tokens(call, output.shape[1])]
+    def site(self, outputs: Sequence[Tensor], call: ModelCall) -> SiteCall:
+        (q,) = outputs
+        return SiteCall(call, q[:, image_tokens(call, q.shape[1])], HEADS)
 
     def added(self, value: Tensor, call: ModelCall, add: Callable[[Tensor], Tensor]) -> Tensor:
         return inside(value, image_tokens(call, value.shape[1]), add)

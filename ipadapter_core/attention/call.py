@@ -59,7 +59,8 @@ class ModelCall:
     windows and curves. ``timestep`` is that of training, 0..1000, read as rarely. ``latent`` is the whole latent's size, ``areas`` the part of it that each chunk sees (None: all);
     these two matter only for masks. ``frames`` are the latents' numbers in an animation that is sampled in windows.
     ``order`` and ``size`` are the host's own index of each chunk and the latent's size in this very call, for Rules that
-    go by them.
+    go by them. Of a transformer, ``text`` is how many tokens of text stand in front where a block has text and picture in
+    one sequence, and ``picture`` how many tokens are the picture's where reference pictures follow (None: all the others).
     """
 
     branches: tuple[int, ...] = (COND,)
@@ -70,6 +71,8 @@ class ModelCall:
     frames: Frames | None = None
     order: tuple[int, ...] | None = None
     size: tuple[int, int] | None = None
+    text: int = 0
+    picture: int | None = None
     acting: dict[object, Acting] = field(default_factory=dict[object, "Acting"], repr=False)
     """By image prompt: what all its sites have in common in this call, put here by the first."""
 
@@ -84,8 +87,8 @@ class ModelCall:
 class SiteCall:
     """One attention of a model call, the same for every image prompt on the site.
 
-    ``q`` are the latent tokens' queries ``b l c`` of ``heads`` heads; ``shape`` ends in the rows and columns of the tokens
-    where the host tells them.
+    ``q`` are the latent tokens' queries ``b l c`` of ``heads`` heads, behind those of ``text`` tokens of the prompt where
+    these ask too (``Reach.span``); ``shape`` ends in the rows and columns of the tokens where the host tells them.
 
     Transformers norm their queries: ``q`` is the normed one, before any rotation. For adapters with a norm of their own
     (``Reach.query`` is ``raw``) ``query_norm`` is the weight ``d`` of the model's RMS norm, so that it can be undone; None
@@ -98,6 +101,7 @@ class SiteCall:
     q: Tensor
     heads: int
     shape: Sequence[int] | None = None
+    text: int = 0
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
     k: Tensor | None = None

@@ -171,24 +171,26 @@ class AdapterPatch:
         )
 
     def _mask_rows(self, mask: RegionMask, at: SiteCall, latents: int) -> Tensor:
-        """How much of every token lies inside, ``1|b l 1``."""
+        """How much of every token lies inside, ``1|b l 1``; tokens of text take the part of the picture that the region covers."""
         call, q = at.call, at.q
         if self.rules.stretched_masks and call.size is not None:
             rows = mask.stretched(call.size, self.rules.stretched_masks, q, latents, call.frames)
             return rows if rows.shape[0] == 1 else rows.repeat(q.shape[0] // latents, 1, 1)
         shape = None if at.shape is None else (at.shape[-2], at.shape[-1])
-        grid = None if call.seen is None else self.layout.model.tokens.grid(call.seen, q.shape[1], shape)
+        grid = None if call.seen is None else self.layout.model.tokens.grid(call.seen, q.shape[1] - at.text, shape)
         if grid is None or call.latent is None:
             raise InvalidInputError(
-                f"a region mask needs the latent's size, but this attention has {q.shape[1]} tokens, which is no level "
+                f"a region mask needs the latent's size, but this attention has {q.shape[1] - at.text} tokens, which is no level "
                 f"of a latent of {call.latent}; another node changes the token count (token merging?): remove it or the mask"
             )
         areas = call.areas or (None,) * len(call.branches)
         grids = [mask.grid(call.latent, area, grid, q, latents, call.frames) for area in areas]
         if all(other is grids[0] for other in grids):
             rows = grids[0]
-            return rows if rows.shape[0] == 1 or len(grids) == 1 else rows.repeat(len(grids), 1, 1)
-        return torch.cat([rows.expand(latents, -1, -1) for rows in grids])
+            rows = rows if rows.shape[0] == 1 or len(grids) == 1 else rows.repeat(len(grids), 1, 1)
+        else:
+            rows = torch.cat([rows.expand(latents, -1, -1) for rows in grids])
+        return torch.cat([rows.mean(1, keepdim=True).expand(-1, at.text, -1), rows], 1) if at.text else rows
 
 
 def resolve_weights(

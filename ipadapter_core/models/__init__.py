@@ -12,7 +12,7 @@ from .chroma import CHROMA
 from .flux import FLUX
 from .layers import LayerNames, Shapes, numbered_blocks, own_names
 from .sd3 import SD3
-from .sites import BaseModel, Clock, ModelLayout
+from .sites import BaseModel, ModelLayout
 from .unet import SD2, SD15, SDXL
 
 BASE_MODELS: tuple[BaseModel, ...] = (SD15, SD2, SDXL, FLUX, CHROMA, SD3)
@@ -39,10 +39,10 @@ def layout_of(model: nn.Module) -> ModelLayout:
     return layout
 
 
-def clock_of(model: nn.Module) -> Clock:
-    """What diffusers' pipelines call a model with; ``sigma`` where its family has no walk, as no UNet is."""
+def family_of(model: nn.Module) -> BaseModel:
+    """The family of a model; one without a name, and with what most have, where its family has no walk, as no UNet is."""
     layout = _walked(model)
-    return "sigma" if layout is None else layout.model.clock
+    return BaseModel(name="") if layout is None else layout.model
 
 
 def _walked(model: nn.Module) -> ModelLayout | None:

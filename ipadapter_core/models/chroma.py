@@ -23,6 +23,7 @@ def walk_chroma(model: nn.Module) -> ModelLayout | None:
 CHROMA = BaseModel(
     name="Chroma",
     walk=walk_chroma,
+    negative="apart",
     reference_width=FLUX.reference_width,
     layers=name_layers,
 )

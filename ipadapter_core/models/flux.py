@@ -178,6 +178,7 @@ def _xlabs_names(names: Names, width: int) -> Names:
 FLUX = BaseModel(
     name="Flux",
     walk=walk_flux,
+    negative="apart",
     reference_width=3072,
     layers=name_layers,
     marks=re.compile(r"^(double_blocks|single_blocks|single_transformer_blocks)_"),

@@ -46,6 +46,8 @@ class Roles:
 
 Clock = Literal["steps", "sigma"]
 """What diffusers' pipelines call a model with to say how noisy the latents are."""
+Negative = Literal["batched", "apart"]
+"""How diffusers' pipelines run the negative prompt: in one batch, before the positive one, or in a call of its own after it."""
 Walk = Callable[[nn.Module], "ModelLayout | None"]
 """Finds a model's sites and names the base model; None for a model of another kind."""
 
@@ -88,7 +90,7 @@ class BaseModel:
     names the family. Without it image prompts cannot act yet. ``roles`` is None where nobody knows which sites carry style
     or composition. ``tokens`` lays out a site's image tokens. ``reference_width`` is the width of the widest attention, by
     which the channel penalty divides. ``clock`` is what diffusers' pipelines call the model with:
-    the noise ``steps`` of training, 0..999, or ``sigma``, times 1000 or not.
+    the noise ``steps`` of training, 0..999, or ``sigma``, times 1000 or not; ``negative`` how they run the negative prompt.
 
     For LoRAs: ``layers`` names the layers of a model, given the shapes of their weights, and gives None for a model of
     another kind. ``marks`` is found in underscored names of layers that no other family has.
@@ -102,6 +104,7 @@ class BaseModel:
     tokens: TokenRule = field(default_factory=Patches)
     reference_width: int = 0
     clock: Clock = "sigma"
+    negative: Negative = "batched"
     layers: Callable[[nn.Module, Shapes], LayerNames | None] | None = None
     marks: re.Pattern[str] | None = None
     training: Training | None = None

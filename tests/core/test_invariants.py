@@ -51,7 +51,9 @@ class World:
         """Calls of the adapter's layers."""
 
     def adapter(self, seed: int = 0) -> AdapterWeights:
-        adapter = tiny_adapter(self.layout, seed=seed)
+        reached = () if self.form is None else self.form.reach.sites(self.layout)
+        own = {} if self.form is None else {"channels": tuple(self.layout.sites[i].channels for i in reached)}
+        adapter = tiny_adapter(self.layout, seed=seed, **own)
         if self.form is not None:
             adapter = replace(adapter, spec=replace(adapter.spec, format=self.form))
         for layer in adapter.module.to_k_ip:

@@ -18,7 +18,7 @@ from ipadapter_core.backends.diffusers import doors as diffusers
 from ipadapter_core.backends.diffusers import lora as diffusers_lora
 from ipadapter_core.backends.diffusers import notes as diffusers_notes
 from ipadapter_core.lora.patch import LoRAPatch
-from ipadapter_core.models import clock_of
+from ipadapter_core.models import family_of
 from tiny_loras import tiny_lora
 from tiny_models import (
     TOKEN_DIM,
@@ -138,7 +138,7 @@ def test_hooks_around_calls_go_with_the_last_owner() -> None:
 
 def percent(module: nn.Module, timestep: Tensor | float) -> float:
     return (
-        diffusers_notes.Beginning(clock_of(module), (torch.zeros(1, 4, 8, 8), timestep), {})
+        diffusers_notes.Beginning(family_of(module), (torch.zeros(1, 4, 8, 8), timestep), {})
         .described(("cond",))
         .percent()
     )

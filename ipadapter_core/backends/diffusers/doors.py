@@ -6,12 +6,13 @@ restores the model exactly.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -22,45 +23,54 @@ from ...attention.patch import AdapterPatch
 from ...attention.schedule import WeightSchedule
 from ...errors import IncompatibleAdapterError, InvalidInputError
 from ...models import BASE_MODELS, layout_of, listed
+from ...models.chroma import walk_chroma
+from ...models.flux import walk_flux
 from ...models.reach import Reach
 from ...models.sites import ModelLayout, Site, Walk
 from ...models.unet import walk_unet
 from ..calls import Calls, eagerly, uncompiled
-from .notes import Around, Beginning, Branch, Branches
+from .notes import Around, Beginning, Branches
+from .pipelines import Asked, model_of
+from .transformer import TransformerEntry
 from .unet import UNetEntry
 
 
 class Entry(Protocol):
-    """How one kind of adapter enters one site: two modules of it, run in this order in every call.
+    """How one kind of adapter enters one site: modules of it, run in every call, the last one after the others.
 
-    The first one's output is the query. The image attention is added to what the second one reads (``before``) or gives.
+    The outputs of all but the last are listened to, the query's first. The image attention is added to what the last one
+    reads (``before``) or gives.
     """
 
     @property
     def before(self) -> bool: ...
     @property
     def bypassed(self) -> str:
-        """Why the first module did not run before the second, and what to do."""
+        """Why one of the modules did not run before the last, and what to do."""
         ...
 
-    def modules(self) -> tuple[nn.Module, nn.Module]:
-        """The two modules now: a LoRA may have replaced them since the last call. Asked at every call."""
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules now: a LoRA may have replaced them since the last call. Asked at every call."""
         ...
 
-    def query(self, output: Tensor, call: ModelCall) -> Tensor:
-        """The tokens that ask, ``b l c``, of the first module's output."""
+    def site(self, outputs: Sequence[Tensor], call: ModelCall) -> SiteCall:
+        """What the modules before the last gave, as the attention of the tokens that ask."""
         ...
 
-    def added(self, value: Tensor, call: ModelCall, add: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the second module reads or gives, with ``add`` done to those same tokens."""
+    def added(self, value: Any, call: ModelCall, add: Callable[[Tensor], Tensor]) -> object:
+        """What the last module reads or gives, with ``add`` done to those same tokens."""
         ...
 
 
 EntryAt = Callable[[nn.Module, ModelLayout, Site, Reach], Entry]
 """The entry of adapters with one reach at one site of a model. Raises IncompatibleAdapterError where there is none."""
 
-ENTRIES: dict[Walk | None, EntryAt] = {walk_unet: UNetEntry.of}
-"""By the walk that finds a model's sites, which related base models share. One file for each; ``unet`` is the plain one."""
+ENTRIES: dict[Walk | None, EntryAt] = {
+    walk_unet: UNetEntry.of,
+    walk_flux: TransformerEntry.of,
+    walk_chroma: TransformerEntry.of,
+}
+"""By the walk that finds a model's sites, which related base models share. One file for each kind; ``unet`` is the plain one."""
 
 
 def entry_of(layout: ModelLayout) -> EntryAt:
@@ -80,29 +90,29 @@ class _Call:
 
     acting: tuple[tuple[AdapterPatch, ...], ...]
     model: ModelCall = field(default_factory=ModelCall)
-    q: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict[tuple[int, int], Tensor])
 
 
 class AppliedAdapters:
-    """Adapters acting on one UNet until ``remove()``; also a context manager that removes them at its end.
+    """Adapters acting on one model until ``remove()``; also a context manager that removes them at its end.
 
-    Any number of threads may call the UNet. A call sees one state: changes act from the next one on.
+    Any number of threads may call the model. A call sees one state: changes act from the next one on.
     """
 
-    def __init__(self, unet: nn.Module, patches: Sequence[AdapterPatch], branches: Branches) -> None:
+    def __init__(self, model: nn.Module, patches: Sequence[AdapterPatch], branches: Branches | Asked) -> None:
         self._patches, self._branches = tuple(patches), branches
         self.calls: Calls[_Call] = Calls()
         layout, reaches = patches[0].layout, dict.fromkeys(patch.reach for patch in patches)
         entry = entry_of(layout)
         self._places = [(i, reach) for reach in reaches for i in sorted(reach.sites(layout))]
         self._hooks = [
-            _SiteHook(self, place, i, layout.sites[i], entry(unet, layout, layout.sites[i], reach))
+            _SiteHook(self, place, i, layout.sites[i], entry(model, layout, layout.sites[i], reach))
             for place, (i, reach) in enumerate(self._places)
         ]
         self._without = _Call(((),) * len(self._places))
         self._acting = self._per_place()
         self._removed = False
-        self._around = Around.join(unet, self)
+        self._around = Around.join(model, self)
         for hook in self._hooks:
             hook.attach()
 
@@ -112,15 +122,15 @@ class AppliedAdapters:
         return self._patches
 
     def set_schedule(self, schedule: WeightSchedule, index: int = 0) -> None:
-        """Another schedule for one adapter from the next UNet call on; computes no keys or values."""
+        """Another schedule for one adapter from the next call of the model on; computes no keys or values."""
         self._replace(index, self._patches[index].with_schedule(schedule))
 
     def set_mask(self, mask: RegionMask | Tensor | None, index: int = 0) -> None:
-        """Another region for one adapter from the next UNet call on."""
+        """Another region for one adapter from the next call of the model on."""
         self._replace(index, self._patches[index].with_mask(mask))
 
     def remove(self) -> None:
-        """Take every hook off the UNet; it is then as it was before. Calling it again does nothing.
+        """Take every hook off the model; it is then as it was before. Calling it again does nothing.
 
         Calls that other threads are inside of end as they began, and a gradient that a checkpoint with
         ``use_reentrant=True`` still has to compute sees what its call saw: the hooks go when these are over.
@@ -140,7 +150,7 @@ class AppliedAdapters:
 
     def _replace(self, index: int, patch: AdapterPatch) -> None:
         if self._removed:
-            raise InvalidInputError("these adapters were removed from their UNet; apply them again")
+            raise InvalidInputError("these adapters were removed from their model; apply them again")
         patches = list(self._patches)
         patches[index] = patch
         self._patches = tuple(patches)
@@ -159,22 +169,26 @@ class AppliedAdapters:
             hook.detach()
 
     def begin(self, call: Beginning) -> None:
-        """A call of the UNet begins."""
+        """A call of the model begins."""
         if call.sample is None or call.timestep is None:
-            return self.calls.begin(self._without)  # the UNet will say what it misses
+            return self.calls.begin(self._without)  # the model will say what it misses
         if not self._removed:
             for hook in self._hooks:
                 hook.attach()  # a LoRA may have replaced the layers since
-        self.calls.begin(_Call(self._acting, call.described(self._branches)))
+        told = self._branches
+        model = (
+            call.described(told.branches(call), told.flow(call)) if isinstance(told, Asked) else call.described(told)
+        )
+        self.calls.begin(_Call(self._acting, model))
 
     def found(self) -> _Call:
-        """The UNet call that a layer belongs to which runs outside of one."""
+        """The call of the model that a layer belongs to which runs outside of one."""
         return eagerly(self.calls.found, self._without, self._outside)
 
     def _outside(self) -> _Call:
         raise InvalidInputError(
-            "an attention of this UNet ran on its own, outside of a call of the UNet, where an image prompt does not know its "
-            "branches and progress; call the UNet itself, or remove the image prompt first"
+            "an attention of this model ran on its own, outside of a call of the model, where an image prompt does not know its "
+            "branches and progress; call the model itself, or remove the image prompt first"
         )
 
 
@@ -182,7 +196,7 @@ _ATTACHING = Lock()
 
 
 class _SiteHook:
-    """The pair of hooks at one site for adapters of one reach: remember the query, add the image attention.
+    """The hooks at one site for adapters of one reach: remember the query, add the image attention.
 
     They stay while the adapters are applied, also where no image acts now: compiled code is made for the hooks it saw.
     """
@@ -190,7 +204,8 @@ class _SiteHook:
     def __init__(self, owner: AppliedAdapters, place: int, index: int, site: Site, entry: Entry) -> None:
         self.owner, self.place, self.index, self.site, self.entry = owner, place, index, site, entry
         self._calls = owner.calls
-        self._modules: tuple[nn.Module, nn.Module] | None = None
+        self._modules: tuple[nn.Module, ...] = ()
+        self._heard = 0
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -200,47 +215,58 @@ class _SiteHook:
         with _ATTACHING:
             if not self._current(modules):
                 self.detach()
-                query, join = modules
+                query, *more, join = modules
+                self._heard = len(modules) - 1
                 self._handles = [
                     query.register_forward_hook(self._remember),
+                    *(m.register_forward_hook(partial(self._remember_at, i)) for i, m in enumerate(more, 1)),
                     join.register_forward_pre_hook(self._extend)
                     if self.entry.before
                     else join.register_forward_hook(self._extend_output),
                 ]
                 self._modules = modules
 
-    def _current(self, modules: tuple[nn.Module, nn.Module]) -> bool:
-        return self._modules is not None and self._modules[0] is modules[0] and self._modules[1] is modules[1]
+    def _current(self, modules: tuple[nn.Module, ...]) -> bool:
+        return len(modules) == len(self._modules) and all(map(operator.is_, modules, self._modules))
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._modules = [], None
+        self._handles, self._modules = [], ()
 
     def _remember(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
         call = self._calls.running()
         if call is None:
             call = self.owner.found()
         if call.acting[self.place]:
-            call.q[self.place] = self.entry.query(output, call.model)
+            call.outputs[self.place, 0] = output
 
-    def _extend(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def _remember_at(self, number: int, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
+        call = self._calls.running()
+        if call is None:
+            call = self.owner.found()
+        if call.acting[self.place]:
+            call.outputs[self.place, number] = output
+
+    def _extend(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
         call = self._calls.running()
         if call is None:
             call = self.owner.found()
         return (self._added(args[0], call), *args[1:]) if call.acting[self.place] else None
 
-    def _extend_output(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor | None:
+    def _extend_output(self, module: nn.Module, args: tuple[object, ...], output: object) -> object | None:
         call = self._calls.running()
         if call is None:
             call = self.owner.found()
         return self._added(output, call) if call.acting[self.place] else None
 
-    def _added(self, value: Tensor, call: _Call) -> Tensor:
-        q = call.q.pop(self.place, None)
-        if q is None:
+    def _added(self, value: object, call: _Call) -> object:
+        found = [call.outputs.pop((self.place, number), None) for number in range(self._heard)]
+        outputs = [output for output in found if output is not None]
+        if len(outputs) != self._heard:
             raise IncompatibleAdapterError(f"an image prompt cannot act at {self.site.path}: {self.entry.bypassed}")
-        return self.entry.added(value, call.model, partial(self._add, SiteCall(call.model, q, self.site.heads), call))
+        model = call.model
+        return self.entry.added(value, model, partial(self._add, self.entry.site(outputs, model), call))
 
     def _add(self, at: SiteCall, call: _Call, base: Tensor) -> Tensor:
         for patch in call.acting[self.place]:
@@ -248,50 +274,31 @@ class _SiteHook:
         return base
 
 
-def apply(unet: nn.Module, *patches: AdapterPatch, branches: Branches = ("uncond", "cond")) -> AppliedAdapters:
-    """Let image prompts act on a diffusers model such as UNet2DConditionModel, besides whatever else is installed on it.
+def apply(model: nn.Module, *patches: AdapterPatch, branches: Branches | Asked = ("uncond", "cond")) -> AppliedAdapters:
+    """Let image prompts act on a diffusers model (UNet2DConditionModel, FluxTransformer2DModel, …), besides whatever else is on it.
 
-    ``branches`` says what the batch of a UNet call consists of, in order: diffusers' pipelines put the negative prompt
-    first; without classifier-free guidance it is ``("cond",)``; a callable is asked at every call.
-    Raises IncompatibleAdapterError if a patch was baked for another layout; the UNet is then untouched.
+    ``branches`` says what the batch of a call consists of, in order: diffusers' pipelines put the negative prompt
+    first; without classifier-free guidance it is ``("cond",)``; a callable is asked at every call. Pipelines of Flux and
+    Chroma run the negative prompt in a call of its own, so use ``apply_to_pipeline`` there.
+    Raises IncompatibleAdapterError if a patch was baked for another layout; the model is then untouched.
     """
     if not patches:
         raise InvalidInputError("apply() needs at least one image prompt")
-    unet = uncompiled(unet)
-    layout = layout_of(unet)
+    model = uncompiled(model)
+    layout = layout_of(model)
     for patch in patches:
         if patch.layout != layout:
             raise IncompatibleAdapterError(
                 f"{patch.name!r} was prepared for {patch.layout.name}, the model is {layout.name}; prepare it for this model"
             )
-    return AppliedAdapters(unet, patches, branches)
+    return AppliedAdapters(model, patches, branches)
 
 
-def apply_to_pipeline(pipeline: HasUNet, *patches: AdapterPatch) -> AppliedAdapters:
-    """Like ``apply`` on ``pipeline.unet``, asking the pipeline at every call whether guidance is on."""
-    return apply(pipeline.unet, *patches, branches=_GuidanceOf(pipeline))
+def apply_to_pipeline(pipeline: object, *patches: AdapterPatch) -> AppliedAdapters:
+    """Like ``apply`` on a pipeline's UNet or transformer, asking the pipeline at every call what runs.
 
-
-class HasUNet(Protocol):
-    """A pipeline of diffusers."""
-
-    unet: nn.Module
-
-
-class _GuidanceOf:
-    """The branches that a pipeline batches now. Copied with the pipeline it asks the copy, with a UNet alone the same one."""
-
-    def __init__(self, pipeline: object) -> None:
-        self._pipeline = pipeline
-
-    def __call__(self) -> Sequence[Branch]:
-        guided = getattr(self._pipeline, "do_classifier_free_guidance", None)
-        if guided is None:
-            raise InvalidInputError(
-                "the UNet was called before its pipeline was, so whether guidance is on is unknown; call the pipeline, or say "
-                "what the batch consists of with apply(unet, ..., branches=...)"
-            )
-        return ("uncond", "cond") if guided else ("cond",)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _GuidanceOf:
-        return _GuidanceOf(memo.get(id(self._pipeline), self._pipeline))
+    That is whether guidance is on, which of Flux's or Chroma's calls is the negative prompt's, and the shift of the
+    scheduler, without which ``start_percent`` and ``end_percent`` would not mean what they do in ComfyUI.
+    Raises as ``apply``, and InvalidInputError for a pipeline without such a model.
+    """
+    return apply(model_of(pipeline), *patches, branches=Asked(pipeline))

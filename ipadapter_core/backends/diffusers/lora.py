@@ -31,6 +31,7 @@ from ...lora.update import shape_text, wide
 from ...lora.weights import Component, LoRAWeights
 from ..calls import Calls, eagerly, uncompiled
 from .notes import Around, Beginning, Branches
+from .pipelines import Asked
 
 Part = tuple[TargetMatch, float]
 
@@ -74,7 +75,7 @@ class UnfusedLoRAs:
 
     def __init__(self, pipeline: object, patches: Sequence[LoRAPatch], branches: Branches) -> None:
         self._patches = tuple(patches)
-        self._branches = branches
+        self._branches, self._asked = branches, Asked(pipeline)
         stacks = [(module, UnfusedStack(patches, component)) for component, module in parts_of(pipeline).items()]
         self._parts = [_UnfusedPart(self, module, stack) for module, stack in stacks if stack.layers]
 
@@ -136,7 +137,9 @@ class UnfusedLoRAs:
 
     def running(self, component: Component, call: Beginning) -> Running:
         """What runs in a call that begins now."""
-        model = call.described(self._branches) if component == "denoiser" else ModelCall()
+        if component != "denoiser":
+            return Running(self._patches, component, ModelCall())
+        model = call.described(self._branches, self._asked.flow(call))
         return Running(self._patches, component, model)
 
 

@@ -4,12 +4,12 @@ ends in ``attn.to_out[0]``, so the query is taken behind the one and the image a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...attention.call import ModelCall
+from ...attention.call import ModelCall, SiteCall
 from ...errors import IncompatibleAdapterError
 from ...models.reach import Reach
 from ...models.sites import ModelLayout, Site
@@ -20,6 +20,7 @@ class UNetEntry:
     """A cross-attention of a UNet."""
 
     attention: nn.Module
+    heads: int
     bypassed: str = "the attention processor did not use attn.to_q; reset it with unet.set_default_attn_processor()"
     before: bool = True
 
@@ -30,14 +31,14 @@ class UNetEntry:
                 f"this adapter acts on the {reach.query} query and the {reach.join} of a transformer, and {layout.name} is a "
                 "UNet; load an adapter made for this model"
             )
-        return cls(model.get_submodule(site.path))
+        return cls(model.get_submodule(site.path), site.heads)
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         children = self.attention.__dict__["_modules"]  # ten times faster than attributes
         return children["to_q"], children["to_out"]._modules["0"]
 
-    def query(self, output: Tensor, call: ModelCall) -> Tensor:
-        return output
+    def site(self, outputs: Sequence[Tensor], call: ModelCall) -> SiteCall:
+        return SiteCall(call, outputs[0], self.heads)
 
     def added(self, value: Tensor, call: ModelCall, add: Callable[[Tensor], Tensor]) -> Tensor:
         return add(value)
