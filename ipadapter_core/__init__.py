@@ -38,7 +38,7 @@ from .errors import (
     UnsafeFileError,
 )
 from .features import ENCODERS, EncoderSpec, ImageEncoder, ImageFeatures
-from .images.encoder import TransformersImageEncoder
+from .images.encoder import TowerEncoder, TransformersImageEncoder, load_image_encoder
 from .images.preprocess import preprocess
 from .models import layout_of
 from .models.sites import BaseModel, ModelLayout, Site
@@ -89,6 +89,7 @@ __all__ = [
     "Site",
     "SiteCall",
     "SiteRule",
+    "TowerEncoder",
     "TransformersImageEncoder",
     "UnknownFormatError",
     "UnsafeFileError",
@@ -109,6 +110,7 @@ __all__ = [
     "encode_image_prompt",
     "layout_of",
     "load_adapter",
+    "load_image_encoder",
     "load_prompt",
     "parse_curve",
     "parse_layers",

@@ -21,9 +21,11 @@ from .backends.diffusers.doors import apply_to_pipeline
 from .bake import bake, check_adapter
 from .checkpoints import AdapterWeights
 from .errors import CorruptFileError, InvalidInputError, UnsafeFileError, out_of_memory, quoted, reason
+from .features import ImageEncoder
 from .files.text import read_bytes, read_json, regular_file
 from .files.whole import written_whole
-from .images.encoder import TransformersImageEncoder
+from .images.encoder import TowerEncoder, TransformersImageEncoder
+from .images.encoder import load_image_encoder as load_encoder
 from .images.files import MAX_FILE, decode_grey, read_picture, to_tensor
 from .models import layout_of
 from .narrowing import is_table
@@ -121,16 +123,16 @@ def _dtype_name() -> str:
 
 def load_image_encoder(
     model: str | Path, encoder: str | Path | None, adapter: AdapterWeights
-) -> TransformersImageEncoder:
+) -> TransformersImageEncoder | TowerEncoder:
     """The encoder in ``encoder``, or the one that lies in the model folder; checked against the adapter's needs later."""
     if encoder is not None:
-        return TransformersImageEncoder.from_pretrained(encoder)
+        return load_encoder(encoder)
     if not (Path(model) / "image_encoder" / "config.json").is_file():
         raise InvalidInputError(
             f"{model} has no image_encoder folder; pass --image-encoder with the one {adapter.name!r} was trained with "
             f"({adapter.spec.encoder}, {adapter.spec.feature_dim} wide {adapter.spec.feature})"
         )
-    return TransformersImageEncoder.from_pretrained(model, subfolder="image_encoder")
+    return load_encoder(model, subfolder="image_encoder")
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -149,7 +151,7 @@ def read_mask(path: str | Path) -> RegionMask:
 def prepare_patch(
     pipeline: Any,
     adapter: AdapterWeights,
-    encoder: TransformersImageEncoder,
+    encoder: ImageEncoder,
     images: Sequence[Tensor],
     options: EncodeOptions | None = None,
     schedule: WeightSchedule | None = None,

@@ -18,7 +18,7 @@ from ..attention.schedule import WeightSchedule
 from ..checkpoints import AdapterWeights, load_adapter
 from ..errors import InvalidInputError
 from ..generate import generate, load_image_encoder, load_pipeline, prepare_patch, read_image
-from ..images.encoder import TransformersImageEncoder
+from ..images.encoder import TowerEncoder, TransformersImageEncoder
 from ..prompt.options import EncodeOptions
 
 FOLDER = Path(__file__).parent / "world"
@@ -43,7 +43,7 @@ class World:
     """The loaded models: an ordinary diffusers pipeline, an image encoder and adapters by family."""
 
     pipeline: Any
-    encoder: TransformersImageEncoder
+    encoder: TransformersImageEncoder | TowerEncoder
     adapters: dict[str, AdapterWeights]
     references: References
 

@@ -1,4 +1,4 @@
-"""A CLIP vision tower of transformers, read from a folder or a single file and run headless."""
+"""Image encoders read from a folder or a single file and run headless: CLIP's by transformers, others as towers.py has them."""
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
@@ -24,10 +24,11 @@ from ..errors import (
     quoted,
     reason,
 )
-from ..features import CLIP_MEAN, CLIP_STD, ENCODERS, ImageFeatures, Rgb
-from ..files.state_dict import describe_state_dict, open_state_dict
+from ..features import CLIP_MEAN, CLIP_STD, ENCODERS, Encoded, ImageFeatures, Rgb
+from ..files.state_dict import StoredTensors, describe_state_dict, open_state_dict
 from ..files.text import read_json
 from ..quiet import quietly
+from .towers import KINDS, TowerKind, VisionTower, kind_of, read_tower
 
 
 class TransformersImageEncoder:
@@ -39,6 +40,7 @@ class TransformersImageEncoder:
         self.hidden_size: int = config.hidden_size
         self.projection_dim: int = config.projection_dim
         self.image_size: int = config.image_size
+        self.gives: tuple[Encoded, ...] = ("image_embeds", "penultimate", "last")
         self.mean = mean
         self.std = std
         self.name = name or _published_name(self) or "custom image encoder"
@@ -96,7 +98,125 @@ class TransformersImageEncoder:
             )
         weight = next(self.model.parameters())
         out: Any = self.model(pixel_values.to(weight.device, weight.dtype), output_hidden_states=True)
-        return ImageFeatures(out.image_embeds, out.hidden_states[-2])
+        return ImageFeatures(out.image_embeds, out.hidden_states[-2], last=out.last_hidden_state)
+
+
+class TowerEncoder:
+    """A ``VisionTower`` as ImageEncoder: SigLIP, DINOv2 or PE-Core.
+
+    Its ``pooled`` is SigLIP's pooling head's, where the file has it.
+    """
+
+    projection_dim = 0
+
+    def __init__(
+        self,
+        model: VisionTower,
+        *,
+        name: str | None = None,
+        image_size: int = 0,
+        mean: Rgb | None = None,
+        std: Rgb | None = None,
+    ):
+        self.model = model
+        self.hidden_size = model.width
+        positions = model.side**2 + model.kind.class_token
+        sizes = (model.width, positions, model.kind.mean)
+        known = next(
+            (s for s in ENCODERS.values() if not s.projection_dim and (s.hidden_size, s.tokens, s.mean) == sizes), None
+        )
+        side = model.side * model.patch
+        self.image_size = image_size or (side if known is None else known.image_size)
+        self.mean, self.std = mean or model.kind.mean, std or model.kind.std
+        plain = f"{model.kind.name} ({model.width} wide, {self.image_size} px)"
+        self.name = name or (plain if known is None else known.name)
+        self.gives: tuple[Encoded, ...] = (
+            ("penultimate", "last") if model.head is None else ("penultimate", "last", "pooled")
+        )
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor) -> ImageFeatures:
+        """Normalised pixels ``b 3 y x`` to features; InvalidInputError if the tower cannot see so many."""
+        last, kept = self.states(pixel_values, (self.model.depth - 1,))
+        pooled = None if self.model.head is None else self.model.head(last)
+        return ImageFeatures(last[:, 0, :0], kept.get(self.model.depth - 1, last), pooled, last)
+
+    @torch.no_grad()
+    def states(self, pixel_values: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, dict[int, Tensor]]:
+        """The last hidden state ``b t c``, and the outputs of ``layers`` (1: of the first), without a final norm."""
+        check_pixels(self.name, self.model.kind, self.model.patch, self.image_size, pixel_values)
+        weight = next(self.model.parameters())
+        return self.model(pixel_values.to(weight.device, weight.dtype), layers)
+
+
+def check_pixels(name: str, kind: TowerKind, patch: int, image_size: int, pixel_values: Tensor) -> None:
+    """Raise InvalidInputError unless a tower takes the pixels: SigLIP those of its own square, the others of any shape."""
+    shape = tuple(pixel_values.shape)
+    free = kind.class_token and min(shape[-2:]) >= patch
+    if len(shape) != 4 or shape[1] != 3 or not (free or shape[-2:] == (image_size, image_size)):
+        raise InvalidInputError(
+            f"{name} takes pixel values of shape (b, 3, {image_size}, {image_size}), got {shape}; use preprocess() with this encoder"
+        )
+
+
+def load_image_encoder(
+    path: str | PathLike[str],
+    *,
+    subfolder: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> TransformersImageEncoder | TowerEncoder:
+    """The image encoder in a folder of transformers (or its ``subfolder``) or in one file; the network is never asked.
+
+    CLIP, SigLIP and SigLIP 2 of a fixed size, DINOv2, PE-Core with a class token; of models that also read text the vision part.
+    Sizes come from shapes, and of folders the number of attention heads, mean and std from their configs. Raises
+    InvalidInputError for what is none of them, CorruptFileError for one that is damaged.
+    """
+    root = Path(path)
+    place = root / subfolder if subfolder else root
+    if os.path.isfile(place):
+        return _tower(place, place, KINDS, 0, dtype, device) or TransformersImageEncoder.from_pretrained(
+            place, dtype=dtype, device=device
+        )
+    try:
+        said = read_json(place / "config.json")
+        kind = next(kind for kind in KINDS if said["model_type"] in kind.model_types)
+    except (AdapterError, OSError, LookupError, TypeError, StopIteration):  # CLIP's, or told there
+        return TransformersImageEncoder.from_pretrained(root, subfolder=subfolder, dtype=dtype, device=device)
+    config = said.get("vision_config", said)
+    heads = config.get("num_attention_heads", 0) if isinstance(config, dict) else None
+    if type(heads) is not int or not 0 <= heads < 1000:
+        raise CorruptFileError(f"the config.json in {quoted(place)} says that num_attention_heads is {quoted(heads)}")
+    file = place / "model.safetensors"
+    found = _tower(place, file if file.exists() else _read_weights(place), (kind,), heads, dtype, device)
+    if found is None:
+        raise CorruptFileError(
+            f"{quoted(place)} holds a config.json of {kind.name}, but no weights of it: download it again"
+        )
+    return found
+
+
+def _tower(
+    place: Path,
+    source: Path | Mapping[str, Tensor],
+    kinds: tuple[TowerKind, ...],
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> TowerEncoder | None:
+    """The tower in a file or in tensors; None if they are none of ``kinds``. Only the tensors of the tower are read."""
+    stored = StoredTensors(source)
+    found = kind_of(stored.described.tensors)
+    if found is None or found[0] not in kinds:
+        return None
+    try:
+        needed = [key for key in stored.described.tensors if key.startswith(found[1])]
+        tower = read_tower(stored.read_some(needed), heads)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{quoted(place)}: {error}") from error
+    assert tower is not None
+    mean, std = _mean_and_std([place], (found[0].mean, found[0].std)) if place.is_dir() else (None, None)
+    return TowerEncoder(tower.to(device, dtype), mean=mean, std=std)
 
 
 def _read_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -203,14 +323,14 @@ def _published_name(encoder: TransformersImageEncoder) -> str | None:
     return next((s.name for s in ENCODERS.values() if (s.hidden_size, s.projection_dim, s.image_size) == sizes), None)
 
 
-def _mean_and_std(folders: list[Path]) -> tuple[Rgb, Rgb]:
+def _mean_and_std(folders: list[Path], default: tuple[Rgb, Rgb] = (CLIP_MEAN, CLIP_STD)) -> tuple[Rgb, Rgb]:
     for file in (folder / "preprocessor_config.json" for folder in folders):
         if os.path.exists(file):
             try:
                 config = read_json(file)
                 mean, std = (
-                    _rgb(config.get(key, default))
-                    for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+                    _rgb(config.get(key, fallback))
+                    for key, fallback in zip(("image_mean", "image_std"), default, strict=True)
                 )
                 usable = all(map(math.isfinite, (*mean, *std))) and min(std) > 0
             except (ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -220,7 +340,7 @@ def _mean_and_std(folders: list[Path]) -> tuple[Rgb, Rgb]:
             if not usable:
                 raise CorruptFileError(f"{quoted(file)} gives an image_mean or image_std that no pixels can have")
             return mean, std
-    return CLIP_MEAN, CLIP_STD
+    return default
 
 
 def _rgb(values: Any) -> Rgb:
