@@ -27,7 +27,7 @@ def randomised(model: nn.Module, seed: int = 1) -> Any:
     """Numbers of size 1 everywhere; norm weights are random, since ones would hide which norm acts."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        size = 1.5 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.3
+        size = 0.8 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.3
         base = 1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0
         parameter.data = base + size * torch.randn(parameter.shape, generator=generator)
     return model.eval().requires_grad_(False)

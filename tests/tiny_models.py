@@ -395,6 +395,11 @@ class FakePatcher:
         slots = replace[name] = replace.get(name, {}).copy()
         slots[(block_name, number) if transformer_index is None else (block_name, number, transformer_index)] = patch
 
+    def set_model_patch(self, patch: object, name: str) -> None:
+        options = self.model_options["transformer_options"] = self.model_options["transformer_options"].copy()
+        lists = options["patches"] = options.get("patches", {}).copy()
+        lists[name] = [*lists.get(name, []), patch]
+
     def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable[..., Any]) -> None:
         self.wrappers.setdefault(wrapper_type, {}).setdefault(key, []).append(wrapper)
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -220,25 +220,33 @@ def watch_hooks() -> None:
 
 
 class Hooks:
-    """Forward hooks that are on their modules while at least one call needs them, first in line and always the same.
+    """Hooks that are on their modules while at least one call needs them, first in line and always the same.
 
+    ``after`` are forward hooks and ``before`` those that run in front of a module, by its path; several may be on one.
     A key that is always the same, unlike that of ``register_forward_hook``, lets compiled code serve the next call; one
     of its own for every layer keeps it from serving another layer.
     """
 
-    def __init__(self, hooks: Mapping[str, Callable[..., object]]) -> None:
-        self._hooks = {path: (RemovableHandle(OrderedDict()).id, hook) for path, hook in hooks.items()}
+    def __init__(
+        self,
+        after: Iterable[tuple[str, Callable[..., object]]],
+        before: Iterable[tuple[str, Callable[..., object]]] = (),
+    ) -> None:
+        kinds = (("_forward_hooks", after), ("_forward_pre_hooks", before))
+        self._hooks = [
+            (path, kind, RemovableHandle(OrderedDict()).id, hook) for kind, hooks in kinds for path, hook in hooks
+        ]
         self._lock = threading.Lock()
         self._users: dict[int, int] = {}
 
     @contextmanager
     def on(self, model: nn.Module) -> Generator[None]:
         """``with hooks.on(unet): …``; the hooks' names are paths in the model."""
-        places = [(vars(model.get_submodule(path))["_forward_hooks"], *hook) for path, hook in self._hooks.items()]
+        places = [(vars(model.get_submodule(path))[kind], key, hook) for path, kind, key, hook in self._hooks]
         with self._lock:
             users = self._users[id(model)] = self._users.get(id(model), 0) + 1
             if users == 1:
-                for hooks, key, hook in places:
+                for hooks, key, hook in reversed(places):
                     hooks[key] = hook
                     hooks.move_to_end(key, last=False)
         try:

@@ -8,17 +8,22 @@ from typing import Protocol
 from ...attention.patch import AdapterPatch
 from ...errors import IncompatibleAdapterError
 from ...models import BASE_MODELS, layout_of, listed
+from ...models.chroma import walk_chroma
+from ...models.flux import walk_flux
 from ...models.sites import ModelLayout, Walk
 from ...models.unet import walk_unet
 from ..calls import watch_hooks
+from .flux import FluxBlocks
 from .notes import Attention, PatcherLike, denoiser, install_notes
+from .transformer import TransformerDoor
 from .unet import UNetDoor, torch_attention
 
 
 class Door(Protocol):
-    """How image prompts get into one kind of model: hooks at its sites that keep what is there and call it first.
+    """How image prompts get into one kind of model.
 
-    One file for each door; ``unet`` is the plain one. A hook
+    Into transformers by hooks on the modules of their blocks for the time of a call: ``TransformerDoor`` of what ``flux`` says of
+    its kind. Into UNets by hooks in the host's slots, which keep what is there and call it first. Such a hook
 
     - calls what was in its slot before it first, or joins a hook of its own kind that is there, in a new object;
     - learns of its model call by ``notes.call_at(options)``, makes a ``SiteCall`` of the site's query, and adds every patch
@@ -41,7 +46,11 @@ class Door(Protocol):
         ...
 
 
-DOORS: dict[Walk | None, Door] = {walk_unet: UNetDoor()}
+DOORS: dict[Walk | None, Door] = {
+    walk_unet: UNetDoor(),
+    walk_flux: TransformerDoor(FluxBlocks()),
+    walk_chroma: TransformerDoor(FluxBlocks()),
+}
 """By the walk that finds a model's sites, which related base models share."""
 
 

@@ -125,7 +125,7 @@ class UnfusedWrapper:
         self.stack = stack
         self._calls: Calls[Running] = Calls()
         self._without = Running(tuple(patch.with_strength(0.0) for patch in stack.patches))
-        self._hooks = Hooks({path: _LayerHook(self, layer).add for path, layer in stack.layers.items()})
+        self._hooks = Hooks([(path, _LayerHook(self, layer).add) for path, layer in stack.layers.items()])
 
     def __call__(self, executor: Executor, x: Tensor, *args: object, **kwargs: object) -> object:
         return eagerly(self._run, executor, x, *args, **kwargs)

@@ -42,6 +42,8 @@ def marked(unet: object, what: Callable[[], str]) -> AbstractContextManager[None
     unet = uncompiled(unet)
     known, name = _MARKED.setdefault(unet, {}), what()
     if name not in known:
-        paths = [path for path, _ in unet.named_modules() if ".transformer_blocks." in path and path.endswith(_LAYERS)]
-        known[name] = Hooks({path: _Mark(f"{path}, {name}").look for path in paths})
+        paths: list[str] = [
+            path for path, _ in unet.named_modules() if ".transformer_blocks." in path and path.endswith(_LAYERS)
+        ]
+        known[name] = Hooks([(path, _Mark(f"{path}, {name}").look) for path in paths])
     return known[name].on(unet)

@@ -14,6 +14,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from uuid import uuid4
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from ...attention.batch import Frames
 from ...attention.call import COND, UNCOND, Area, ModelCall
 from ...errors import IncompatibleAdapterError
+from .blocks import acting_inside, prompts_in
 from .compiled import acting
 from .marks import marked
 
@@ -74,6 +76,7 @@ class PatcherLike(Protocol):
     def set_model_patch_replace(
         self, patch: object, name: str, block_name: str, number: int, transformer_index: int | None = None
     ) -> object: ...
+    def set_model_patch(self, patch: object, name: str) -> object: ...
     def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable[..., object]) -> None: ...
     def remove_wrappers_with_key(self, wrapper_type: str, key: str) -> None: ...
 
@@ -242,12 +245,18 @@ def note_call(executor: Executor, x: Tensor, *args: object, **kwargs: object) ->
     """APPLY_MODEL wrapper: describe the call, once for all that acts in it."""
     call = call_of(x, args, kwargs)
     args, kwargs = noted(args, kwargs, {KEY: call})
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+    options, model = _options(args, kwargs), getattr(executor.class_obj, "diffusion_model", None)
+    prompts = tuple(prompts_in(options))
+    if not prompts and "torch._dynamo" not in sys.modules:  # nothing is compiled
         return executor(x, *args, **kwargs)
-    hooks = _hooks(_options(args, kwargs))
-    kinds = sorted(f"{slot!r} {getattr(hook, 'kind', '')}" for slot, hook in hooks.items())
-    unet = getattr(executor.class_obj, "diffusion_model", None)
-    with acting(call, hooks.values()), marked(unet, lambda: f"image prompts in {kinds}"):
+    with ExitStack() as around:
+        if prompts and isinstance(model, nn.Module):
+            around.enter_context(acting_inside(model, call, prompts))
+        if "torch._dynamo" in sys.modules:
+            hooks = _hooks(options)
+            kinds = sorted(f"{slot!r} {getattr(hook, 'kind', '')}" for slot, hook in hooks.items())
+            around.enter_context(acting(call, hooks.values()))
+            around.enter_context(marked(model, lambda: f"image prompts in {kinds}"))
         return executor(x, *args, **kwargs)
 
 

@@ -1,0 +1,271 @@
+"""ComfyUI: image prompts inside a transformer's blocks, by hooks on their modules for the time of a model call.
+
+The host offers slots for other packs around blocks and inside attention, others in every version and for every architecture,
+and some of them hold one callable that the next pack overwrites. The modules are the same everywhere: a norm of the queries,
+a projection of what the attention gives, the block. Hooks on them hear the query before it is rotated, work in whatever
+calls the blocks, with options or without, and leave all slots to others. They are on a model only while a MODEL with image
+prompts runs it, and act for that call alone.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...attention.call import ModelCall, SiteCall
+from ...attention.patch import AdapterPatch
+from ...errors import IncompatibleAdapterError
+from ...models.reach import Reach
+from ...models.sites import ModelLayout, Site
+from ..calls import Hooks, eagerly, uncompiled
+
+PATCHES = "image_prompt"
+"""Our list in the ``patches`` of transformer_options: one ``BlockPrompt`` for each image prompt, in order."""
+
+Heard = tuple[Any, tuple[Any, ...], Any]
+"""A module, and what it read and gave."""
+Add = Callable[[Tensor], Tensor]
+"""Adds image prompts to tokens ``b l c`` of those that ask."""
+
+
+class Entry(Protocol):
+    """One site of a kind of transformer, in the host's form of it: paths of modules, and what passes through them.
+
+    ``heard`` are the modules that tell the query (and keys, values, conditioning), run before the ``projection`` reads what
+    the attention gives; the ``block`` is around all.
+    """
+
+    @property
+    def heard(self) -> tuple[str, ...]: ...
+    @property
+    def projection(self) -> str: ...
+    @property
+    def block(self) -> str: ...
+
+    def site(self, heard: Sequence[Heard], reach: Reach, run: Run) -> SiteCall:
+        """The attention of the tokens that ask, of what passed through the modules that are heard."""
+        ...
+
+    def projected(self, value: Tensor, reach: Reach, run: Run, add: Add) -> Tensor:
+        """What the projection reads, with ``add`` done to the tokens that ask."""
+        ...
+
+    def behind(self, value: Any, reach: Reach, run: Run, add: Add) -> Any:
+        """What the block gives, with ``add`` done to the tokens that ask."""
+        ...
+
+
+class Kind(Protocol):
+    """A kind of transformer: the entries of its sites, what it refuses, and what tells the length of the text."""
+
+    def entry(self, site: Site) -> Entry: ...
+
+    def texts(self, layout: ModelLayout) -> Iterable[tuple[str, Callable[[Any], int]]]:
+        """Modules whose output tells how many tokens of text there are, where blocks have text and picture in one sequence."""
+        ...
+
+    def refusal(self, layout: ModelLayout, reach: Reach) -> str:
+        """What of a reach this kind lacks, as in ``this adapter acts on …``; nothing if it has all."""
+        ...
+
+
+Group = tuple[Reach, tuple[AdapterPatch, ...]]
+"""Adapters that ask and join alike."""
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One model call with its image prompts by site and join, and what its modules told so far."""
+
+    call: ModelCall
+    layout: ModelLayout
+    acting: Mapping[tuple[int, str], tuple[Group, ...]]
+    text: int = 0
+    """Tokens of text in front of the picture's, where both are one sequence."""
+    site: int = -1
+    heard: dict[int, Heard] = field(default_factory=dict[int, Heard])
+    """Of this site alone: what others told is let go."""
+    sites: dict[Reach, SiteCall] = field(default_factory=dict[Reach, SiteCall])
+
+    def picture(self, tokens: int) -> int:
+        """How many of this many tokens are the picture's own; reference pictures follow them."""
+        grid = None if self.call.size is None else self.layout.model.tokens.grid(self.call.size, tokens)
+        return tokens if grid is None else grid.rows * grid.columns
+
+
+_SOUND: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+
+
+def sound_norm(norm: nn.Module) -> Tensor | None:
+    """The weight of an RMS norm that can be divided by; None if some of it is nearly 0 beside the rest.
+
+    Read from the device once. Older hosts call it ``scale``.
+    """
+    weight = getattr(norm, "weight", None)
+    weight = getattr(norm, "scale", None) if weight is None else weight
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return None
+    sound = _SOUND.get(weight)
+    if sound is None:
+        size = weight.detach().float().abs()
+        sound = _SOUND[weight] = bool(size.min() >= 1e-3 * size.median())
+    return weight if sound else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockPrompt:
+    """An image prompt on a MODEL. Frozen, and itself in copies of options: clones that share it never change."""
+
+    patch: AdapterPatch
+    of: Kind
+
+    def to(self, device: object) -> BlockPrompt:
+        """The host moves patches when it (un)loads a model: copies on an accelerator are dropped with it."""
+        if isinstance(device, torch.device) and device.type == "cpu":
+            for index in range(len(self.patch.layout.sites)):
+                self.patch.release(index, device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> BlockPrompt:
+        return self
+
+
+def prompts_in(options: Mapping[str, Any]) -> Iterator[BlockPrompt]:
+    """The image prompts in transformer_options that act inside of blocks, in order."""
+    for entry in options.get("patches", {}).get(PATCHES, ()):
+        if isinstance(entry, BlockPrompt):
+            yield entry
+
+
+# --- while a call runs ------------------------------------------------------------------------------------------------
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.run: Run | None = None
+
+
+_RUNNING = _Running()
+
+
+@contextmanager
+def acting_inside(model: nn.Module, call: ModelCall, prompts: Sequence[BlockPrompt]) -> Generator[None]:
+    """For the time of a model call: the hooks on its modules, and what they look up."""
+    groups: dict[tuple[int, str], dict[Reach, list[AdapterPatch]]] = {}
+    for prompt in prompts:
+        patch = prompt.patch
+        for index in filter(patch.active, range(len(patch.layout.sites))):
+            groups.setdefault((index, patch.reach.join), {}).setdefault(patch.reach, []).append(patch)
+    acting = {place: tuple((r, tuple(p)) for r, p in of.items()) for place, of in groups.items()}
+    before, model = _RUNNING.run, uncompiled(model)
+    _RUNNING.run = Run(call, prompts[0].patch.layout, acting)
+    try:
+        with _hooks(model, prompts[0], frozenset(acting)).on(model):
+            yield
+    finally:
+        _RUNNING.run = before
+
+
+_HOOKS: WeakKeyDictionary[nn.Module, dict[frozenset[tuple[int, str]], Hooks]] = WeakKeyDictionary()
+"""By model and by what acts where; always the same hooks, so that what is compiled for them serves the next call."""
+
+
+def _hooks(model: nn.Module, prompt: BlockPrompt, places: frozenset[tuple[int, str]]) -> Hooks:
+    known = _HOOKS.setdefault(model, {})
+    found = known.get(places)
+    if found is None:
+        after: list[tuple[str, Callable[..., object]]] = []
+        before: list[tuple[str, Callable[..., object]]] = []
+        layout, kind = prompt.patch.layout, prompt.of
+        for index in sorted({index for index, _ in places}):
+            hook = _SiteHook(index, layout, kind.entry(layout.sites[index]))
+            after += [(path, partial(hook.hear, i)) for i, path in enumerate(hook.entry.heard)]
+            if (index, "attention") in places:
+                before.append((hook.entry.projection, hook.extend))
+            if (index, "residual") in places:
+                after.append((hook.entry.block, hook.extend_output))
+        after += [(path, partial(_measure, length)) for path, length in kind.texts(layout)]
+        found = known[places] = Hooks(after, before)
+    return found
+
+
+def _measure(length: Callable[[Any], int], module: nn.Module, args: object, output: Any) -> None:
+    eagerly(_noted, length, output)
+
+
+def _noted(length: Callable[[Any], int], output: Any) -> None:
+    run = _RUNNING.run
+    if run is not None:
+        run.text = length(output)
+
+
+class _SiteHook:
+    """The hooks at one site: hear what its modules tell, and add the image prompts of the call that runs in this thread."""
+
+    def __init__(self, index: int, layout: ModelLayout, entry: Entry) -> None:
+        self.index, self.layout, self.entry = index, layout, entry
+
+    def hear(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        eagerly(self._hear, number, (module, args, output))
+
+    def _hear(self, number: int, heard: Heard) -> None:
+        run = _RUNNING.run
+        if run is None:
+            return
+        if run.site != self.index or number in run.heard:
+            run.site, run.heard, run.sites = self.index, {}, {}
+        run.heard[number] = heard
+
+    def extend(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """In front of the projection."""
+        return eagerly(self._extend, args)
+
+    def _extend(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        run = _RUNNING.run
+        if run is None:
+            return None
+        value = args[0]
+        for reach, patches in run.acting.get((self.index, "attention"), ()):
+            value = self.entry.projected(value, reach, run, self._adding(run, reach, patches))
+        return (value, *args[1:])
+
+    def extend_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Behind the block."""
+        return eagerly(self._extend_output, output)
+
+    def _extend_output(self, output: Any) -> Any:
+        run = _RUNNING.run
+        if run is None:
+            return None
+        for reach, patches in run.acting.get((self.index, "residual"), ()):
+            output = self.entry.behind(output, reach, run, self._adding(run, reach, patches))
+        return output
+
+    def _adding(self, run: Run, reach: Reach, patches: Sequence[AdapterPatch]) -> Add:
+        if run.site != self.index or len(run.heard) != len(self.entry.heard):
+            raise IncompatibleAdapterError(
+                f"an image prompt cannot act in {self.layout.label(self.layout.sites[self.index])} of {self.layout.name}: another "
+                f"node runs this block without {' and '.join(self.entry.heard)}; remove that node or the image prompt"
+            )
+        at = run.sites.get(reach)
+        if at is None:
+            heard = [run.heard[number] for number in range(len(run.heard))]
+            at = run.sites[reach] = self.entry.site(heard, reach, run)
+
+        def add(base: Tensor) -> Tensor:
+            for patch in patches:
+                base = patch.add_to(base, self.index, at)
+            return base
+
+        return add
