@@ -18,16 +18,21 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+import tiny_anima
+import tiny_sd3
 from ipadapter_core import AdapterWeights, ImagePrompt, load_adapter
 from ipadapter_core.checkpoints.base import Base
 from ipadapter_core.checkpoints.format import Format
+from ipadapter_core.models.anima import walk_anima
 from ipadapter_core.models.chroma import walk_chroma
 from ipadapter_core.models.flux import walk_flux
 from ipadapter_core.models.reach import Reach, every, sites_in
+from ipadapter_core.models.sd3 import walk_sd3
 from ipadapter_core.models.sites import ModelLayout, Walk
 from ipadapter_core.models.unet import down_up_middle, walk_unet
 from tiny import tiny_state
 from tiny_flux import call_packed, comfy_chroma, comfy_flux, diffusers_chroma, diffusers_flux
+from tiny_sd3 import call_sd3, comfy_sd3, diffusers_sd3
 
 TOKEN_DIM = 32
 FEATURE_DIM = 24
@@ -545,9 +550,43 @@ class BehindDoubleBlocks(Base):
     reach = Reach(sites_in("double"), query="normed", join="residual")
 
 
+class TimedWithOwnKeys(Base):
+    """The picture's own keys and the image's in one softmax, behind norms of the adapter's own, at every timestep anew (as SD3.5)."""
+
+    name = "own keys"
+    reach = Reach(every, query="raw", own_keys=True, timed=True, text_wide=False)
+
+    def tokens_at(self, projector: nn.Module, constant: Tensor, timestep: float) -> Tensor:
+        return constant * (1 + timestep / 1000)
+
+    def query_weight(self, module: Any, index: int) -> Tensor:
+        return 1 + 0.3 * noise(HEAD_WIDTH, seed=40 + index)
+
+    def self_weight(self, module: Any, index: int) -> Tensor:
+        return 1 + 0.3 * noise(HEAD_WIDTH, seed=50 + index)
+
+
+class GatedBehindBlocks(Base):
+    """Image tokens behind every block, through a gate of the block's conditioning (as Anima's character reference)."""
+
+    name = "gated"
+    reach = Reach(every, query="normed", join="residual", gated=True, text_wide=False)
+
+    def gate(self, module: Any, index: int) -> Callable[[Tensor], Tensor]:
+        weight = noise(tiny_anima.WIDTH, tiny_anima.WIDTH, seed=60 + index) / tiny_anima.WIDTH**0.5
+        return lambda emb: F.silu(emb) @ weight.to(emb)
+
+
+def no_such_model() -> nn.Module:
+    raise NotImplementedError("diffusers has no such model")
+
+
+HEAD_WIDTH = tiny_sd3.WIDTH // tiny_sd3.HEADS
 TINY: dict[Walk | None, Tiny] = {
     walk_unet: Tiny(lambda: tiny_host().model.diffusion_model, lambda: tiny_unet("small")),
     walk_flux: Tiny(comfy_flux, diffusers_flux, AtEverySite(), call_packed),
     walk_chroma: Tiny(lambda: comfy_chroma(newer=False), diffusers_chroma, BehindDoubleBlocks(), call_packed),
+    walk_sd3: Tiny(lambda: comfy_sd3(medium=True), lambda: diffusers_sd3(medium=True), TimedWithOwnKeys(), call_sd3),
+    walk_anima: Tiny(tiny_anima.comfy_anima, no_such_model, GatedBehindBlocks()),
 }
 """By the walk that finds a model's sites; ``test_invariants`` runs all of them on both hosts."""

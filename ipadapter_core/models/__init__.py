@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import IncompatibleAdapterError
 from . import flux, sd3
+from .anima import ANIMA
 from .chroma import CHROMA
 from .flux import FLUX
 from .layers import LayerNames, Shapes, numbered_blocks, own_names
@@ -15,7 +16,7 @@ from .sd3 import SD3
 from .sites import BaseModel, ModelLayout
 from .unet import SD2, SD15, SDXL
 
-BASE_MODELS: tuple[BaseModel, ...] = (SD15, SD2, SDXL, FLUX, CHROMA, SD3)
+BASE_MODELS: tuple[BaseModel, ...] = (SD15, SD2, SDXL, FLUX, CHROMA, SD3, ANIMA)
 """Every known family."""
 
 

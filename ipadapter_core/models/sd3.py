@@ -1,17 +1,63 @@
-"""SD3 and SD3.5, as diffusers and as its authors (and ComfyUI) build them. Image prompts do not act in them yet; LoRAs do."""
+"""SD3 and SD3.5, as diffusers and as its authors (and ComfyUI) build them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from .layers import LayerNames, Link, Shapes, fused, linked_names, numbered_blocks, swapped
-from .sites import BaseModel
+from .sites import BaseModel, ModelLayout, Site
 
 BLOCKS = {"joint_blocks": "joint", "transformer_blocks": "joint"}
 """Words for the lists of blocks, the original's and diffusers'."""
+
+# --- sites -----------------------------------------------------------------------------------------------------------
+
+
+def walk_sd3(model: nn.Module) -> ModelLayout | None:
+    """The layout of an SD3 or SD3.5 transformer; None for another model, also for a ControlNet of its blocks.
+
+    Image prompts act in the attention of text and picture together. SD3.5 Medium's second one in its first blocks, of the
+    picture with itself, is no site.
+    """
+    text = getattr(getattr(model, "context_embedder", None), "in_features", None)
+    if not isinstance(text, int):
+        return None
+    sites = [
+        Site(path, "joint", number, 0, number, _width(attention), _heads(attention))
+        for number, (path, attention) in enumerate(_attentions(model))
+    ]
+    return ModelLayout(SD3, text, tuple(sites)) if sites else None
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Path and attention of every block, where the picture's stream attends."""
+    blocks: Any = getattr(model, "joint_blocks", ())
+    if hasattr(model, "final_layer"):
+        for i, block in enumerate(blocks):
+            yield f"joint_blocks.{i}.x_block.attn", block.x_block.attn
+    # Many transformers of diffusers have such blocks; this one alone embeds its picture's places by a table, and pooled text.
+    pooled = getattr(getattr(model, "time_text_embed", None), "text_embedder", None)
+    if hasattr(model, "pos_embed") and hasattr(model, "proj_out") and pooled is not None:
+        blocks = getattr(model, "transformer_blocks", ())
+        if not hasattr(model, "single_transformer_blocks") and all(hasattr(block, "norm1_context") for block in blocks):
+            for i, block in enumerate(blocks):
+                yield f"transformer_blocks.{i}.attn", block.attn
+
+
+def _width(attention: Any) -> int:
+    qkv = getattr(attention, "qkv", None)
+    return int(attention.inner_dim if qkv is None else qkv.out_features // 3)
+
+
+def _heads(attention: Any) -> int:
+    return int(attention.num_heads if hasattr(attention, "qkv") else attention.heads)
+
+
+# --- names of layers -------------------------------------------------------------------------------------------------
 
 # original, diffusers (diffusers' convert_sd3_to_diffusers.py)
 _BLOCK = (
@@ -65,6 +111,8 @@ def _links(blocks: int, width: int) -> Iterator[Link]:
 
 SD3 = BaseModel(
     name="SD3",
+    walk=walk_sd3,
+    reference_width=2432,
     layers=name_layers,
     marks=re.compile(r"^joint_blocks_|_attn_(to_)?add_"),
 )

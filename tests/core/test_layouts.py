@@ -10,15 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    FluxTransformer2DModel,
+    SD3ControlNetModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
 
 from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.models import BASE_MODELS, flux, layout_of, sd3
 from ipadapter_core.models.sites import ModelLayout
 from ipadapter_core.models.unet import UNETS, down_up_middle, spatial_transformers
+from tiny_anima import ComfyAnima, comfy_anima
 from tiny_flux import comfy_chroma, comfy_flux
 from tiny_models import SD15, SDXL, TINY, LdmUNet, tiny_unet
+from tiny_sd3 import CONFIG as SD3_CONFIG
+from tiny_sd3 import comfy_sd3, diffusers_sd3
 
 # The published numbering (reference: tencent-ailab/IP-Adapter's released files, diffusers' and ComfyUI's UNets).
 # first key, diffusers block, ComfyUI block and id, channels, transformer index, transformer blocks
@@ -105,9 +114,16 @@ FLUX_ROWS: list[Row] = [
 ]
 
 
-def on_meta(kind: type[nn.Module]) -> nn.Module:
+# Stability-AI/sd3.5, mmditx.py and the released Large: 38 blocks of 38 heads of 64
+SD3_ROWS: list[Row] = [(f"transformer_blocks.{i}.attn", "joint", i, 0, 2432, i) for i in range(38)]
+SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
+# circlestone-labs' Anima, as ComfyUI detects it from nvidia's Cosmos-Predict2 2B: 28 blocks of 16 heads of 128
+ANIMA_ROWS: list[Row] = [(f"blocks.{i}.cross_attn", "block", i, 0, 2048, i) for i in range(28)]
+
+
+def on_meta(kind: Callable[..., nn.Module], **config: Any) -> nn.Module:
     with torch.device("meta"):
-        return kind()
+        return kind(**config)
 
 
 GOLDEN: dict[str, tuple[Callable[[], nn.Module], int, list[Row]]] = {
@@ -116,8 +132,10 @@ GOLDEN: dict[str, tuple[Callable[[], nn.Module], int, list[Row]]] = {
 } | {
     "Flux": (partial(on_meta, FluxTransformer2DModel), 4096, FLUX_ROWS),
     "Chroma": (partial(on_meta, ChromaTransformer2DModel), 4096, FLUX_ROWS),
+    "SD3": (partial(on_meta, SD3Transformer2DModel, **SD35_LARGE), 4096, SD3_ROWS),
+    "Anima": (partial(on_meta, ComfyAnima, width=2048, heads=16, text=1024, blocks=28), 1024, ANIMA_ROWS),
 }
-"""By family: the real model in diffusers' form, the width of its text tokens, and its sites as published."""
+"""By family: the real model in diffusers' form (Anima: in ComfyUI's), the width of its text tokens, and its sites as published."""
 
 
 @pytest.mark.parametrize("name", [base.name for base in BASE_MODELS if base.walk])
@@ -237,6 +255,42 @@ def test_flux_on_foreign_kernels_is_refused_with_what_works() -> None:
             layout_of(model)
 
 
+@pytest.mark.parametrize("medium", [False, True])
+def test_both_walks_of_joint_blocks_find_the_attention_with_the_text(medium: bool) -> None:
+    """SD3.5 Medium's second attention, of the picture with itself, is no site."""
+    diffusers, comfy = diffusers_sd3(medium=medium), comfy_sd3(medium=medium)
+    assert hasattr(diffusers.transformer_blocks[0], "attn2")
+    assert (
+        (diffusers.transformer_blocks[0].attn2 is not None) == medium == hasattr(comfy.joint_blocks[0].x_block, "attn2")
+    )
+    ours, theirs = layout_of(diffusers), layout_of(comfy)
+    for layout, model, norm in ((ours, diffusers, "norm_q"), (theirs, comfy, "ln_q")):
+        facts = [(s.group, s.number, s.depth, s.order, s.channels, s.heads) for s in layout.sites]
+        assert facts == [("joint", i, 0, i, 32, 2) for i in range(3)]
+        assert (layout.name, layout.token_dim) == ("SD3", 32)
+        for site in layout.sites:
+            assert getattr(model.get_submodule(site.path), norm).weight.shape == (16,)
+
+
+def test_relatives_of_sd3_are_no_sd3() -> None:
+    """A ControlNet has its blocks and guides another model; one without pooled text is some other family's."""
+    sizes = {key: value for key, value in SD3_CONFIG.items() if key != "qk_norm"}
+    control = SD3ControlNetModel(**sizes)
+    comfy_control, other = comfy_sd3(), diffusers_sd3()
+    del comfy_control.final_layer
+    other.time_text_embed.text_embedder = None
+    for model in (control, comfy_control, other):
+        with pytest.raises(IncompatibleAdapterError, match=f"{type(model).__name__}, which is of no family"):
+            layout_of(model)
+
+
+def test_cosmos_without_the_text_adapter_is_no_anima() -> None:
+    model = comfy_anima()
+    del model.llm_adapter
+    with pytest.raises(IncompatibleAdapterError, match="ComfyAnima, which is of no family"):
+        layout_of(model)
+
+
 def test_labels() -> None:
     def labels(kind: str) -> list[str]:
         layout = layout_of(tiny_unet(kind))
@@ -300,6 +354,7 @@ LISTS = (
 OTHER_SUBJECTS = {
     "features.py": "widths of image encoders",
     "images/encoder.py": "widths of image encoders",
+    "images/towers.py": "widths of image encoders",
     "checkpoints/containers.py": "keys by which a whole model is refused",
     "checkpoints/xlabs.py": "keys of an adapter's layers",
     "lora/extract.py": "keys by which a whole model is read",

@@ -110,8 +110,10 @@ _SOUND: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
 def sound_norm(norm: nn.Module) -> Tensor | None:
     """The weight of an RMS norm that can be divided by; None if some of it is nearly 0 beside the rest.
 
-    Read from the device once. Older hosts call it ``scale``.
+    Read from the device once. Older hosts call it ``scale``. Layer norms are others: they forget the mean, too.
     """
+    if isinstance(norm, nn.LayerNorm):
+        return None
     weight = getattr(norm, "weight", None)
     weight = getattr(norm, "scale", None) if weight is None else weight
     if not isinstance(weight, Tensor) or weight.is_meta:

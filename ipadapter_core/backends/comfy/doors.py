@@ -8,13 +8,17 @@ from typing import Protocol
 from ...attention.patch import AdapterPatch
 from ...errors import IncompatibleAdapterError
 from ...models import BASE_MODELS, layout_of, listed
+from ...models.anima import walk_anima
 from ...models.chroma import walk_chroma
 from ...models.flux import walk_flux
+from ...models.sd3 import walk_sd3
 from ...models.sites import ModelLayout, Walk
 from ...models.unet import walk_unet
 from ..calls import watch_hooks
+from .anima import AnimaBlocks
 from .flux import FluxBlocks
 from .notes import Attention, PatcherLike, denoiser, install_notes
+from .sd3 import SD3Blocks
 from .transformer import TransformerDoor
 from .unet import UNetDoor, torch_attention
 
@@ -22,7 +26,7 @@ from .unet import UNetDoor, torch_attention
 class Door(Protocol):
     """How image prompts get into one kind of model.
 
-    Into transformers by hooks on the modules of their blocks for the time of a call: ``TransformerDoor`` of what ``flux`` says of
+    Into transformers by hooks on the modules of their blocks for the time of a call: ``TransformerDoor`` of what one file says of
     its kind. Into UNets by hooks in the host's slots, which keep what is there and call it first. Such a hook
 
     - calls what was in its slot before it first, or joins a hook of its own kind that is there, in a new object;
@@ -50,6 +54,8 @@ DOORS: dict[Walk | None, Door] = {
     walk_unet: UNetDoor(),
     walk_flux: TransformerDoor(FluxBlocks()),
     walk_chroma: TransformerDoor(FluxBlocks()),
+    walk_sd3: TransformerDoor(SD3Blocks()),
+    walk_anima: TransformerDoor(AnimaBlocks()),
 }
 """By the walk that finds a model's sites, which related base models share."""
 

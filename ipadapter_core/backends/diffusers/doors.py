@@ -26,6 +26,7 @@ from ...models import BASE_MODELS, layout_of, listed
 from ...models.chroma import walk_chroma
 from ...models.flux import walk_flux
 from ...models.reach import Reach
+from ...models.sd3 import walk_sd3
 from ...models.sites import ModelLayout, Site, Walk
 from ...models.unet import walk_unet
 from ..calls import Calls, eagerly, uncompiled
@@ -69,6 +70,7 @@ ENTRIES: dict[Walk | None, EntryAt] = {
     walk_unet: UNetEntry.of,
     walk_flux: TransformerEntry.of,
     walk_chroma: TransformerEntry.of,
+    walk_sd3: TransformerEntry.of,
 }
 """By the walk that finds a model's sites, which related base models share. One file for each kind; ``unet`` is the plain one."""
 
