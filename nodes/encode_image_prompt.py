@@ -38,10 +38,11 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.Image.Input("image", tooltip="One or more reference images, of any size."),
                 io.Combo.Input(
                     "crop",
-                    options=[*get_args(Crop), "tiles"],
-                    tooltip="How a reference that is not square becomes the encoder's square: keep one part, pad with the "
-                    "encoder's mean colour, or stretch. tiles: all of it, as several squares along the long side, each encoded "
-                    "alone; with concat every tile keeps its own tokens.",
+                    options=[*get_args(Crop), "tiles", "auto"],
+                    default="auto",
+                    tooltip="How a reference that is not square becomes the encoder's square. auto: as the adapter was trained. Else "
+                    "keep one part, pad with the encoder's mean colour, or stretch. tiles: all of it, as several squares along "
+                    "the long side, each encoded alone; with concat every tile keeps its own tokens.",
                 ),
                 combine_input(),
                 io.String.Input(

@@ -124,9 +124,9 @@ def _add_generate(commands: Commands) -> None:
     p.add_argument("--combine", choices=get_args(Combine), default="concat", help="how several references become one")
     p.add_argument(
         "--crop",
-        choices=(*get_args(Crop), "tiles"),
-        default="center",
-        help="which square of a reference is seen; tiles: all of it",
+        choices=(*get_args(Crop), "tiles", "auto"),
+        default="auto",
+        help="which square of a reference is seen; tiles: all of it; auto: as the adapter was trained",
     )
     p.add_argument(
         "--unconditional", choices=get_args(Unconditional), default="auto", help="what the negative prompt sees"

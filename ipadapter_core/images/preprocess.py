@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor
 from ..errors import (
     InvalidInputError,
 )
-from ..features import Crop, TakesPixels
+from ..features import Crop, Framing, TakesPixels
+
+FRAMINGS = (*get_args(Crop), "fit", "shapes", "subject")
 
 LONGEST_STRIP = 8
 """Sides' ratio past which a picture is cut near its crop before it is resized: a 20000 x 10 strip would else become
@@ -22,7 +26,35 @@ FAR = 1e30
 """Values past it overflow when they are resized."""
 
 
-def preprocess(images: Tensor, encoder: TakesPixels, *, crop: Crop = "center", mask: Tensor | None = None) -> Tensor:
+SHAPES = ((34, 17), (29, 20), (28, 21), (24, 24), (21, 28), (20, 29), (17, 34))
+"""Rows and columns of patches that PE-Core sees of a picture: near the 576 that it was trained with (sorryhyun/anima_lora,
+library/vision/buckets.py)."""
+
+SHAPED_PATCH = 14
+
+STEPWISE = 2048
+"""Longest side up to which ``subject`` first makes a picture square at that size, as the authors do; beyond it that is no other
+picture, and would take gigabytes."""
+
+
+def nearest_shape(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The one of SHAPES, in pixels, that is nearest to pictures of ``sizes`` (h, w): the sum of differences of log aspects."""
+
+    def distance(shape: tuple[int, int]) -> float:
+        return sum(abs(math.log(shape[0] / shape[1]) - math.log(h / w)) for h, w in sizes)
+
+    rows, columns = min(SHAPES, key=distance)
+    return rows * SHAPED_PATCH, columns * SHAPED_PATCH
+
+
+def preprocess(
+    images: Tensor,
+    encoder: TakesPixels,
+    *,
+    crop: Framing = "center",
+    mask: Tensor | None = None,
+    shape: tuple[int, int] | None = None,
+) -> Tensor:
     """Turn images into an encoder's pixel values ``b 3 y x`` (float32, image_size on a side, mean 0 and std 1).
 
     Args:
@@ -31,14 +63,18 @@ def preprocess(images: Tensor, encoder: TakesPixels, *, crop: Crop = "center", m
         crop: which square is kept. ``center``: as CLIP's own processor; ``top``/``bottom`` move the square along the
             long side of a tall image, ``left``/``right`` along that of a wide one (centred otherwise). ``pad`` keeps
             all of the image and fills up with the mean colour, ``stretch`` keeps all and ignores the aspect ratio.
+            As some families were trained: ``fit`` keeps all, fills up with black, which is also what masks and alpha
+            leave, and resizes bilinearly; ``subject`` stretches, or cuts what a mask or alpha shows out and puts it in a
+            white square; ``shapes`` stretches to the nearest of SHAPES, bilinearly and without antialiasing.
         mask: ``b h w`` or ``1 h w`` in 0..1 of the images' size; outside it the image becomes the mean colour.
+        shape: (y, x) that ``shapes`` stretches to, for pictures that must become as large as others.
 
     Resizing is bicubic with antialiasing, within 2/255 of transformers' CLIPImageProcessor for ``center``.
     Images whose sides differ by more than LONGEST_STRIP are first cut near the square that is kept.
     Raises InvalidInputError for images or masks of another kind.
     """
-    if crop not in get_args(Crop):
-        raise InvalidInputError(f"crop is {crop!r}; it must be one of {', '.join(get_args(Crop))}")
+    if crop not in FRAMINGS:
+        raise InvalidInputError(f"crop is {crop!r}; it must be one of {', '.join(FRAMINGS)}")
     _check_images(images)
     pixels = images.detach().to(torch.float32).permute(0, 3, 1, 2).clamp(0, 1)
     seen = None if mask is None else _check_mask(mask, images)[:, None].to(pixels)
@@ -47,18 +83,24 @@ def preprocess(images: Tensor, encoder: TakesPixels, *, crop: Crop = "center", m
         pixels = pixels[:, :3]
     pixels = pixels.expand(-1, 3, -1, -1)
     mean, std = (torch.tensor(value, device=pixels.device).view(3, 1, 1) for value in (encoder.mean, encoder.std))
-    if seen is not None:
-        pixels = pixels * seen + mean * (1 - seen)
-
     size = encoder.image_size
+    if crop == "subject":
+        whole = [_subject(one, None if seen is None else seen[i % len(seen)], size) for i, one in enumerate(pixels)]
+        return (torch.stack(whole) - mean) / std
+    if seen is not None:
+        pixels = pixels * seen + (mean * (1 - seen) if crop != "fit" else 0)
+    if crop == "shapes":
+        shape = shape or nearest_shape([(pixels.shape[-2], pixels.shape[-1])])
+        return F.interpolate((pixels - mean) / std, shape, mode="bilinear")
     if crop == "stretch":
         return (_resize(pixels, size, size) - mean) / std
-    if crop == "pad":
+    if crop == "pad" or crop == "fit":
         h, w = pixels.shape[-2:]
         inner = [max(1, round(size * side / max(h, w))) for side in (h, w)]
-        pixels = (_resize(pixels, inner[0], inner[1]) - mean) / std
+        pixels = _resize(pixels, inner[0], inner[1], "bicubic" if crop == "pad" else "bilinear")
         top, left = ((size - side) // 2 for side in inner)
-        return F.pad(pixels, (left, size - inner[1] - left, top, size - inner[0] - top))
+        border = (left, size - inner[1] - left, top, size - inner[0] - top)
+        return F.pad((pixels - mean) / std, border) if crop == "pad" else (F.pad(pixels, border) - mean) / std
     return (_crop(pixels, size, crop) - mean) / std
 
 
@@ -114,10 +156,34 @@ def _crop(pixels: Tensor, size: int, crop: Crop) -> Tensor:
     return pixels.narrow(dim, int((long - size) * at), size)
 
 
-def _resize(pixels: Tensor, h: int, w: int) -> Tensor:
+def _subject(pixels: Tensor, seen: Tensor | None, size: int) -> Tensor:
+    """One picture ``3 h w`` as a square of ``size``: stretched, or what is ``seen`` of it (``1 h w``) cut out and put on white.
+
+    As InstantCharacter has its references (app.py and pipeline.py there).
+    """
+    if seen is not None and not bool((seen == 1).all()):
+        pixels = pixels * seen + (1 - seen)
+        shown = seen[0] >= 0.5
+        if bool(shown.any()):
+            rows, columns = (torch.nonzero(shown.any(axis)).flatten() for axis in (1, 0))
+            pixels = pixels[:, int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
+        h, w = pixels.shape[-2:]
+        if max(h, w) > STEPWISE:
+            h, w = (max(1, side * STEPWISE // max(h, w)) for side in (h, w))
+            pixels = _resize(pixels[None], h, w)[0]
+        top, left = (max(0, w - h) // 2, max(0, h - w) // 2)
+        side = max(h, w)
+        pixels = F.pad(pixels, (left, side - w - left, top, side - h - top), value=1.0)
+    h, w = pixels.shape[-2:]
+    if h != w and max(h, w) <= STEPWISE:
+        pixels = _resize(pixels[None], max(h, w), max(h, w))[0]
+    return _resize(pixels[None], size, size)[0]
+
+
+def _resize(pixels: Tensor, h: int, w: int, mode: str = "bicubic") -> Tensor:
     # one axis after the other, each clamped, as Pillow does it: overshoot at hard edges must not pass from x to y
     for shape in ((pixels.shape[-2], w), (h, w)):
-        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = F.interpolate(pixels, shape, mode=mode, antialias=True).clamp(0, 1)
     return pixels
 
 

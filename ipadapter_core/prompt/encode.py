@@ -15,13 +15,23 @@ from ..checkpoints import AdapterWeights
 from ..checkpoints.format import TrainedUnconditional
 from ..compatibility import CORRECT, Rules
 from ..errors import IncompatibleEncoderError, InvalidInputError
-from ..features import Encoded, ImageEncoder
+from ..features import Encoded, Framing, ImageEncoder
 from ..images.tiles import split_tiles
 from .combine import at_strength, check_strengths, combine_features
 from .image_prompt import ImagePrompt, NegativeBranch, project_features
-from .needs import check_encoder
+from .needs import check_encoder, encoder_for
 from .options import EncodeOptions, NoImage, changed
-from .references import Part, negatives_of, no_image_pixels, parts_of, pixels_of, single_images, single_masks
+from .references import (
+    Part,
+    View,
+    negatives_of,
+    no_image_pixels,
+    parts_of,
+    pixels_of,
+    single_images,
+    single_masks,
+    view_of,
+)
 from .tiles import merge_tiles
 
 ENCODED_RULES = ("zero_pixels", "black", "black_picture")
@@ -31,7 +41,7 @@ ENCODED_RULES = ("zero_pixels", "black", "black_picture")
 @torch.no_grad()
 def encode_image_prompt(
     adapter: AdapterWeights,
-    encoder: ImageEncoder,
+    encoder: ImageEncoder | Sequence[ImageEncoder],
     images: Tensor | Sequence[Tensor],
     options: EncodeOptions | None = None,
     *,
@@ -42,6 +52,8 @@ def encode_image_prompt(
     """Encode reference images for ``adapter``; everything is checked before the encoder runs.
 
     Args:
+        encoder: the adapter's image encoder, or several in any order where it reads more than one; those that it does not read
+            are not asked.
         images: ``i h w c`` in 0..1, or a sequence of ``h w c`` or ``i h w c`` tensors of any sizes.
         options, changes: fields of EncodeOptions, as one value or as keyword arguments (``crop="pad"``).
         masks: what of each image is seen, see preprocess(): ``i h w`` (or one for all images of one size), or a
@@ -58,12 +70,13 @@ def encode_image_prompt(
             f"{adapter.name} is a {adapter.spec.family} adapter, which reads faces and not whole pictures; use the FaceID "
             "nodes (in Python: encode_face_prompt)"
         )
-    check_encoder(adapter.spec, encoder)
+    encoder = encoder_for(adapter.spec, encoder)
     parts = parts_of(images, masks, options)
     strengths = check_strengths(options.strengths, len(parts))
     negatives = negatives_of(negative, len(parts), options)
     rule = options.no_image(adapter.spec.unconditional)
-    seen, neutral, away = _look(encoded, encoder, parts, negatives, rule, options)
+    view = view_of(options, adapter.spec.format.framing, [*(image for part in parts for image, _ in part), *negatives])
+    seen, neutral, away = _look(encoded, encoder, parts, negatives, rule, options, view)
     references = [
         _joined(at_strength(tiles, neutral, strength, options.rules), options)
         for tiles, strength in zip(seen, strengths, strict=True)
@@ -93,9 +106,12 @@ def encode_features(
     options: EncodeOptions | None = None,
     *,
     mask: Tensor | None = None,
+    framing: Framing = "center",
     **changes: Any,
 ) -> Tensor:
     """What ``encoder`` sees in each image, ``i ...`` in float32: the first step of encode_image_prompt().
+
+    ``framing`` is that of the adapter's family, where ``crop`` is "auto".
 
     With ``tiles`` n > 1 every image is also cut into n x n parts that are encoded alone and put together again
     (see merge_tiles): of one image the result is [whole · tile_ratio, tiled], of several each is
@@ -104,10 +120,13 @@ def encode_features(
     options = changed(options, changes)
     singles = single_images(images)
     masks = single_masks(mask, singles)
-    pixels = [pixels_of(*one, encoder, options) for one in zip(singles, masks, strict=True)]
+    view = view_of(options, framing, singles)
+    pixels = [pixels_of(*one, encoder, options, view) for one in zip(singles, masks, strict=True)]
     cut = options.tiles
     if cut > 1:
-        pixels += [pixels_of(tile, None, encoder, options) for image in singles for tile in split_tiles(image, cut)]
+        pixels += [
+            pixels_of(tile, None, encoder, options, view) for image in singles for tile in split_tiles(image, cut)
+        ]
     seen = _encode(encoded, encoder, pixels, options)
     if cut == 1:
         return seen
@@ -210,13 +229,14 @@ def _look(
     negatives: list[Tensor],
     rule: NoImage,
     options: EncodeOptions,
+    view: View,
 ) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
     """What the encoder sees, in one go: every reference's tiles ``t 1 ...``, no image ``1 1 ...``, negatives ``i 1 ...``."""
-    pixels = [pixels_of(*part, encoder, options) for reference in parts for part in reference]
+    pixels = [pixels_of(*part, encoder, options, view) for reference in parts for part in reference]
     count = len(pixels)
     if rule in ENCODED_RULES:
         pixels.append(no_image_pixels(rule, encoder, pixels[0]))
-    pixels += [pixels_of(image, None, encoder, options) for image in negatives]
+    pixels += [pixels_of(image, None, encoder, options, view) for image in negatives]
     seen = _encode(encoded, encoder, pixels, options)[:, None]
     neutral = seen[count : count + 1] if rule in ENCODED_RULES else torch.zeros_like(seen[:1])
     away = seen[-len(negatives) :] if negatives else None

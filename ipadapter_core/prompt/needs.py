@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 from ..checkpoints import AdapterSpec
-from ..errors import IncompatibleEncoderError
-from ..features import ENCODERS, Encoded, ImageEncoder, width_of
+from ..errors import IncompatibleEncoderError, InvalidInputError
+from ..features import ENCODERS, Encoded, ImageEncoder, Look, width_of
+from ..images.packed import PackedEncoder, StateEncoder
 
 WORDS: dict[Encoded, str] = {
     "image_embeds": "image_embeds",
@@ -42,6 +46,40 @@ def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
     raise IncompatibleEncoderError(
         f"{adapter}: {wanted}; got {encoder.name} with {embeds}hidden states of width {encoder.hidden_size}{identity}"
     )
+
+
+def encoder_for(spec: AdapterSpec, encoders: ImageEncoder | Sequence[ImageEncoder]) -> ImageEncoder:
+    """The encoder among those given that an adapter reads, or those of them that it reads as one.
+
+    Raises IncompatibleEncoderError where there is none, InvalidInputError for no encoder at all.
+    """
+    given = list(encoders) if isinstance(encoders, Sequence) else [encoders]
+    if not given:
+        raise InvalidInputError("the list of image encoders is empty; give at least one")
+    feature = spec.format.feature
+    if not feature.looks:
+        fitting = [e for e in given if feature.encoded is not None and width_of(e, feature.encoded) == spec.feature_dim]
+        check_encoder(spec, chosen := (fitting or given)[0])
+        return chosen
+    if len(given) == 1 and isinstance(given[0], PackedEncoder):
+        check_encoder(spec, given[0])
+        return given[0]
+    found = [_seen_through(look, given) for look in feature.looks]
+    missing = [look.encoder for look, encoder in zip(feature.looks, found, strict=True) if encoder is None]
+    if missing:
+        raise IncompatibleEncoderError(
+            f"this {spec.base_model} {spec.family} adapter reads the hidden states of {len(found)} image encoders at once, and of "
+            f"{' and '.join(missing)} there is none: give {'; and '.join(map(files_of, missing))}; got "
+            f"{' and '.join(f'{e.name} ({e.hidden_size} wide)' for e in given)}"
+        )
+    return PackedEncoder(feature, [encoder for encoder in found if encoder is not None])
+
+
+def _seen_through(look: Look, given: Sequence[ImageEncoder]) -> StateEncoder | None:
+    """The encoder that a look means: as wide, and with inner layers to give; None if there is none."""
+    width = ENCODERS[look.encoder].hidden_size
+    found = (e for e in given if e.hidden_size == width and callable(getattr(e, "states", None)))
+    return cast("StateEncoder | None", next(found, None))
 
 
 def files_of(encoder: str) -> str:

@@ -15,7 +15,7 @@ from .combine import Combine, check_choice
 
 Unconditional = Literal["auto", "zero_pixels", "zero_embeds", "black", "same", "off"]
 NoImage = Literal["zero_pixels", "zero_embeds", "black", "same", "off"]
-PromptCrop = Crop | Literal["tiles"]
+PromptCrop = Crop | Literal["tiles", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,9 @@ class EncodeOptions:
     """One number per reference: 0 is no image, 1 changes nothing, more exaggerates, below 0 turns it around. The feature moves
     on the line from no image to the image, see at_strength()."""
 
-    crop: PromptCrop = "center"
-    """Which square of each picture is kept, see preprocess(); the rules of the old pack know only ``center``. ``tiles`` keeps all
+    crop: PromptCrop = "auto"
+    """Which square of each picture is kept, see preprocess(). ``auto`` does as the adapter was trained: the centre of the picture
+    for CLIP's, else what its family says. The rules of the old pack know only ``center``. ``tiles`` keeps all
     of it: squares side by side along its long side (see square_tiles), each encoded alone. For concat and per_latent every tile
     keeps its own tokens; otherwise an image's tiles are averaged before images are combined. Tiles that a mask hides wholly
     are left out, except with per_latent."""

@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidInputError
-from ..features import Crop, ImageEncoder
-from ..images.preprocess import preprocess, preprocess_as_host
+from ..features import Framing, ImageEncoder
+from ..images.packed import PackedEncoder
+from ..images.preprocess import nearest_shape, preprocess, preprocess_as_host
 from ..images.tiles import square_tiles
 from .options import EncodeOptions
 
@@ -46,12 +48,34 @@ def negatives_of(negative: Tensor | None, count: int, options: EncodeOptions) ->
     return negatives
 
 
-def pixels_of(image: Tensor, mask: Tensor | None, encoder: ImageEncoder, options: EncodeOptions) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class View:
+    """How pictures become an encoder's pixels: ``framing``, and the one shape (y, x) of all where that is not the encoder's square."""
+
+    framing: Framing
+    shape: tuple[int, int] | None = None
+
+
+def view_of(options: EncodeOptions, trained: Framing, pictures: Sequence[Tensor]) -> View:
+    """How ``pictures`` ``1 h w c`` become pixels: as the user chose, else as the family was ``trained``.
+
+    Features of one prompt have as many tokens each, so that pictures of several shapes share the one nearest to all.
+    """
+    framing: Framing = "center" if options.crop == "tiles" else trained if options.crop == "auto" else options.crop
+    sizes = [tuple(picture.shape[1:3]) for picture in pictures]
+    usable = framing == "shapes" and all(
+        len(size) == 2 and min(size) > 0 for size in sizes
+    )  # else preprocess() says it
+    return View(framing, nearest_shape([(h, w) for h, w in sizes]) if usable else None)
+
+
+def pixels_of(image: Tensor, mask: Tensor | None, encoder: ImageEncoder, options: EncodeOptions, view: View) -> Tensor:
     """The encoder's pixel values of a picture ``1 h w c``."""
+    if isinstance(encoder, PackedEncoder):
+        return encoder.pixels(image, view.framing, mask)
     if options.rules.host_pixels:
         return preprocess_as_host(image, encoder, mask=mask)
-    crop: Crop = "center" if options.crop == "tiles" else options.crop
-    return preprocess(image, encoder, crop=crop, mask=mask)
+    return preprocess(image, encoder, crop=view.framing, mask=mask, shape=view.shape)
 
 
 def no_image_pixels(rule: str, encoder: ImageEncoder, like: Tensor) -> Tensor:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,8 @@ from ..errors import IncompatibleEncoderError
 def merge_tiles(features: Tensor) -> Tensor:
     """Features of n x n parts of one image to one feature of the size that the whole image has, ``1 ...``.
 
-    Tokens are laid out as the picture they are, stitched and averaged down again; the class token is the parts' mean.
+    Tokens are laid out as the picture they are, stitched and averaged down again; the class token, where there is one, is the
+    parts' mean.
     A pooled embedding ``e`` is treated as a square picture of numbers where e is a square, and averaged where it is not
     (ComfyUI_IPAdapter_plus stops there with an error).
     """
@@ -24,12 +27,14 @@ def merge_tiles(features: Tensor) -> Tensor:
         if side * side != features.shape[1]:
             return features.mean(0, keepdim=True)
         return _stitch(features[..., None], grid, side)[..., 0]
-    side = round((features.shape[1] - 1) ** 0.5)
-    if side * side != features.shape[1] - 1:
+    count = features.shape[1]
+    first = int(math.isqrt(count) ** 2 != count)
+    side = math.isqrt(count - first)
+    if side * side != count - first:
         raise IncompatibleEncoderError(
-            f"the encoder gives {features.shape[1]} tokens, which are no square picture and a class token; tiles need that"
+            f"the encoder gives {count} tokens, which are no square picture with or without a class token; tiles need that"
         )
-    return torch.cat([features[:, :1].mean(0, keepdim=True), _stitch(features[:, 1:], grid, side)], 1)
+    return torch.cat([features[:, :first].mean(0, keepdim=True), _stitch(features[:, first:], grid, side)], 1)
 
 
 def _stitch(tokens: Tensor, grid: int, side: int) -> Tensor:

@@ -274,6 +274,7 @@ def test_tiles_are_put_together_where_they_were() -> None:
     assert_close(merged[:, 0], torch.full((1, 3), 1.5))
     down = F.avg_pool2d(image[:, :8, :8].movedim(-1, 1), 2).flatten(2).mT
     assert_close(merged[:, 1:], down)
+    assert_close(merge_tiles(tokens[:, 1:]), merged[:, 1:])  # of SigLIP, which has no class token
 
 
 def test_pooled_tiles_are_stitched_as_squares_or_averaged() -> None:

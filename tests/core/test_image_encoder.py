@@ -15,11 +15,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from ipadapter_core.checkpoints import AdapterSpec, format_named
+from ipadapter_core.checkpoints import AdapterSpec
+from ipadapter_core.checkpoints.base import Base
+from ipadapter_core.checkpoints.plus import Plus
 from ipadapter_core.errors import AdapterError, CorruptFileError, IncompatibleEncoderError, InvalidInputError
-from ipadapter_core.features import CLIP_MEAN, CLIP_STD, ENCODERS, Encoded, ImageFeatures, find_encoder
+from ipadapter_core.features import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ENCODERS,
+    HALF,
+    LAST,
+    POOLED,
+    Encoded,
+    EncoderSpec,
+    ImageFeatures,
+    find_encoder,
+)
 from ipadapter_core.images.encoder import TransformersImageEncoder
-from ipadapter_core.images.preprocess import preprocess, preprocess_as_host
+from ipadapter_core.images.preprocess import nearest_shape, preprocess, preprocess_as_host
 from ipadapter_core.images.tiles import masked_tiles, prepare_square, region_tiles
 from ipadapter_core.prompt.needs import check_encoder
 
@@ -127,7 +140,7 @@ def test_stretch_keeps_all() -> None:
     assert_close(pixels[0, 0, 0], torch.linspace(0, 1, SIZE), atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("crop", ["center", "top", "bottom", "left", "right", "pad", "stretch"])
+@pytest.mark.parametrize("crop", ["center", "top", "bottom", "left", "right", "pad", "stretch", "fit", "subject"])
 @pytest.mark.parametrize("shape", [(20000, 10), (10, 20000), (1, 1), (1, 5000), (2, 3), (SIZE, SIZE)])
 def test_any_shape_becomes_a_finite_square(crop: str, shape: tuple[int, int]) -> None:
     pixels = preprocess(noise(1, *shape, 3), fake_encoder(), crop=crop)  # pyright: ignore[reportArgumentType]
@@ -143,15 +156,97 @@ def test_huge_strip_never_becomes_a_huge_image(monkeypatch: pytest.MonkeyPatch) 
     sizes: list[int] = []
     resize = module._resize
 
-    def counted(pixels: Tensor, h: int, w: int) -> Tensor:
+    def counted(pixels: Tensor, h: int, w: int, *mode: str) -> Tensor:
         sizes.append(h * w)
-        return resize(pixels, h, w)
+        return resize(pixels, h, w, *mode)
 
     monkeypatch.setattr(module, "_resize", counted)
-    for crop in ("center", "bottom", "pad", "stretch"):
+    for crop in ("center", "bottom", "pad", "stretch", "fit", "subject"):
         preprocess(noise(1, 20000, 10, 3), fake_encoder(), crop=crop)  # pyright: ignore[reportArgumentType]
-    assert len(sizes) == 4
+    assert len(sizes) == 6
     assert max(sizes) <= 2 * SIZE * SIZE
+
+
+def as_pillow(picture: Tensor) -> Image.Image:
+    return Image.fromarray((picture * 255).byte().numpy())
+
+
+def photo(h: int, w: int) -> Tensor:
+    """``h w 3`` in levels of 8 bits."""
+    picture = Image.open(PHOTO).convert("RGB").resize((w, h))
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(h, w, 3) / 255
+
+
+def levels(picture: Image.Image) -> Tensor:
+    """``3 h w`` in 0..255."""
+    raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return raw.view(picture.height, picture.width, 3).permute(2, 0, 1).float()
+
+
+@pytest.mark.parametrize("shape", [(120, 90), (90, 121), (64, 64), (40, 300)])
+def test_fit_is_what_the_character_reference_was_trained_with(shape: tuple[int, int]) -> None:
+    """Within 2 of 255 levels, as Pillow rounds: the long side becomes the encoder's, black is around it."""
+    encoder = fake_encoder(64, mean=HALF, std=HALF)
+    picture = photo(*shape)
+    ratio = 64 / max(shape)
+    h, w = (max(1, round(side * ratio)) for side in shape)
+    square = Image.new("RGB", (64, 64), (0, 0, 0))
+    square.paste(as_pillow(picture).resize((w, h), Image.Resampling.BILINEAR), ((64 - w) // 2, (64 - h) // 2))
+    ours = (preprocess(picture[None], encoder, crop="fit")[0] * 0.5 + 0.5) * 255
+    assert_close(ours, levels(square), atol=2, rtol=0)
+    hidden = preprocess(picture[None], encoder, crop="fit", mask=torch.zeros(1, *shape))
+    assert_close(hidden, torch.full_like(hidden, -1.0))
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (120, 90), (90, 130)])
+@pytest.mark.parametrize("size", [28, 56])
+def test_subject_is_what_instant_character_was_trained_with(shape: tuple[int, int], size: int) -> None:
+    """Within 3 of 255 levels: first a square of the long side, then the encoder's, rounded twice by Pillow."""
+    picture, side = photo(*shape), max(shape)
+    theirs = as_pillow(picture)
+    if shape[0] != shape[1]:
+        theirs = theirs.resize((side, side))
+    theirs = theirs.resize((size, size))
+    ours = unnormalise(preprocess(picture[None], fake_encoder(size), crop="subject"))[0] * 255
+    assert_close(ours, levels(theirs), atol=3, rtol=0)
+
+
+def test_a_mask_cuts_the_subject_out_and_puts_it_on_white() -> None:
+    picture, mask = photo(100, 140), torch.zeros(1, 100, 140)
+    mask[:, 20:80, 50:90] = 1
+    square = Image.new("RGB", (60, 60), (255, 255, 255))
+    square.paste(as_pillow(picture).crop((50, 20, 90, 80)), (10, 0))
+    ours = unnormalise(preprocess(picture[None], fake_encoder(), crop="subject", mask=mask))[0] * 255
+    assert_close(ours, levels(square.resize((SIZE, SIZE))), atol=2, rtol=0)
+    rgba = torch.cat([picture, mask[0, ..., None]], -1)
+    assert_close(unnormalise(preprocess(rgba[None], fake_encoder(), crop="subject"))[0] * 255, ours)
+    nothing = preprocess(picture[None], fake_encoder(), crop="subject", mask=torch.zeros(1, 100, 140))
+    assert_close(unnormalise(nothing), torch.ones(1, 3, SIZE, SIZE))
+    both = torch.stack([picture, picture.flip(0)])
+    masks = torch.cat([mask, torch.ones(1, 100, 140)])
+    batch = preprocess(both, fake_encoder(), crop="subject", mask=masks)
+    for i in range(2):
+        one = preprocess(both[i : i + 1], fake_encoder(), crop="subject", mask=masks[i : i + 1])
+        assert_close(batch[i : i + 1], one, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pixels"),
+    [((336, 336), (336, 336)), ((100, 50), (476, 238)), ((50, 100), (238, 476)), ((400, 300), (392, 294)), ((300, 440), (280, 406)),
+     ((5, 5000), (238, 476))],
+)  # fmt: skip
+def test_shapes_are_the_nearest_of_pe_cores(shape: tuple[int, int], pixels: tuple[int, int]) -> None:
+    encoder = fake_encoder(336, mean=HALF, std=HALF)
+    picture = noise(1, *shape, 3)
+    ours = preprocess(picture, encoder, crop="shapes")
+    plain = torch.nn.functional.interpolate(picture.permute(0, 3, 1, 2) * 2 - 1, pixels, mode="bilinear")
+    assert_close(ours, plain)
+    assert preprocess(picture, encoder, crop="shapes", shape=(28, 42)).shape == (1, 3, 28, 42)
+
+
+def test_several_pictures_share_the_shape_nearest_to_all() -> None:
+    assert nearest_shape([(100, 50), (100, 100), (100, 90)]) == (336, 336)
+    assert nearest_shape([(100, 50), (100, 55)]) == (476, 238)
 
 
 def test_mask_of_ones_changes_no_bit_and_of_zeros_leaves_nothing() -> None:
@@ -421,8 +516,10 @@ def test_pipes_are_no_part_of_an_encoder(clip_folder: Path, tmp_path: Path) -> N
 
 def adapter_spec(feature: Encoded, width: int) -> AdapterSpec:
     found = find_encoder(feature, width)
+    family = Plus() if feature == "penultimate" else Base()
+    family.feature = {"pooled": POOLED, "last": LAST}.get(feature, family.feature)  # pyright: ignore[reportAttributeAccessIssue]
     return AdapterSpec(
-        format=format_named("plus" if feature == "penultimate" else "base"),
+        format=family,
         base_model="SD1.5",
         num_tokens=4,
         token_dim=8,
@@ -443,6 +540,9 @@ def adapter_spec(feature: Encoded, width: int) -> AdapterSpec:
         ("penultimate", 1664, "ViT-bigG/14"),
         ("penultimate", 1024, "ViT-L/14"),
         ("penultimate", 1152, "SigLIP so400m/14-384"),
+        ("pooled", 1152, "SigLIP so400m/14-384"),
+        ("last", 768, "SigLIP2 base/16-512"),
+        ("last", 1024, "PE-Core L/14-336"),
     ],
 )
 def test_a_width_points_to_an_encoder(feature: Encoded, width: int, name: str) -> None:
@@ -450,11 +550,31 @@ def test_a_width_points_to_an_encoder(feature: Encoded, width: int, name: str) -
     assert find_encoder(feature, width + 1) is None
 
 
+def test_a_width_that_no_adapter_reads_points_nowhere() -> None:
+    """A ViT-B of CLIP is as wide as SigLIP 2's base, and no adapter reads SigLIP 2's last layer but one."""
+    assert find_encoder("penultimate", 768) is None
+    assert find_encoder("penultimate", 1536) is None
+
+
 @pytest.mark.parametrize("spec", ENCODERS.values(), ids=lambda spec: spec.name)
-def test_the_right_encoder_passes(spec: object) -> None:
-    facts = SimpleNamespace(name="any name", hidden_size=spec.hidden_size, projection_dim=spec.projection_dim)
-    check_encoder(adapter_spec("image_embeds", spec.projection_dim), facts)
-    check_encoder(adapter_spec("penultimate", spec.hidden_size), facts)
+def test_the_right_encoder_passes(spec: EncoderSpec) -> None:
+    facts = SimpleNamespace(
+        name="any name", hidden_size=spec.hidden_size, projection_dim=spec.projection_dim, gives=spec.gives
+    )
+    for encoded in spec.serves:
+        check_encoder(adapter_spec(encoded, spec.width(encoded)), facts)
+
+
+def test_siglip_without_its_head_is_told_apart() -> None:
+    bare = SimpleNamespace(name="my SigLIP", hidden_size=1152, projection_dim=0, gives=("penultimate", "last"))
+    check_encoder(adapter_spec("penultimate", 1152), bare)
+    with pytest.raises(
+        IncompatibleEncoderError, match=r"my SigLIP.*vision_model\.head\.probe.*sigclip_vision_patch14_384"
+    ):
+        check_encoder(adapter_spec("pooled", 1152), bare)
+    big = SimpleNamespace(name="ViT-bigG", hidden_size=1664, projection_dim=1280)
+    with pytest.raises(IncompatibleEncoderError, match=r"the pooled vector of width 1152.*google/siglip.*ViT-bigG"):
+        check_encoder(adapter_spec("pooled", 1152), big)
 
 
 def test_the_wrong_encoder_is_named_with_the_right_one() -> None:

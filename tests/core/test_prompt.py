@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import pytest
@@ -13,17 +15,19 @@ from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import AdapterWeights, format_named, load_adapter, trainable_families
 from ipadapter_core.checkpoints.format import TrainedUnconditional
+from ipadapter_core.checkpoints.plus import Plus
 from ipadapter_core.compatibility import IPADAPTER_PLUS
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
-from ipadapter_core.features import ImageFeatures
-from ipadapter_core.images.encoder import TransformersImageEncoder
-from ipadapter_core.images.preprocess import preprocess
+from ipadapter_core.features import LAST, ImageFeatures
+from ipadapter_core.images.encoder import TowerEncoder, TransformersImageEncoder, load_image_encoder
+from ipadapter_core.images.preprocess import nearest_shape, preprocess
 from ipadapter_core.images.tiles import square_tiles
 from ipadapter_core.prompt.combine import Combine, at_strength, combine_features, combine_prompts
 from ipadapter_core.prompt.encode import encode_image_prompt
 from ipadapter_core.prompt.image_prompt import ImagePrompt
 from ipadapter_core.prompt.options import EncodeOptions
 from tiny import tiny_state
+from tiny_towers import pe_core
 
 SIZE, HIDDEN, EMBED, TOKENS = 28, 32, 24, 4
 COMBINES = get_args(Combine)
@@ -367,6 +371,48 @@ def test_a_list_of_sizes_equals_each_alone() -> None:
     assert_close(encode("plus", images).cond, expected)
     assert_close(encode("plus", [image[0] for image in images]).cond, expected)
     assert_close(encode("plus", [photos(2), images[2]]).cond[:, : 2 * TOKENS], encode("plus", photos(2)).cond)
+
+
+@cache
+def shaped() -> tuple[AdapterWeights, TowerEncoder]:
+    """A plus adapter of a family that reads PE-Core's last hidden states, with the picture in both branches."""
+    with TemporaryDirectory() as folder:
+        pe_core(Path(folder) / "pe.safetensors", layers=1, side=24)
+        tower = load_image_encoder(Path(folder) / "pe.safetensors")
+    assert isinstance(tower, TowerEncoder)
+    family = Plus()
+    family.feature, family.framing = LAST, "shapes"  # pyright: ignore[reportAttributeAccessIssue]
+    loaded = load_adapter(tiny_state("plus", feature_dim=tower.hidden_size))
+    return replace(loaded, spec=replace(loaded.spec, format=family, unconditional="same")), tower
+
+
+def test_pictures_are_seen_as_the_family_was_trained_unless_the_user_chooses() -> None:
+    ours, tower = shaped()
+    tall = photos(1, h=80, w=40)
+    prompt = encode_image_prompt(ours, tower, tall)
+    assert prompt.features.shape == (1, 1, 34 * 17 + 1, 384)
+    pixels = preprocess(tall, tower, crop="shapes")
+    assert_close(prompt.features[0], tower.encode(pixels).get("last"))
+    squares = {
+        crop: encode_image_prompt(ours, tower, tall, crop=crop).features for crop in ("center", "pad", "stretch")
+    }
+    assert {features.shape[2] for features in squares.values()} == {577}
+    assert_close(squares["pad"][0], tower.encode(preprocess(tall, tower, crop="pad")).get("last"))
+    cut = encode_image_prompt(ours, tower, tall, crop="tiles")
+    assert cut.features.shape[1:3] == (2, 577)
+
+
+def test_pictures_of_one_prompt_have_as_many_tokens_each() -> None:
+    ours, tower = shaped()
+    images = [photos(1, h=80, w=40), photos(1, seed=1, h=60, w=50)]
+    prompt = encode_image_prompt(ours, tower, images, negative=photos(1, seed=2, h=50, w=50))
+    shape = nearest_shape([(80, 40), (60, 50), (50, 50)])
+    for image, features in zip(images, prompt.features[0], strict=True):
+        seen = tower.encode(preprocess(image, tower, crop="shapes", shape=shape)).get("last")
+        assert_close(features, seen[0])
+    for rule in ("zero_pixels", "black"):
+        beside = encode_image_prompt(ours, tower, images[0], unconditional=rule)
+        assert beside.uncond_features.shape == beside.features.shape
 
 
 def test_crop_reaches_the_encoder() -> None:
