@@ -23,7 +23,20 @@ from ..errors import AdapterError, CorruptFileError, InvalidInputError, UnknownF
 from ..features import ENCODERS
 from ..files.state_dict import Source, StateDict, TensorFile, describe_state_dict, open_state_dict
 from ..files.whole import written_whole
-from . import base, face_resampler, faceid, faceid_plus, full_face, instantx, plus, xlabs
+from . import (
+    anima_character,
+    anima_pe,
+    base,
+    face_resampler,
+    faceid,
+    faceid_plus,
+    full_face,
+    instantcharacter,
+    instantx,
+    plus,
+    sd35,
+    xlabs,
+)
 from .containers import left_out, normalise, other_family, other_file
 from .embedded_lora import kohya_lora
 from .format import (
@@ -68,6 +81,10 @@ FORMATS: tuple[Format, ...] = (
     xlabs.CONVERTED,
     instantx.FORMAT,
     instantx.RESAMPLER,
+    instantcharacter.FORMAT,
+    sd35.FORMAT,
+    anima_character.FORMAT,
+    anima_pe.FORMAT,
 )
 
 Layout = Literal["flat", "nested"]
@@ -255,7 +272,7 @@ def _claim(file: TensorFile) -> Format:
         raise UnknownFormatError(f"looks like {other}. This family is not supported; {_names()} adapters are. {seen}")
     near = _nearest(file)
     if near is not None:
-        raise _strangeness(near, state)
+        raise _strangeness(near, file)
     known = other_file(state)
     if known is not None:
         what, advice = known
@@ -277,9 +294,13 @@ def _nearest(file: TensorFile) -> Format | None:
     return resembling or next((format for format in near if 2 * most > max(1, likeness[format][1])), None)
 
 
-def _strangeness(near: Format, state: StateDict) -> AdapterError:
+def _strangeness(near: Format, file: TensorFile) -> AdapterError:
     """Why a file is none of the format that it resembles."""
-    foreign = near.foreign_keys(state)
+    foreign, told = near.foreign_keys(file.tensors), near.variant(file)
+    if told is not None:
+        return UnknownFormatError(
+            f"resembles the family {near.name} but has {told}, which no published file has: this pack does not read it."
+        )
     if foreign:
         return UnknownFormatError(
             f"resembles the family {near.name} but has keys that such a file has not: {few(foreign)}. "

@@ -89,9 +89,6 @@ def numbers_every_layer(state: StateDict) -> bool:
 
 OTHER_FAMILIES: tuple[tuple[Test, str], ...] = (
     # the special before the general: reference ip-adapter.md, A.8
-    (_has("ip_adapter.0.norm_ip.linear.weight"), "a Stable Diffusion 3.5 IP-Adapter"),
-    (_matches(r"^ip_adapter\.0\.norm_ip_k\."), "an InstantCharacter adapter for Flux"),
-    (_matches(r"^ip_gate\.|^ip_centroid$"), "an IP-Adapter for Anima (PE encoder)"),
     (_matches(r"^ip_cross_attns\."), "an IP-Adapter for Anima (SigLIP2 encoder)"),
     (_has("image_proj.proj_new_input.weight"), "an IP-Adapter Instruct"),
     (is_value_only, "a Style Components adapter (values only)"),

@@ -217,6 +217,10 @@ class Format(ABC):
         """Whether a file with the family's keys is of it, where keys alone do not tell."""
         return True
 
+    def variant(self, file: TensorFile) -> str | None:
+        """What a file has beyond the family's published ones, in words, where its authors' code reads more than they published."""
+        return None
+
     def detect(self, file: TensorFile) -> bool:
         return self.resembles(file.tensors) and not self.foreign_keys(file.tensors) and self.may_be(file)
 
@@ -313,6 +317,10 @@ class AdapterModule(nn.Module):
         self.projector = spec.format.projector(spec, operations)
         for name, layers in spec.format.layers(spec, operations).items():
             self.add_module(name, layers)
+
+    def layer(self, name: str, index: int) -> nn.Module:
+        """What a list that ``Format.layers`` names has of the i-th layer."""
+        return self.get_submodule(f"{name}.{index}")
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         """The weights under the keys of a flat released file (``image_proj.…``, ``ip_adapter.1.to_k_ip.weight``)."""
@@ -426,16 +434,16 @@ def tokens_in(state: StateDict, rows: str, width: str) -> int:
     return total // unit
 
 
-def resampler_depth(state: StateDict, group: str) -> int:
-    """Number of layers under ``group``, ``image_proj.`` or deeper. Raises CorruptFileError when one is missing."""
-    pattern = re.compile(rf"{re.escape(group)}layers\.(0|[1-9][0-9]{{0,3}})\..*")
+def resampler_depth(state: StateDict, group: str, name: str = "layers") -> int:
+    """Number of layers called ``name`` under ``group``, ``image_proj.`` or deeper. Raises CorruptFileError when one is missing."""
+    pattern = re.compile(rf"{re.escape(group + name)}\.(0|[1-9][0-9]{{0,3}})\..*")
     numbers = sorted({int(match[1]) for match in filter(None, map(pattern.fullmatch, state))})
     if len(numbers) > MOST_LAYERS:
-        raise CorruptFileError(f"{group}layers holds {len(numbers)} layers; no adapter has over {MOST_LAYERS}.")
+        raise CorruptFileError(f"{group}{name} holds {len(numbers)} layers; no adapter has over {MOST_LAYERS}.")
     if numbers != list(range(len(numbers))):
         gap = next(i for i, n in enumerate(numbers) if i != n)
         raise CorruptFileError(
-            f"{group}layers jumps from {gap - 1} to {numbers[gap]}: {group}layers.{gap} is missing. "
+            f"{group}{name} jumps from {gap - 1} to {numbers[gap]}: {group}{name}.{gap} is missing. "
             "The file is incomplete; download or export it again."
         )
     return len(numbers)

@@ -18,7 +18,7 @@ from .flux_layers import FluxFormat, heads_of
 from .format import AdapterModule, AdapterSpec, shape_of, tokens_in
 from .keys import numbered
 from .plus import Plus
-from .projectors import MLPProjModelFaceId, Operations, rms_norm
+from .projectors import Operations, PooledTokens, rms_norm
 
 EPSILON = 1e-5
 
@@ -55,7 +55,7 @@ class InstantX(InstantXLayers):
 
     def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
         sizes = spec.feature_dim, spec.options["hidden_dim"], spec.token_dim, spec.num_tokens
-        return MLPProjModelFaceId(*sizes, operations=operations)
+        return PooledTokens(*sizes, operations=operations)
 
 
 class InstantXResampler(InstantXLayers, Plus):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -27,14 +28,34 @@ class Operations(Protocol):
 TORCH: Operations = torch.nn
 """torch.nn as ``Operations``: the default everywhere."""
 
+MOST_AT_ONCE = 2**26
+"""Numbers of a matrix that are brought to an input's device and dtype at once: 128 MB in float16."""
+
+
+def linear_in_pieces(layer: Any, x: Tensor) -> Tensor:
+    """What a linear layer gives, computed by rows of its weight, so that no second copy of a huge one is made.
+
+    InstantX' one matrix has 1.2 billion numbers; layers that cast their weights (ComfyUI's) would hold it twice.
+    """
+    rows = max(1, MOST_AT_ONCE // layer.weight.shape[1])
+    if len(layer.weight) <= rows:
+        return layer(x)
+    pieces = zip(layer.weight.split(rows), layer.bias.split(rows), strict=True)
+    return torch.cat([F.linear(x, weight.to(x), bias.to(x)) for weight, bias in pieces], -1)
+
+
 DIM_HEAD = 64
 """Channels per attention head in every released resampler; only their number varies (12, 20, …)."""
 
 
-def rms_norm(x: Tensor, heads: int, epsilon: float, weight: Tensor | None = None) -> Tensor:
-    """``b n c`` divided by its root mean square over each head's channels, in float32; times ``weight`` (one head's channels)."""
+def rms_norm(x: Tensor, heads: int, epsilon: float, weight: Tensor | None = None, *, outside: bool = False) -> Tensor:
+    """``b n c`` divided by its root mean square over each head's channels, in float32; times ``weight`` (one head's channels).
+
+    ``epsilon`` is added to the mean square, or ``outside``, to its root.
+    """
     parts = x.float().unflatten(-1, (heads, -1))
-    parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + epsilon)
+    square = parts.square().mean(-1, keepdim=True)
+    parts = parts / (square.sqrt() + epsilon if outside else (square + epsilon).sqrt())
     return (parts if weight is None else parts * weight.to(parts)).flatten(-2).to(x.dtype)
 
 
@@ -85,7 +106,11 @@ class MLPProjModel(nn.Module):
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the image tokens and to themselves, ``(b t h, b n h) -> b n h``."""
+    """Latents attend to the image tokens and to themselves, ``(b t h, b n h) -> b n h``.
+
+    Where a timestep modulates them, the normed latents are multiplied by ``scale`` and ``shift`` is added; there are many of
+    these, so their scores are never held.
+    """
 
     def __init__(self, dim: int, inner: int, *, operations: Operations = TORCH) -> None:
         super().__init__()
@@ -96,14 +121,22 @@ class PerceiverAttention(nn.Module):
         self.to_kv = operations.Linear(dim, inner * 2, bias=False)
         self.to_out = operations.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, latents: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
         latents = self.norm2(latents)
+        if scale is not None and shift is not None:
+            latents = latents * scale + shift
         q = self._split(self.to_q(latents))
         k, v = (self._split(part) for part in self.to_kv(torch.cat((self.norm1(x), latents), dim=1)).chunk(2, dim=-1))
         # The root of the scale on q and on k, before the product: in fp16 the product of unscaled ones can overflow.
-        scale = q.shape[-1] ** -0.25
-        weights = torch.softmax(((q * scale) @ (k * scale).mT).float(), dim=-1).to(v.dtype)
-        out: Tensor = self.to_out((weights @ v).transpose(1, 2).flatten(2))
+        root = q.shape[-1] ** -0.25
+        q, k = q * root, k * root
+        if scale is None:
+            read = torch.softmax((q @ k.mT).float(), dim=-1).to(v.dtype) @ v
+        else:
+            read = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        out: Tensor = self.to_out(read.transpose(1, 2).flatten(2))
         return out
 
     def _split(self, x: Tensor) -> Tensor:
@@ -222,6 +255,16 @@ class FacePerceiverResampler(nn.Module):
         return tokens
 
 
+class PooledTokens(MLPProjModelFaceId):
+    """A FaceID projector of many tokens (InstantX): its last matrix is applied in pieces."""
+
+    def forward(self, face: Tensor) -> Tensor:
+        first, gelu, last = self.proj.children()
+        hidden = linear_in_pieces(last, gelu(first(face)))
+        tokens: Tensor = self.norm(hidden.reshape(-1, self.num_tokens, self.token_dim))
+        return tokens
+
+
 class ProjModelFaceIdPlus(nn.Module):
     """FaceID Plus: the face's tokens read the encoder's tokens of its crop; v2 adds ``scale`` times that to themselves.
 
@@ -263,3 +306,87 @@ class ProjModelFaceIdPlus(nn.Module):
         tokens: Tensor = self.norm(face.reshape(-1, self.num_tokens, self.token_dim))
         read: Tensor = self.perceiver_resampler(tokens, packed[:, 1:])
         return tokens + scale * read if self.shortcut else read
+
+
+class PackedAttention(nn.Module):
+    """Attention with one matrix for queries, keys and values, as torch's MultiheadAttention names it."""
+
+    def __init__(self, dim: int, heads: int, *, operations: Operations = TORCH) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
+        self.out_proj = operations.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        weights, biases = self.in_proj_weight.to(x).chunk(3), self.in_proj_bias.to(x).chunk(3)
+        q, k, v = (
+            F.linear(source, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for source, weight, bias in zip((x, context, context), weights, biases, strict=True)
+        )
+        out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class QueryBlock(nn.Module):
+    """Queries read an encoder's tokens, then themselves, then pass a feed-forward network."""
+
+    def __init__(self, dim: int, ff_dim: int, heads: int, *, operations: Operations = TORCH) -> None:
+        super().__init__()
+        self.q_norm_x, self.kv_norm_x, self.norm_s, self.norm_f = (operations.LayerNorm(dim) for _ in range(4))
+        self.xattn, self.sattn = (PackedAttention(dim, heads, operations=operations) for _ in range(2))
+        self.ffn = nn.Sequential(operations.Linear(dim, ff_dim), nn.GELU(), operations.Linear(ff_dim, dim))
+
+    def forward(self, q: Tensor, kv: Tensor) -> Tensor:
+        q = q + self.xattn(self.q_norm_x(q), self.kv_norm_x(kv))
+        normed = self.norm_s(q)
+        q = q + self.sattn(normed, normed)
+        return q + self.ffn(self.norm_f(q))
+
+
+class QueryResampler(nn.Module):
+    """``queries`` learned vectors read an encoder's tokens, ``b t e -> b n d``.
+
+    Source: sorryhyun/anima_lora, library/vision/resampler.py.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        hidden_dim: int,
+        token_dim: int,
+        *,
+        queries: int,
+        depth: int,
+        ff_dim: int,
+        heads: int,
+        operations: Operations = TORCH,
+    ) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(1, queries, hidden_dim))
+        self.kv_proj = operations.Linear(feature_dim, hidden_dim)
+        self.blocks = nn.ModuleList(QueryBlock(hidden_dim, ff_dim, heads, operations=operations) for _ in range(depth))
+        self.out_norm = operations.LayerNorm(hidden_dim)
+        self.out = operations.Linear(hidden_dim, token_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        kv = self.kv_proj(tokens)
+        q = self.queries.to(kv).expand(len(kv), -1, -1)
+        for block in self.blocks:
+            q = block(q, kv)
+        return self.out(self.out_norm(q))
+
+
+class CentredResampler(nn.Module):
+    """A QueryResampler of an encoder's tokens less the mean token of the training's pictures (zeros where none was taken).
+
+    Source: sorryhyun/anima_lora, networks/methods/ip_adapter.py.
+    """
+
+    def __init__(self, feature_dim: int, *, operations: Operations = TORCH, **sizes: int) -> None:
+        super().__init__()
+        self.resampler = QueryResampler(feature_dim, operations=operations, **sizes)
+        self.ip_centroid = nn.Parameter(torch.empty(feature_dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.resampler(tokens - self.ip_centroid.to(tokens))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import ImageProjection
-from torch import Tensor
+from diffusers.loaders.transformer_sd3 import SD3Transformer2DLoadersMixin
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, IPAdapterTimeImageProjection
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ipadapter_core.checkpoints import FORMATS, claimants, describe_adapter, load_adapter
+from ipadapter_core.checkpoints import FORMATS, claimants, describe_adapter, load_adapter, projectors, save_adapter
 from ipadapter_core.files.state_dict import TensorFile
 from tiny import adapter_shapes, tiny_state
 
@@ -28,39 +33,35 @@ def described(family: str, **sizes: Any) -> dict[str, Tensor]:
     return {key: torch.empty(shape, dtype=torch.bfloat16, device="meta") for key, shape in shapes.items()}
 
 
-DOUBLE, FLUX = (3072,) * 19, (3072,) * 57
+DOUBLE, FLUX, SD35, ANIMA = (3072,) * 19, (3072,) * 57, (2432,) * 38, (2048,) * 28
+SIGLIP, TWO = "SigLIP so400m/14-384", "SigLIP so400m/14-384 + DINOv2 giant/14"
+TIMED = {"hidden_dim": 1280, "inner_dim": 1280, "depth": 4}
 XLABS = {"token_dim": 4096, "channels": DOUBLE, "feature_dim": 768}
 INSTANTX = {"token_dim": 4096, "channels": FLUX, "num_tokens": 128, "feature_dim": 1152}
-PLUS = {
-    "token_dim": 4096,
-    "channels": FLUX,
-    "num_tokens": 64,
-    "feature_dim": 1152,
-    "hidden_dim": 1280,
-    "inner_dim": 1280,
+RESAMPLER = {"token_dim": 4096, "channels": FLUX, "num_tokens": 64, "feature_dim": 1152, **TIMED}
+CHARACTER = {"token_dim": 4096, "channels": FLUX, "num_tokens": 1024, "feature_dim": 2688, **TIMED}
+SD = {"token_dim": 2432, "channels": SD35, "num_tokens": 64, "feature_dim": 1152, **TIMED}
+REFERENCE = {
+    "token_dim": 768,
+    "channels": ANIMA,
+    "hidden_dim": 2048,
+    "lora_rank": 32,
+    "text_dim": 1024,
+    "feature_dim": 768,
 }
+PE = {"token_dim": 1024, "channels": ANIMA, "num_tokens": 16, "feature_dim": 1024, "hidden_dim": 1024, "depth": 2}
 
 # name: family, sizes, its numbers in all (published or computed from its shapes), base model, tokens, encoder
 PUBLISHED: dict[str, tuple[str, dict[str, Any], int, str, int, str]] = {
     "flux-ip-adapter": ("xlabs", {**XLABS, "num_tokens": 4}, 490_874_880, "FLUX", 4, "ViT-L/14"),
     "flux-ip-adapter-v2": ("xlabs", {**XLABS, "num_tokens": 16}, 528_672_768, "FLUX", 16, "ViT-L/14"),
-    "flux-ip-adapter-v2-diffusers": (
-        "xlabs-diffusers",
-        {**XLABS, "num_tokens": 16},
-        528_672_768,
-        "FLUX",
-        16,
-        "ViT-L/14",
-    ),
-    "FLUX.1-dev-IP-Adapter": ("instantx", INSTANTX, 2_645_600_512, "FLUX", 128, "SigLIP so400m/14-384"),
-    "the same with a resampler": (
-        "instantx-resampler",
-        {**PLUS, "depth": 4},
-        1_519_938_816,
-        "FLUX",
-        64,
-        "SigLIP so400m/14-384",
-    ),
+    "v2 by diffusers": ("xlabs-diffusers", {**XLABS, "num_tokens": 16}, 528_672_768, "FLUX", 16, "ViT-L/14"),
+    "FLUX.1-dev-IP-Adapter": ("instantx", INSTANTX, 2_645_600_512, "FLUX", 128, SIGLIP),
+    "the same with a resampler": ("instantx-resampler", RESAMPLER, 1_519_938_816, "FLUX", 64, SIGLIP),
+    "InstantCharacter": ("instantcharacter", CHARACTER, 2_794_932_864, "FLUX", 1024, TWO),
+    "SD3.5-Large-IP-Adapter": ("sd3.5", SD, 797_925_888, "SD3.5", 64, SIGLIP),
+    "Character_Reference-10": ("anima-character", REFERENCE, 251_568_128, "Anima", 1024, "SigLIP2 base/16-512"),
+    "anima_ip_adapter_quality": ("anima-pe", PE, 153_156_636, "Anima", 16, "PE-Core L/14-336"),
 }
 
 
@@ -74,8 +75,10 @@ def test_published_files_by_their_shapes(name: str) -> None:
     assert (spec.family, spec.base_model, spec.num_tokens, spec.encoder) == (family, base_model, tokens, encoder)
     assert spec.layer_channels == sizes["channels"]
     assert (spec.token_dim, spec.feature_dim) == (sizes["token_dim"], sizes["feature_dim"])
-    module = load_adapter(state).module
-    assert sum(p.numel() for p in module.parameters()) == numbers
+    adapter = load_adapter(state)
+    held = [*adapter.module.parameters(), *adapter.lora.values()]
+    assert sum(t.numel() for t in held) == numbers
+    assert adapter.module.checkpoint_state().keys() | adapter.lora.keys() == state.keys()
 
 
 def test_a_family_of_transformers_says_what_strength_is_usual() -> None:
@@ -120,3 +123,159 @@ def test_instantx() -> None:
         parts = [part / (part.square().mean(-1, keepdim=True) + 1e-5).sqrt() for part in plain.chunk(heads, -1)]
         assert_close(k, torch.cat(parts, -1), **TOLERANCE)  # the norm computes in float32
         assert_close(v, found @ state[f"ip_adapter.{layer}.to_v_ip.weight"].T)
+
+
+def renamed_resampler(state: dict[str, Tensor], group: str, theirs: IPAdapterTimeImageProjection) -> None:
+    """A TimeResampler's weights put into diffusers' module, by diffusers' own conversion."""
+    own = {key.removeprefix(group): t for key, t in state.items() if key.startswith(group)}
+    converted = SD3Transformer2DLoadersMixin._convert_ip_adapter_image_proj_to_diffusers  # pyright: ignore[reportPrivateUsage]
+    made = converted(_Loader(), own, low_cpu_mem_usage=False)
+    theirs.load_state_dict(made.state_dict())
+
+
+class _Loader(SD3Transformer2DLoadersMixin):
+    """What diffusers' conversion asks of the model that it is part of."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+
+RESAMPLED = {"num_tokens": 5, "hidden_dim": 64, "inner_dim": 128, "depth": 4, "feature_dim": 24, "token_dim": 32}
+
+
+@pytest.mark.parametrize("timestep", [1000.0, 503.7, 0.5])
+def test_sd35(timestep: float) -> None:
+    """Tokens, K and V of InstantX' adapter for SD3.5 at several timesteps equal diffusers'."""
+    state = tiny_state("sd3.5", channels=(128, 128), **RESAMPLED)
+    adapter = load_adapter(state)
+    theirs = IPAdapterTimeImageProjection(24, 32, 64, 4, 64, 2, 5)
+    renamed_resampler(state, "image_proj.", theirs)
+    features = noise(2, 9, 24)
+    expected, embedding = theirs(features, torch.full((2,), timestep))
+    constant = adapter.tokens(features)
+    assert constant.shape == (2, 9, 64)  # nothing of the timestep in it
+    found = adapter.tokens_at(constant, timestep)
+    assert_close(found, expected.detach(), **TOLERANCE)
+    for layer in range(2):
+        processor = SD3IPAdapterJointAttnProcessor2_0(128, 32, 64, 64)
+        own = {key.removeprefix(f"ip_adapter.{layer}."): t for key, t in state.items()}
+        processor.load_state_dict({key: own[key] for key in processor.state_dict()})
+        normed = processor.norm_ip(expected, temb=embedding)
+        k, v = adapter.key_value(layer, found, timestep)
+        heads = processor.norm_ip_k(processor.to_k_ip(normed).unflatten(-1, (2, 64)))
+        assert_close(k, heads.flatten(-2).detach(), **TOLERANCE)
+        assert_close(v, processor.to_v_ip(normed).detach(), **TOLERANCE)
+        form = adapter.spec.format
+        assert torch.equal(form.query_weight(adapter.module, layer), processor.norm_q.weight)
+        assert torch.equal(form.self_weight(adapter.module, layer), processor.norm_k.weight)
+
+
+def test_instantcharacter() -> None:
+    """Module by module: diffusers' transformer blocks, torch's MLPs, diffusers' resampler, and the authors' norm of keys."""
+    sizes = {**RESAMPLED, "feature_dim": 128}
+    state = tiny_state("instantcharacter", channels=(256, 256), **sizes)
+    adapter = load_adapter(state)
+    n, features = 3, noise(2, 8 * 3, 128)
+    low, shallow, high = features[:, :n], features[:, n : 4 * n], features[:, 4 * n :]
+
+    def weights(group: str) -> dict[str, Tensor]:
+        return {key.removeprefix(group): t for key, t in state.items() if key.startswith(group)}
+
+    def blocks(kind: str, x: Tensor, context: Tensor) -> Tensor:
+        for number in range(4):
+            block = BasicTransformerBlock(128, 2, 64, cross_attention_dim=128, norm_eps=1e-6)
+            block.load_state_dict(weights(f"image_proj.cross_{kind}_blocks.{number}."))
+            x = block(x, encoder_hidden_states=context)
+        return x
+
+    def mlp(name: str, x: Tensor) -> Tensor:
+        w = weights(f"image_proj.{name}.")
+        hidden = F.gelu(F.linear(x, w["fc1.weight"], w["fc1.bias"]), approximate="tanh")
+        return F.linear(hidden, w["fc2.weight"], w["fc2.bias"])
+
+    whole = mlp("proj", low) + mlp("proj_cross_scale", blocks("scale", low, high))
+    both = torch.cat([whole, mlp("proj_cross_layer", blocks("layer", low, shallow))], 1)
+    theirs = IPAdapterTimeImageProjection(128, 32, 64, 4, 64, 2, 5)
+    renamed_resampler(state, "image_proj.resampler.", theirs)
+    constant = adapter.tokens(features)
+    assert_close(constant, theirs.proj_in(both).detach(), **TOLERANCE)
+    for timestep in (1000.0, 250.25):
+        found = adapter.tokens_at(constant, timestep)
+        assert_close(found, theirs(both, torch.full((2,), timestep))[0].detach(), **TOLERANCE)
+        for layer in range(2):
+            w = weights(f"ip_adapter.{layer}.")
+            k, v = adapter.key_value(layer, found, timestep)
+            plain = F.linear(found, w["to_k_ip.weight"], w["to_k_ip.bias"]).unflatten(-1, (2, 128))
+            normed = w["norm_ip_k.scale"] * plain / (plain.norm(dim=-1, keepdim=True) * 128**-0.5 + 1e-6)
+            assert_close(k, normed.flatten(-2), **TOLERANCE)
+            assert_close(v, F.linear(found, w["to_v_ip.weight"], w["to_v_ip.bias"]), **TOLERANCE)
+            assert torch.equal(adapter.spec.format.query_weight(adapter.module, layer), w["norm_ip_q.scale"])
+
+
+def test_anima_character() -> None:
+    state = tiny_state("anima-character", channels=(256, 256), lora_rank=2, hidden_dim=48)
+    adapter = load_adapter(state)
+    features, emb = noise(2, 9, 32), noise(2, 1, 48, seed=2)
+    assert torch.equal(adapter.tokens(features), features)
+    for layer in range(2):
+        w = {key.removeprefix(f"blocks.{layer}."): t for key, t in state.items()}
+        k, v = adapter.key_value(layer, features)
+        assert_close(k, F.linear(features, w["ip_k_proj.weight"], w["ip_k_proj.bias"]), **TOLERANCE)
+        assert_close(v, F.linear(features, w["ip_v_proj.weight"], w["ip_v_proj.bias"]), **TOLERANCE)
+        gate = adapter.gate(layer)
+        assert gate is not None
+        silu = emb * torch.sigmoid(emb)
+        assert_close(gate(emb), silu @ w["adaln_ip.1.weight"].T + w["adaln_ip.1.bias"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+def test_anima_pe(heads: int | None, tmp_path: Path) -> None:
+    """The resampler beside torch's MultiheadAttention, in float64; the centroid is taken from the encoder's tokens."""
+    state = {key: t.double() for key, t in tiny_state("anima-pe", channels=(256, 256), num_tokens=5).items()}
+    path = tmp_path / "a.safetensors"
+    save_file(state, path, {} if heads is None else {"ss_resampler_heads": str(heads)})
+    adapter = load_adapter(path)
+    features = noise(2, 9, 24).double()
+    w = {key.removeprefix("resampler."): t for key, t in state.items()}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def attend(x: Tensor, context: Tensor, name: str) -> Tensor:
+        module = nn.MultiheadAttention(64, heads or 8, batch_first=True, dtype=torch.float64)
+        module.load_state_dict({key: w[f"{name}.{key}"] for key in module.state_dict()})
+        return module(x, context, context, need_weights=False)[0].detach()
+
+    kv = F.linear(features - w["ip_centroid"], w["kv_proj.weight"], w["kv_proj.bias"])
+    q = w["queries"].expand(2, -1, -1)
+    for number in range(2):
+        block = f"blocks.{number}"
+        q = q + attend(norm(q, f"{block}.q_norm_x"), norm(kv, f"{block}.kv_norm_x"), f"{block}.xattn")
+        q = q + attend(norm(q, f"{block}.norm_s"), norm(q, f"{block}.norm_s"), f"{block}.sattn")
+        hidden = F.gelu(F.linear(norm(q, f"{block}.norm_f"), w[f"{block}.ffn.0.weight"], w[f"{block}.ffn.0.bias"]))
+        q = q + F.linear(hidden, w[f"{block}.ffn.2.weight"], w[f"{block}.ffn.2.bias"])
+    found = adapter.tokens(features)
+    assert_close(found, F.linear(norm(q, "out_norm"), w["out.weight"], w["out.bias"]))
+    for layer in range(2):
+        k, v = adapter.key_value(layer, found)
+        assert_close(k, found @ state[f"to_k_ip.{layer}.weight"].T)
+        assert_close(v, found @ state[f"to_v_ip.{layer}.weight"].T * state[f"ip_gate.{layer}"])
+    again = load_adapter(save_adapter(adapter, tmp_path / "b.safetensors"))
+    assert_close(again.tokens(features), found, rtol=0, atol=0)
+
+
+def test_a_huge_matrix_is_applied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tiny_state("instantx", num_tokens=7, feature_dim=24)
+    features = noise(2, 24)
+    whole = load_adapter(state).tokens(features)
+    sizes: list[int] = []
+    linear = F.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        sizes.append(weight.numel())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(projectors, "MOST_AT_ONCE", 480)
+    monkeypatch.setattr(projectors.F, "linear", counted)
+    assert_close(load_adapter(state).tokens(features), whole, **TOLERANCE)
+    assert len(sizes) > 20
+    assert sizes[-1] <= 480
