@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import ipadapter_core.backends.diffusers.doors as backend
-from ipadapter_core.attention.kv import Baked
+from ipadapter_core.attention.kv import Baked, Norms
 from ipadapter_core.attention.masks import RegionMask
 from ipadapter_core.attention.maths import split_heads
 from ipadapter_core.attention.patch import AdapterPatch, resolve_weights
@@ -32,6 +32,7 @@ from tiny_models import noise
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}  # fp32; outputs are of size 1, both sides run the same kernels in other orders
 ROWS, COLUMNS, TEXT, BATCH = 3, 5, 7, 4
 XLABS = Reach(sites_in("double"), query="normed", join="residual")
+CHARACTER = Reach(every, query="raw")
 INSTANTX = Reach(every, query="normed", span="all")
 KINDS: dict[str, Callable[[], Any]] = {"Flux": diffusers_flux, "Chroma": diffusers_chroma}
 
@@ -82,6 +83,11 @@ def image_tokens(count: int = 5, latents: int = 1, seed: int = 20) -> Tensor:
     return noise(2, latents, count, TEXT_DIM, seed=seed)
 
 
+def query_weight(index: int) -> Tensor:
+    """The weight of an adapter's own norm of queries at a site."""
+    return 1 + 0.3 * noise(WIDTH // HEADS, seed=90 + index)
+
+
 def baked(model: nn.Module, reach: Reach, tokens: Tensor, mask: Tensor | None = None, seed: int = 50, **schedule: Any) -> AdapterPatch:  # fmt: skip
     layout, plan = layout_of(model), WeightSchedule(**schedule)
     sites: list[Baked | None] = [None] * len(layout.sites)
@@ -89,7 +95,8 @@ def baked(model: nn.Module, reach: Reach, tokens: Tensor, mask: Tensor | None = 
         k, v = (
             split_heads(t.flatten(0, 1), HEADS).unflatten(0, tokens.shape[:2]) for t in Layer(seed + 10 * index)(tokens)
         )
-        sites[index] = Baked(k.contiguous(), v.contiguous())
+        norms = Norms(query_weight(index)) if reach.query == "raw" else None
+        sites[index] = Baked(k.contiguous(), v.contiguous(), norms=norms)
     weights, per_latent = resolve_weights(plan, layout, CORRECT)
     region = None if mask is None else RegionMask.from_tensor(mask)
     return AdapterPatch("tiny", layout, tuple(sites), plan, region, weights, CORRECT, per_latent, reach)
@@ -205,6 +212,53 @@ def test_before_the_output_projection_equals_the_published_formula(kind: str, co
     assert (expected - call(model)).abs().max() > 0.05
     assert_close(call(instantx(model, per_member(tokens), 0.0)), call(model), **TOLERANCE)
     assert_close(run(model, baked(model, INSTANTX, tokens, strength=0.7)), expected, **TOLERANCE)
+
+
+class Character(InstantX):
+    """The formula of InstantCharacter: the picture's raw query under a norm of the adapter's, ``w · x / (rms + 1e-6)``, in single
+    blocks too; the result is added before the output projection (their ``pipeline.py``)."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *more: Any) -> Any:  # fmt: skip
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        text = TEXT if encoder_hidden_states is None else 0
+        q = heads(attn.to_q(hidden_states[:, text:]))
+        q = query_weight(self.index) * q / (q.square().mean(-1, keepdim=True).sqrt() + 1e-6)
+        image = F.scaled_dot_product_attention(q, *map(heads, Layer(50 + 10 * self.index)(self.tokens)))
+        image = F.pad(self.scale * image.transpose(1, 2).flatten(2), (0, 0, text, 0))
+        layer = None if encoder_hidden_states is None else attn.to_out[0]
+        if layer is None:
+            return HeadsFirst()(attn, hidden_states, None, *more) + image
+        attn.to_out[0] = nn.Identity()
+        out, of_text = HeadsFirst()(attn, hidden_states, encoder_hidden_states, *more)
+        attn.to_out[0] = layer
+        return layer(out + image), of_text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", ["sound", "unsound", "none"])
+def test_a_norm_of_the_adapters_own_sees_the_raw_query(kind: str, weights: str) -> None:
+    """The model's norm is undone by its weight; where it has nearly a zero there, or no norm, the raw query is listened to."""
+    model, tokens = KINDS[kind](), image_tokens()
+    for module in model.modules():
+        if hasattr(module, "norm_q") and weights == "unsound":
+            module.norm_q.weight.data[3] = 1e-9
+    heard = {"sound": ["norm_q"], "unsound": ["to_q"], "none": ["to_q"]}[weights]
+    if weights == "none":
+        for module in model.modules():
+            if hasattr(module, "norm_q"):
+                module.norm_q = nn.RMSNorm(WIDTH // HEADS, eps=1e-6, elementwise_affine=False)
+        heard = ["norm_q"]
+    layout = layout_of(model)
+    entry = TransformerEntry.of(model, layout, layout.sites[0], CHARACTER)
+    assert entry.modules()[0] is getattr(entry.attention, heard[0])
+    oracle = copy.deepcopy(model)
+    names = sorted(oracle.attn_processors, key=lambda name: "single" in name)
+    oracle.set_attn_processor({name: Character(i, per_member(tokens), 0.7) for i, name in enumerate(names)})
+    expected = call(oracle)
+    assert (expected - call(model)).abs().max() > 0.05
+    assert_close(run(model, baked(model, CHARACTER, tokens, strength=0.7)), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("broken", ["all tokens", "projected query", "branches swapped"])
