@@ -57,8 +57,8 @@ def describe_spec(spec: AdapterSpec, name: str) -> str:
     return "\n".join(lines)
 
 
-def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence[AdapterPatch]) -> str:
-    """The sites of a model with their roles, and the weight of every applied image prompt there.
+def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence[AdapterPatch] | None) -> str:
+    """The sites of a model with their roles, and the weight of every applied image prompt there; None: no model is running.
 
     Raises IncompatibleAdapterError if the adapter does not fit the model.
     """
@@ -67,16 +67,16 @@ def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence
     which = "all of them" if len(layers) == len(layout.sites) else f"{len(layers)} of them"
     lines = [f"{layout.name}: {len(layout.sites)} sites, this adapter fits {which}"]
     header = f"  {'site':<12} {'t':>3} {'key':>4} {'channels':>8}  {'role':<12}"
-    lines.append(header + "".join(f" {f'prompt {i + 1}':>9}" for i in range(len(patches))))
+    lines.append(header + "".join(f" {f'prompt {i + 1}':>9}" for i in range(len(patches or ()))))
     for index, site in enumerate(layout.sites):
         role = "" if roles is None else roles.of(site)
         key = adapter.spec.format.keys.number(layers.index(index)) if index in layers else ""
         row = f"  {layout.label(site):<12} {site.order:>3} {key:>4} {site.channels:>8}  {role:<12}"
-        for patch in patches:
+        for patch in patches or ():
             weight = patch.weights[index]
             cell = "-" if weight.weight == 0 else f"{weight.weight:.3g}" + (" neg." if weight.flipped else "")
             row += f" {cell:>9}"
         lines.append(row.rstrip())
-    if not patches:
+    if patches is not None and not patches:
         lines.append("  (no image prompt is applied to this model)")
     return "\n".join(lines)

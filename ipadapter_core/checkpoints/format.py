@@ -134,6 +134,8 @@ class Format(ABC):
     """Which attentions of a base model its layers serve."""
     encoder: ClassVar[str | None] = None
     """The encoder of all its files, where the feature's width does not tell it."""
+    strength: ClassVar[float] = 1.0
+    """What people begin with."""
     advice: ClassVar[str] = ""
     """Strengths and settings that people use, in a sentence or two; nothing for those that everybody knows."""
     trains: ClassVar[bool] = False

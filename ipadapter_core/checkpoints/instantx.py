@@ -30,6 +30,7 @@ class InstantXLayers(FluxFormat):
     framing = "stretch"
     keys = numbered("to_k_ip", "to_v_ip")
     reach = Reach(every, query="normed", span="all")
+    strength = 0.7
     advice = "0.5 to 0.8; the authors' example is 0.7 with guidance 3.5"
 
     def key_value(

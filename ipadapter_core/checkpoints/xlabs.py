@@ -37,6 +37,7 @@ class XLabs(FluxFormat):
         r"double_blocks\.(0|[1-9][0-9]{0,4})\.processor\.ip_adapter_double_stream_[kv]_proj\.(weight|bias)"
     )
     reach = Reach(sites_in("double"), query="normed", join="residual")
+    strength = 0.7
     advice = (
         "0.5 to 0.9, ending at 0.5 to 1 of the steps. v1 (4 tokens) obeys the picture little at cfg 1: it wants true CFG of 2 to 4; "
         "v2 (16 tokens) works best at cfg 1"

@@ -11,19 +11,22 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from .. import __version__
+from ..attention.patch import AdapterPatch
 from ..attention.presets import PRESETS, parse_site_factors
 from ..attention.schedule import SCALINGS, WeightSchedule, parse_curve, parse_numbers
-from ..checkpoints import describe_adapter, load_adapter
+from ..checkpoints import AdapterWeights, describe_adapter, load_adapter
+from ..checkpoints.format import BARE, empty_module
 from ..console import complain, file_argument, forget_output, progress_bar, show_everything
 from ..errors import AdapterError, InvalidInputError, out_of_memory, reason
 from ..features import Crop
 from ..prompt.combine import Combine
 from ..prompt.options import EncodeOptions, Unconditional
-from ..report import describe_spec, spec_facts
+from ..report import describe_fit, describe_spec, spec_facts
 from . import Commands
 from .lora import add_lora
 from .migrate import add_migrate
@@ -108,8 +111,9 @@ def _add_generate(commands: Commands) -> None:
         "--model",
         type=file_argument,
         default=WORLD,
-        help="diffusers model folder (SD1.5, SD2, SDXL); default: demo world",
+        help="diffusers model folder or .safetensors file (SD1.5, SD2, SDXL, FLUX.1, Chroma, SD3.5); default: demo world",
     )
+    _add_config(p)
     p.add_argument(
         "--adapter", type=file_argument, default=None, help="IP-Adapter file; default: the demo world's plus adapter"
     )
@@ -117,7 +121,7 @@ def _add_generate(commands: Commands) -> None:
         "--image-encoder",
         type=file_argument,
         default=None,
-        help="folder of the image encoder; default: in the model folder",
+        help="folder or file of the image encoder; default: in the model folder",
     )
     p.add_argument("--image", type=file_argument, nargs="+", default=[], help="reference image(s)")
     p.add_argument("--image-strengths", default="", help="strength of each reference, such as '1,0.5'")
@@ -133,7 +137,12 @@ def _add_generate(commands: Commands) -> None:
     )
     p.add_argument("--prompt", default="", help="text prompt")
     p.add_argument("--negative", default="", help="negative text prompt")
-    p.add_argument("--strength", type=float, default=1.0, help="0: text only, 1: as trained")
+    p.add_argument(
+        "--strength",
+        type=float,
+        default=None,
+        help="0: text only, 1: as trained; default: what people begin with, 1 for most adapters",
+    )
     p.add_argument("--preset", choices=list(PRESETS), default="linear", help="where in the model the image acts")
     p.add_argument("--scaling", choices=SCALINGS, default="V only", help="what the strength multiplies")
     p.add_argument("--start", type=float, default=0.0, help="sampling progress at which the image begins to act")
@@ -141,9 +150,20 @@ def _add_generate(commands: Commands) -> None:
     p.add_argument("--curve", default="", help="strength over progress, such as '0: 1, 1: 0.3'")
     p.add_argument("--sites", default="", help="factor per place, such as 'all: 0.2, output: 1'")
     p.add_argument("--mask", type=file_argument, default=None, help="picture: white is where the image acts")
-    p.add_argument("--steps", type=int, default=25, help="sampling steps")
     p.add_argument(
-        "--guidance", type=float, default=None, help="guidance scale; default 2 for the demo world, else 7.5"
+        "--steps", type=int, default=None, help="sampling steps; default: 25, or what is usual for a transformer"
+    )
+    p.add_argument(
+        "--guidance",
+        type=float,
+        default=None,
+        help="guidance scale; default: 2 for the demo world, else 7.5 or what is usual for a transformer",
+    )
+    p.add_argument(
+        "--true-guidance",
+        type=float,
+        default=1.0,
+        help="of distilled models (FLUX.1): guidance away from the negative prompt, at twice the time; 1: none",
     )
     p.add_argument("--seed", type=int, default=0, help="seed of the first picture; the others count up")
     p.add_argument("--batch", type=int, default=4, help="number of pictures")
@@ -157,10 +177,26 @@ def _add_generate(commands: Commands) -> None:
     p.add_argument("--json", action="store_true", help="print the facts as JSON instead of text")
 
 
+def _add_config(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--config",
+        type=file_argument,
+        default=None,
+        help="for a model in one file: diffusers folder of the same kind of model; default: the one beside it, of its name",
+    )
+
+
 def _add_inspect(commands: Commands) -> None:
-    p = commands.add_parser("inspect", help="what an adapter file is and needs")
+    p = commands.add_parser("inspect", help="what an adapter file is and needs, and whether it fits a model")
     p.set_defaults(run=run_inspect)
     p.add_argument("file", type=file_argument, help="IP-Adapter file")
+    p.add_argument(
+        "--model",
+        type=file_argument,
+        default=None,
+        help="diffusers model folder or .safetensors file that it shall fit",
+    )
+    _add_config(p)
     p.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -176,14 +212,6 @@ def _add_demo(commands: Commands) -> None:
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
-def _usual_guidance(model: Path) -> float:
-    if model != WORLD:
-        return 7.5
-    from ..demo.world import GUIDANCE
-
-    return GUIDANCE
-
-
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, "", [], False) else super()._get_help_string(action)
@@ -191,7 +219,17 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 def run_inspect(args: argparse.Namespace) -> None:
     spec = describe_adapter(args.file)
-    print(json.dumps(spec_facts(spec)) if args.json else describe_spec(spec, args.file.name))
+    facts, text = spec_facts(spec), describe_spec(spec, args.file.name)
+    if args.model is not None:
+        from ..model_folders import layout_in
+
+        layout, adapter = (
+            layout_in(args.model, args.config),
+            AdapterWeights(spec, empty_module(spec, BARE), args.file.name),
+        )
+        text = f"{text}\n\n{describe_fit(adapter, layout, None)}"
+        facts |= {"fits": layout.name}
+    print(json.dumps(facts) if args.json else text)
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -206,18 +244,18 @@ def run_generate(args: argparse.Namespace) -> None:
     from ..generate import (
         generate,
         grid_of,
-        hold_in_memory,
         load_image_encoder,
-        load_pipeline,
         prepare_patch,
         read_image,
         read_mask,
         save_picture,
         to_pillow,
+        usual_sampling,
     )
+    from ..model_folders import config_folder, hold_in_memory, load_pipeline
 
     for name in ("steps", "batch"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InvalidInputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     options = EncodeOptions(
         crop=args.crop,
@@ -226,7 +264,7 @@ def run_generate(args: argparse.Namespace) -> None:
         strengths=parse_numbers(args.image_strengths) or None,
     )
     schedule = WeightSchedule(
-        strength=args.strength,
+        strength=1.0 if args.strength is None else args.strength,
         preset=args.preset,
         start_percent=args.start,
         end_percent=args.end,
@@ -238,30 +276,39 @@ def run_generate(args: argparse.Namespace) -> None:
     mask = read_mask(args.mask) if args.mask else None
     dtype = getattr(torch, args.dtype)
     started = time.perf_counter()
-    pipeline = load_pipeline(args.model, dtype=dtype, device=args.device)
+    pipeline = load_pipeline(args.model, config=args.config, dtype=dtype, device=args.device)
     for part in (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)):
         hold_in_memory(part)
-    patches = []
     adapter_file = args.adapter or (WORLD / "adapters" / "ip-adapter-plus.safetensors" if args.model == WORLD else None)
-    if images:
-        if adapter_file is None:
+
+    def steered_by(file: Path | None) -> AdapterPatch:
+        """The image prompt; the adapter's weights go with the end of this, unless sampling needs them."""
+        if file is None:
             raise InvalidInputError("--image needs --adapter with an IP-Adapter file for this model")
-        adapter = load_adapter(adapter_file, name=Path(adapter_file).name, dtype=dtype)
-        encoder = load_image_encoder(args.model, args.image_encoder, adapter)
+        adapter = load_adapter(file, name=Path(file).name, dtype=dtype)
+        plan = schedule if args.strength is not None else replace(schedule, strength=adapter.spec.format.strength)
+        encoder = load_image_encoder(config_folder(args.model, args.config), args.image_encoder, adapter)
         adapter.module.to(args.device)
         encoder.model.to(args.device)
-        patches = [prepare_patch(pipeline, adapter, encoder, images, options, schedule, mask)]
-    guidance = args.guidance if args.guidance is not None else _usual_guidance(args.model)
+        return prepare_patch(pipeline, adapter, encoder, images, options, plan, mask)
+
+    patches = [steered_by(adapter_file)] if images else []
+    steps, guidance = usual_sampling(pipeline)
+    if args.model == WORLD:
+        from ..demo.world import GUIDANCE as guidance
+    steps = steps if args.steps is None else args.steps
+    guidance = guidance if args.guidance is None else args.guidance
     seeds = [args.seed + i for i in range(args.batch)]
     args.out.mkdir(parents=True, exist_ok=True)
-    with progress_bar("sampling", args.steps) as progress:
+    with progress_bar("sampling", steps) as progress:
         pictures = generate(
             pipeline,
             patches,
             [args.prompt] * args.batch,
             negative=args.negative,
-            steps=args.steps,
+            steps=steps,
             guidance=guidance,
+            true_guidance=args.true_guidance,
             seeds=seeds,
             height=args.height,
             width=args.width,
@@ -269,6 +316,7 @@ def run_generate(args: argparse.Namespace) -> None:
         )
     facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "run"}
     facts |= {"image": [str(path) for path in args.image], "adapter": str(adapter_file), "guidance": guidance}
+    facts |= {"steps": steps, "strength": patches[0].schedule.strength if patches else args.strength}
     files: list[str] = []
     for seed, picture in zip(seeds, pictures, strict=True):
         path = args.out / f"seed-{seed:06d}.png"

@@ -17,8 +17,9 @@ from ..attention.masks import RegionMask
 from ..attention.schedule import WeightSchedule
 from ..checkpoints import AdapterWeights, load_adapter
 from ..errors import InvalidInputError
-from ..generate import generate, load_image_encoder, load_pipeline, prepare_patch, read_image
+from ..generate import generate, load_image_encoder, prepare_patch, read_image
 from ..images.encoder import TowerEncoder, TransformersImageEncoder
+from ..model_folders import load_pipeline
 from ..prompt.options import EncodeOptions
 
 FOLDER = Path(__file__).parent / "world"

@@ -26,4 +26,6 @@ CHROMA = BaseModel(
     negative="apart",
     reference_width=FLUX.reference_width,
     layers=name_layers,
+    steps=35,
+    guidance=5.0,
 )

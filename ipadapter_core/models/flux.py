@@ -182,4 +182,6 @@ FLUX = BaseModel(
     reference_width=3072,
     layers=name_layers,
     marks=re.compile(r"^(double_blocks|single_blocks|single_transformer_blocks)_"),
+    steps=28,
+    guidance=3.5,
 )

@@ -115,4 +115,6 @@ SD3 = BaseModel(
     reference_width=2432,
     layers=name_layers,
     marks=re.compile(r"^joint_blocks_|_attn_(to_)?add_"),
+    steps=28,
+    guidance=5.0,
 )

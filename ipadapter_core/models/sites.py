@@ -95,6 +95,8 @@ class BaseModel:
     For LoRAs: ``layers`` names the layers of a model, given the shapes of their weights, and gives None for a model of
     another kind. ``marks`` is found in underscored names of layers that no other family has.
 
+    ``steps`` and ``guidance`` are what people sample with who ask for nothing else.
+
     ``training`` is None where nothing can be trained yet, ``published`` where nothing is needed of it.
     """
 
@@ -107,6 +109,8 @@ class BaseModel:
     negative: Negative = "batched"
     layers: Callable[[nn.Module, Shapes], LayerNames | None] | None = None
     marks: re.Pattern[str] | None = None
+    steps: int = 25
+    guidance: float = 7.5
     training: Training | None = None
     published: Published | None = None
 

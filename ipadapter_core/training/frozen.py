@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..checkpoints.format import EncoderSizes
-from ..errors import CorruptFileError, InvalidInputError, out_of_memory, quoted, reason
-from ..generate import check_configs, hold_in_memory, load_pipeline, read_table
+from ..errors import CorruptFileError, InvalidInputError, quoted, reason
 from ..images.encoder import TransformersImageEncoder, vision_config
+from ..model_folders import check_configs, hold_in_memory, load_pipeline, open_single_file, read_table
 from ..models import BASE_MODELS, layout_of, listed
 from ..models.sites import Training
 from ..models.unet import CHECKPOINT_PREFIX, FIRST_KEY, unet_of_width
@@ -219,32 +219,6 @@ def _single_file_widths(path: Path) -> tuple[int, int]:
         f"{path} is no whole SD1.5, SD2 or SDXL checkpoint: it lacks {FIRST_KEY.partition('.0.')[0]}… with cross-attention (it has "
         f"{', '.join(sorted({key.split('.')[0] for key in keys})[:6])})"
     )
-
-
-def open_single_file(path: Path, config: Path, **parts: Any) -> Any:
-    """diffusers' pipeline of one file in the original layout, described by the folder ``config``; nothing is downloaded."""
-    import diffusers
-
-    try:
-        index = read_table(config / "model_index.json")
-        made: Any = getattr(diffusers, index["_class_name"])
-        # no base model's file holds these, whatever the folder lists
-        left_out = {part: None for part in ("image_encoder", "feature_extractor", "safety_checker") if part in index}
-        pipeline: Any = made.from_single_file(str(path), config=str(config), local_files_only=True, **left_out, **parts)
-    except Exception as error:  # diffusers lets KeyErrors and its own kinds through
-        if out_of_memory(error):
-            raise
-        raise InvalidInputError(
-            f"{path} cannot be loaded as {config} describes it ({reason(error)}); text encoder, "
-            "autoencoder and UNet must all be in the file, and model.config must be of its architecture"
-        ) from error
-    for part, module in pipeline.components.items():
-        empty = [name for name, p in module.named_parameters() if p.is_meta] if isinstance(module, nn.Module) else []
-        if empty:  # diffusers says nothing of weights that it did not find
-            raise InvalidInputError(
-                f"{path} lacks {len(empty)} weights of {part} as {config} describes it, such as {empty[0]}"
-            )
-    return pipeline
 
 
 def latent_factor(vae_config: Any) -> int:

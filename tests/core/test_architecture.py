@@ -142,7 +142,7 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "quiet", "features", "console", "device_cache", "narrowing"),
     ("files", "compatibility", "models"),
-    ("entries", "images", "checkpoints"),
+    ("entries", "images", "checkpoints", "model_folders"),
     ("attention",),
     ("lora", "prompt", "legacy"),
     ("bake", "backends.calls"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ipadapter_core.errors import AdapterError, CorruptFileError
-from ipadapter_core.generate import load_pipeline
+from ipadapter_core.model_folders import load_pipeline
 from ipadapter_core.training.frozen import encoder_sizes, files_stamp, load_base, model_home
 from tiny_training import save_model
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ipadapter_core.errors import AdapterError, InvalidInputError, UnsafeFileError
-from ipadapter_core.generate import load_pipeline
+from ipadapter_core.model_folders import load_pipeline
 from ipadapter_core.training import RunConfig, parse_config
 from ipadapter_core.training.config import KEYS, DataConfig, load_config
 from ipadapter_core.training.job import CHILD, ROOT, environment, run_job

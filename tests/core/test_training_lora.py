@@ -20,8 +20,8 @@ from dying import dies, kill_at, two_processes
 from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
-from ipadapter_core.generate import load_pipeline
 from ipadapter_core.lora import LoRAWeights, load_lora
+from ipadapter_core.model_folders import load_pipeline
 from ipadapter_core.training import RunConfig, dry_run, parse_config, train
 from ipadapter_core.training.batches import Batch, Nothing
 from ipadapter_core.training.config import LoRAConfig

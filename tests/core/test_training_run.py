@@ -766,7 +766,7 @@ def test_a_folder_that_is_not_shared_is_named(
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_text_is_encoded_as_the_pipeline_does(kind: str, request: pytest.FixtureRequest) -> None:
-    from ipadapter_core.generate import load_pipeline
+    from ipadapter_core.model_folders import load_pipeline
 
     folder = request.getfixturevalue("model" if kind == "sd15" else "sdxl")
     base, pipeline = load_base(str(folder)), load_pipeline(folder)
