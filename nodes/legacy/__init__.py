@@ -1,11 +1,13 @@
-"""The class types of ComfyUI_IPAdapter_plus, so that graphs made for it run: each a translation into the core.
+"""The class types of packs that nobody maintains any more, so that graphs made for them run: each a translation into the core.
+
+Most are ComfyUI_IPAdapter_plus'; those of packs for transformers are in ``flux`` and ``sd3``.
 
 They are V1 classes because other packs call them as such (``nodes.NODE_CLASS_MAPPINGS["IPAdapterAdvanced"]().apply_ipadapter(...)``).
 """
 
 from __future__ import annotations
 
-from . import apply, embeds, first_version, loaders, pictures, weights
+from . import apply, embeds, first_version, flux, loaders, pictures, sd3, weights
 from .sockets import LegacyNode
 
 LEGACY_NODES: dict[str, tuple[type[LegacyNode], str]] = {
@@ -70,5 +72,17 @@ LEGACY_NODES: dict[str, tuple[type[LegacyNode], str]] = {
     "IPAdapterTilesMasked": (first_version.IPAdapterTilesMasked, "IPAdapter Masked Tiles (experimental)"),
     "IPAdapterBatchEmbeds": (first_version.IPAdapterBatchEmbeds, "IPAdapter Batch Embeds"),
     "PrepImageForInsightFace": (first_version.PrepImageForInsightFace, "Prepare Image For InsightFace"),
+    # x-flux-comfyui
+    "LoadFluxIPAdapter": (flux.LoadFluxIPAdapter, "Load Flux IPAdapter"),
+    "ApplyFluxIPAdapter": (flux.ApplyFluxIPAdapter, "Apply Flux IPAdapter"),
+    "ApplyAdvancedFluxIPAdapter": (flux.ApplyAdvancedFluxIPAdapter, "Apply Advanced Flux IPAdapter"),
+    # ComfyUI-IPAdapter-Flux
+    "IPAdapterFluxLoader": (flux.IPAdapterFluxLoader, "Load IPAdapter Flux Model"),
+    "ApplyIPAdapterFlux": (flux.ApplyIPAdapterFlux, "Apply IPAdapter Flux Model"),
+    "IPAdapterFluxLoaderAdvanced": (flux.IPAdapterFluxLoaderAdvanced, "Load IPAdapter Flux Model (Advanced)"),
+    "ApplyIPAdapterFluxAdvanced": (flux.ApplyIPAdapterFluxAdvanced, "Apply IPAdapter Flux Model (Advanced)"),
+    # ComfyUI-InstantX-IPAdapter-SD3
+    "IPAdapterSD3Loader": (sd3.IPAdapterSD3Loader, "Load IPAdapter SD3 Model"),
+    "ApplyIPAdapterSD3": (sd3.ApplyIPAdapterSD3, "Apply IPAdapter SD3 Model"),
 }
 """Class type to class and title."""

@@ -76,8 +76,9 @@ EXTRAS: Inputs = {"image_negative": IMAGE, "attn_mask": MASK, "clip_vision": CLI
 
 
 class LegacyNode:
-    """A class type of ComfyUI_IPAdapter_plus; ``REPLACEMENT`` says what takes its place."""
+    """A class type of another pack, ``PACK``; ``REPLACEMENT`` says what takes its place."""
 
+    PACK: ClassVar[str] = "ComfyUI_IPAdapter_plus"
     CATEGORY = CATEGORY
     DEPRECATED = True
     FUNCTION: ClassVar[str]
@@ -86,7 +87,7 @@ class LegacyNode:
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
-        cls.DESCRIPTION = f"Here so that workflows made for ComfyUI_IPAdapter_plus run. New graphs: {cls.REPLACEMENT}."
+        cls.DESCRIPTION = f"Here so that workflows made for {cls.PACK} run. New graphs: {cls.REPLACEMENT}."
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:

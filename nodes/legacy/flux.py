@@ -1,0 +1,220 @@
+"""The class types of x-flux-comfyui (XLabs) and of ComfyUI-IPAdapter-Flux (Shakker): image prompts in FLUX.1.
+
+Both packs replace parts of the model and run on no current ComfyUI. Here their graphs act through hooks, with any sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ...ipadapter_core import EncodeOptions, InvalidInputError, WeightSchedule, rules_for
+from .. import host
+from .loaders import find_encoder
+from .pipeline import Pipeline
+from .sockets import IMAGE, MODEL, Inputs, LegacyNode, choice, integer, number
+
+DOUBLE_BLOCKS = 19
+"""Of FLUX.1, each with a layer of an XLabs adapter."""
+
+
+def carried(value: Any, loader: str) -> Pipeline:
+    """What a loader here gave. Raises InvalidInputError for what another pack's loader did."""
+    if not isinstance(value, Pipeline):
+        raise InvalidInputError(
+            f"the adapter input carries a {type(value).__name__} of another pack; connect {loader} of this pack"
+        )
+    return value
+
+
+def apply_picture(
+    model: Any, pipeline: Pipeline, image: Tensor, schedule: WeightSchedule, *, average: bool = False, rules: str = "correct"
+) -> tuple[Any, ...]:
+    """The MODEL with an image prompt: several pictures as their ``average``, or one for each latent."""
+    options = EncodeOptions(combine="average" if average else "concat", per_latent=not average and len(image) > 1)
+    prompt = host.adapters.encode(pipeline.adapter, pipeline.clip_vision, image, options)
+    patched, _ = host.adapters.apply(model, pipeline.adapter, prompt, schedule, None, rules_for(rules))
+    return (patched,)
+
+
+# --- x-flux-comfyui --------------------------------------------------------------------------------------------------
+
+
+class XLabsNode(LegacyNode):
+    PACK = "x-flux-comfyui"
+
+
+class LoadFluxIPAdapter(XLabsNode):
+    REPLACEMENT = "Load IP-Adapter, and Load CLIP Vision"
+    RETURN_TYPES = ("IP_ADAPTER_FLUX",)
+    RETURN_NAMES = ("ipadapterFlux",)
+    FUNCTION = "loadmodel"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "ipadatper": (host.files.names("ipadapter"),),  # so it is spelled in saved graphs
+                "clip_vision": (host.files.names("clip_vision"),),
+                "provider": choice(["CPU", "GPU"]),
+            }
+        }
+
+    def loadmodel(self, ipadatper: str, clip_vision: str, provider: str) -> tuple[Any, ...]:
+        return (Pipeline(host.adapters.load(ipadatper), host.clip_vision.load(clip_vision)),)
+
+
+class ApplyFluxIPAdapter(XLabsNode):
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("MODEL",)
+    FUNCTION = "applymodel"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        inputs = {"model": MODEL, "ip_adapter_flux": ("IP_ADAPTER_FLUX",), "image": IMAGE}
+        return {"required": inputs | {"ip_scale": number(0.93, 0.0, 1.0, 0.001)}}
+
+    def applymodel(self, model: Any, ip_adapter_flux: Any, image: Tensor, ip_scale: float) -> tuple[Any, ...]:
+        pipeline = carried(ip_adapter_flux, "Load Flux IPAdapter")
+        return apply_picture(model, pipeline, image, WeightSchedule(strength=ip_scale))
+
+
+Smoothing = Literal["Linear", "First half", "Second half", "Sigmoid"]
+
+
+def strengths_of_blocks(kind: Smoothing, begin: float, end: float, blocks: int = DOUBLE_BLOCKS) -> list[float]:
+    """A strength for each double block as ApplyAdvancedFluxIPAdapter spreads two of them.
+
+    Sigmoid starts a little below the middle between ``begin`` and where a logistic curve of slope 8 over all blocks is a half:
+    that pack subtracts a half, so it ends at about half of ``end``. Graphs rely on it.
+    """
+    if kind == "Sigmoid":
+        return [begin + (end - begin) * (1 / (1 + math.exp(-(i - blocks / 2) * 8 / blocks)) - 0.5) for i in range(blocks)]
+    if kind == "Linear":
+        return [begin + (end - begin) * i / (blocks - 1) for i in range(blocks)]
+    half = blocks // 2
+    rising = [begin + (end - begin) * i / (half - 1) for i in range(half)]
+    return rising + [end] * (blocks - half) if kind == "First half" else [begin] * (blocks - half) + rising
+
+
+class ApplyAdvancedFluxIPAdapter(XLabsNode):
+    REPLACEMENT = "Encode Image Prompt, Adapter Schedule (sites) and Apply Adapter to Model"
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("MODEL",)
+    FUNCTION = "applymodel"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model": MODEL,
+                "ip_adapter_flux": ("IP_ADAPTER_FLUX",),
+                "image": IMAGE,
+                "begin_strength": number(0.0, -100.0, 100.0, 0.01),
+                "end_strength": number(1.0, -100.0, 100.0, 0.01),
+                "smothing_type": choice(["Linear", "First half", "Second half", "Sigmoid"]),
+            }
+        }
+
+    def applymodel(
+        self, model: Any, ip_adapter_flux: Any, image: Tensor, begin_strength: float, end_strength: float,
+        smothing_type: Smoothing,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        pipeline = carried(ip_adapter_flux, "Load Flux IPAdapter")
+        layers = tuple(enumerate(strengths_of_blocks(smothing_type, begin_strength, end_strength)))
+        return apply_picture(model, pipeline, image, WeightSchedule(layers=layers), average=True)
+
+
+# --- ComfyUI-IPAdapter-Flux ------------------------------------------------------------------------------------------
+
+
+class ShakkerNode(LegacyNode):
+    PACK = "ComfyUI-IPAdapter-Flux"
+
+
+class IPAdapterFluxLoader(ShakkerNode):
+    REPLACEMENT = "Load IP-Adapter, and Load CLIP Vision"
+    RETURN_TYPES = ("IP_ADAPTER_FLUX_INSTANTX",)
+    RETURN_NAMES = ("ipadapterFlux",)
+    FUNCTION = "load_model"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "ipadapter": (host.files.names("ipadapter"),),
+                "clip_vision": choice(["google/siglip-so400m-patch14-384"]),
+                "provider": choice(["cuda", "cpu", "mps"]),
+            }
+        }
+
+    def load_model(self, ipadapter: str, clip_vision: str, provider: str) -> tuple[Any, ...]:
+        adapter = host.adapters.load(ipadapter)
+        return (Pipeline(adapter, host.clip_vision.load(find_encoder(adapter.weights.spec, ipadapter))),)
+
+
+class ApplyIPAdapterFlux(ShakkerNode):
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply_ipadapter_flux"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model": MODEL,
+                "ipadapter_flux": ("IP_ADAPTER_FLUX_INSTANTX",),
+                "image": IMAGE,
+                "weight": number(1.0, -1.0, 5.0),
+                "start_percent": number(0.0, 0.0, 1.0, 0.001),
+                "end_percent": number(1.0, 0.0, 1.0, 0.001),
+            }
+        }
+
+    def apply_ipadapter_flux(
+        self, model: Any, ipadapter_flux: Any, image: Tensor, weight: float, start_percent: float, end_percent: float
+    ) -> tuple[Any, ...]:
+        pipeline = carried(ipadapter_flux, "Load IPAdapter Flux Model")
+        schedule = WeightSchedule(strength=weight, start_percent=start_percent, end_percent=end_percent)
+        return apply_picture(model, pipeline, image[:1], schedule, rules=SHAKKER)
+
+
+class IPAdapterFluxLoaderAdvanced(IPAdapterFluxLoader):
+    FUNCTION = "load_model_advanced"
+
+    def load_model_advanced(self, ipadapter: str, clip_vision: str, provider: str) -> tuple[Any, ...]:
+        return self.load_model(ipadapter, clip_vision, provider)
+
+
+class ApplyIPAdapterFluxAdvanced(ShakkerNode):
+    """``steps`` counted how many steps the weight took to its end; here it takes all of the window, whatever the sampler."""
+
+    REPLACEMENT = "Encode Image Prompt, Adapter Schedule (curve) and Apply Adapter to Model"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply_ipadapter_flux_advanced"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model": MODEL,
+                "ipadapter_flux": ("IP_ADAPTER_FLUX_INSTANTX",),
+                "image": IMAGE,
+                "weight_start": number(0.0, -1.0, 5.0),
+                "weight_end": number(1.0, -1.0, 5.0),
+                "steps": integer(10, 1, 100),
+                "start_percent": number(0.0, 0.0, 1.0, 0.001),
+                "end_percent": number(1.0, 0.0, 1.0, 0.001),
+            }
+        }
+
+    def apply_ipadapter_flux_advanced(
+        self, model: Any, ipadapter_flux: Any, image: Tensor, weight_start: float, weight_end: float, steps: int,
+        start_percent: float, end_percent: float,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        pipeline = carried(ipadapter_flux, "Load IPAdapter Flux Model")
+        start, end = min(start_percent, end_percent), max(start_percent, end_percent)
+        curve = ((start, weight_start), (end, weight_end)) if steps > 1 else ((start, weight_end),)
+        schedule = WeightSchedule(start_percent=start_percent, end_percent=end_percent, curve=curve)
+        return apply_picture(model, pipeline, image[:1], schedule, rules=SHAKKER)
