@@ -5,19 +5,16 @@ Both packs replace parts of the model and run on no current ComfyUI. Here their 
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from ...ipadapter_core import EncodeOptions, InvalidInputError, WeightSchedule, rules_for
+from ...ipadapter_core.legacy.block_strengths import SMOOTHINGS, Smoothing, strengths_of_blocks
 from .. import host
 from .loaders import find_encoder
 from .pipeline import Pipeline
 from .sockets import IMAGE, MODEL, Inputs, LegacyNode, choice, integer, number
-
-DOUBLE_BLOCKS = 19
-"""Of FLUX.1, each with a layer of an XLabs adapter."""
 
 
 def carried(value: Any, loader: str) -> Pipeline:
@@ -30,7 +27,13 @@ def carried(value: Any, loader: str) -> Pipeline:
 
 
 def apply_picture(
-    model: Any, pipeline: Pipeline, image: Tensor, schedule: WeightSchedule, *, average: bool = False, rules: str = "correct"
+    model: Any,
+    pipeline: Pipeline,
+    image: Tensor,
+    schedule: WeightSchedule,
+    *,
+    average: bool = False,
+    rules: str = "correct",
 ) -> tuple[Any, ...]:
     """The MODEL with an image prompt: several pictures as their ``average``, or one for each latent."""
     options = EncodeOptions(combine="average" if average else "concat", per_latent=not average and len(image) > 1)
@@ -81,24 +84,6 @@ class ApplyFluxIPAdapter(XLabsNode):
         return apply_picture(model, pipeline, image, WeightSchedule(strength=ip_scale))
 
 
-Smoothing = Literal["Linear", "First half", "Second half", "Sigmoid"]
-
-
-def strengths_of_blocks(kind: Smoothing, begin: float, end: float, blocks: int = DOUBLE_BLOCKS) -> list[float]:
-    """A strength for each double block as ApplyAdvancedFluxIPAdapter spreads two of them.
-
-    Sigmoid starts a little below the middle between ``begin`` and where a logistic curve of slope 8 over all blocks is a half:
-    that pack subtracts a half, so it ends at about half of ``end``. Graphs rely on it.
-    """
-    if kind == "Sigmoid":
-        return [begin + (end - begin) * (1 / (1 + math.exp(-(i - blocks / 2) * 8 / blocks)) - 0.5) for i in range(blocks)]
-    if kind == "Linear":
-        return [begin + (end - begin) * i / (blocks - 1) for i in range(blocks)]
-    half = blocks // 2
-    rising = [begin + (end - begin) * i / (half - 1) for i in range(half)]
-    return rising + [end] * (blocks - half) if kind == "First half" else [begin] * (blocks - half) + rising
-
-
 class ApplyAdvancedFluxIPAdapter(XLabsNode):
     REPLACEMENT = "Encode Image Prompt, Adapter Schedule (sites) and Apply Adapter to Model"
     RETURN_TYPES = ("MODEL",)
@@ -114,7 +99,7 @@ class ApplyAdvancedFluxIPAdapter(XLabsNode):
                 "image": IMAGE,
                 "begin_strength": number(0.0, -100.0, 100.0, 0.01),
                 "end_strength": number(1.0, -100.0, 100.0, 0.01),
-                "smothing_type": choice(["Linear", "First half", "Second half", "Sigmoid"]),
+                "smothing_type": choice(SMOOTHINGS),
             }
         }
 
