@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -17,13 +18,13 @@ from .attention.masks import RegionMask
 from .attention.maths import split_heads
 from .attention.patch import AdapterPatch, resolve_weights
 from .attention.schedule import WeightSchedule
-from .checkpoints import AdapterWeights
+from .checkpoints import AdapterWeights, Format
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleAdapterError
 from .models.sites import ModelLayout
 from .prompt.image_prompt import ImagePrompt
 
-_Baked = WeakKeyDictionary[nn.Module, dict[ModelLayout, tuple[SiteKV | None, ...]]]
+_Baked = WeakKeyDictionary[nn.Module, dict[tuple[ModelLayout, Format], tuple[SiteKV | None, ...]]]
 
 
 _BAKED: WeakKeyDictionary[ImagePrompt, _Baked] = WeakKeyDictionary()
@@ -60,12 +61,14 @@ def bake(
     weights, latent_weights = resolve_weights(schedule, layout, rules)
     region = RegionMask.from_tensor(mask, clamp=not rules.stretched_masks) if isinstance(mask, Tensor) else mask
     baked = _BAKED.setdefault(prompt, WeakKeyDictionary()).setdefault(adapter.module, {})
-    if layout not in baked:
+    form = adapter.spec.format.under(rules)
+    if (layout, form) not in baked:
         if prepare is not None:
             prepare()
-        baked[layout] = _sites(adapter, prompt, layout)
-    reach = adapter.spec.format.reach
-    return AdapterPatch(adapter.name, layout, baked[layout], schedule, region, weights, rules, latent_weights, reach)
+        read = replace(adapter, spec=replace(adapter.spec, format=form))
+        baked[layout, form] = _sites(read, prompt, layout)
+    sites = baked[layout, form]
+    return AdapterPatch(adapter.name, layout, sites, schedule, region, weights, rules, latent_weights, form.reach)
 
 
 def _sites(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) -> tuple[SiteKV | None, ...]:

@@ -1,8 +1,8 @@
-"""Where this package and ComfyUI_IPAdapter_plus give different pictures: one switch, every difference with its reason.
+"""Where this package and packs before it give different pictures: one switch, every difference with its reason.
 
 ``correct`` is how the adapters were trained and what users mean; ``IPAdapter_plus`` reproduces the pictures of that
-pack (as it was from September 2024 on) to the last digit that floating point allows. Nothing else in the core asks
-which of the two it is: code reads the one rule that concerns it.
+pack (as it was from September 2024 on) to the last digit that floating point allows, ``IPAdapter-Flux`` the formula of
+Shakker's ComfyUI-IPAdapter-Flux. Nothing else in the core asks which it is: code reads the one rule that concerns it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from .errors import InvalidInputError
 
-Compatibility = Literal["correct", "IPAdapter_plus"]
+Compatibility = Literal["correct", "IPAdapter_plus", "IPAdapter-Flux"]
 COMPATIBILITIES: tuple[Compatibility, ...] = get_args(Compatibility)
 
 
@@ -63,6 +63,10 @@ class Rules:
     """A negative picture is ignored by FaceID adapters that read nothing but faces (FaceID Plus looks at it). Correct: the
     face in it stands where training had no face, as a negative picture does for every other adapter."""
 
+    normed_values: bool = False
+    """InstantX' adapter for FLUX.1 gets its values normed by RMS over each head, as Shakker's node does; a third of the
+    adapter's effect is another. In its training only the keys were."""
+
 
 CORRECT = Rules()
 
@@ -82,6 +86,8 @@ IPADAPTER_PLUS = Rules(
 IPADAPTER_PLUS_V1 = replace(IPADAPTER_PLUS, middle_block=True, stretched_masks="bicubic")
 """The old pack before its rewrite of 2024-03-23, when its class types were IPAdapterApply and the like."""
 
+IPADAPTER_FLUX = Rules(normed_values=True)
+
 
 def rules_for(compatibility: str, *, v1: bool = False) -> Rules:
     """The rules of a switch position; ``v1`` for nodes that exist only in the old pack's first version."""
@@ -90,5 +96,7 @@ def rules_for(compatibility: str, *, v1: bool = False) -> Rules:
             return CORRECT
         case "IPAdapter_plus":
             return IPADAPTER_PLUS_V1 if v1 else IPADAPTER_PLUS
+        case "IPAdapter-Flux":
+            return IPADAPTER_FLUX
         case _:
             raise InvalidInputError(f"compatibility is {compatibility!r}; choose one of: {', '.join(COMPATIBILITIES)}")

@@ -155,5 +155,6 @@ def compatibility_input() -> io.Input:
         default="correct",
         optional=True,
         tooltip="correct: as the adapters were trained. IPAdapter_plus: the picture that ComfyUI_IPAdapter_plus makes with "
-        "these settings, its errors included; set it on both the encode and the apply node.",
+        "these settings, its errors included; set it on both the encode and the apply node. IPAdapter-Flux: InstantX' FLUX adapter "
+        "with the formula of Shakker's node, which norms values too.",
     )

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..compatibility import Rules
 from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError, one_line
 from ..features import Encoded, Feature, Framing, find_encoder
 from ..files.state_dict import StateDict, TensorFile
@@ -210,6 +211,10 @@ class Format(ABC):
     def as_version(self, spec: AdapterSpec, version: int) -> AdapterSpec:
         """The spec read as another version of the family; the same where there are none."""
         return spec
+
+    def under(self, rules: Rules) -> Format:
+        """The family as these rules read it, for families of which another pack has another formula."""
+        return self
 
     def metadata(self, spec: AdapterSpec) -> dict[str, str]:
         """What a saved file says of itself beyond what every family's does."""

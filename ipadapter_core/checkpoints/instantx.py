@@ -11,11 +11,12 @@ import re
 
 from torch import Tensor, nn
 
+from ..compatibility import Rules
 from ..features import PENULTIMATE, POOLED
 from ..files.state_dict import TensorFile
 from ..models.reach import Reach, every
 from .flux_layers import FluxFormat, heads_of
-from .format import AdapterModule, AdapterSpec, shape_of, tokens_in
+from .format import AdapterModule, AdapterSpec, Format, shape_of, tokens_in
 from .keys import numbered
 from .plus import Plus
 from .projectors import Operations, PooledTokens, rms_norm
@@ -57,6 +58,22 @@ class InstantX(InstantXLayers):
     def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
         sizes = spec.feature_dim, spec.options["hidden_dim"], spec.token_dim, spec.num_tokens
         return PooledTokens(*sizes, operations=operations)
+
+    def under(self, rules: Rules) -> Format:
+        return AS_SHAKKER if rules.normed_values else self
+
+
+class AsShakker(InstantX):
+    """The same file under ``Rules.normed_values``; no family of its own."""
+
+    def key_value(
+        self, module: AdapterModule, index: int, tokens: Tensor, timestep: float | None
+    ) -> tuple[Tensor, Tensor]:
+        k, v = super().key_value(module, index, tokens, timestep)
+        return k, rms_norm(v, heads_of(v.shape[-1]), EPSILON)
+
+
+AS_SHAKKER = AsShakker()
 
 
 class InstantXResampler(InstantXLayers, Plus):

@@ -162,7 +162,7 @@ class ApplyIPAdapterFlux(ShakkerNode):
     ) -> tuple[Any, ...]:
         pipeline = carried(ipadapter_flux, "Load IPAdapter Flux Model")
         schedule = WeightSchedule(strength=weight, start_percent=start_percent, end_percent=end_percent)
-        return apply_picture(model, pipeline, image[:1], schedule, rules=SHAKKER)
+        return apply_picture(model, pipeline, image[:1], schedule, rules="IPAdapter-Flux")
 
 
 class IPAdapterFluxLoaderAdvanced(IPAdapterFluxLoader):
@@ -202,4 +202,4 @@ class ApplyIPAdapterFluxAdvanced(ShakkerNode):
         start, end = min(start_percent, end_percent), max(start_percent, end_percent)
         curve = ((start, weight_start), (end, weight_end)) if steps > 1 else ((start, weight_end),)
         schedule = WeightSchedule(start_percent=start_percent, end_percent=end_percent, curve=curve)
-        return apply_picture(model, pipeline, image[:1], schedule, rules=SHAKKER)
+        return apply_picture(model, pipeline, image[:1], schedule, rules="IPAdapter-Flux")

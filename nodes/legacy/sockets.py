@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ...ipadapter_core import COMPATIBILITIES, SCALINGS
+from ...ipadapter_core import SCALINGS
 from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.legacy.settings import COMBINE_METHODS, WEIGHT_TYPES, todays_option
 
@@ -65,7 +65,7 @@ def batch_size() -> Inputs:
 def compatibility() -> Inputs:
     return {
         "compatibility": choice(
-            reversed(COMPATIBILITIES),
+            ("IPAdapter_plus", "correct"),
             tooltip="IPAdapter_plus: the same picture as from the old pack. correct: with its errors mended (the middle "
             "block, the picture that stands for no image, masks, norm average; see the documentation).",
         )

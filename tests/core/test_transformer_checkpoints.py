@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import FORMATS, claimants, describe_adapter, load_adapter, projectors, save_adapter
+from ipadapter_core.compatibility import rules_for
 from ipadapter_core.files.state_dict import TensorFile
 from tiny import adapter_shapes, tiny_state
 
@@ -123,6 +125,20 @@ def test_instantx() -> None:
         parts = [part / (part.square().mean(-1, keepdim=True) + 1e-5).sqrt() for part in plain.chunk(heads, -1)]
         assert_close(k, torch.cat(parts, -1), **TOLERANCE)  # the norm computes in float32
         assert_close(v, found @ state[f"ip_adapter.{layer}.to_v_ip.weight"].T)
+
+
+def test_instantx_as_shakkers_node_reads_it() -> None:
+    adapter = load_adapter(tiny_state("instantx", num_tokens=5, channels=(256, 384)))
+    spec = adapter.spec
+    assert spec.format.under(rules_for("correct")) is spec.format.under(rules_for("IPAdapter_plus")) is spec.format
+    theirs = replace(adapter, spec=replace(spec, format=spec.format.under(rules_for("IPAdapter-Flux"))))
+    tokens = adapter.tokens(noise(2, 24))
+    for layer, heads in ((0, 2), (1, 3)):
+        (k, v), (their_k, their_v) = adapter.key_value(layer, tokens), theirs.key_value(layer, tokens)
+        assert torch.equal(k, their_k)
+        parts = [part / (part.square().mean(-1, keepdim=True) + 1e-5).sqrt() for part in v.chunk(heads, -1)]
+        assert_close(their_v, torch.cat(parts, -1), **TOLERANCE)
+        assert (their_v - v).abs().max() > 0.1
 
 
 def renamed_resampler(state: dict[str, Tensor], group: str, theirs: IPAdapterTimeImageProjection) -> None:

@@ -66,7 +66,7 @@ def old_packs(folder: Path) -> list[str]:
 def run(host: Any, kind: str, models: Path, more: list[str]) -> list[dict[str, Any]]:
     command = [str(host.python), str(HERE / "side_by_side.py"), str(host.path), str(models), kind, *more]
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=9000)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
