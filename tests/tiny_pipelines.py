@@ -14,11 +14,20 @@ from diffusers import (
     ChromaPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from ipadapter_core.demo.tokenizer import train_tokenizer
 from tiny_flux import TEXT_DIM, diffusers_chroma, diffusers_flux
+from tiny_sd3 import diffusers_sd3
 
 CAPTIONS = ("a red circle", "a blue square on a white ground", "ugly, blurry")
 POOLED = 24
@@ -30,10 +39,10 @@ def seeded(seed: int, build: Any) -> Any:
         return build().eval().requires_grad_(False)
 
 
-def tiny_vae() -> AutoencoderKL:
-    """Four latent channels, half the picture's size, as no pipeline needs more."""
+def tiny_vae(channels: int = 4) -> AutoencoderKL:
+    """Half the picture's size, as no pipeline needs more."""
     return seeded(1, lambda: AutoencoderKL(
-        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16, shift_factor=0.1, scaling_factor=0.4,
+        block_out_channels=(8, 8), latent_channels=channels, norm_num_groups=4, sample_size=16, shift_factor=0.1, scaling_factor=0.4,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False,
         use_post_quant_conv=False,
     ))  # fmt: skip
@@ -93,6 +102,18 @@ def chroma_pipeline(kind: Any = ChromaPipeline) -> Any:
         kind(
             scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_vae(), text_encoder=t5_text(), tokenizer=t5_tokenizer(),
             transformer=diffusers_chroma(),
+        )
+    )  # fmt: skip
+
+
+def sd3_pipeline(kind: Any = StableDiffusion3Pipeline, channels: int = 4, **changes: Any) -> Any:
+    """An SD3.5 pipeline, whose scheduler shifts the noise by 3."""
+    changes |= {"in_channels": channels, "out_channels": channels}
+    clips = {f"text_encoder{suffix}": clip_text(POOLED // 2, CLIPTextModelWithProjection) for suffix in ("", "_2")}
+    return _quiet(
+        kind(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(channels), **clips, tokenizer=clip_tokenizer(),
+            tokenizer_2=clip_tokenizer(), text_encoder_3=t5_text(), tokenizer_3=t5_tokenizer(), transformer=diffusers_sd3(**changes),
         )
     )  # fmt: skip
 

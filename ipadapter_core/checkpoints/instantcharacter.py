@@ -42,6 +42,7 @@ class InstantCharacter(FluxFormat):
     )
     layer_keys = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.(to_[kv]_ip\.(weight|bias)|norm_ip_[qk]\.scale)")
     reach = Reach(every, query="raw", timed=True, block_by_block=True)
+    strength = 0.8
     advice = "0.8 to 0.9 with guidance 3.5; a picture of the whole character on a plain background"
 
     def parse(self, file: TensorFile) -> AdapterSpec:

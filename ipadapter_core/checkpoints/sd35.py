@@ -39,6 +39,7 @@ class SD35(Format):
         r"ip_adapter\.(0|[1-9][0-9]{0,4})\.(to_[kv]_ip\.weight|norm_ip\.linear\.(weight|bias)|norm_(q|k|ip_k)\.weight)"
     )
     reach = Reach(sites_in("joint"), query="raw", timed=True, text_wide=False, own_keys=True)
+    strength = 0.6
     advice = "0.5 to 0.6 with cfg 5 (Large-Turbo: cfg 1)"
 
     def parse(self, file: TensorFile) -> AdapterSpec:

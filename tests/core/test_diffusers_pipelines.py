@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
 )
 from torch import Tensor
 from torch.testing import assert_close
@@ -31,7 +35,8 @@ from ipadapter_core.backends.diffusers.pipelines import Asked, shift_of
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.models import layout_of
 from tiny_models import AtEverySite, noise, tiny_adapter, tiny_prompt
-from tiny_pipelines import chroma_pipeline, flux_pipeline
+from tiny_pipelines import chroma_pipeline, flux_pipeline, sd3_pipeline
+from tiny_sd3 import call_sd3
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 HEIGHT, WIDTH = 12, 20  # pixels; 3 x 5 tokens
@@ -46,6 +51,12 @@ PIPELINES: dict[str, tuple[Callable[..., Any], Any, dict[str, Any]]] = {
     "Chroma": (chroma_pipeline, ChromaPipeline, {}),
     "Chroma img2img": (chroma_pipeline, ChromaImg2ImgPipeline, BETWEEN),
 }  # fmt: skip
+BATCHED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any]]] = {
+    "SD3": (sd3_pipeline, StableDiffusion3Pipeline, {}),
+    "SD3 img2img": (sd3_pipeline, StableDiffusion3Img2ImgPipeline, BETWEEN),
+    "SD3 inpaint": (partial(sd3_pipeline, channels=16), StableDiffusion3InpaintPipeline, {**BETWEEN, "mask_image": torch.ones(1, 1, HEIGHT, WIDTH)}),
+}  # fmt: skip
+"""Pipelines that run both prompts in one batch, and those before in two calls."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +72,7 @@ def patch_for(pipeline: Any, *, mask: Tensor | None = None, **schedule: Any) -> 
 
 
 def sample(pipeline: Any, prompt: str = "a red circle", negative: str | None = "ugly", steps: int = 3, **more: Any) -> Tensor:  # fmt: skip
-    scale = "guidance_scale" if "Chroma" in type(pipeline).__name__ else "true_cfg_scale"
+    scale = "true_cfg_scale" if "Flux" in type(pipeline).__name__ else "guidance_scale"
     given = {"prompt": prompt, "negative_prompt": negative, "num_inference_steps": steps, scale: 3.0, **SIZE, **more}
     return pipeline(generator=torch.Generator().manual_seed(1), **given).images
 
@@ -101,6 +112,37 @@ def test_the_negative_prompt_is_the_second_call_of_a_step(name: str, calls: list
         more = {**more, "guidance_scale": 1.0} if "Chroma" in name else more
         sample(pipeline, negative=None, **more)
     assert [branch for branch, _ in prompts_of(calls)] == 3 * ["cond"]
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_both_prompts_are_one_batch(name: str, calls: list[Any]) -> None:
+    build, kind, more = BATCHED[name]
+    pipeline = build(kind)
+    with backend.apply_to_pipeline(pipeline, patch_for(pipeline)):
+        sample(pipeline, **more)
+        assert {(names, len(call.sample)) for call, names, _, _ in calls} == {(("uncond", "cond"), 2)}
+        calls.clear()
+        sample(pipeline, guidance_scale=1.0, **more)
+    assert {(names, len(call.sample)) for call, names, _, _ in calls} == {(("cond",), 1)}
+
+
+def test_a_pass_without_some_blocks_is_the_positive_prompts(calls: list[Any]) -> None:
+    """SD3's skip layer guidance: a third pass beside the batch of both prompts, in some steps."""
+    pipeline = sd3_pipeline()
+    more = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.2, "skip_layer_guidance_stop": 0.6}
+    with backend.apply_to_pipeline(pipeline, patch_for(pipeline)):
+        sample(pipeline, steps=4, **more)
+    both = ("uncond", "cond")
+    assert [names for _, names, _, _ in calls] == [both, both, ("cond",), both, ("cond",), both]
+
+
+def test_a_transformer_that_is_called_before_its_pipeline_says_so() -> None:
+    pipeline = sd3_pipeline()
+    with (
+        backend.apply_to_pipeline(pipeline, patch_for(pipeline)),
+        pytest.raises(InvalidInputError, match="called before its pipeline was"),
+    ):
+        call_sd3(pipeline.transformer, noise(1, 4, 6, 10), torch.tensor(500.0), noise(1, 7, 32))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -160,17 +202,18 @@ def test_a_pipeline_without_a_model_is_refused() -> None:
 # --- masks and references --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", [*PIPELINES, *BATCHED])
 def test_the_latents_size_is_that_of_the_sampled_picture(name: str, calls: list[Any]) -> None:
     """Also where a reference picture follows: then the picture's tokens are counted."""
-    build, kind, more = PIPELINES[name]
+    build, kind, more = (PIPELINES | BATCHED)[name]
     pipeline = build(kind)
     ones, halves = patch_for(pipeline, mask=torch.ones(9, 9)), torch.zeros(HEIGHT, WIDTH)
     halves[: HEIGHT // 2] = 1
     with backend.apply_to_pipeline(pipeline, patch_for(pipeline)):
         unmasked = sample(pipeline, **more)
+    text = 0 if "SD3" in name else 16  # SD3's attentions have the picture's tokens apart
     assert {(call.latent, call.text, call.picture) for _, _, _, call in calls} == {
-        ((6, 10), 16, 15 if "Kontext" in name else None)
+        ((6, 10), text, 15 if "Kontext" in name else None)
     }
     with backend.apply_to_pipeline(pipeline, ones):
         assert_close(sample(pipeline, **more), unmasked, rtol=0, atol=1e-4)
@@ -198,6 +241,18 @@ def test_progress_is_the_share_of_the_plain_schedule(name: str, dtype: torch.dty
     assert found == pytest.approx([i / 7 for i in range(7)], abs=1e-5)
     timesteps = [call.timestep() for *_, call in calls if call.branches == (1,)]
     assert timesteps == pytest.approx(pipeline.scheduler.timesteps.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_fixed_shift_is_undone(name: str, calls: list[Any]) -> None:
+    """SD3's scheduler shifts by 3, and spaces its times from 1 down to that of its last sigma."""
+    build, kind, more = BATCHED[name]
+    pipeline = build(kind)
+    with backend.apply_to_pipeline(pipeline, patch_for(pipeline)):
+        sample(pipeline, steps=5, **{**more, **({"strength": 1.0} if more else {})})
+    last = float(pipeline.scheduler.sigma_min)
+    assert [call.percent() for *_, call in calls] == pytest.approx([i / 4 * (1 - last) for i in range(5)], abs=1e-4)
+    assert [call.timestep() for *_, call in calls] == pytest.approx(pipeline.scheduler.timesteps.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, math.exp(1.15)])

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -26,11 +25,11 @@ from ipadapter_core.compatibility import CORRECT
 from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.models import layout_of
 from ipadapter_core.models.reach import Reach, every, sites_in
+from packed_calls import BATCH, COLUMNS, PROMPT, ROWS, TEXT, X, call, places
 from tiny_flux import HEADS, TEXT_DIM, WIDTH, diffusers_chroma, diffusers_flux
 from tiny_models import noise
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}  # fp32; outputs are of size 1, both sides run the same kernels in other orders
-ROWS, COLUMNS, TEXT, BATCH = 3, 5, 7, 4
 XLABS = Reach(sites_in("double"), query="normed", join="residual")
 CHARACTER = Reach(every, query="raw")
 INSTANTX = Reach(every, query="normed", span="all")
@@ -40,30 +39,6 @@ KINDS: dict[str, Callable[[], Any]] = {"Flux": diffusers_flux, "Chroma": diffuse
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def places(rows: int, columns: int, which: float = 0.0) -> Tensor:
-    ids = torch.full((rows, columns, 3), which)
-    ids[..., 1], ids[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)
-    return ids.flatten(0, 1)
-
-
-X, PROMPT = noise(BATCH, ROWS * COLUMNS, 16, seed=3), noise(BATCH, TEXT, TEXT_DIM, seed=4)
-
-
-def call(model: Any, x: Tensor = X, text: Tensor = PROMPT, t: float = 0.5, ids: Tensor | None = None, **more: Any) -> Tensor:  # fmt: skip
-    """One call as pipelines make it; ``t`` is sigma."""
-    if isinstance(model, FluxTransformer2DModel):
-        more |= {"pooled_projections": noise(1, 24, seed=5).expand(len(x), -1), "guidance": torch.full((len(x),), 3.5)}
-    with torch.set_grad_enabled(x.requires_grad):
-        return model(
-            hidden_states=x,
-            encoder_hidden_states=text,
-            timestep=torch.full((len(x),), t),
-            img_ids=places(ROWS, COLUMNS) if ids is None else ids,
-            txt_ids=torch.zeros(text.shape[1], 3),
-            **more,
-        ).sample
 
 
 class Layer:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, SiglipVisionConfig, SiglipVisionModel
 
 from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import CorruptFileError, InvalidInputError
@@ -21,23 +22,31 @@ from ipadapter_core.model_folders import layout_in, load_pipeline
 from ipadapter_core.models import layout_of
 from tiny import tiny_state
 from tiny_flux import TEXT_DIM, WIDTH
-from tiny_pipelines import chroma_pipeline, flux_pipeline, seeded
+from tiny_pipelines import chroma_pipeline, flux_pipeline, sd3_pipeline, seeded
 
 BUILDERS: dict[str, Any] = {
     "FLUX.1 dev": flux_pipeline,
     "FLUX.1 schnell": lambda: flux_pipeline(guidance_embeds=False),
     "Chroma": chroma_pipeline,
+    "SD3.5": sd3_pipeline,
 }
 
 
 def save(pipeline: Any, folder: Path) -> Path:
-    """A model folder with an image encoder, a picture and an adapter of XLabs' kind beside it."""
+    """A model folder with a picture, an adapter and its image encoder beside it: XLabs' with CLIP, or SD3.5's with SigLIP."""
     pipeline.save_pretrained(folder)
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=24, image_size=28, patch_size=14
-    )  # fmt: skip
-    seeded(5, lambda: CLIPVisionModelWithProjection(vision)).save_pretrained(folder / "image_encoder")
-    state = tiny_state("xlabs", token_dim=TEXT_DIM, channels=(WIDTH, WIDTH), feature_dim=24, num_tokens=9)
+    sizes: dict[str, Any] = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        encoder: Any = seeded(5, lambda: SiglipVisionModel(SiglipVisionConfig(hidden_size=24, **sizes)))
+        state = tiny_state(
+            "sd3.5", token_dim=WIDTH, channels=(WIDTH,) * 3, num_tokens=5, feature_dim=24, hidden_dim=64, inner_dim=64
+        )
+    else:
+        encoder = seeded(
+            5, lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=32, projection_dim=24, **sizes))
+        )
+        state = tiny_state("xlabs", token_dim=TEXT_DIM, channels=(WIDTH, WIDTH), feature_dim=24, num_tokens=9)
+    encoder.save_pretrained(folder / "image_encoder")
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "adapter.safetensors")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(folder / "a.png")
     return folder
@@ -72,9 +81,9 @@ def test_generate_with_what_is_usual_for_the_model(folder: Path, tmp_path: Path,
     capsys.readouterr()
     assert run(folder, tmp_path / "usual", *image, *([] if "schnell" in folder.name else ["--steps", "4"])) == 0
     facts = json.loads(capsys.readouterr().out)
-    expected = {"dev": 3.5, "schnell": 0.0, "Chroma": 5.0}
-    assert facts["guidance"] == next(usual for name, usual in expected.items() if name in folder.name)
-    assert (facts["steps"], facts["strength"]) == (4, 0.7)
+    expected = {"dev": (3.5, 0.7), "schnell": (0.0, 0.7), "Chroma": (5.0, 0.7), "SD3.5": (5.0, 0.6)}
+    usual = next(usual for name, usual in expected.items() if name in folder.name)
+    assert (facts["steps"], facts["guidance"], facts["strength"]) == (4, *usual)
     np.testing.assert_array_equal(pixels(tmp_path / "none"), pixels(tmp_path / "zero"))
     assert (pixels(tmp_path / "none") != pixels(tmp_path / "half")).any()
     assert pixels(tmp_path / "usual").shape == (12, 20, 3)
@@ -97,20 +106,22 @@ def test_one_file_is_read_with_the_configs_of_a_folder(folder: Path, tmp_path: P
 
 
 def test_inspect_says_whether_an_adapter_fits_a_model(folder: Path, tmp_path: Path, capsys: Any) -> None:
-    name = "Chroma" if "Chroma" in folder.name else "Flux"
+    name = next((name for name in ("Chroma", "SD3") if name in folder.name), "Flux")
     adapter = str(folder / "adapter.safetensors")
     assert main(["inspect", adapter, "--model", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"] == name
     assert main(["inspect", adapter, "--model", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert f"{name}: 5 sites, this adapter fits 2 of them" in said
-    assert "double 1" in said
+    assert {"SD3": "SD3: 3 sites, this adapter fits all"}.get(
+        name, f"{name}: 5 sites, this adapter fits 2 of them"
+    ) in said
+    assert {"SD3": "joint 2"}.get(name, "double 1") in said
     assert "prompt" not in said.splitlines()[-1]
     assert layout_in(folder) == layout_of(load_pipeline(folder).transformer)
-    state = tiny_state("xlabs", token_dim=TEXT_DIM, channels=(WIDTH,) * 3, feature_dim=24)
+    state = tiny_state("xlabs", token_dim=TEXT_DIM, channels=(WIDTH,) * 4, feature_dim=24)
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "other.safetensors")
     assert main(["inspect", str(tmp_path / "other.safetensors"), "--model", str(folder)]) == 1
-    assert "3 attention layers" in capsys.readouterr().err
+    assert "4 attention layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -187,3 +198,4 @@ def test_what_is_usual_is_told_by_the_model() -> None:
     assert usual_sampling(flux_pipeline()) == (28, 3.5)
     assert usual_sampling(flux_pipeline(guidance_embeds=False)) == (4, 0.0)
     assert usual_sampling(chroma_pipeline()) == (35, 5.0)
+    assert usual_sampling(sd3_pipeline()) == (28, 5.0)
