@@ -169,9 +169,11 @@ class TimedTokens:
         """The tokens at a timestep of training, 0..1000."""
         return self._kept.made((timestep,), lambda: self.make(timestep))
 
-    def release(self) -> None:
-        """Forget all."""
-        self._kept.release()
+    def release(self, device: torch.device) -> None:
+        """Forget what lives on other devices than ``device``."""
+        for key, tokens in list(self._kept.items()):
+            if tokens.device != device:
+                self._kept.pop(key, None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,6 +204,9 @@ class Timed:
         return baked.at(call, branches, flipped, per_image)
 
     def release(self, device: torch.device) -> None:
-        """As SiteKV says; tokens and K and V are made again where they are needed next."""
-        self.tokens.release()
-        self._kept.release()
+        """As SiteKV says; what is forgotten is made again where it is needed next."""
+        self.tokens.release(device)
+        for key, baked in list(self._kept.items()):
+            baked.release(device)
+            if baked.k.device != device:
+                self._kept.pop(key, None)

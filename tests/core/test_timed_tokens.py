@@ -121,7 +121,12 @@ def test_only_the_last_two_timesteps_are_kept(layout: ModelLayout) -> None:
     assert [timestep for timestep, _ in form.tokens_made][3:] == [900.0]
     patch.release(0, torch.device("cpu"))
     model_call(patch, 900.0)
+    assert len(form.tokens_made) == 4, "what is where it shall be stays"
+    for i in range(SITES):
+        patch.release(i, torch.device("cuda"))
+    model_call(patch, 900.0)
     assert [timestep for timestep, _ in form.tokens_made][4:] == [900.0], "what was given back is made again"
+    assert len(form.projected) == 5 * SITES
 
 
 def test_block_by_block_keeps_tokens_and_no_keys(layout: ModelLayout) -> None:

@@ -166,9 +166,15 @@ def timestep_of(sigma: Tensor, sampling: Sampling) -> float:
 
     Flow models are called with sigma times a number of their own (1 for Flux, 1000 for SD3).
     """
-    value, last = (float(sampling.timestep(s).flatten()[0]) for s in (sigma, torch.ones_like(sigma)))
-    flow = last in (1.0, 1000.0)
-    return value * 1000 / last if flow else value
+    last = _LAST_TIMESTEP.get(sampling)
+    if last is None:
+        last = _LAST_TIMESTEP[sampling] = float(sampling.timestep(torch.ones_like(sigma)).flatten()[0])
+    value = float(sampling.timestep(sigma).flatten()[0])
+    return value * 1000 / last if last in (1.0, 1000.0) else value
+
+
+_LAST_TIMESTEP: WeakKeyDictionary[object, float] = WeakKeyDictionary()
+"""Per model_sampling: what a model is called with at a sigma of 1."""
 
 
 def _progress_table(sampling: Sampling) -> list[float]:
