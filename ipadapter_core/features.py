@@ -180,8 +180,8 @@ ENCODERS: dict[str, EncoderSpec] = {
         EncoderSpec("SigLIP so400m/14-384", 1152, 0, 729, 384, HALF, HALF, (
             "sigclip_vision_patch14_384.safetensors", "google/siglip-so400m-patch14-384",
         ), ("penultimate", "pooled")),
-        EncoderSpec("SigLIP2 base/16-512", 768, 0, 1024, 512, HALF, HALF, ("google/siglip2-base-patch16-512",), ("last",)),
-        EncoderSpec("DINOv2 giant/14", 1536, 0, 1370, 518, IMAGENET_MEAN, IMAGENET_STD, ("facebook/dinov2-giant",), (),
+        EncoderSpec("SigLIP2 base/16-512", 768, 0, 1024, 512, HALF, HALF, ("model.safetensors of google/siglip2-base-patch16-512",), ("last",)),
+        EncoderSpec("DINOv2 giant/14", 1536, 0, 1370, 518, IMAGENET_MEAN, IMAGENET_STD, ("model.safetensors of facebook/dinov2-giant",), (),
             ("penultimate", "last")),
         EncoderSpec("PE-Core L/14-336", 1024, 0, 577, 336, HALF, HALF, ("PE-Core-L14-336.pt of facebook/PE-Core-L14-336",), (
             "last",

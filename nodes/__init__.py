@@ -18,6 +18,7 @@ from .inspect_adapter import InspectAdapter
 from .inspect_lora import InspectLoRA
 from .legacy import LEGACY_NODES
 from .load_face_model import LoadFaceModel
+from .load_image_encoder import LoadImageEncoder
 from .load_image_prompt import LoadImagePrompt
 from .load_ip_adapter import LoadIPAdapter
 from .lora_stack import LoRAStack
@@ -51,6 +52,7 @@ NODES: list[type[io.ComfyNode]] = [
     ExtractLoRA,
     TrainIPAdapter,
     TrainLoRA,
+    LoadImageEncoder,
 ]
 
 for node in NODES:

@@ -21,6 +21,7 @@ from .sockets import (
     per_latent_input,
     region_input,
     schedule_input,
+    second_encoder_input,
     steering_inputs,
 )
 
@@ -45,6 +46,7 @@ class ApplyImageToModel(io.ComfyNode):
                 negative_input(),
                 schedule_input(),
                 compatibility_input(),
+                second_encoder_input(),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )
@@ -62,9 +64,10 @@ class ApplyImageToModel(io.ComfyNode):
         negative: Tensor | None = None,
         schedule: WeightSchedule | None = None,
         compatibility: str = "correct",
+        clip_vision_2: object | None = None,
         **steering: Any,
     ) -> io.NodeOutput:
         options = EncodeOptions(combine=combine, per_latent=per_latent, rules=rules_for(compatibility))
-        prompt = host.adapters.encode(adapter, clip_vision, image, options, negative=negative)
+        prompt = host.adapters.encode(adapter, clip_vision, image, options, negative=negative, second=clip_vision_2)
         patched = host.adapters.steer(model, adapter, prompt, mask, schedule, compatibility, **steering)
         return io.NodeOutput(patched)

@@ -21,6 +21,7 @@ from .sockets import (
     compatibility_input,
     negative_input,
     per_latent_input,
+    second_encoder_input,
 )
 
 
@@ -64,6 +65,7 @@ class EncodeImagePrompt(io.ComfyNode):
                 ),
                 negative_input(),
                 compatibility_input(),
+                second_encoder_input(),
             ],
             outputs=[Prompt.Output(display_name="image_prompt")],
         )
@@ -82,11 +84,14 @@ class EncodeImagePrompt(io.ComfyNode):
         mask: Tensor | None = None,
         negative: Tensor | None = None,
         compatibility: str = "correct",
+        clip_vision_2: object | None = None,
     ) -> io.NodeOutput:
         values = parse_numbers(strengths)
         options = EncodeOptions(
             crop=crop, combine=combine, unconditional=unconditional, per_latent=per_latent,
             strengths=values * len(image) if len(values) == 1 else values or None, rules=rules_for(compatibility),
         )  # fmt: skip
-        prompt = host.adapters.encode(adapter, clip_vision, image, options, masks=mask, negative=negative)
+        prompt = host.adapters.encode(
+            adapter, clip_vision, image, options, masks=mask, negative=negative, second=clip_vision_2
+        )
         return io.NodeOutput(prompt)

@@ -78,7 +78,16 @@ def clip_vision_input() -> io.Input:
     return io.ClipVision.Input(
         "clip_vision",
         tooltip="The image encoder that the adapter was trained with; Inspect Adapter names it. "
-        "Most need CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors.",
+        "Most need CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors. From Load CLIP Vision, or of any kind from Load Image Encoder.",
+    )
+
+
+def second_encoder_input() -> io.Input:
+    return io.ClipVision.Input(
+        "clip_vision_2",
+        optional=True,
+        tooltip="A second image encoder, only for adapters that read two: InstantCharacter needs SigLIP and DINOv2 giant, in any "
+        "order. Others do not look at it.",
     )
 
 

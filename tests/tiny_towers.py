@@ -36,13 +36,15 @@ def siglip(folder: Path, *, width: int = 32, heads: int = 2, layers: int = 3, si
     return model
 
 
-def dinov2(folder: Path, *, gated: bool = True, width: int = 64, layers: int = 3, side: int = 70) -> Any:
+def dinov2(
+    folder: Path, *, gated: bool = True, width: int = 64, layers: int = 3, side: int = 70, ratio: int = 1
+) -> Any:
     """transformers' Dinov2Model, saved in ``folder``."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(1, width // 64), image_size=side, patch_size=14,
-        use_swiglu_ffn=gated, mlp_ratio=1,
+        use_swiglu_ffn=gated, mlp_ratio=ratio,
     )  # fmt: skip
     model = _randomised(Dinov2Model(config))
     model.save_pretrained(folder)

@@ -104,7 +104,8 @@ class TransformersImageEncoder:
 class TowerEncoder:
     """A ``VisionTower`` as ImageEncoder: SigLIP, DINOv2 or PE-Core.
 
-    Its ``pooled`` is SigLIP's pooling head's, where the file has it.
+    Its ``pooled`` is SigLIP's pooling head's, where the file has it. Pixels are brought to the weights' device and dtype, except
+    where the layers bring their weights to the pixels' (``casts_weights``).
     """
 
     projection_dim = 0
@@ -117,8 +118,10 @@ class TowerEncoder:
         image_size: int = 0,
         mean: Rgb | None = None,
         std: Rgb | None = None,
+        casts_weights: bool = False,
     ):
         self.model = model
+        self.casts_weights = casts_weights
         self.hidden_size = model.width
         positions = model.side**2 + model.kind.class_token
         sizes = (model.width, positions, model.kind.mean)
@@ -145,8 +148,10 @@ class TowerEncoder:
     def states(self, pixel_values: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, dict[int, Tensor]]:
         """The last hidden state ``b t c``, and the outputs of ``layers`` (1: of the first), without a final norm."""
         check_pixels(self.name, self.model.kind, self.model.patch, self.image_size, pixel_values)
-        weight = next(self.model.parameters())
-        return self.model(pixel_values.to(weight.device, weight.dtype), layers)
+        if not self.casts_weights:
+            weight = next(self.model.parameters())
+            pixel_values = pixel_values.to(weight.device, weight.dtype)
+        return self.model(pixel_values, layers)
 
 
 def check_pixels(name: str, kind: TowerKind, patch: int, image_size: int, pixel_values: Tensor) -> None:

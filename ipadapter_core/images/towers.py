@@ -237,7 +237,7 @@ class VisionTower(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         if self.cls is not None:
             x = torch.cat([self.cls.to(x).expand(len(x), 1, -1), x], 1)
-        x = x + self._positions(rows, columns).to(x)
+        x = x + resized_positions(self.positions, rows, columns, self.kind.resize).to(x)
         if self.norm_before is not None:
             x = self.norm_before(x)
         rotation = _rotation(rows, columns, self.width // self.heads, x) if self.kind.rotary else None
@@ -248,13 +248,16 @@ class VisionTower(nn.Module):
                 kept[number] = x
         return self.norm(x), kept
 
-    def _positions(self, rows: int, columns: int) -> Tensor:
-        if (rows, columns) == (self.side, self.side):
-            return self.positions
-        first = int(self.kind.class_token)
-        grid = self.positions[first:].float().unflatten(0, (self.side, self.side)).permute(2, 0, 1)[None]
-        grid = F.interpolate(grid, (rows, columns), mode=self.kind.resize, align_corners=False)
-        return torch.cat([self.positions[:first].float(), grid[0].flatten(1).T])
+
+def resized_positions(positions: Tensor, rows: int, columns: int, mode: str = "bicubic") -> Tensor:
+    """Learned positions ``t c`` of a square picture, a class token's first where there is one, for one of ``rows`` x ``columns``."""
+    side = math.isqrt(len(positions))
+    if (rows, columns) == (side, side):
+        return positions
+    first = len(positions) - side * side
+    grid = positions[first:].float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    grid = F.interpolate(grid, (rows, columns), mode=mode, align_corners=False)
+    return torch.cat([positions[:first].float(), grid[0].flatten(1).T]).to(positions.dtype)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -303,7 +306,33 @@ def read_tower(tensors: Mapping[str, Tensor], heads: int = 0, operations: Any = 
     return tower.requires_grad_(False).eval()
 
 
+def read_head(tensors: Mapping[str, Tensor], operations: Any = nn) -> PoolingHead:
+    """SigLIP's pooling head alone, in tensors named as below ``vision_model.``. Raises CorruptFileError like read_tower()."""
+    state = {k.removeprefix("head."): t for k, t in _placed(SIGLIP, tensors).items() if k.startswith("head.")}
+    width = _shape(state, "probe", 3)[2]
+    heads = SIGLIP.heads.get(width, 0)
+    if not heads:
+        raise CorruptFileError(f"the SigLIP head is {width} wide, which no published one is")
+    with torch.device("meta"):
+        head = PoolingHead(width, heads, _shape(state, "fc1.weight", 2)[0], SIGLIP.eps, operations)
+    _check(SIGLIP, head, state)
+    head.load_state_dict(state, assign=True)
+    return head.requires_grad_(False).eval()
+
+
 def _module_state(kind: TowerKind, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors under the module's keys, with layers that are numbered without a gap."""
+    state = _placed(kind, tensors)
+    numbers = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    if not numbers or len(numbers) > MOST_LAYERS or numbers != {str(i) for i in range(len(numbers))}:
+        raise CorruptFileError(
+            f"the {kind.name} tower has {len(numbers)} layers; they must be numbered from 0 without a gap, {MOST_LAYERS} at most: "
+            "the file is incomplete; download it again"
+        )
+    return state
+
+
+def _placed(kind: TowerKind, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors under the module's keys; fused queries, keys and values apart."""
     state: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -320,12 +349,6 @@ def _module_state(kind: TowerKind, tensors: Mapping[str, Tensor]) -> dict[str, T
             )
         else:
             state[place] = tensor
-    numbers = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-    if not numbers or len(numbers) > MOST_LAYERS or numbers != {str(i) for i in range(len(numbers))}:
-        raise CorruptFileError(
-            f"the {kind.name} tower has {len(numbers)} layers; they must be numbered from 0 without a gap, {MOST_LAYERS} at most: "
-            "the file is incomplete; download it again"
-        )
     return state
 
 

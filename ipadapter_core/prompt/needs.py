@@ -70,7 +70,7 @@ def encoder_for(spec: AdapterSpec, encoders: ImageEncoder | Sequence[ImageEncode
         raise IncompatibleEncoderError(
             f"this {spec.base_model} {spec.family} adapter reads the hidden states of {len(found)} image encoders at once, and of "
             f"{' and '.join(missing)} there is none: give {'; and '.join(map(files_of, missing))}; got "
-            f"{' and '.join(f'{e.name} ({e.hidden_size} wide)' for e in given)}"
+            f"{' and '.join(encoder.name for encoder in given)}"
         )
     return PackedEncoder(feature, [encoder for encoder in found if encoder is not None])
 

@@ -36,8 +36,9 @@ from ...ipadapter_core.attention.schedule import Scaling
 from ...ipadapter_core.backends.comfy import doors as backend
 from ...ipadapter_core.checkpoints import as_version
 from ...ipadapter_core.images.faces import FaceAnalyzer, FoundFaces
+from ...ipadapter_core.prompt.needs import encoder_for
 from . import files
-from .clip_vision import ClipVisionEncoder
+from .clip_vision import encoder_of
 from .frontend import progress_bar
 
 
@@ -106,9 +107,11 @@ def encode(
     *,
     masks: Tensor | None = None,
     negative: Tensor | None = None,
+    second: Any = None,
 ) -> ImagePrompt:
-    """encode_image_prompt with ComfyUI's encoder, memory manager and progress bar."""
-    encoder, options = ClipVisionEncoder(clip_vision), replace(options, progress=progress_bar())
+    """encode_image_prompt with ComfyUI's encoder (and the ``second``, of adapters that read two), memory manager and progress bar."""
+    given = [encoder_of(one) for one in (clip_vision, second) if one is not None or one is clip_vision]
+    encoder, options = encoder_for(adapter.weights.spec, given), replace(options, progress=progress_bar())
     weights = adapter.to_device()
     return encode_image_prompt(weights, encoder, images, options, masks=real_mask(masks), negative=negative)
 
@@ -117,7 +120,7 @@ def load_image_prompt(
     adapter: ManagedAdapter, file: str, clip_vision: Any | None, *, per_latent: bool, rules: Rules
 ) -> ImagePrompt:
     """load_prompt with ComfyUI's encoder, memory manager and folders."""
-    encoder = None if clip_vision is None else ClipVisionEncoder(clip_vision)
+    encoder = None if clip_vision is None else encoder_of(clip_vision)
     path = files.path("image_prompts", file)
     return load_prompt(path, adapter.to_device(), encoder, per_latent=per_latent, rules=rules)
 
@@ -133,7 +136,7 @@ def encode_face(
     negative: Tensor | None = None,
 ) -> tuple[ImagePrompt, FoundFaces]:
     """encode_face_prompt with ComfyUI's encoder, memory manager and progress bar."""
-    encoder = None if clip_vision is None else ClipVisionEncoder(clip_vision)
+    encoder = None if clip_vision is None else encoder_of(clip_vision)
     options, weights = replace(options, progress=progress_bar()), adapter.to_device()
     return encode_face_prompt(weights, face_model, encoder, images, options, mask=real_mask(mask), negative=negative)
 

@@ -152,7 +152,7 @@ class IPAdapterEmbeds(LegacyNode):
         adapter = found.adapter.to_device()
         if neg_embed is None:
             clip_vision = found.clip_vision if clip_vision is None else clip_vision
-            encoder = None if clip_vision is None else host.clip_vision.ClipVisionEncoder(clip_vision)
+            encoder = None if clip_vision is None else host.clip_vision.encoder_of(clip_vision)
             neg_embed = unconditional_features(adapter, encoder, pos_embed, rules)
         options = EncodeOptions(per_latent=self.UNFOLD, rules=rules)
         prompt = prompt_from_features(adapter, pos_embed, neg_embed, options)

@@ -127,7 +127,7 @@ def face_analyzer(pipeline: Pipeline) -> FaceAnalyzer:
     )
 
 
-def vision(pipeline: Pipeline) -> host.clip_vision.ClipVisionEncoder:
+def vision(pipeline: Pipeline) -> ImageEncoder:
     """The image encoder. Raises InvalidInputError where none is connected."""
     if pipeline.clip_vision is None:
         spec = pipeline.adapter.weights.spec
@@ -135,4 +135,4 @@ def vision(pipeline: Pipeline) -> host.clip_vision.ClipVisionEncoder:
             f"{pipeline.adapter.weights.name} needs an image encoder ({spec.encoder}): connect Load CLIP Vision to "
             "clip_vision, or load everything with an IPAdapter Unified Loader"
         )
-    return host.clip_vision.ClipVisionEncoder(pipeline.clip_vision)
+    return host.clip_vision.encoder_of(pipeline.clip_vision)

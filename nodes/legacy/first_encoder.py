@@ -34,7 +34,7 @@ def encode_first(
     if clip_vision is None:
         raise InvalidInputError("IPAdapter Encoder has pictures and no clip_vision: connect Load CLIP Vision")
     rules = rules_for(compatibility, v1=True)
-    encoder = host.clip_vision.ClipVisionEncoder(clip_vision)
+    encoder = host.clip_vision.encoder_of(clip_vision)
     given = [(image_1, weight_1), (image_2, weight_2), (image_3, weight_3), (image_4, weight_4)]
     pictures = [(host.frontend.resized_like(image, image_1), weight) for image, weight in given if image is not None]
     images = torch.cat([image for image, _ in pictures])

@@ -17,6 +17,7 @@ from host.comfy_server import ComfyServer, ExecutionFailed, GraphRejected, Node
 from host.steering import APPLY, Steering
 from host.tiny_adapters import VISION_HIDDEN, VISION_TOKENS, adapter_tensors, build_adapter, build_prompt
 from ipadapter_core.attention.presets import PRESETS
+from tiny_towers import pe_core
 
 SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE", "IMAGE_PROMPT_FACE_MODEL"}
 HOST_TYPES = {"MODEL", "CLIP", "CLIP_VISION", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
@@ -42,6 +43,7 @@ OUTPUTS = {
     "ImagePromptLoRAExtract": (["STRING"], ["path"]),
     "ImagePromptTrain": (["IMAGE_PROMPT_ADAPTER", "IMAGE", "IMAGE"], ["adapter", "loss_plot", "samples"]),
     "ImagePromptTrainLoRA": (["STRING", "IMAGE", "IMAGE"], ["path", "loss_plot", "samples"]),
+    "ImagePromptLoadEncoder": (["CLIP_VISION"], ["clip_vision"]),
 }
 OUTPUT_NODES = {
     "ImagePromptInspect",
@@ -73,6 +75,34 @@ def test_every_node_is_there(server: ComfyServer) -> None:
         assert info["category"] == ("image prompt/lora" if "LoRA" in name else "image prompt")
         assert info["description"]
         assert info["output_node"] == (name in OUTPUT_NODES)
+
+
+def test_load_image_encoder_reads_what_comfyui_cannot(
+    make: Callable[..., Steering], tmp_path: Path, server: ComfyServer
+) -> None:
+    """A PE-Core, which then is the wrong encoder for a plus adapter, also beside the right one's place; and no encoder at all."""
+    pe_core(tmp_path / "pe.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "none.safetensors")
+    s = make()
+    names = {
+        name: server.add_model("clip_vision", tmp_path / f"{name}.safetensors", f"{name}_{tmp_path.name}.safetensors")
+        for name in ("pe", "none")
+    }
+    loaded = s.graph.add("ImagePromptLoadEncoder", file=names["pe"])
+    s.sample(s.apply(s.model, s.adapter(), s.encode(s.adapter(), s.photo(), clip_vision_2=loaded)))
+    server.run(s.graph)
+    wrong = make()
+    loaded = wrong.graph.add("ImagePromptLoadEncoder", file=names["pe"])
+    wrong.sample(
+        wrong.apply(wrong.model, wrong.adapter(), wrong.encode(wrong.adapter(), wrong.photo(), clip_vision=loaded))
+    )
+    with pytest.raises(ExecutionFailed, match=r"hidden states of width 32.*PE-Core"):
+        server.run(wrong.graph)
+    none = make()
+    loaded = none.graph.add("ImagePromptLoadEncoder", file=names["none"])
+    none.sample(none.apply(none.model, none.adapter(), none.encode(none.adapter(), none.photo(), clip_vision=loaded)))
+    with pytest.raises(ExecutionFailed, match="is no image encoder"):
+        server.run(none.graph)
 
 
 def test_every_input_explains_itself(server: ComfyServer) -> None:

@@ -4,6 +4,8 @@ import torch
 
 from .model_patcher import ModelPatcher
 
+class Output: ...
+
 class ClipVisionModel:
     model: Any
     patcher: ModelPatcher
@@ -12,4 +14,7 @@ class ClipVisionModel:
     image_mean: list[float]
     image_std: list[float]
 
+def clip_preprocess(
+    image: torch.Tensor, size: int, mean: list[float], std: list[float], crop: bool = True
+) -> torch.Tensor: ...
 def load(ckpt_path: str) -> ClipVisionModel | None: ...
