@@ -19,7 +19,6 @@ LEFT_OUT = {
 
 def spec_facts(spec: AdapterSpec) -> dict[str, object]:
     """The facts of an adapter as plain values, for JSON."""
-    files = ENCODERS[spec.encoder].files if spec.encoder in ENCODERS else ()
     return {
         "family": spec.family,
         "base_model": spec.base_model,
@@ -27,10 +26,14 @@ def spec_facts(spec: AdapterSpec) -> dict[str, object]:
         "token_dim": spec.token_dim,
         "layers": len(spec.layer_channels),
         "encoder": spec.encoder,
-        "encoder_files": list(files),
+        "encoders": list(spec.encoders),
+        "encoder_files": [file for files in _files(spec).values() for file in files],
         "feature": spec.feature,
         "feature_dim": spec.feature_dim,
         "unconditional": spec.unconditional,
+        "lora_layers": spec.lora_layers,
+        "released": list(spec.format.released),
+        "advice": spec.format.advice,
         **dict(spec.options),
         "left_out": dict(spec.left_out),
     }
@@ -38,23 +41,42 @@ def spec_facts(spec: AdapterSpec) -> dict[str, object]:
 
 def describe_spec(spec: AdapterSpec, name: str) -> str:
     """A few lines on what the file is and which encoder and base model it needs."""
-    files = ENCODERS[spec.encoder].files if spec.encoder in ENCODERS else ()
-    tokens = spec.num_tokens or "as many as the encoder gives"
+    reach, layers = spec.format.reach, len(spec.layer_channels)
+    sizes = (
+        f"{layers} cross-attentions, text width {spec.token_dim}"
+        if reach.query == "projected"
+        else f"{layers} layers, image tokens {spec.token_dim} wide"
+    )
+    tokens = str(spec.num_tokens or "as many as the encoder gives")
     lines = [
         one_line(name),
         f"  family         {spec.format.label}",
-        f"  base model     {spec.base_model} ({len(spec.layer_channels)} cross-attentions, text width {spec.token_dim})",
-        f"  image tokens   {tokens}",
+        f"  base model     {spec.base_model} ({sizes})",
+        f"  image tokens   {tokens}{', made anew at every step' if reach.timed else ''}",
         f"  image encoder  {spec.encoder}: {spec.feature}, {spec.feature_dim} wide",
         f"  unconditional  {spec.unconditional.replace('_', ' ')}",
     ]
-    if files:
-        lines.append(f"  encoder files  {', '.join(files)}")
+    for encoder, files in _files(spec).items():
+        which = f"{encoder}: " if len(spec.encoders) > 1 else ""
+        lines.append(f"  encoder files  {which}{', '.join(files)}")
+    if spec.lora_layers:
+        lines.append(
+            f"  LoRA inside    for {spec.lora_layers} layers of the model; the node Apply Face LoRA applies it"
+        )
+    if spec.format.advice:
+        lines.append(f"  strength       {spec.format.advice}")
+    if spec.format.released:
+        lines.append(f"  released as    {'; '.join(spec.format.released)}")
     for group, count in spec.left_out.items():
         lines.append(
             f"  left out       {one_line(group)} ({count} tensors): {LEFT_OUT.get(group, 'no part of an adapter')}"
         )
     return "\n".join(lines)
+
+
+def _files(spec: AdapterSpec) -> dict[str, tuple[str, ...]]:
+    """What people have the encoders as, by their names."""
+    return {name: ENCODERS[name].files for name in spec.encoders if name in ENCODERS}
 
 
 def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence[AdapterPatch] | None) -> str:

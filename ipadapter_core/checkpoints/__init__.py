@@ -203,7 +203,9 @@ def _read(file: TensorFile) -> tuple[AdapterSpec, dict[str, Tensor], dict[str, T
         format = _claim(normalised)
     with _named(file, format):
         state, lora = _lora_apart(normalised.tensors, format)
-        spec = replace(format.parse(replace(file, tensors=state)), left_out=left_out(file.tensors))
+        spec = replace(
+            format.parse(replace(file, tensors=state)), left_out=left_out(file.tensors), lora_layers=len(lora) // 2
+        )
         try:
             module = empty_module(spec, BARE)
         except (RuntimeError, OverflowError, TypeError) as error:

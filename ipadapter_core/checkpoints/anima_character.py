@@ -60,6 +60,7 @@ class AnimaCharacter(AnimaFormat):
         first=0,
         step=1,
     )
+    released = ("ip_adapter-Character_Reference-10.safetensors of LuciferTC/Anima-IP-Adapter",)
     anchor = "blocks.0.ip_k_proj.weight"
     allowed = re.compile(r"(?!)")
     layer_keys = re.compile(rf"{LAYER_KEYS}|{LORA_KEY.pattern}")
@@ -146,12 +147,12 @@ class AnimaCharacter(AnimaFormat):
                 )
 
     def loadable_lora(self, lora: StateDict, spec: AdapterSpec) -> dict[str, Tensor]:
-        """PEFT's keys; a file that says another alpha than its rank has it multiplied in."""
+        """ComfyUI's keys; a file that says another alpha than its rank has it multiplied in."""
         named: dict[str, Tensor] = {}
         for key, tensor in lora.items():
             if key.endswith(".lora_B.weight") and "lora_alpha" in spec.options:
                 tensor = tensor * (spec.options["lora_alpha"] / tensor.shape[1])
-            named[key.removeprefix("lora.")] = tensor
+            named[key.replace("lora.base_model.model.", "diffusion_model.")] = tensor
         return named
 
     def is_cross_attention(self, key: str) -> bool:

@@ -34,6 +34,7 @@ class AnimaPE(AnimaFormat):
     unconditional = "same"
     framing = "shapes"
     keys = Keys("", {"to_k_ip": "to_k_ip.{}", "to_v_ip": "to_v_ip.{}", "ip_gate": "ip_gate.{}"}, first=0, step=1)
+    released = ("anima_ip_adapter_quality_20260610.safetensors of l2dnjsrud",)
     anchor = "resampler.queries"
     allowed = re.compile(
         r"ip_centroid|resampler\.(queries|(kv_proj|out_norm|out)\.(weight|bias)"

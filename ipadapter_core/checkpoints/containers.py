@@ -106,7 +106,9 @@ OTHER_FILES: tuple[tuple[Test, str, str], ...] = (
         "Load it with a LoRA loader",
     ),
     (
-        _matches(r"controlnet_cond_embedding\.|^control_model\.|input_hint_block\.|controlnet_down_blocks\."),
+        _matches(
+            r"controlnet_cond_embedding\.|^control_model\.|input_hint_block\.|controlnet_(down_|single_)?blocks\."
+        ),
         "a ControlNet",
         "Load it with a ControlNet loader",
     ),
@@ -122,7 +124,10 @@ OTHER_FILES: tuple[tuple[Test, str, str], ...] = (
     ),
     (_matches(r"text_model\.(embeddings|encoder)\.|^shared\.weight$"), "a text encoder", _NO_ADAPTER),
     (
-        _matches(r"^(input_blocks|down_blocks|double_blocks|transformer_blocks|joint_blocks)\.[0-9]+\.|^unet\."),
+        _matches(
+            r"^(input_blocks|down_blocks|(double_|single_|joint_|(single_)?transformer_)blocks)\.[0-9]+\.|^unet\.|"
+            r"^(net\.)?blocks\.[0-9]+\.(self_attn|cross_attn|mlp|adaln_)"
+        ),
         "a diffusion model (UNet or transformer)",
         "Load it as the model that the adapter is applied to. " + _NO_ADAPTER,
     ),

@@ -57,6 +57,8 @@ class AdapterSpec:
     options: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
     left_out: Mapping[str, int] = field(default_factory=dict[str, int], hash=False, compare=False)
     """Groups of the file that are not part of an adapter and stay unused, with their numbers of tensors."""
+    lora_layers: int = field(default=0, compare=False)
+    """How many layers of the base model a LoRA inside the file changes."""
 
     @property
     def family(self) -> str:
@@ -137,6 +139,8 @@ class Format(ABC):
     """The encoder of all its files, where the feature's width does not tell it."""
     strength: ClassVar[float] = 1.0
     """What people begin with."""
+    released: ClassVar[tuple[str, ...]] = ()
+    """Files of it that people have, and where from."""
     advice: ClassVar[str] = ""
     """Strengths and settings that people use, in a sentence or two; nothing for those that everybody knows."""
     trains: ClassVar[bool] = False

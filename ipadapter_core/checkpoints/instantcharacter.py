@@ -35,6 +35,7 @@ class InstantCharacter(FluxFormat):
     unconditional = "same"
     framing = "subject"
     keys = numbered("to_k_ip", "to_v_ip", "norm_ip_q", "norm_ip_k")
+    released = ("instantcharacter_ip-adapter.bin from https://huggingface.co/tencent/InstantCharacter",)
     anchor = "proj_cross_layer.fc1.weight"
     allowed = re.compile(
         rf"cross_(layer|scale)_blocks\.{NUMBER}\.({BLOCK_KEYS})|proj(_cross_(layer|scale))?\.fc[12]\.(weight|bias)"

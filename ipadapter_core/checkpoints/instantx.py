@@ -45,6 +45,7 @@ class InstantX(InstantXLayers):
     name = "instantx"
     label = "InstantX' FLUX adapter (pooled SigLIP vector, all blocks)"
     feature = POOLED
+    released = ("ip-adapter.bin from https://huggingface.co/InstantX/FLUX.1-dev-IP-Adapter",)
     anchor = "proj.2.weight"
     allowed = re.compile(r"proj\.[02]\.(weight|bias)|norm\.(weight|bias)")
 

@@ -33,6 +33,7 @@ class SD35(Format):
     unconditional = "zero_embeds"
     framing = "stretch"
     keys = numbered("to_k_ip", "to_v_ip", "norm_ip", "norm_q", "norm_k", "norm_ip_k")
+    released = ("ip-adapter.bin from https://huggingface.co/InstantX/SD3.5-Large-IP-Adapter",)
     anchor = "time_embedding.linear_1.weight"
     allowed = re.compile(TIMED_KEYS)
     layer_keys = re.compile(

@@ -38,6 +38,10 @@ class XLabs(FluxFormat):
     )
     reach = Reach(sites_in("double"), query="normed", join="residual")
     strength = 0.7
+    released = tuple(
+        f"ip_adapter.safetensors from https://huggingface.co/XLabs-AI/flux-ip-adapter{version}"
+        for version in ("", "-v2")
+    )
     advice = (
         "0.5 to 0.9, ending at 0.5 to 1 of the steps. v1 (4 tokens) obeys the picture little at cfg 1: it wants true CFG of 2 to 4; "
         "v2 (16 tokens) works best at cfg 1"
@@ -59,6 +63,7 @@ class XLabs(FluxFormat):
 class Converted(XLabs):
     name = "xlabs-diffusers"
     label = "XLabs' FLUX adapter, v1 (4 tokens) or v2 (16 tokens), in diffusers' keys"
+    released = ("diffusers' saves of XLabs' files",)
     keys = numbered("to_k_ip", "to_v_ip")
     layer_keys = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_[kv]_ip\.(weight|bias)")
 

@@ -17,7 +17,9 @@ from .peft_config import PEFT_ROOT, PeftConfig, path_of
 from .update import Update
 from .weights import LeftOut
 
-NOT_LORA = re.compile(r"^(?:image_proj\.|ip_adapter\.|proj\.)|\.to_[kv]_ip\.weight$|^\d+\.")
+NOT_LORA = re.compile(
+    r"^(?:image_proj\.|ip_adapter\.|proj\.)|\.to_[kv]_ip\.weight$|^\d+\.|^blocks\.\d+\.(?:ip_[kv]_proj|adaln_ip)\."
+)
 """Keys of an image adapter around an embedded LoRA."""
 
 UNKNOWN = "keys of nothing known"

@@ -53,8 +53,8 @@ PREFIXES: tuple[Prefix, ...] = (
 )
 """None begins with another, so that their order decides one thing: the first one in a file names its key format."""
 
-_WRAPPERS = ("base_model.model.", "module.")
-"""What PEFT and distributed training put in front of a model's names."""
+_WRAPPERS = ("base_model.model.", "module.", "lora.base_model.model.")
+"""What PEFT and distributed training put in front of a model's names, and the Anima adapter in front of PEFT's."""
 
 _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, FSDP and checkpointing put before the name of any part they wrap."""
@@ -97,7 +97,8 @@ def _unwrapped(stem: str) -> str:
         if wrapped in stem:
             stem = stem.replace(f"{wrapped}.", "").replace(f"{wrapped}_", "")
     while stem.startswith(_WRAPPERS):
-        stem = stem.removeprefix(_WRAPPERS[0]).removeprefix(_WRAPPERS[1])
+        for wrapper in _WRAPPERS:
+            stem = stem.removeprefix(wrapper)
     return stem
 
 
@@ -112,6 +113,7 @@ _OMI = ("clip_l.", "clip_g.", "t5.", "bundle_emb.")
 _OMI_PARTS = (".qkv.0.", ".linear1.0.", ".attn.qkv.1.")
 _FIRST_SIGNS = (
     ("ip_adapter.", "inside an IP-Adapter file"),
+    ("lora.base_model.model.", "inside an IP-Adapter file"),
     ("_lora1.down", "XLabs"),
     (".processor.qkv_lora.", "XLabs"),
     (".processor.", "diffusers attention processors (old)"),

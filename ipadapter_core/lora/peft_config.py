@@ -18,7 +18,7 @@ from ..narrowing import is_list
 from .name_patterns import NamePatterns, full_match
 from .names import part_and_path
 
-PEFT_ROOT = re.compile(r"^(?:module\.)?(?:(?:unet|transformer|text_encoder(?:_[23])?)\.)?base_model\.model\.")
+PEFT_ROOT = re.compile(r"^(?:module\.|lora\.)?(?:(?:unet|transformer|text_encoder(?:_[23])?)\.)?base_model\.model\.")
 """What PEFT's names begin with."""
 
 # part of a key → PEFT's method that has such tensors

@@ -48,21 +48,25 @@ class LoadedLoRA:
     weights: LoRAWeights
 
 
-def apply_face(model: Any, adapter: ManagedAdapter, strength: float) -> tuple[Any, str]:
-    """The model with the LoRA inside a FaceID adapter's file, by ComfyUI's own loader, and what was placed.
+def apply_inside(
+    model: Any, adapter: ManagedAdapter, strength: float, *, cross_attention: bool = False
+) -> tuple[Any, str]:
+    """The model with the LoRA inside an adapter's file, by ComfyUI's own loader, and what was placed.
+
+    ``cross_attention``: only what of it acts on the attention to the text.
 
     Raises InvalidInputError for an adapter without one, IncompatibleAdapterError where it would act in part only.
     """
     weights = adapter.weights
     if not weights.lora:
         raise InvalidInputError(
-            f"{weights.name} ({weights.spec.family}) carries no LoRA; FaceID's .bin files do, portrait and Kolors ones have "
-            "none and need none. Remove this node, or load the adapter's *_lora.safetensors with LoRA Strength"
+            f"{weights.name} ({weights.spec.family}) carries no LoRA; FaceID's .bin files and Anima's Character Reference do, "
+            "others have none and need none. Remove this node, or load the adapter's *_lora.safetensors with LoRA Strength"
         )
     if strength == 0:
         return model, "strength 0: the model is as it was"
     check_adapter(weights, comfy_layout(model))
-    lora = weights.loadable_lora()
+    lora = weights.loadable_lora(cross_attention=cross_attention)
     matched = backend.place(load_lora(lora, name=weights.name), model)  # refuses what the host would leave out unsaid
     return apply_by_host(model, lora, strength), "\n".join((matched.summary(), *matched.report()))
 

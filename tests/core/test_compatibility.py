@@ -21,7 +21,7 @@ from ipadapter_core.attention.masks import RegionMask
 from ipadapter_core.attention.presets import parse_layers
 from ipadapter_core.attention.schedule import SCALINGS, WeightSchedule
 from ipadapter_core.bake import bake
-from ipadapter_core.compatibility import CORRECT, IPADAPTER_PLUS, IPADAPTER_PLUS_V1, Rules, rules_for
+from ipadapter_core.compatibility import CORRECT, IPADAPTER_FLUX, IPADAPTER_PLUS, IPADAPTER_PLUS_V1, Rules, rules_for
 from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.images.preprocess import preprocess, preprocess_as_host
 from ipadapter_core.images.tiles import split_tiles
@@ -36,11 +36,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def test_the_switch_has_two_positions_and_the_old_one_differs_in_every_rule() -> None:
+def test_the_switch_has_three_positions_and_an_old_one_differs_in_every_rule() -> None:
     assert rules_for("correct") is CORRECT
     assert rules_for("IPAdapter_plus") is IPADAPTER_PLUS
     assert rules_for("IPAdapter_plus", v1=True) is IPADAPTER_PLUS_V1
-    assert all(getattr(IPADAPTER_PLUS, f.name) != getattr(CORRECT, f.name) for f in fields(Rules))
+    assert rules_for("IPAdapter-Flux") is rules_for("IPAdapter-Flux", v1=True) is IPADAPTER_FLUX
+    old = (IPADAPTER_PLUS, IPADAPTER_FLUX)
+    assert {f.name for f in fields(Rules) if any(getattr(rules, f.name) != f.default for rules in old)} == {
+        f.name for f in fields(Rules)
+    }
+    assert replace(IPADAPTER_FLUX, normed_values=False) == CORRECT  # nothing of UNets differs
     with pytest.raises(InvalidInputError, match="choose one of: correct, IPAdapter_plus"):
         rules_for("plus")
 

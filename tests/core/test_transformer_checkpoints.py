@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ipadapter_core.checkpoints import FORMATS, claimants, describe_adapter, load_adapter, projectors, save_adapter
+from ipadapter_core.checkpoints import claimants, describe_adapter, load_adapter, projectors, save_adapter
 from ipadapter_core.compatibility import rules_for
+from ipadapter_core.errors import UnknownFormatError
+from ipadapter_core.features import ENCODERS
 from ipadapter_core.files.state_dict import TensorFile
-from tiny import adapter_shapes, tiny_state
+from ipadapter_core.lora import load_lora
+from ipadapter_core.report import describe_spec, spec_facts
+from tiny import TRANSFORMERS, adapter_shapes, tiny_state
 
 # rounding of a few float32 layers whose results are of unit size
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -83,8 +88,123 @@ def test_published_files_by_their_shapes(name: str) -> None:
     assert adapter.module.checkpoint_state().keys() | adapter.lora.keys() == state.keys()
 
 
-def test_a_family_of_transformers_says_what_strength_is_usual() -> None:
-    assert all(format.advice for format in FORMATS if format.reach.query != "projected")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_people_read_of_a_file(name: str) -> None:
+    """The family, its base, every encoder with its files, the usual strength, where it is from, and a LoRA inside."""
+    family, sizes, _, base_model, _, encoder = PUBLISHED[name]
+    spec = describe_adapter(described(family, **sizes))
+    text, facts = describe_spec(spec, "a.bin"), spec_facts(spec)
+    assert spec.format.advice
+    assert spec.format.released or family == "instantx-resampler"  # forks of InstantX', nowhere by a lasting name
+    for words in (spec.format.label, f"base model     {base_model} (", spec.format.advice, *spec.format.released):
+        assert words in text
+    assert spec.encoders == tuple(encoder.split(" + ")) == tuple(facts["encoders"])  # pyright: ignore[reportArgumentType]
+    assert all(file in text for known in spec.encoders for file in ENCODERS[known].files)
+    assert ("280 layers of the model" in text) == (family == "anima-character") == (facts["lora_layers"] == 280)
+    assert ("made anew at every step" in text) == (family in ("sd3.5", "instantcharacter"))
+    json.dumps(facts)
+
+
+LOOK_ALIKES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "a LoRA of Flux (kohya)": ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 3072)}, "a LoRA"),
+    "a LoRA of Flux (XLabs)": ({"double_blocks.0.processor.qkv_lora1.down.weight": (4, 3072)}, "a LoRA"),
+    "a LoRA of Flux (PEFT)": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)}, "a LoRA"),
+    "a LoRA of SD3.5": ({"transformer.transformer_blocks.0.attn.to_k.lora_B.weight": (2432, 4)}, "a LoRA"),
+    "a LoRA of Anima (PEFT)": (
+        {f"base_model.model.blocks.0.cross_attn.q_proj.lora_{side}.weight": (32, 2048) for side in "AB"},
+        "a LoRA",
+    ),
+    "a LoRA of Anima": ({"diffusion_model.blocks.0.cross_attn.q_proj.lora_A.weight": (32, 2048)}, "a LoRA"),
+    "Flux": ({"double_blocks.0.img_attn.qkv.weight": (9216, 3072), "single_blocks.0.linear1.weight": (21504, 3072)}, "model"),
+    "Flux, diffusers": ({"single_transformer_blocks.0.attn.to_q.weight": (3072, 3072)}, "model"),
+    "SD3.5": ({"joint_blocks.0.x_block.attn.qkv.weight": (7296, 2432)}, "model"),
+    "Anima": ({"net.blocks.0.cross_attn.q_proj.weight": (2048, 2048), "net.llm_adapter.embed.weight": (9, 9)}, "model"),
+    "Anima, bare": ({"blocks.0.cross_attn.q_proj.weight": (2048, 2048), "blocks.0.mlp.layer1.weight": (8192, 2048)}, "model"),
+    "a Flux ControlNet": ({"controlnet_blocks.0.weight": (3072, 3072), "transformer_blocks.0.attn.to_q.weight": (1, 1)}, "ControlNet"),
+    "SigLIP": ({"vision_model.embeddings.patch_embedding.weight": (1152, 3, 14, 14), "vision_model.head.probe": (1, 1, 1152)}, "encoder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOOK_ALIKES)
+def test_look_alikes_are_no_adapters(kind: str) -> None:
+    shapes, word = LOOK_ALIKES[kind]
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert claimants(TensorFile(state)) == []
+    with pytest.raises(UnknownFormatError, match=f"looks like a.*{word}"):
+        describe_adapter(state)
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_adapters_are_no_loras(family: str) -> None:
+    """Only what is a LoRA of a file is read as one: that of Anima's Character Reference, with none of its layers."""
+    state = tiny_state(family, channels=(8, 8), lora_rank=2)
+    if family != "anima-character":
+        with pytest.raises(UnknownFormatError, match="has no LoRA in it"):
+            load_lora(state)
+        return
+    lora = load_lora(state)
+    assert lora.key_format == "inside an IP-Adapter file"
+    assert lora.left_out == ()
+    names = {module.name for module in lora.modules}
+    assert len(names) == 20
+    inside = load_adapter(state)
+    assert names == {module.name for module in load_lora(inside.loadable_lora()).modules}
+    cross = {module.name for module in load_lora(inside.loadable_lora(cross_attention=True)).modules}
+    assert cross == {name for name in names if "cross_attn" in name}
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ("shared_ip_k_proj.expand.weight", "projections that all blocks share"),
+        ("shared_ip_q_proj.weight", "projections that all blocks share"),
+        ("ip_self_attn.qkv.weight", "an attention of the image tokens to themselves"),
+        ("siglip_norm.weight", "a norm of the encoder's tokens"),
+        ("siglip_compressor.queries", "a compressor of the encoder's tokens"),
+        ("null_tokens", "learned tokens for no image"),
+        ("lora.base_model.model.blocks.0.cross_attn.q_proj.lora_A.default.weight", "PEFT's key for an adapter's name"),
+    ],
+)
+def test_unpublished_variants_of_anima_character_are_named(extra: str, told: str) -> None:
+    state = {**tiny_state("anima-character", channels=(8, 8), lora_rank=2), extra: torch.ones(2, 2)}
+    with pytest.raises(UnknownFormatError, match=rf"anima-character but has .*{told}, which no published file has"):
+        load_adapter(state)
+
+
+@pytest.mark.parametrize("name", ["ip_norm_keys", "ip_inject_before_mlp"])
+def test_what_metadata_says_of_anima_character_counts(name: str, tmp_path: Path) -> None:
+    state = tiny_state("anima-character", channels=(8, 8), lora_rank=2)
+    save_file(state, tmp_path / "a.safetensors", {name: "False", "lora_alpha": "2"})
+    plain = load_adapter(tmp_path / "a.safetensors").loadable_lora()
+    save_file(state, tmp_path / "a.safetensors", {name: "False", "lora_alpha": "4"})
+    doubled = load_adapter(tmp_path / "a.safetensors").loadable_lora()
+    for key, tensor in plain.items():
+        assert torch.equal(doubled[key], 2 * tensor if ".lora_B." in key else tensor)
+    save_file(state, tmp_path / "a.safetensors", {name: "True"})
+    with pytest.raises(UnknownFormatError, match="which no published file has"):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(("layout", "name"), [("flat", "a.safetensors"), ("nested", "a.bin")])
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_round_trip(tmp_path: Path, family: str, layout: str, name: str) -> None:
+    """Every number under its own key, without a copy while it is loaded; twice, the second time from what was written."""
+    state = tiny_state(family, channels=(8, 8), lora_rank=2)
+    adapter = load_adapter(state)
+    for _ in range(2):
+        held = {**adapter.module.checkpoint_state(), **adapter.lora}
+        assert held.keys() == state.keys()
+        assert all(torch.equal(held[key], state[key]) for key in state)
+        path = save_adapter(adapter, tmp_path / name, layout=layout)  # pyright: ignore[reportArgumentType]
+        again = load_adapter(path)
+        assert again.spec == adapter.spec == describe_adapter(path)
+        assert again.spec.lora_layers == len(adapter.lora) // 2
+        adapter = again
+    assert all(
+        load_adapter(state).module.checkpoint_state()[key].data_ptr() == state[key].data_ptr()
+        for key in held
+        if "lora" not in key
+    )
 
 
 # --- tokens, keys and values -----------------------------------------------------------------------------------------
