@@ -237,10 +237,12 @@ def _with_note(model_options: HostDict, note: object) -> HostDict:
 
 
 def _area(area: Sequence[object] | None, latent: tuple[int, int]) -> Area | None:
+    """The host's four numbers of a picture, or six with frames in front of each three: sizes, then places."""
     sides = [side for side in area or () if isinstance(side, int)]
-    if area is None or len(area) != 4 or len(sides) != 4:
+    if area is None or len(area) != len(sides) or len(sides) not in (4, 6):
         return None
-    height, width, top, left = sides
+    axes = len(sides) // 2
+    height, width, top, left = *sides[axes - 2 : axes], *sides[-2:]
     return min(height, latent[0] - top), min(width, latent[1] - left), top, left
 
 
