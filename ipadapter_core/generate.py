@@ -48,6 +48,13 @@ def load_image_encoder(
     return load_encoder(model, subfolder="image_encoder")
 
 
+def load_image_encoders(
+    model: str | Path, encoders: Sequence[str | Path], adapter: AdapterWeights
+) -> list[TransformersImageEncoder | TowerEncoder]:
+    """The encoders in ``encoders``, or the one that lies in the model folder, as load_image_encoder() has it."""
+    return [load_image_encoder(model, encoder, adapter) for encoder in encoders or (None,)]
+
+
 def read_image(path: str | Path) -> Tensor:
     """A picture file as ``1 y x 3|4`` in 0..1, upright (EXIF); alpha is kept.
 
@@ -64,7 +71,7 @@ def read_mask(path: str | Path) -> RegionMask:
 def prepare_patch(
     pipeline: Any,
     adapter: AdapterWeights,
-    encoder: ImageEncoder,
+    encoder: ImageEncoder | Sequence[ImageEncoder],
     images: Sequence[Tensor],
     options: EncodeOptions | None = None,
     schedule: WeightSchedule | None = None,

@@ -120,8 +120,9 @@ def _add_generate(commands: Commands) -> None:
     p.add_argument(
         "--image-encoder",
         type=file_argument,
-        default=None,
-        help="folder or file of the image encoder; default: in the model folder",
+        nargs="+",
+        default=[],
+        help="folder or file of the image encoder, two for an adapter that reads two; default: in the model folder",
     )
     p.add_argument("--image", type=file_argument, nargs="+", default=[], help="reference image(s)")
     p.add_argument("--image-strengths", default="", help="strength of each reference, such as '1,0.5'")
@@ -244,7 +245,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from ..generate import (
         generate,
         grid_of,
-        load_image_encoder,
+        load_image_encoders,
         prepare_patch,
         read_image,
         read_mask,
@@ -287,10 +288,10 @@ def run_generate(args: argparse.Namespace) -> None:
             raise InvalidInputError("--image needs --adapter with an IP-Adapter file for this model")
         adapter = load_adapter(file, name=Path(file).name, dtype=dtype)
         plan = schedule if args.strength is not None else replace(schedule, strength=adapter.spec.format.strength)
-        encoder = load_image_encoder(config_folder(args.model, args.config), args.image_encoder, adapter)
-        adapter.module.to(args.device)
-        encoder.model.to(args.device)
-        return prepare_patch(pipeline, adapter, encoder, images, options, plan, mask)
+        encoders = load_image_encoders(config_folder(args.model, args.config), args.image_encoder, adapter)
+        for part in (adapter.module, *(encoder.model for encoder in encoders)):
+            part.to(args.device)
+        return prepare_patch(pipeline, adapter, encoders, images, options, plan, mask)
 
     patches = [steered_by(adapter_file)] if images else []
     steps, guidance = usual_sampling(pipeline)

@@ -19,12 +19,12 @@ from torch import Tensor
 from ..checkpoints import AdapterWeights
 from ..compatibility import CORRECT, Rules
 from ..errors import CorruptFileError, IncompatibleEncoderError, InvalidInputError, one_line, quoted
-from ..features import ENCODERS, FEATURES, ImageEncoder
+from ..features import FEATURES, ImageEncoder
 from ..files.state_dict import LONGEST_NAME
 from .embeds import MOST_REFERENCES, SavedEmbeds, load_embeds, save_embeds
 from .encode import ENCODED_RULES, negative_branch, unconditional_features
 from .image_prompt import ImagePrompt, NegativeBranch, project_features
-from .needs import check_encoder
+from .needs import check_encoder, files_of
 
 UNNAMED = "saved embeds"
 """The encoder's name where a file of another tool tells none."""
@@ -80,7 +80,9 @@ def load_prompt(
     name, saved, spec = one_line(Path(path).name, LONGEST_NAME), load_embeds(path), adapter.spec
     embeds = saved.embeds.float()
     _check_feature(name, saved, adapter)
-    if encoder is not None:
+    if (
+        encoder is not None and not spec.format.feature.looks
+    ):  # of several encoders one is no use here, and none is needed
         check_encoder(spec, encoder)
     latents = len(embeds) if per_latent else int(_number(name, saved, "latents", 1, 1, MOST_REFERENCES))
     if len(embeds) % latents:
@@ -130,11 +132,11 @@ def _check_feature(name: str, saved: SavedEmbeds, adapter: AdapterWeights) -> No
         else ""
     )
     what = FEATURES[held].what if held in FEATURES else "embeds"
-    files = f" ({', or '.join(ENCODERS[spec.encoder].files)})" if spec.encoder in ENCODERS else ""
+    known = "; and ".join(filter(None, map(files_of, spec.encoders)))
     raise IncompatibleEncoderError(
         f"{name} holds {what} of shape {tuple(embeds.shape)}{made}; {adapter.name} is a {spec.family} adapter, which reads "
         f"{wanted.what}, {spec.feature_dim} wide: load it with an adapter of the kind that it was made for, or encode the "
-        f"references for this one, with the encoder {spec.encoder}{files}"
+        f"references for this one, with {known or f'the encoder {spec.encoder}'}"
     )
 
 

@@ -15,8 +15,9 @@ from torch.testing import assert_close
 
 from ipadapter_core.checkpoints import AdapterWeights, load_adapter
 from ipadapter_core.checkpoints.plus import Plus
-from ipadapter_core.errors import IncompatibleEncoderError
+from ipadapter_core.errors import IncompatibleEncoderError, InvalidInputError
 from ipadapter_core.features import CHARACTER, ENCODERS, PENULTIMATE, EncoderSpec, Feature, Look
+from ipadapter_core.generate import load_image_encoders
 from ipadapter_core.images.encoder import TowerEncoder, load_image_encoder
 from ipadapter_core.images.packed import PackedEncoder
 from ipadapter_core.images.preprocess import preprocess
@@ -143,7 +144,9 @@ def test_what_is_said_of_prompts_holds_for_two_encoders(
     weak = tokens_of(ours, encoders, images[:1], strengths=[0.5])
     assert_close(weak.features, each[0].features * 0.5, **TOLERANCE)
     assert_close(weak.uncond, weak.cond, **exact)
-    saved = load_prompt(save_prompt(tmp_path / "a.safetensors", weak), ours)
+    path = save_prompt(tmp_path / "a.safetensors", weak)
+    assert_close(load_prompt(path, ours, encoders[0]).cond, weak.cond, **TOLERANCE)  # one that happens to be connected
+    saved = load_prompt(path, ours)
     assert_close(saved.cond, weak.cond, **TOLERANCE)
     assert saved.negative_branch == "same"
     black, grey = (tokens_of(ours, encoders, images[:1], unconditional=rule) for rule in ("black", "zero_pixels"))
@@ -157,6 +160,16 @@ def test_a_missing_encoder_is_named_with_its_file(encoders: tuple[TowerEncoder, 
         encode_image_prompt(ours, encoders[0], photos(1))
     with pytest.raises(IncompatibleEncoderError, match=r"SigLIP.*and DINOv2.*sigclip_vision_patch14_384"):
         encoder_for(ours.spec, [SimpleNamespace(name="ViT-H", hidden_size=1280, projection_dim=1024)])  # pyright: ignore[reportArgumentType]
+
+
+def test_both_are_loaded_for_headless_use(tmp_path: Path) -> None:
+    siglip(tmp_path / "siglip")
+    dinov2(tmp_path / "dino")
+    ours = load_adapter(tiny_state("plus"))
+    files = [tmp_path / "dino" / "model.safetensors", tmp_path / "siglip"]
+    assert [encoder.hidden_size for encoder in load_image_encoders(tmp_path, files, ours)] == [64, 32]
+    with pytest.raises(InvalidInputError, match="--image-encoder"):
+        load_image_encoders(tmp_path, [], ours)
 
 
 def test_an_adapter_of_one_encoder_takes_the_one_that_fits(encoders: tuple[TowerEncoder, TowerEncoder]) -> None:
