@@ -240,9 +240,10 @@ class Hooks:
         self._users: dict[int, int] = {}
 
     @contextmanager
-    def on(self, model: nn.Module) -> Generator[None]:
-        """``with hooks.on(unet): …``; the hooks' names are paths in the model."""
-        places = [(vars(model.get_submodule(path))[kind], key, hook) for path, kind, key, hook in self._hooks]
+    def on(self, model: nn.Module, find: Callable[[str], nn.Module] | None = None) -> Generator[None]:
+        """``with hooks.on(unet): …``; the hooks' names are paths in the model, or what ``find`` makes of them."""
+        find = find or model.get_submodule
+        places = [(vars(find(path))[kind], key, hook) for path, kind, key, hook in self._hooks]
         with self._lock:
             users = self._users[id(model)] = self._users.get(id(model), 0) + 1
             if users == 1:

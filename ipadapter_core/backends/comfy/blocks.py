@@ -72,7 +72,7 @@ class Kind(Protocol):
     def entry(self, site: Site) -> Entry: ...
 
     def texts(self, layout: ModelLayout) -> Iterable[tuple[str, Callable[[Any], int]]]:
-        """Modules whose output tells how many tokens of text there are, where blocks have text and picture in one sequence."""
+        """Blocks whose output tells how many tokens of text there are, where others have text and picture in one sequence."""
         ...
 
     def refusal(self, layout: ModelLayout, reach: Reach) -> str:
@@ -80,6 +80,8 @@ class Kind(Protocol):
         ...
 
 
+JOINS = ("attention", "residual")
+"""Of a ``Reach``, in the order in which a block comes to them."""
 Group = tuple[Reach, tuple[AdapterPatch, ...]]
 """Adapters that ask and join alike."""
 
@@ -95,8 +97,9 @@ class Run:
     """Tokens of text in front of the picture's, where both are one sequence."""
     site: int = -1
     heard: dict[int, Heard] = field(default_factory=dict[int, Heard])
-    """Of this site alone: what others told is let go."""
+    """Of this site alone, until all of it is heard; what others told is let go."""
     sites: dict[Reach, SiteCall] = field(default_factory=dict[Reach, SiteCall])
+    """Of this site alone, from then on until the last join."""
 
     def picture(self, tokens: int) -> int:
         """How many of this many tokens are the picture's own; reference pictures follow them."""
@@ -171,25 +174,49 @@ def acting_inside(model: nn.Module, call: ModelCall, prompts: Sequence[BlockProm
             groups.setdefault((index, patch.reach.join), {}).setdefault(patch.reach, []).append(patch)
     acting = {place: tuple((r, tuple(p)) for r, p in of.items()) for place, of in groups.items()}
     before, model = _RUNNING.run, uncompiled(model)
-    _RUNNING.run = Run(call, prompts[0].patch.layout, acting)
+    layout, kind = prompts[0].patch.layout, prompts[0].of
+    _RUNNING.run = Run(call, layout, acting)
     try:
-        with _hooks(model, prompts[0], frozenset(acting)).on(model):
+        with _hooks(model, layout, kind, frozenset(acting)).on(model, find_modules(model, layout, kind).__getitem__):
             yield
     finally:
         _RUNNING.run = before
+
+
+Modules = dict[str, nn.Module]
+"""By path."""
+_MODULES: WeakKeyDictionary[nn.Module, Modules] = WeakKeyDictionary()
+"""By model, as they were last found: packs that skip blocks put others in the lists of blocks for the time of a call."""
+
+
+def find_modules(model: nn.Module, layout: ModelLayout, kind: Kind) -> Modules:
+    """The modules of every site of a model, remembered."""
+    model = uncompiled(model)
+    known = _MODULES.setdefault(model, {})
+    for entry in map(kind.entry, layout.sites):
+        paths = (*entry.heard, entry.projection, entry.block)
+        try:  # all of a block or none: another's block has the path, but not what is inside
+            known |= {path: model.get_submodule(path) for path in paths}
+        except AttributeError:
+            missing = [path for path in paths if path not in known]
+            if missing:
+                raise IncompatibleAdapterError(
+                    f"{type(model).__name__} has no {missing[0]}, where an image prompt should act; another node has changed its "
+                    "blocks: apply the image prompt in front of that node"
+                ) from None
+    return known
 
 
 _HOOKS: WeakKeyDictionary[nn.Module, dict[frozenset[tuple[int, str]], Hooks]] = WeakKeyDictionary()
 """By model and by what acts where; always the same hooks, so that what is compiled for them serves the next call."""
 
 
-def _hooks(model: nn.Module, prompt: BlockPrompt, places: frozenset[tuple[int, str]]) -> Hooks:
+def _hooks(model: nn.Module, layout: ModelLayout, kind: Kind, places: frozenset[tuple[int, str]]) -> Hooks:
     known = _HOOKS.setdefault(model, {})
     found = known.get(places)
     if found is None:
         after: list[tuple[str, Callable[..., object]]] = []
         before: list[tuple[str, Callable[..., object]]] = []
-        layout, kind = prompt.patch.layout, prompt.of
         for index in sorted({index for index, _ in places}):
             hook = _SiteHook(index, layout, kind.entry(layout.sites[index]))
             after += [(path, partial(hook.hear, i)) for i, path in enumerate(hook.entry.heard)]
@@ -228,6 +255,11 @@ class _SiteHook:
         if run.site != self.index or number in run.heard:
             run.site, run.heard, run.sites = self.index, {}, {}
         run.heard[number] = heard
+        if len(run.heard) == len(self.entry.heard):
+            told, run.heard = [run.heard[i] for i in range(len(run.heard))], {}  # before the block's MLP takes memory
+            for join in JOINS:
+                for reach, _ in run.acting.get((self.index, join), ()):
+                    run.sites[reach] = self.entry.site(told, reach, run)
 
     def extend(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """In front of the projection."""
@@ -255,15 +287,12 @@ class _SiteHook:
         return output
 
     def _adding(self, run: Run, reach: Reach, patches: Sequence[AdapterPatch]) -> Add:
-        if run.site != self.index or len(run.heard) != len(self.entry.heard):
+        at = run.sites.pop(reach, None) if run.site == self.index else None
+        if at is None:
             raise IncompatibleAdapterError(
                 f"an image prompt cannot act in {self.layout.label(self.layout.sites[self.index])} of {self.layout.name}: another "
                 f"node runs this block without {' and '.join(self.entry.heard)}; remove that node or the image prompt"
             )
-        at = run.sites.get(reach)
-        if at is None:
-            heard = [run.heard[number] for number in range(len(run.heard))]
-            at = run.sites[reach] = self.entry.site(heard, reach, run)
 
         def add(base: Tensor) -> Tensor:
             for patch in patches:

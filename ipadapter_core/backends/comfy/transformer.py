@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from ...attention.patch import AdapterPatch
 from ...errors import IncompatibleAdapterError
-from .blocks import PATCHES, BlockPrompt, Kind, prompts_in
-from .notes import Attention, PatcherLike
+from .blocks import PATCHES, BlockPrompt, Kind, find_modules, prompts_in
+from .notes import Attention, PatcherLike, denoiser
 
 
 class TransformerDoor:
@@ -23,6 +23,7 @@ class TransformerDoor:
                 f"{patch.name!r} acts on {refusal}, which {patch.layout.name} lacks; load an adapter made for this model"
             )
         if any(map(patch.active, range(len(patch.layout.sites)))):
+            find_modules(denoiser(clone), patch.layout, self.of)
             clone.set_model_patch(BlockPrompt(patch, self.of), PATCHES)
 
     def installed(self, model: PatcherLike) -> Iterator[AdapterPatch]:
