@@ -33,26 +33,28 @@ from .models import family_of, layout_of
 from .prompt.encode import encode_image_prompt
 from .prompt.options import EncodeOptions
 
-
-def load_image_encoder(
-    model: str | Path, encoder: str | Path | None, adapter: AdapterWeights
-) -> TransformersImageEncoder | TowerEncoder:
-    """The encoder in ``encoder``, or the one that lies in the model folder; checked against the adapter's needs later."""
-    if encoder is not None:
-        return load_encoder(encoder)
-    if not (Path(model) / "image_encoder" / "config.json").is_file():
-        raise InvalidInputError(
-            f"{model} has no image_encoder folder; pass --image-encoder with the one {adapter.name!r} was trained with "
-            f"({adapter.spec.encoder}, {adapter.spec.feature_dim} wide {adapter.spec.feature})"
-        )
-    return load_encoder(model, subfolder="image_encoder")
+Encoder = TransformersImageEncoder | TowerEncoder
+"""An image encoder that was read from files."""
 
 
 def load_image_encoders(
     model: str | Path, encoders: Sequence[str | Path], adapter: AdapterWeights
-) -> list[TransformersImageEncoder | TowerEncoder]:
-    """The encoders in ``encoders``, or the one that lies in the model folder, as load_image_encoder() has it."""
-    return [load_image_encoder(model, encoder, adapter) for encoder in encoders or (None,)]
+) -> tuple[Encoder, ...]:
+    """The encoders in these folders or files, or those that lie in the model folder; checked against the adapter's needs later."""
+    if encoders:
+        return tuple(map(load_encoder, encoders))
+    inside = [name for name in ("image_encoder", "image_encoder_2") if (Path(model) / name / "config.json").is_file()]
+    if not inside:
+        raise InvalidInputError(
+            f"{model} has no image_encoder folder; pass --image-encoder with the one {adapter.name!r} was trained with "
+            f"({adapter.spec.encoder}, {adapter.spec.feature_dim} wide {adapter.spec.feature})"
+        )
+    return tuple(load_encoder(model, subfolder=name) for name in inside)
+
+
+def load_image_encoder(model: str | Path, encoder: str | Path | None, adapter: AdapterWeights) -> Encoder:
+    """Like ``load_image_encoders``, for an adapter that reads one."""
+    return load_image_encoders(model, () if encoder is None else (encoder,), adapter)[0]
 
 
 def read_image(path: str | Path) -> Tensor:

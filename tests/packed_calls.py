@@ -8,6 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from ipadapter_core.backends.calls import uncompiled
 from tiny_flux import TEXT_DIM
 from tiny_models import noise
 
@@ -25,7 +26,7 @@ X, PROMPT = noise(BATCH, ROWS * COLUMNS, 16, seed=3), noise(BATCH, TEXT, TEXT_DI
 
 def call(model: Any, x: Tensor = X, text: Tensor = PROMPT, t: float = 0.5, ids: Tensor | None = None, **more: Any) -> Tensor:  # fmt: skip
     """One call as pipelines make it; ``t`` is sigma."""
-    if isinstance(model, FluxTransformer2DModel):
+    if isinstance(uncompiled(model), FluxTransformer2DModel):
         more |= {"pooled_projections": noise(1, 24, seed=5).expand(len(x), -1), "guidance": torch.full((len(x),), 3.5)}
     with torch.set_grad_enabled(x.requires_grad):
         return model(

@@ -54,7 +54,7 @@ def call_packed(model: Any, x: Tensor, timestep: Tensor, text: Tensor, *, kept: 
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1], ids[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)
     more: dict[str, Any] = {}
-    if isinstance(model, FluxTransformer2DModel):
+    if isinstance(getattr(model, "_orig_mod", model), FluxTransformer2DModel):
         more = {"pooled_projections": torch.zeros(len(x), 24), "guidance": torch.full((len(x),), 3.5)}
     out = model(
         hidden_states=F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),

@@ -316,7 +316,8 @@ def run_generate(args: argparse.Namespace) -> None:
             progress=progress,
         )
     facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "run"}
-    facts |= {"image": [str(path) for path in args.image], "adapter": str(adapter_file), "guidance": guidance}
+    facts |= {name: [str(path) for path in getattr(args, name)] for name in ("image", "image_encoder")}
+    facts |= {"adapter": str(adapter_file), "guidance": guidance}
     facts |= {"steps": steps, "strength": patches[0].schedule.strength if patches else args.strength}
     files: list[str] = []
     for seed, picture in zip(seeds, pictures, strict=True):

@@ -25,8 +25,22 @@ from ipadapter_core.backends.comfy.notes import note_call
 from ipadapter_core.backends.diffusers import doors as images
 from ipadapter_core.backends.diffusers import lora as loras
 from ipadapter_core.lora.patch import LoRAPatch, masked
+from tiny_flux import call_packed, diffusers_flux
 from tiny_loras import tiny_lora
-from tiny_models import TOKEN_DIM, Guider, conditioning, noise, tiny_adapter, tiny_host, tiny_prompt, tiny_unet
+from tiny_models import (
+    TOKEN_DIM,
+    AtEverySite,
+    BehindDoubleBlocks,
+    Guider,
+    TimedWithOwnKeys,
+    conditioning,
+    noise,
+    tiny_adapter,
+    tiny_host,
+    tiny_prompt,
+    tiny_unet,
+)
+from tiny_sd3 import call_sd3, diffusers_sd3
 
 CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 2e-5}  # aot_eager decomposes operations; outputs of size 1
 
@@ -421,3 +435,43 @@ def test_a_hook_is_found_in_any_slot_of_the_host() -> None:
         "patches": {"double_block": [len, Hook(3)]},
     }
     assert note_call(Executor(), torch.zeros(1, 4, 8, 8), transformer_options=options) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(("kind", "way"), [("Flux", "wrapped"), ("Flux", "blocks"), ("SD3", "blocks")])
+def test_a_transformer_of_diffusers(kind: str, way: str) -> None:
+    """Behind the block, before the output projection of both kinds of blocks, and joined with own keys at every timestep."""
+    if kind == "SD3":
+        model, form = diffusers_sd3(num_layers=1), TimedWithOwnKeys()
+    else:
+        form = BehindDoubleBlocks() if way == "wrapped" else AtEverySite()
+        model = diffusers_flux(num_layers=1, num_single_layers=1)
+    plain = copy.deepcopy(model)
+    if way == "wrapped":
+        run: Any = torch.compile(model, backend="eager")
+    else:
+        run = model
+        for block in (*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())):
+            block.compile(backend="eager")
+
+    def same(weigh: float | None = None) -> Tensor:
+        for handle in handles if weigh is not None else ():
+            handle.set_schedule(WeightSchedule(weigh))
+        x, text = noise(2, 4, 6, 10, seed=3), noise(2, 7, TOKEN_DIM, seed=4)
+        with torch.no_grad():
+            calls = call_sd3 if kind == "SD3" else call_packed
+            expected, got = (calls(m, x, torch.tensor(500.0), text) for m in (plain, run))
+        assert_close(got, expected, **CLOSE)
+        return expected
+
+    layout = layout_of(plain)
+    adapter = tiny_adapter(layout, channels=tuple(layout.sites[i].channels for i in form.reach.sites(layout)))
+    adapter = replace(adapter, spec=replace(adapter.spec, format=form))
+    patch = bake(adapter, tiny_prompt(adapter), layout)
+    without = same()
+    with images.apply(run, patch) as ours, images.apply(plain, patch) as theirs:
+        handles = ours, theirs
+        assert (same() - without).abs().max() > 0.01
+        assert torch.equal(same(0.0), without)
+        if way == "wrapped":
+            same(0.5)
+    assert torch.equal(same(), without)

@@ -155,6 +155,30 @@ def test_pictures_of_one_prompt_are_drawn_together(flux: Path, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.glob("seed*")) == ["seed-000004.png", "seed-000005.png"]
 
 
+def test_of_several_encoders_the_adapters_own_is_used(flux: Path, tmp_path: Path, capsys: Any) -> None:
+    wide = CLIPVisionConfig(hidden_size=32, projection_dim=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
+    seeded(6, lambda: CLIPVisionModelWithProjection(wide)).save_pretrained(tmp_path / "other")
+    image = ["--adapter", str(flux / "adapter.safetensors"), "--image", str(flux / "a.png"), "--steps", "1"]
+    encoders = [str(tmp_path / "other"), str(flux / "image_encoder")]
+    assert run(flux, tmp_path / "one", *image) == 0
+    assert run(flux, tmp_path / "two", *image, "--image-encoder", *encoders) == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "one"), pixels(tmp_path / "two"))
+    state = tiny_state(
+        "instantcharacter",
+        token_dim=TEXT_DIM,
+        channels=(WIDTH,) * 5,
+        num_tokens=5,
+        feature_dim=128,
+        hidden_dim=64,
+        inner_dim=64,
+    )
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "character.safetensors")
+    capsys.readouterr()
+    image[1] = str(tmp_path / "character.safetensors")
+    assert run(flux, tmp_path / "none", *image, "--image-encoder", *encoders) == 1
+    assert "reads the hidden states of 2 image encoders at once" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", ["beside", "config"])
 def test_a_file_without_configs_says_what_is_needed(flux: Path, tmp_path: Path, where: str) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "alone.safetensors")
