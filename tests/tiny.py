@@ -268,6 +268,9 @@ def nested(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The same tensors as a released .bin holds them: {"image_proj": {…}, "ip_adapter": {…}}."""
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        group, rest = key.split(".", 1)
-        groups.setdefault(group, {})[rest] = tensor
+        group, _, rest = key.partition(".")
+        if rest:
+            groups.setdefault(group, {})[rest] = tensor
+        else:
+            groups[group] = tensor  # pyright: ignore[reportArgumentType]
     return groups

@@ -12,6 +12,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..errors import IncompatibleEncoderError
 from ..features import CHARACTER
 from ..files.state_dict import StateDict, TensorFile
 from ..models.reach import Reach, every
@@ -71,6 +72,15 @@ class InstantCharacter(FluxFormat):
     def layers(self, spec: AdapterSpec, operations: Operations) -> Mapping[str, nn.Module]:
         own = {name: weights(spec, spec.options["head_dim"], "scale") for name in ("norm_ip_q", "norm_ip_k")}
         return {**linear_layers(spec, operations, bias=True), **own}
+
+    def tokens(self, projector: nn.Module, features: Tensor, face_scale: float) -> Tensor:
+        parts = CrossLayerCrossScaleProjector.PARTS
+        if features.shape[1] % parts or not features.shape[1]:
+            raise IncompatibleEncoderError(
+                f"the feature has {features.shape[1]} tokens, a multiple of {parts} was expected (a picture, three layers of it and "
+                "four parts of a larger one): encode the picture again with this adapter and both of its encoders"
+            )
+        return projector(features)
 
     def tokens_at(self, projector: nn.Module, constant: Tensor, timestep: float) -> Tensor:
         return cast(CrossLayerCrossScaleProjector, projector).at(constant, timestep)

@@ -12,6 +12,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..errors import CorruptFileError
 from ..features import PENULTIMATE
 from ..files.state_dict import StateDict, TensorFile
 from ..models.reach import Reach, sites_in
@@ -96,7 +97,11 @@ def resampler_sizes(state: StateDict, group: str) -> dict[str, int]:
     _, queries, hidden_dim = shape_of(state, f"{group}latents", rank=3)
     inner_dim, _ = shape_of(state, f"{group}layers.0.0.to_q.weight", rank=2)
     ff_dim, _ = shape_of(state, f"{group}layers.0.1.1.weight", rank=2)
-    _, time_dim = shape_of(state, f"{group}time_embedding.linear_1.weight", rank=2)
+    _, time_dim = shape_of(state, waves := f"{group}time_embedding.linear_1.weight", rank=2)
+    if time_dim % 2:
+        raise CorruptFileError(
+            f"'{waves}' takes {time_dim} sines and cosines of the timestep, an even number was expected: the file is damaged."
+        )
     return {
         "queries": queries, "depth": resampler_depth(state, group), "hidden_dim": hidden_dim,
         "inner_dim": inner_dim, "ff_dim": ff_dim, "time_dim": time_dim,

@@ -190,6 +190,7 @@ class CrossLayerCrossScaleProjector(nn.Module):
     """
 
     LOW, SHALLOW, HIGH = 1, 3, 4
+    PARTS = LOW + SHALLOW + HIGH
 
     def __init__(
         self,
@@ -231,7 +232,7 @@ class CrossLayerCrossScaleProjector(nn.Module):
         )
 
     def forward(self, packed: Tensor) -> Tensor:
-        unit = packed.shape[1] // (self.LOW + self.SHALLOW + self.HIGH)
+        unit = packed.shape[1] // self.PARTS
         low, shallow, high = packed.split((self.LOW * unit, self.SHALLOW * unit, self.HIGH * unit), dim=1)
         across_layers, across_scales = low, low
         for block in self.cross_layer_blocks:

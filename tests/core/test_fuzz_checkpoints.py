@@ -18,9 +18,9 @@ from torch import Tensor
 from ipadapter_core.checkpoints import AdapterWeights, describe_adapter, load_adapter, trainable_families
 from ipadapter_core.checkpoints.format import AdapterSpec
 from ipadapter_core.errors import AdapterError
-from tiny import adapter_shapes, nested, tiny_state
+from tiny import TRANSFORMERS, adapter_shapes, nested, tiny_state
 
-FAMILIES = trainable_families()
+FAMILIES = (*trainable_families(), *TRANSFORMERS)
 SIZES = {"depth": 1, "channels": (4, 4), "hidden_dim": 8, "inner_dim": 8, "token_dim": 6, "feature_dim": 5}
 quick = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
