@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from typing import Any
@@ -124,7 +124,7 @@ def tiny_adapter(layout: ModelLayout, family: str = "base", *, seed: int = 0, **
 
 def tiny_prompt(adapter: AdapterWeights, *, seed: int = 0, latents: int = 1, tokens: int = 5) -> ImagePrompt:
     """A prompt of random features, its unconditional made of zeros; ``tokens`` is what an encoder gives besides embeds."""
-    shape = (latents, FEATURE_DIM) if adapter.spec.feature == "image_embeds" else (latents, tokens, FEATURE_DIM)
+    shape = (latents, FEATURE_DIM) if adapter.spec.format.feature.rank == 2 else (latents, tokens, FEATURE_DIM)
     features = noise(*shape, seed=100 + seed)
     with torch.no_grad():
         cond, uncond = adapter.tokens(features), adapter.tokens(torch.zeros_like(features))
@@ -527,13 +527,14 @@ class Tiny:
     It pads sizes that its patches do not divide, as the hosts' own models do. ComfyUI's is called
     ``(x, timesteps, context, transformer_options=)``, diffusers' ``(x, timestep, text)``, or as ``call`` does with the model
     before them. ``format`` is the family of adapters that acts in it, None for the first, which acts on the projected query at
-    every site.
+    every site. ``families`` are those whose files people have for it, with sizes that the model asks for.
     """
 
     comfy: Callable[[], nn.Module]
     diffusers: Callable[[], nn.Module]
     format: Format | None = None
     call: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None
+    families: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
 
 
 class AtEverySite(Base):
@@ -582,11 +583,15 @@ def no_such_model() -> nn.Module:
 
 
 HEAD_WIDTH = tiny_sd3.WIDTH // tiny_sd3.HEADS
+FLUX_FAMILIES: Mapping[str, Mapping[str, int]] = {"xlabs": {}, "instantx": {}, "instantcharacter": {}}
+ANIMA_FAMILIES = {"anima-character": {"token_dim": FEATURE_DIM, "hidden_dim": tiny_anima.WIDTH}, "anima-pe": {}}
 TINY: dict[Walk | None, Tiny] = {
     walk_unet: Tiny(lambda: tiny_host().model.diffusion_model, lambda: tiny_unet("small")),
-    walk_flux: Tiny(comfy_flux, diffusers_flux, AtEverySite(), call_packed),
+    walk_flux: Tiny(comfy_flux, diffusers_flux, AtEverySite(), call_packed, FLUX_FAMILIES),
     walk_chroma: Tiny(lambda: comfy_chroma(newer=False), diffusers_chroma, BehindDoubleBlocks(), call_packed),
-    walk_sd3: Tiny(lambda: comfy_sd3(medium=True), lambda: diffusers_sd3(medium=True), TimedWithOwnKeys(), call_sd3),
-    walk_anima: Tiny(tiny_anima.comfy_anima, no_such_model, GatedBehindBlocks()),
+    walk_sd3: Tiny(
+        lambda: comfy_sd3(medium=True), lambda: diffusers_sd3(medium=True), TimedWithOwnKeys(), call_sd3, {"sd3.5": {}}
+    ),
+    walk_anima: Tiny(tiny_anima.comfy_anima, no_such_model, GatedBehindBlocks(), None, ANIMA_FAMILIES),
 }
 """By the walk that finds a model's sites; ``test_invariants`` runs all of them on both hosts."""

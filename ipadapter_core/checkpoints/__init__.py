@@ -87,6 +87,9 @@ FORMATS: tuple[Format, ...] = (
     anima_pe.FORMAT,
 )
 
+TOLD_BY_SHAPES = {"SD1.5", "SD2", "SDXL", "Kolors", "FLUX", "SD3.5", "Anima"}
+"""Base models that metadata cannot claim: an adapter for them has their shapes."""
+
 Layout = Literal["flat", "nested"]
 EXTENSIONS: Mapping[Layout, tuple[str, ...]] = {
     "flat": (".safetensors", ".sft"),
@@ -328,7 +331,7 @@ def _with_hints(spec: AdapterSpec, metadata: Mapping[str, str]) -> AdapterSpec:
     if spec.encoder == "custom" and encoder and not _contradicts(encoder, spec):
         spec = replace(spec, encoder=encoder)
     base_model = one_line(metadata.get("base_model", ""))
-    if spec.base_model.startswith("custom ") and base_model and base_model not in {"SD1.5", "SD2", "SDXL", "Kolors"}:
+    if spec.base_model.startswith("custom ") and base_model and base_model not in TOLD_BY_SHAPES:
         spec = replace(spec, base_model=base_model)
     for known in get_args(TrainedUnconditional):
         if known == metadata.get("unconditional"):

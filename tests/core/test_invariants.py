@@ -20,6 +20,7 @@ from ipadapter_core import AdapterPatch, AdapterWeights, ModelLayout, WeightSche
 from ipadapter_core.attention.schedule import SCALINGS
 from ipadapter_core.backends.comfy import doors as comfy
 from ipadapter_core.backends.diffusers import doors as diffusers
+from ipadapter_core.checkpoints import format_named
 from ipadapter_core.checkpoints.format import Format
 from ipadapter_core.errors import AdapterError, IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.training.frozen import FrozenBase
@@ -45,15 +46,22 @@ Outputs = Mapping[str, Tensor]
 class World:
     """One base model on one host: image prompts applied for one call, and the call's outputs by conditioning."""
 
-    def __init__(self, model: Any, layout: ModelLayout, form: Format | None = None) -> None:
-        self.model, self.layout, self.form = model, layout, form
+    def __init__(
+        self,
+        model: Any,
+        layout: ModelLayout,
+        form: Format | None = None,
+        family: str = "base",
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        self.model, self.layout, self.form, self.family, self.sizes = model, layout, form, family, sizes or {}
         self.made = 0
         """Calls of the adapter's layers."""
 
     def adapter(self, seed: int = 0) -> AdapterWeights:
         reached = () if self.form is None else self.form.reach.sites(self.layout)
         own = {} if self.form is None else {"channels": tuple(self.layout.sites[i].channels for i in reached)}
-        adapter = tiny_adapter(self.layout, seed=seed, **own)
+        adapter = tiny_adapter(self.layout, self.family, seed=seed, **own, **self.sizes)
         if self.form is not None:
             adapter = replace(adapter, spec=replace(adapter.spec, format=self.form))
         for layer in adapter.module.to_k_ip:
@@ -65,7 +73,7 @@ class World:
 
     def patch(self, *, seed: int = 0, mask: Tensor | None = None, latents: int = 1, **schedule: Any) -> AdapterPatch:
         adapter = self.adapter(seed)
-        prompt = tiny_prompt(adapter, seed=seed, latents=latents)
+        prompt = tiny_prompt(adapter, seed=seed, latents=latents, tokens=8)
         return bake(adapter, prompt, self.layout, WeightSchedule(**schedule), mask)
 
     def run(
@@ -133,15 +141,17 @@ def fake_transformer() -> FakeTransformer:
 
 
 def world(name: str) -> World:
-    family, host = name.split(" on ")
+    kind, host = name.split(" on ")
+    family, _, own = kind.partition(" with ")
     tiny = TINY.get(next(base.walk for base in models.BASE_MODELS if base.name == family))
     if tiny is None:
         pytest.fail(f"{family} has a walk and no tiny model; write one and register it in TINY of tests/tiny_models.py")
+    adapters = (format_named(own), own, tiny.families[own]) if own else (tiny.format,)
     if host == "ComfyUI":
         patcher = FakePatcher(HostModel(tiny.comfy()))
-        return ComfyWorld(patcher, comfy.comfy_layout(patcher), tiny.format)
+        return ComfyWorld(patcher, comfy.comfy_layout(patcher), *adapters)
     module = tiny.diffusers()
-    return DiffusersWorld(module, models.layout_of(module), tiny.format)
+    return DiffusersWorld(module, models.layout_of(module), *adapters)
 
 
 WALKED = {base.walk: base.name for base in reversed((*models.BASE_MODELS, FAKE)) if base.walk}
@@ -153,7 +163,14 @@ WORLDS = [
     for host, ways_in in HOSTS.items()
     if walk in ways_in or family == "Fake"
 ]
-"""Every kind of model on the hosts where image prompts can enter it."""
+WORLDS += [
+    f"{WALKED[walk]} with {own} on {host}"
+    for walk, tiny in TINY.items()
+    for own in tiny.families
+    for host, ways_in in HOSTS.items()
+    if walk is not None and walk in ways_in
+]
+"""Every kind of model on the hosts where image prompts can enter it, and every family whose files people have for it."""
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ipadapter_core.checkpoints import claimants, describe_adapter, load_adapter, projectors, save_adapter
+from ipadapter_core.checkpoints import claimants, describe_adapter, format_named, load_adapter, projectors, save_adapter
 from ipadapter_core.compatibility import rules_for
 from ipadapter_core.errors import UnknownFormatError
 from ipadapter_core.features import ENCODERS
@@ -205,6 +205,25 @@ def test_round_trip(tmp_path: Path, family: str, layout: str, name: str) -> None
         for key in held
         if "lora" not in key
     )
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_metadata_cannot_claim_a_base_model_that_shapes_tell(family: str, tmp_path: Path) -> None:
+    for told, expected in (("FLUX", "custom 32"), ("SD3.5", "custom 32"), ("Anima", "custom 32"), ("mine", "mine")):
+        save_file(tiny_state(family, channels=(8, 8)), tmp_path / "a.safetensors", {"base_model": told})
+        assert describe_adapter(tmp_path / "a.safetensors").base_model == expected
+
+
+def test_keys_map_both_ways() -> None:
+    """Every key of every family has one place in the module, and no key that a file could have beside it takes that place."""
+    for family in TRANSFORMERS:
+        keys = format_named(family).keys
+        for key in adapter_shapes(family, channels=(8,) * 12):
+            inside = keys.in_module(key)
+            assert inside is not None
+            assert keys.in_file(inside) == key
+            strange = key.replace(".11.", ".011.")
+            assert strange == key or keys.in_module(strange) != inside
 
 
 # --- tokens, keys and values -----------------------------------------------------------------------------------------
