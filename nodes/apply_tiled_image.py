@@ -23,6 +23,7 @@ from .sockets import (
     per_latent_input,
     region_input,
     schedule_input,
+    second_encoder_input,
     steering_inputs,
 )
 
@@ -58,6 +59,7 @@ class ApplyTiledImageToModel(io.ComfyNode):
                 negative_input(),
                 schedule_input(),
                 compatibility_input(),
+                second_encoder_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -80,12 +82,13 @@ class ApplyTiledImageToModel(io.ComfyNode):
         negative: Tensor | None = None,
         schedule: WeightSchedule | None = None,
         compatibility: str = "correct",
+        clip_vision_2: object | None = None,
         **steering: Any,
     ) -> io.NodeOutput:
         rules = rules_for(compatibility)
         tiles, regions = tiles_in_place(image, mask, sharpening, rules)
         options = EncodeOptions(combine=combine, per_latent=per_latent, rules=rules)
         for tile, region in zip(tiles, regions, strict=True):
-            prompt = host.adapters.encode(adapter, clip_vision, tile, options, negative=negative)
+            prompt = host.adapters.encode(adapter, clip_vision, tile, options, negative=negative, second=clip_vision_2)
             model = host.adapters.steer(model, adapter, prompt, region, schedule, compatibility, **steering)
         return io.NodeOutput(model, torch.cat(tiles), torch.cat(regions))

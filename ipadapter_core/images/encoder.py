@@ -295,8 +295,8 @@ def vision_config(file: Path) -> dict[str, Any]:
     except (CorruptFileError, KeyError) as error:
         seen = ", ".join(sorted({one_line(key.split(".")[0], 20) for key in described.tensors})[:6])
         raise InvalidInputError(
-            f"{described.name} is not one of CLIP's vision towers with transformers' names ({error}; it has {seen}); "
-            f"use {ENCODERS['ViT-H/14'].files[0]}, or a transformers folder"
+            f"{described.name} is not one of CLIP's vision towers with transformers' names, nor a SigLIP, DINOv2 or PE-Core as "
+            f"published ({error}; it has {seen}); use {ENCODERS['ViT-H/14'].files[0]}, or a transformers folder"
         ) from error
     return {
         "model_type": "clip_vision_model", **sizes, "num_attention_heads": heads,

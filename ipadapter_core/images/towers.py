@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ from ..features import HALF, IMAGENET_MEAN, IMAGENET_STD, Rgb
 class TowerKind:
     """A kind of vision transformer: how files name its tensors, and what shapes do not tell.
 
-    ``marks`` are keys that only its files have, below ``prefixes``; ``keys`` lead from a file's key to the module's. ``heads``
+    ``marks`` are keys that only its files have, below ``prefixes``, and ``foreign`` ones that make them another model's;
+    ``keys`` lead from a file's key to the module's. ``heads``
     are those of the published ones by width, and ``per_head`` the width of one head of all others (0: unknown).
     """
 
@@ -44,6 +45,7 @@ class TowerKind:
     resize: str = "bicubic"
     rotary: bool = False
     class_token: bool = True
+    foreign: tuple[str, ...] = ()
 
     def module_key(self, key: str) -> str | None:
         """Where the tensor of a file belongs in the module; None for one that is no part of it."""
@@ -53,10 +55,16 @@ class TowerKind:
                 return match.expand(replacement)
         return None
 
-    def prefix_in(self, keys: Iterable[str]) -> str | None:
+    def prefix_in(self, tensors: Mapping[str, Tensor]) -> str | None:
         """What stands before the names in a file of this kind; None if it is of another."""
-        found = set(keys)
-        return next((p for p in self.prefixes if all(p + mark in found for mark in self.marks)), None)
+        for prefix in self.prefixes:
+            if all(prefix + mark in tensors for mark in self.marks):
+                own = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
+                flat = [
+                    key for key in own if self.module_key(key) == "patches.weight" and tensors[prefix + key].ndim == 2
+                ]
+                return None if flat or not own.isdisjoint(self.foreign) else prefix
+        return None
 
 
 _PARAMETER = r"(weight|bias)"
@@ -105,7 +113,7 @@ DINOV2 = TowerKind(
         (rf"encoder\.layer\.([0-9]+)\.mlp\.weights_out\.{_PARAMETER}", r"blocks.\1.fc2.\2"),
         (rf"layernorm\.{_PARAMETER}", r"norm.\1"),
     ),
-    IMAGENET_MEAN, IMAGENET_STD, 1e-6, "none", {}, per_head=64,
+    IMAGENET_MEAN, IMAGENET_STD, 1e-6, "none", {}, per_head=64, foreign=("embeddings.register_tokens",),
 )  # fmt: skip
 """transformers' modeling_dinov2.py."""
 
@@ -127,6 +135,7 @@ PE_CORE = TowerKind(
         (rf"transformer\.resblocks\.([0-9]+)\.mlp\.c_proj\.{_PARAMETER}", r"blocks.\1.fc2.\2"),
     ),
     HALF, HALF, 1e-5, "none", {384: 6, 768: 12, 1024: 16}, resize="bilinear", rotary=True,
+    foreign=("transformer.resblocks.0.ls_1.gamma",),
 )  # fmt: skip
 """facebookresearch/perception_models, core/vision_encoder/pe.py and rope.py; the published ones with a class token."""
 
@@ -138,11 +147,13 @@ MOST_LAYERS = 100
 ROTARY_BASE = 10_000.0
 
 
-def kind_of(keys: Iterable[str]) -> tuple[TowerKind, str] | None:
-    """The kind of tower that keys of a file belong to, and what stands before their names; None if none of KINDS."""
-    found = list(keys)
+def kind_of(tensors: Mapping[str, Tensor]) -> tuple[TowerKind, str] | None:
+    """The kind of tower that a file's tensors are of, and what stands before their names; None if none of KINDS.
+
+    Patches without a shape of their own are of SigLIP 2's other kind, which takes any number of them.
+    """
     for kind in KINDS:
-        prefix = kind.prefix_in(found)
+        prefix = kind.prefix_in(tensors)
         if prefix is not None:
             return kind, prefix
     return None

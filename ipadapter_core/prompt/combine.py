@@ -61,6 +61,12 @@ def combine_prompts(
             f"the prompts read in the pictures of their faces with strengths {scales}; one prompt has one picture_strength, "
             "encode them with the same"
         )
+    tokens = {prompt.features.shape[2:-1] for prompt in prompts}
+    if len(tokens) > 1:
+        raise InvalidInputError(
+            f"the prompts hold pictures of {' and '.join(str(*shape) for shape in sorted(tokens))} tokens, as {first.encoder} sees pictures "
+            "of different shapes: encode them together, in one node"
+        )
     latents = {len(prompt.features) for prompt in prompts} - {1}
     if len(latents) > 1:
         raise InvalidInputError(

@@ -85,4 +85,7 @@ def _seen_through(look: Look, given: Sequence[ImageEncoder]) -> StateEncoder | N
 def files_of(encoder: str) -> str:
     """A published encoder and the files that people have of it, for messages; empty for another."""
     known = ENCODERS.get(encoder)
-    return "" if known is None else f"{known.name}, which people have as {', or '.join(known.files)}"
+    if known is None:
+        return ""
+    node = "" if known.projection_dim else " (in ComfyUI load it with Load Image Encoder)"
+    return f"{known.name}, which people have as {', or '.join(known.files)}{node}"

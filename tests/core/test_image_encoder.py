@@ -233,7 +233,7 @@ def test_a_mask_cuts_the_subject_out_and_puts_it_on_white() -> None:
 @pytest.mark.parametrize(
     ("shape", "pixels"),
     [((336, 336), (336, 336)), ((100, 50), (476, 238)), ((50, 100), (238, 476)), ((400, 300), (392, 294)), ((300, 440), (280, 406)),
-     ((5, 5000), (238, 476))],
+     ((5, 5000), (238, 476)), ((591, 1000), (280, 406)), ((1000, 591), (406, 280))],
 )  # fmt: skip
 def test_shapes_are_the_nearest_of_pe_cores(shape: tuple[int, int], pixels: tuple[int, int]) -> None:
     encoder = fake_encoder(336, mean=HALF, std=HALF)

@@ -413,6 +413,9 @@ def test_pictures_of_one_prompt_have_as_many_tokens_each() -> None:
     for rule in ("zero_pixels", "black"):
         beside = encode_image_prompt(ours, tower, images[0], unconditional=rule)
         assert beside.uncond_features.shape == beside.features.shape
+    apart = [encode_image_prompt(ours, tower, image) for image in images]
+    with pytest.raises(InvalidInputError, match=r"of 579 and 589 tokens.*in one node"):
+        combine_prompts(ours, apart, combine="concat")
 
 
 def test_crop_reaches_the_encoder() -> None:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from ipadapter_core.errors import CorruptFileError, InvalidInputError
 from ipadapter_core.images.encoder import TowerEncoder, TransformersImageEncoder, load_image_encoder
+from ipadapter_core.images.towers import DINOV2, SIGLIP, TowerKind, VisionTower, kind_of
 from tiny_towers import dinov2, pe_core, pe_reference, siglip
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -201,6 +202,67 @@ def test_a_config_of_another_tower(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     with pytest.raises(CorruptFileError, match="DINOv2"):
         load_image_encoder(tmp_path)
+
+
+LOOK_ALIKES = {
+    "SigLIP 2 for any number of patches": {"patch": torch.zeros(32, 588)},
+    "DINOv2 with registers": {"embeddings.register_tokens": torch.zeros(1, 4, 64)},
+    "a PE with scaled layers": {"transformer.resblocks.0.ls_1.gamma": torch.zeros(384)},
+    "OpenCLIP": {},
+}
+
+
+@pytest.mark.parametrize("case", LOOK_ALIKES)
+def test_look_alikes_are_not_read_as_what_they_are_not(tmp_path: Path, case: str) -> None:
+    if case.startswith("SigLIP"):
+        siglip(tmp_path)
+    elif case.startswith("DINOv2"):
+        dinov2(tmp_path)
+    else:
+        pe_core(tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors") | LOOK_ALIKES[case]
+    if "patch" in state:
+        key = next(key for key in state if key.endswith("patch_embedding.weight"))
+        state[key] = state.pop("patch")
+    if case == "OpenCLIP":
+        state = {f"visual.{key}": t for key, t in state.items() if "attn_pool" not in key}
+    assert kind_of(state) is None
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(InvalidInputError, match="not one of"):
+        load_image_encoder(tmp_path / "other.safetensors")
+
+
+def empty(kind: TowerKind, shapes: dict[str, tuple[int, ...]], layers: int) -> VisionTower:
+    """A published tower without its numbers."""
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in shapes.items()}
+        state |= {f"blocks.{i}.fc1.weight": state["blocks.0.fc1.weight"] for i in range(layers)}
+        width = shapes["patches.weight"][0]
+        return VisionTower(kind, state, kind.heads.get(width) or width // kind.per_head)
+
+
+PUBLISHED = {
+    "SigLIP so400m/14-384": (SIGLIP, 27, 428_225_600, {
+        "patches.weight": (1152, 3, 14, 14), "patches.bias": (1152,), "positions": (729, 1152), "blocks.0.fc1.weight": (4304, 1152),
+        "blocks.0.fc2.weight": (1152, 4304), "head.probe": (1, 1, 1152), "head.fc1.weight": (4304, 1152),
+    }),
+    "SigLIP so400m/14-384 without its head": (SIGLIP, 27, 412_987_248, {
+        "patches.weight": (1152, 3, 14, 14), "patches.bias": (1152,), "positions": (729, 1152), "blocks.0.fc1.weight": (4304, 1152),
+        "blocks.0.fc2.weight": (1152, 4304),
+    }),
+    "DINOv2 giant/14": (DINOV2, 40, 1_136_480_768 - 1536, {  # of which the mask token has 1536
+        "patches.weight": (1536, 3, 14, 14), "patches.bias": (1536,), "positions": (1370, 1536), "blocks.0.scale1": (1536,),
+        "blocks.0.fc1.weight": (8192, 1536), "blocks.0.fc2.weight": (1536, 4096),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_towers_have_as_many_numbers(name: str) -> None:
+    kind, layers, count, shapes = PUBLISHED[name]
+    tower = empty(kind, shapes, layers)
+    assert sum(weight.numel() for weight in tower.parameters()) == count
+    assert TowerEncoder(tower).name == name.removesuffix(" without its head")
 
 
 def test_what_is_no_encoder(tmp_path: Path) -> None:

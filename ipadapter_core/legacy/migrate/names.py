@@ -139,7 +139,7 @@ class OurNode:
     outputs: Mapping[str, str]
 
 
-_VISION = {"clip_vision": "CLIP_VISION"}
+_VISION, _SECOND = {"clip_vision": "CLIP_VISION"}, {"clip_vision_2": "CLIP_VISION"}
 _REFERENCE = {"image": "IMAGE", "mask": "MASK", "negative": "IMAGE"}
 _SCHEDULE = {"schedule": "IMAGE_PROMPT_SCHEDULE"}
 _PROMPT = {"image_prompt": "IMAGE_PROMPT"}
@@ -153,7 +153,7 @@ OUR_NODES: dict[str, OurNode] = {
     "ImagePromptApplyFaceLoRA": OurNode(_MODEL | _ADAPTER, ("strength",), _MODEL),
     "ImagePromptNoise": OurNode({"image": "IMAGE"}, ("kind", "strength", "blur"), {"image": "IMAGE"}),
     "ImagePromptEncode": OurNode(
-        _ADAPTER | _VISION | _REFERENCE,
+        _ADAPTER | _VISION | _REFERENCE | _SECOND,
         ("crop", "combine", "strengths", "unconditional", "per_latent", "compatibility"),
         _PROMPT,
     ),
@@ -166,7 +166,7 @@ OUR_NODES: dict[str, OurNode] = {
         _MODEL | _ADAPTER | _PROMPT | {"mask": "MASK"} | _SCHEDULE, (*_STEERING, "compatibility"), _MODEL
     ),
     "ImagePromptApplyTiled": OurNode(
-        _MODEL | _ADAPTER | _VISION | _REFERENCE | _SCHEDULE,
+        _MODEL | _ADAPTER | _VISION | _REFERENCE | _SCHEDULE | _SECOND,
         (*_STEERING, "combine", "per_latent", "sharpening", "compatibility"),
         _MODEL | {"tiles": "IMAGE", "masks": "MASK"},
     ),
