@@ -16,6 +16,11 @@ LEFT_OUT = {
     "unless you extract this group and load it as CLIP vision",
 }
 
+UNCONDITIONAL = {
+    "same": ": both branches of guidance see the picture",
+    "off": ": the negative branch of guidance sees no picture",
+}
+
 
 def spec_facts(spec: AdapterSpec) -> dict[str, object]:
     """The facts of an adapter as plain values, for JSON."""
@@ -54,7 +59,7 @@ def describe_spec(spec: AdapterSpec, name: str) -> str:
         f"  base model     {spec.base_model} ({sizes})",
         f"  image tokens   {tokens}{', made anew at every step' if reach.timed else ''}",
         f"  image encoder  {spec.encoder}: {spec.feature}, {spec.feature_dim} wide",
-        f"  unconditional  {spec.unconditional.replace('_', ' ')}",
+        f"  unconditional  {spec.unconditional.replace('_', ' ')}{UNCONDITIONAL.get(spec.unconditional, '')}",
     ]
     for encoder, files in _files(spec).items():
         which = f"{encoder}: " if len(spec.encoders) > 1 else ""
@@ -88,6 +93,12 @@ def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence
     roles, layers = layout.model.roles, adapter.spec.format.reach.sites(layout)
     which = "all of them" if len(layers) == len(layout.sites) else f"{len(layers)} of them"
     lines = [f"{layout.name}: {len(layout.sites)} sites, this adapter fits {which}"]
+    trained = adapter.spec.format.trained_on
+    if trained and layout.name not in trained:
+        lines.append(
+            f"  experimental: it was trained for {' and '.join(sorted(trained))}, and for {layout.name} nobody has trained one: "
+            "other strengths than the usual ones may suit it"
+        )
     header = f"  {'site':<12} {'t':>3} {'key':>4} {'channels':>8}  {'role':<12}"
     lines.append(header + "".join(f" {f'prompt {i + 1}':>9}" for i in range(len(patches or ()))))
     for index, site in enumerate(layout.sites):

@@ -17,7 +17,9 @@ def heads_of(channels: int) -> int:
 
 
 class FluxFormat(Format):
-    """A family of adapters for FLUX.1."""
+    """A family of adapters for FLUX.1. They fit Chroma too, for which nobody has trained any."""
+
+    trained_on = frozenset({"Flux"})
 
     def base_model(self, token_dim: int, channels: tuple[int, ...]) -> str:
         return "FLUX" if (token_dim, {*channels}) == (TOKEN_DIM, {CHANNELS}) else f"custom {token_dim}"

@@ -139,6 +139,8 @@ class Format(ABC):
     """The encoder of all its files, where the feature's width does not tell it."""
     strength: ClassVar[float] = 1.0
     """What people begin with."""
+    trained_on: ClassVar[frozenset[str]] = frozenset()
+    """Families of base models that its files were trained for, where they fit others by their shapes too."""
     released: ClassVar[tuple[str, ...]] = ()
     """Files of it that people have, and where from."""
     advice: ClassVar[str] = ""

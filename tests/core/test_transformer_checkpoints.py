@@ -18,14 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from ipadapter_core import models
+from ipadapter_core.bake import check_adapter
 from ipadapter_core.checkpoints import claimants, describe_adapter, format_named, load_adapter, projectors, save_adapter
 from ipadapter_core.compatibility import rules_for
-from ipadapter_core.errors import UnknownFormatError
+from ipadapter_core.errors import IncompatibleAdapterError, UnknownFormatError
 from ipadapter_core.features import ENCODERS
 from ipadapter_core.files.state_dict import TensorFile
 from ipadapter_core.lora import load_lora
-from ipadapter_core.report import describe_spec, spec_facts
+from ipadapter_core.models.sd3 import SD3
+from ipadapter_core.models.sites import ModelLayout, Site
+from ipadapter_core.report import describe_fit, describe_spec, spec_facts
 from tiny import TRANSFORMERS, adapter_shapes, tiny_state
+from tiny_flux import comfy_chroma, comfy_flux
 
 # rounding of a few float32 layers whose results are of unit size
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -103,6 +108,25 @@ def test_what_people_read_of_a_file(name: str) -> None:
     assert ("280 layers of the model" in text) == (family == "anima-character") == (facts["lora_layers"] == 280)
     assert ("made anew at every step" in text) == (family in ("sd3.5", "instantcharacter"))
     json.dumps(facts)
+
+
+@pytest.mark.parametrize("family", ["xlabs", "instantx", "instantcharacter"])
+def test_flux_files_on_chroma_are_experimental(family: str) -> None:
+    for model, told in ((comfy_flux(), False), (comfy_chroma(newer=False), True)):
+        layout = models.layout_of(model)
+        reached = format_named(family).reach.sites(layout)
+        channels = tuple(layout.sites[i].channels for i in reached)
+        adapter = load_adapter(tiny_state(family, channels=channels, token_dim=layout.token_dim))
+        text = describe_fit(adapter, layout, [])
+        assert ("experimental: it was trained for Flux, and for Chroma nobody has trained one" in text) == told
+
+
+def test_sd35_large_on_medium_is_refused_with_both_sizes() -> None:
+    sites = tuple(Site(f"joint_blocks.{i}", "joint", i, 0, i, 1536, 24) for i in range(24))
+    medium = ModelLayout(SD3, 4096, sites)
+    adapter = load_adapter(described("sd3.5", **SD))
+    with pytest.raises(IncompatibleAdapterError, match=r"adapter for SD3\.5 \(38 attention layers.*SD3 \(24 layers"):
+        check_adapter(adapter, medium)
 
 
 LOOK_ALIKES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
