@@ -107,6 +107,7 @@ class FakeEntry:
 
     block: nn.Module
     before: bool = False
+    skipped: bool = False
     bypassed: str = "the block ran without its query"
 
     @classmethod

@@ -294,7 +294,8 @@ def test_sd35_with_fused_projections_says_what_to_do() -> None:
     both = Sd35(0.6)
     both.ours.fuse_qkv_projections()
     with pytest.raises(
-        IncompatibleAdapterError, match=r"did not use norm_q and norm_k and to_v .*unfuse_qkv_projections"
+        IncompatibleAdapterError,
+        match=r"norm_q and norm_k and to_v of the attention did not run: .*unfuse_qkv_projections",
     ):
         both.got(500.0)
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     ChromaImg2ImgPipeline,
     ChromaPipeline,
+    FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
@@ -28,12 +29,14 @@ from torch.testing import assert_close
 import ipadapter_core.backends.diffusers.doors as backend
 from ipadapter_core import bake
 from ipadapter_core.attention.patch import AdapterPatch
-from ipadapter_core.attention.schedule import WeightSchedule
+from ipadapter_core.attention.schedule import WeightSchedule, Window
+from ipadapter_core.backends.diffusers import lora as loras
 from ipadapter_core.backends.diffusers import notes
 from ipadapter_core.backends.diffusers.notes import Beginning, Flow
 from ipadapter_core.backends.diffusers.pipelines import Asked, shift_of
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.models import layout_of
+from tiny_loras import tiny_lora
 from tiny_models import AtEverySite, noise, tiny_adapter, tiny_prompt
 from tiny_pipelines import chroma_pipeline, flux_pipeline, sd3_pipeline
 from tiny_sd3 import call_sd3
@@ -291,6 +294,26 @@ class Scheduler:
 def test_the_shift_is_read_from_the_scheduler(config: dict[str, Any], expected: float) -> None:
     call = Beginning(layout_of(flux_pipeline().transformer).model, (torch.zeros(1, 16, 128, 128), 1.0), {})
     assert shift_of(Scheduler(**config), call) == pytest.approx(expected)
+
+
+def test_a_lora_on_a_pipeline_has_the_same_progress(calls: list[Any]) -> None:
+    """Its window is told the shift too, so a LoRA and an image prompt with one window act in the same steps."""
+    pipeline = flux_pipeline()
+    lora = replace(
+        loras.place(pipeline, tiny_lora(pipeline.transformer, "*")), window=Window(start_percent=0.3, end_percent=0.6)
+    )
+    with loras.apply(pipeline, lora):
+        sample(pipeline, negative=None, steps=4)
+    assert [call.percent() for *_, call in calls] == pytest.approx([0, 0.25, 0.5, 0.75], abs=1e-5)
+
+
+def test_flux_fill_has_other_channels_and_one_pass(calls: list[Any]) -> None:
+    """The masked picture and the mask are channels of the picture's tokens; nothing changes for an image prompt."""
+    pipeline = flux_pipeline(FluxFillPipeline, in_channels=16 + 16 + 16, out_channels=16)
+    with backend.apply_to_pipeline(pipeline, patch_for(pipeline, mask=torch.ones(6, 10))):
+        pictures = {"image": PICTURE, "mask_image": torch.ones(1, 1, HEIGHT, WIDTH)}
+        pipeline("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(1), **pictures, **SIZE)
+    assert [(names, call.latent, call.picture) for _, names, _, call in calls] == 2 * [(("cond",), (6, 10), None)]
 
 
 def test_a_window_acts_at_its_steps() -> None:

@@ -324,8 +324,43 @@ def test_a_processor_that_passes_the_norm_by_is_named() -> None:
             return hidden_states if encoder_hidden_states is None else (attn.to_out[0](hidden_states), encoder_hidden_states)  # fmt: skip
 
     model.set_attn_processor(Bypassing(0, torch.zeros(1), 0.0))
-    with pytest.raises(IncompatibleAdapterError, match=r"transformer_blocks\.0\.attn: .* did not use norm_q"):
+    with pytest.raises(
+        IncompatibleAdapterError, match=r"transformer_blocks\.0\.attn: norm_q of the attention did not run"
+    ):
         run(model, patch)
+
+
+@pytest.mark.parametrize("reach", [XLABS, INSTANTX], ids=["behind the block", "before the projection"])
+def test_a_cache_that_skips_blocks_gives_what_they_gave(reach: Reach) -> None:
+    """The first call computes, the second, of the same noise, none but the first block: its residual holds the image's part."""
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    model = diffusers_flux()
+    patch, cached, ran = baked(model, reach, image_tokens()), copy.deepcopy(model), list[int]()
+    cached.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    cached.single_transformer_blocks[1].norm.register_forward_hook(lambda *_: ran.append(1))
+    with backend.apply(cached, patch), cached.cache_context("cond"):
+        first, second = call(cached), call(cached)
+    assert_close(first, run(model, patch), **TOLERANCE)
+    assert len(ran) == 1, "the second call skipped nothing"
+    if reach is INSTANTX:
+        assert_close(second, first, **TOLERANCE)
+    else:  # the first block is computed again, and the image added behind it
+        assert (second - first).abs().max() < (first - call(model)).abs().max()
+
+
+def test_diffusers_own_adapter_and_ours_are_two_adapters() -> None:
+    tokens = image_tokens(6)
+    theirs, ours = XLabs("Flux", [100]), diffusers_flux()
+    for processor in theirs.model.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [0.7]
+    first, second = (baked(ours, XLABS, tokens, seed=s, strength=f) for s, f in ((100, 0.7), (200, 0.5)))
+    expected = run(ours, first, second)
+    with backend.apply(theirs.model, second):
+        got = call(theirs.model, joint_attention_kwargs={"ip_adapter_image_embeds": [per_member(tokens)]})
+    assert_close(got, expected, **TOLERANCE)
+    assert (got - run(ours, first)).abs().max() > 1e-2
 
 
 def test_adapters_of_unets_are_refused() -> None:

@@ -65,11 +65,17 @@ class TransformerEntry:
 
     @property
     def bypassed(self) -> str:
-        fused = " or has fused projections: call unfuse_qkv_projections()" if self.reach.query == "raw" else ""
+        fused = " it has fused projections (call unfuse_qkv_projections())," if self.reach.query == "raw" else ""
         return (
-            f"the attention processor did not use {' and '.join(self._names())}{fused}; reset it with "
-            "transformer.set_attn_processor(...) of the class that the model came with"
+            f"{' and '.join(self._names())} of the attention did not run:{fused} a cache skipped it (call disable_cache()), or its "
+            "processor passes them by (set the one that the model came with by set_attn_processor())"
         )
+
+    @property
+    def skipped(self) -> bool:
+        """A first block cache gives what a block gave before, the image's part included; its hooks stand before the forward."""
+        registry = self.block.__dict__.get("_diffusers_hook")
+        return self.reach.join == "residual" and bool(getattr(registry, "hooks", None))
 
     def _names(self) -> list[str]:
         """The modules that are listened to."""

@@ -23,6 +23,7 @@ class UNetEntry:
     heads: int
     bypassed: str = "the attention processor did not use attn.to_q; reset it with unet.set_default_attn_processor()"
     before: bool = True
+    skipped: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, layout: ModelLayout, site: Site, reach: Reach) -> UNetEntry:
