@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention.call import UNCOND
-from .attention.kv import Baked, Norms, SiteKV, Timed, TimedTokens
+from .attention.kv import TIMESTEPS_KEPT, Baked, HeldKeys, Norms, SiteKV, Timed, TimedTokens
 from .attention.masks import RegionMask
 from .attention.maths import split_heads
 from .attention.patch import AdapterPatch, resolve_weights
@@ -24,7 +24,7 @@ from .errors import IncompatibleAdapterError
 from .models.sites import ModelLayout
 from .prompt.image_prompt import ImagePrompt
 
-_Baked = WeakKeyDictionary[nn.Module, dict[tuple[ModelLayout, Format], tuple[SiteKV | None, ...]]]
+_Baked = WeakKeyDictionary[nn.Module, dict[tuple[ModelLayout, Format], HeldKeys]]
 
 
 _BAKED: WeakKeyDictionary[ImagePrompt, _Baked] = WeakKeyDictionary()
@@ -67,11 +67,13 @@ def bake(
             prepare()
         read = replace(adapter, spec=replace(adapter.spec, format=form))
         baked[layout, form] = _sites(read, prompt, layout)
-    sites = baked[layout, form]
-    return AdapterPatch(adapter.name, layout, sites, schedule, region, weights, rules, latent_weights, form.reach)
+    held = baked[layout, form]
+    return AdapterPatch(
+        adapter.name, layout, held.sites, schedule, region, weights, rules, latent_weights, form.reach, held
+    )
 
 
-def _sites(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) -> tuple[SiteKV | None, ...]:
+def _sites(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) -> HeldKeys:
     """K and V of every site that the adapter's reach names."""
     weight = next(adapter.module.to_k_ip.parameters())
     seen, silent = _seen(prompt)
@@ -84,7 +86,16 @@ def _sites(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) ->
         sites[index] = (
             project(tokens, None) if timed is None else Timed(timed, project, silent, not reach.block_by_block)
         )
-    return tuple(sites)
+    return HeldKeys(tuple(sites), _transient(adapter, tokens, images) if reach.timed else 0)
+
+
+def _transient(adapter: AdapterWeights, tokens: Tensor, images: int) -> int:
+    """Bytes of tokens, keys and values of the timesteps that are kept; keys and values block by block take one block's."""
+    spec, (branches, latents, _, _) = adapter.spec, tokens.shape
+    rows = branches * latents * images * spec.num_tokens * adapter.dtype.itemsize
+    if spec.format.reach.block_by_block:
+        return rows * (TIMESTEPS_KEPT * spec.token_dim + 2 * max(spec.layer_channels))
+    return rows * TIMESTEPS_KEPT * (spec.token_dim + 2 * sum(spec.layer_channels))
 
 
 def _seen(prompt: ImagePrompt) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -119,7 +130,7 @@ def _project(
     """K and V of one layer for tokens ``r m n d``."""
     branches, spec = tokens.shape[0], adapter.spec
     k, v = (
-        split_heads(t, heads).contiguous().unflatten(0, (branches, -1))
+        nn.Parameter(split_heads(t, heads).contiguous().unflatten(0, (branches, -1)), requires_grad=False)
         for t in adapter.key_value(layer, tokens.flatten(0, 1), timestep)
     )
     form, reach = spec.format, spec.format.reach

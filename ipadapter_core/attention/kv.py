@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..device_cache import DeviceCache
 from .batch import Frames, fit_batch
@@ -44,6 +45,10 @@ class SiteKV(Protocol):
 
     def release(self, device: torch.device) -> None:
         """Forget what lives on other devices than ``device``."""
+        ...
+
+    def forget(self) -> None:
+        """Forget all that can be made again."""
         ...
 
 
@@ -157,6 +162,9 @@ class Baked:
     def release(self, device: torch.device) -> None:
         self._prepared.release(device)
 
+    def forget(self) -> None:
+        self._prepared.release()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TimedTokens:
@@ -174,6 +182,10 @@ class TimedTokens:
         for key, tokens in list(self._kept.items()):
             if tokens.device != device:
                 self._kept.pop(key, None)
+
+    def forget(self) -> None:
+        """Forget all."""
+        self._kept.release()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,3 +222,51 @@ class Timed:
             baked.release(device)
             if baked.k.device != device:
                 self._kept.pop(key, None)
+
+    def forget(self) -> None:
+        """As SiteKV says."""
+        self.tokens.forget()
+        self._kept.release()
+
+
+class HeldKeys(nn.Module):
+    """All that a prompt holds on a device for the sites of a model, as a module that a host's memory manager counts and moves.
+
+    Its parameters are the K and V that are made once; ``transient`` counts the bytes of those that are made for a timestep.
+    """
+
+    def __init__(self, sites: tuple[SiteKV | None, ...], transient: int = 0) -> None:
+        super().__init__()
+        self.sites, self.transient = sites, transient
+        self.register_buffer("where", torch.empty(0), persistent=False)
+        self._kinds: list[weakref.ref[DeviceCache[Any]]] = []
+        for i, site in enumerate(sites):
+            if isinstance(site, Baked):
+                for name, tensor in (("k", site.k), ("v", site.v)):
+                    assert isinstance(tensor, nn.Parameter), "it moves with the module"
+                    self.register_parameter(f"{name}{i}", tensor)
+
+    @property
+    def bytes(self) -> int:
+        """What it takes on a device at most, without arrangements for other types and batches."""
+        return self.transient + sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def watch(self, kinds: DeviceCache[Any]) -> None:
+        """Let what a patch keeps ready go, too, when this moves."""
+        self._kinds = [ref for ref in self._kinds if ref() is not None]
+        self._kinds.append(weakref.ref(kinds))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeldKeys:
+        before = self.get_buffer("where").device
+        super()._apply(fn, recurse)
+        if self.get_buffer("where").device == before:
+            return self
+        for kinds in filter(None, (ref() for ref in self._kinds)):
+            kinds.release()
+        for i, site in enumerate(self.sites):
+            if isinstance(site, Baked):  # the parameters are usually the same, and new ones on some kinds of devices
+                object.__setattr__(site, "k", self.get_parameter(f"k{i}"))
+                object.__setattr__(site, "v", self.get_parameter(f"v{i}"))
+            if site is not None:
+                site.forget()
+        return self

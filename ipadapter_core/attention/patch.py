@@ -15,7 +15,7 @@ from ..models.sites import ModelLayout
 from .adding import adding, on_chunks
 from .batch import Frames, fit_batch
 from .call import COND, UNCOND, Acting, Ready, SiteCall
-from .kv import SiteKV
+from .kv import HeldKeys, SiteKV
 from .masks import RegionMask, inference_mode
 from .maths import Scale, scale_for
 from .presets import OFF, SiteWeight
@@ -66,9 +66,15 @@ class AdapterPatch:
     rules: Rules = CORRECT
     latent_weights: LatentWeights | None = None
     reach: Reach = H94
+    held: HeldKeys | None = None
+    """The keys and values of ``sites`` as what a host's memory manager moves."""
     _kinds: DeviceCache[list[Ready | None]] = field(
         default_factory=lambda: DeviceCache[list[Ready | None]](KINDS), init=False, repr=False
     )
+
+    def __post_init__(self) -> None:
+        if self.held is not None:
+            self.held.watch(self._kinds)
 
     def __deepcopy__(self, memo: dict[int, object]) -> AdapterPatch:
         return self  # frozen: a copied model shares the keys and values

@@ -32,6 +32,7 @@ from ...ipadapter_core import (
     project_by_model,
     rules_for,
 )
+from ...ipadapter_core.attention.kv import HeldKeys
 from ...ipadapter_core.attention.schedule import Scaling
 from ...ipadapter_core.backends.comfy import doors as backend
 from ...ipadapter_core.checkpoints import as_version
@@ -164,7 +165,32 @@ def apply(
     rules = rules or rules_for("correct")
     region = None if mask is None else RegionMask.from_tensor(mask, clamp=not rules.stretched_masks)
     patch = bake(adapter.weights, prompt, layout, schedule, region, prepare=adapter.to_device, rules=rules)
-    return backend.apply(model, patch, attention), patch
+    applied = backend.apply(model, patch, attention)
+    _count(applied, adapter, patch)
+    return applied, patch
+
+
+ADDITIONAL = "image_prompt"
+"""Our key among the models that the host loads with a MODEL."""
+
+
+def _count(model: Any, adapter: ManagedAdapter, patch: AdapterPatch) -> None:
+    """Let the memory manager load with a MODEL what a prompt holds: keys and values, and weights that are used while sampling."""
+    if patch.held is None or not any(map(patch.active, range(len(patch.sites)))):
+        return
+    needed = [_managed(patch.held, model.load_device, model.offload_device)]
+    if patch.reach.resident:
+        needed.append(adapter.patcher)
+    there = model.get_additional_models_with_key(ADDITIONAL)
+    new = [one for one in needed if not any(one.model is other.model for other in there)]
+    model.set_additional_models(ADDITIONAL, [*there, *new])
+
+
+def _managed(held: HeldKeys, load: Any, offload: Any, **settings: Any) -> comfy.model_patcher.ModelPatcher:
+    """What is held, under the memory manager; ``settings`` are what the host passes when it wants another one."""
+    patcher = comfy.model_patcher.ModelPatcher(held, load_device=load, offload_device=offload, size=held.bytes)
+    patcher.cached_patcher_init = (_managed, (held, load, offload))  # for hosts that spread over devices
+    return patcher
 
 
 def steer(

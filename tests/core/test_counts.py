@@ -104,7 +104,9 @@ def test_after_apply_only_keys_and_values_are_held(scaling: str) -> None:
     prompt = tiny_prompt(adapter)
     patch = bake(adapter, prompt, layout, WeightSchedule(scaling=scaling))  # type: ignore[arg-type]
     assert held_bytes(patch) == kv_bytes(patch, prompt)
-    assert reachable(patch)[1] == [], "the patch keeps the adapter's layers alive"
+    assert reachable(patch)[1] == [patch.held], "the patch keeps the adapter's layers alive"
+    assert patch.held is not None
+    assert patch.held.bytes == kv_bytes(patch, prompt), "the host's memory manager counts another number"
     with diffusers_backend.apply(unet, patch):
         call_unet(unet, noise(4, 4, 16, 16), noise(4, 7, layout.token_dim))
         call_unet(unet, noise(2, 4, 8, 8), noise(2, 7, layout.token_dim))

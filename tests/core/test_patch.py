@@ -111,6 +111,27 @@ def test_baked_tensors_die_with_prompt_and_patch(adapter: AdapterWeights, layout
     assert k() is None
 
 
+def test_a_host_moves_keys_and_values_as_one_module(adapter: AdapterWeights, layout: ModelLayout) -> None:
+    """What was arranged and resolved for calls goes when they move, and stays when they do not."""
+    patch = bake(adapter, tiny_prompt(adapter), layout)
+    again = patch.with_schedule(WeightSchedule(0.3))
+    q = noise(2, 9, layout.sites[0].channels)
+    for one in (patch, again):
+        one.add_to(q, 0, call(q, layout, UNCOND, COND))
+    site: Any = patch.sites[0]
+    assert patch.held is again.held is not None
+    bytes = sum(s.k.nbytes + s.v.nbytes for s in patch.sites)
+    assert patch.held.bytes == bytes
+    patch.held.to("cpu")
+    assert site._prepared
+    assert patch._kinds
+    patch.held.to("meta")
+    assert (site.k.device.type, site.v.device.type, patch.held.bytes) == ("meta", "meta", bytes)
+    assert not site._prepared
+    assert not patch._kinds
+    assert not again._kinds, "a changed strength keeps what it resolved by itself"
+
+
 # --- what ------------------------------------------------------------------------------------------------------------
 
 

@@ -129,6 +129,20 @@ def test_only_the_last_two_timesteps_are_kept(layout: ModelLayout) -> None:
     assert len(form.projected) == 5 * SITES
 
 
+def test_what_is_kept_per_timestep_is_counted_before_it_is_made(layout: ModelLayout) -> None:
+    """Two timesteps' tokens, keys and values of both branches; block by block, those of one block."""
+    for form, sites in ((Counted(), 2 * SITES), (BlockByBlock(), 1)):
+        adapter = adapter_of(form, layout)
+        patch = bake(adapter, tiny_prompt(adapter), layout)
+        assert patch.held is not None
+        tokens = 2 * adapter.spec.num_tokens
+        assert patch.held.bytes == 4 * tokens * (2 * WIDTH + sites * 2 * CHANNELS)
+        model_call(patch, 900.0)
+        patch.held.to("meta")
+        model_call(patch, 900.0)
+        assert [timestep for timestep, _ in form.tokens_made] == [900.0, 900.0], "what moves away is made again"
+
+
 def test_block_by_block_keeps_tokens_and_no_keys(layout: ModelLayout) -> None:
     form = BlockByBlock()
     adapter = adapter_of(form, layout)

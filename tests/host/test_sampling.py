@@ -5,6 +5,7 @@ Most tests compare two graphs that must give the same picture by different ways,
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -435,6 +436,18 @@ def test_style_and_composition_presets_differ_on_sdxl(server: ComfyServer, sdxl:
 
 
 # --- stopping, compiling ----------------------------------------------------------------------------------------------
+
+
+def test_the_memory_manager_counts_the_keys_of_every_prompt(scene: Callable[..., Scene]) -> None:
+    """One prompt on the model twice, at two strengths, is held once."""
+    s = scene()
+    other = s.encode(s.loaded, s.graph.add("ImageInvert", image=s.photo()))
+    model = s.apply(s.steered(s.steered(strength=0.3)), s.loaded, other)
+    report = s.graph.add("TestPromptMemory", model=model, after=s.sampled(model))
+    found = json.loads(s.run().text(report)[0])
+    assert len(found["held"]) == 2
+    assert found["counted"] == found["held"]
+    assert min(found["held"]) > 1e4
 
 
 def test_a_stopped_run_leaves_nothing_behind(server: ComfyServer, scene: Callable[..., Scene]) -> None:

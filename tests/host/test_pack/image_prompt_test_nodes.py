@@ -374,6 +374,25 @@ class TestMemory:
         return {"ui": {"text": [json.dumps(numbers | {"after": stack.held_bytes})]}}
 
 
+class TestPromptMemory:
+    """What the memory manager counts for image prompts, for each of them."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ()
+    FUNCTION = "report"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "after": ("LATENT",)}}
+
+    def report(self, model, after):
+        managed = model.get_additional_models_with_key("image_prompt")
+        patchers = [m.model for m in comfy.model_management.current_loaded_models]  # None where one is gone already
+        counted = [sum(p.model_size() for p in patchers if p is not None and p.is_clone(one)) for one in managed]
+        return {"ui": {"text": [json.dumps({"counted": counted, "held": [one.model.bytes for one in managed]})]}}
+
+
 class TestCensus:
     """What is alive in the server's process: memory, tensors, patchers, and every Python object by its class."""
 
@@ -454,6 +473,7 @@ NODES = (
     TestCondBatch,
     TestPartlyLoaded,
     TestMemory,
+    TestPromptMemory,
     TestCensus,
     TestCompile,
     TestSameObject,
