@@ -121,12 +121,10 @@ def encode_features(
     singles = single_images(images)
     masks = single_masks(mask, singles)
     view = view_of(options, framing, singles)
-    pixels = [pixels_of(*one, encoder, options, view) for one in zip(singles, masks, strict=True)]
+    pixels = [pixels_of(*one, encoder, view) for one in zip(singles, masks, strict=True)]
     cut = options.tiles
     if cut > 1:
-        pixels += [
-            pixels_of(tile, None, encoder, options, view) for image in singles for tile in split_tiles(image, cut)
-        ]
+        pixels += [pixels_of(tile, None, encoder, view) for image in singles for tile in split_tiles(image, cut)]
     seen = _encode(encoded, encoder, pixels, options)
     if cut == 1:
         return seen
@@ -232,11 +230,11 @@ def _look(
     view: View,
 ) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
     """What the encoder sees, in one go: every reference's tiles ``t 1 ...``, no image ``1 1 ...``, negatives ``i 1 ...``."""
-    pixels = [pixels_of(*part, encoder, options, view) for reference in parts for part in reference]
+    pixels = [pixels_of(*part, encoder, view) for reference in parts for part in reference]
     count = len(pixels)
     if rule in ENCODED_RULES:
         pixels.append(no_image_pixels(rule, encoder, pixels[0]))
-    pixels += [pixels_of(image, None, encoder, options, view) for image in negatives]
+    pixels += [pixels_of(image, None, encoder, view) for image in negatives]
     seen = _encode(encoded, encoder, pixels, options)[:, None]
     neutral = seen[count : count + 1] if rule in ENCODED_RULES else torch.zeros_like(seen[:1])
     away = seen[-len(negatives) :] if negatives else None

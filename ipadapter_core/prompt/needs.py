@@ -25,6 +25,8 @@ def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
     encoded = spec.format.feature.encoded
     if encoded is None or width_of(encoder, encoded) == spec.feature_dim:
         return
+    if spec.format.feature.looks and not isinstance(encoder, PackedEncoder):
+        encoder_for(spec, encoder)
     adapter = f"this {spec.base_model} {spec.family} adapter reads {WORDS[encoded]} of width {spec.feature_dim}"
     if encoded == "pooled" and encoder.hidden_size == spec.feature_dim:
         raise IncompatibleEncoderError(

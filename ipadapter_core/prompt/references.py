@@ -50,10 +50,12 @@ def negatives_of(negative: Tensor | None, count: int, options: EncodeOptions) ->
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How pictures become an encoder's pixels: ``framing``, and the one shape (y, x) of all where that is not the encoder's square."""
+    """How pictures become an encoder's pixels: ``framing``, and the one shape (y, x) of all where that is not the encoder's square;
+    ``as_host``: by Rules.host_pixels, which know only ``center``."""
 
     framing: Framing
     shape: tuple[int, int] | None = None
+    as_host: bool = False
 
 
 def view_of(options: EncodeOptions, trained: Framing, pictures: Sequence[Tensor]) -> View:
@@ -66,14 +68,19 @@ def view_of(options: EncodeOptions, trained: Framing, pictures: Sequence[Tensor]
     usable = framing == "shapes" and all(
         len(size) == 2 and min(size) > 0 for size in sizes
     )  # else preprocess() says it
-    return View(framing, nearest_shape([(h, w) for h, w in sizes]) if usable else None)
+    untold = options.crop == "auto" and trained != "center"  # the old pack knows no such family
+    return View(
+        framing,
+        nearest_shape([(h, w) for h, w in sizes]) if usable else None,
+        options.rules.host_pixels and not untold,
+    )
 
 
-def pixels_of(image: Tensor, mask: Tensor | None, encoder: ImageEncoder, options: EncodeOptions, view: View) -> Tensor:
+def pixels_of(image: Tensor, mask: Tensor | None, encoder: ImageEncoder, view: View) -> Tensor:
     """The encoder's pixel values of a picture ``1 h w c``."""
     if isinstance(encoder, PackedEncoder):
         return encoder.pixels(image, view.framing, mask)
-    if options.rules.host_pixels:
+    if view.as_host:
         return preprocess_as_host(image, encoder, mask=mask)
     return preprocess(image, encoder, crop=view.framing, mask=mask, shape=view.shape)
 

@@ -19,6 +19,7 @@ from ...ipadapter_core.attention.schedule import Scaling
 from ...ipadapter_core.legacy.settings import LegacySettings
 from ...ipadapter_core.prompt.combine import Combine, at_strength
 from ...ipadapter_core.prompt.embeds import EXTENSION, SavedEmbeds, combine_embeds, load_embeds, save_embeds
+from ...ipadapter_core.prompt.encode import negative_branch
 from .. import host
 from .encode import encode_pictures, vision
 from .first_encoder import encode_first
@@ -150,12 +151,13 @@ class IPAdapterEmbeds(LegacyNode):
             unfold_batch=self.UNFOLD,
         )
         adapter = found.adapter.to_device()
+        branch = negative_branch(adapter.spec.unconditional) if neg_embed is None else "tokens"
         if neg_embed is None:
             clip_vision = found.clip_vision if clip_vision is None else clip_vision
             encoder = None if clip_vision is None else host.clip_vision.encoder_of(clip_vision)
             neg_embed = unconditional_features(adapter, encoder, pos_embed, rules)
         options = EncodeOptions(per_latent=self.UNFOLD, rules=rules)
-        prompt = prompt_from_features(adapter, pos_embed, neg_embed, options)
+        prompt = prompt_from_features(adapter, pos_embed, neg_embed, options, negative_branch=branch)
         model, _ = host.adapters.apply(model, found.adapter, prompt, settings.schedule(), attn_mask, rules)
         return model, None  # the place of the faces, which other packs unpack
 

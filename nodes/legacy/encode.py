@@ -24,6 +24,7 @@ from ...ipadapter_core import (
 from ...ipadapter_core.images.faces import FaceAnalyzer, InsightFaceAnalyzer
 from ...ipadapter_core.legacy.settings import LegacySettings
 from ...ipadapter_core.prompt.combine import Combine
+from ...ipadapter_core.prompt.encode import negative_branch
 from ...ipadapter_core.prompt.needs import check_encoder
 from .. import host
 from .pipeline import Pipeline
@@ -68,10 +69,14 @@ def encode_reference(pipeline: Pipeline, reference: Reference, settings: LegacyS
     if negative is not None and not isinstance(negative, Tensor):
         negative = negative(reference.image)
     features, uncond = encode_pictures(adapter, encoder, reference.image, negative, tiled)
-    prompt = partial(prompt_from_features, adapter, uncond=uncond, options=options, encoder=encoder.name)
+    branch = negative_branch(adapter.spec.unconditional) if negative is None else "tokens"
+    prompt = partial(
+        prompt_from_features, adapter, uncond=uncond, options=options, encoder=encoder.name, negative_branch=branch
+    )
     if reference.composition is None:
         return Encoded(prompt(features))
-    composition = encode_features(feature.encoded, encoder, reference.composition, tiled)
+    framing = adapter.spec.format.framing
+    composition = encode_features(feature.encoded, encoder, reference.composition, tiled, framing=framing)
     return Encoded(prompt(features), prompt(composition))
 
 
@@ -88,10 +93,11 @@ def encode_pictures(
     if encoded is None:
         raise InvalidInputError(f"{adapter.name} reads nothing but faces: take IPAdapter FaceID in this node's place")
     check_encoder(adapter.spec, encoder)
-    features = encode_features(encoded, encoder, images, options, mask=mask)
+    look = partial(encode_features, encoded, encoder, framing=adapter.spec.format.framing)
+    features = look(images, options, mask=mask)
     if negative is None:
         return features, unconditional_features(adapter, encoder, features, options.rules)
-    return features, encode_features(encoded, encoder, negative, replace(options, tiles=1))
+    return features, look(negative, replace(options, tiles=1))
 
 
 def _encode_faces(

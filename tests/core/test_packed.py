@@ -25,7 +25,7 @@ from ipadapter_core.prompt.combine import combine_prompts
 from ipadapter_core.prompt.encode import encode_image_prompt
 from ipadapter_core.prompt.file import load_prompt, save_prompt
 from ipadapter_core.prompt.image_prompt import ImagePrompt
-from ipadapter_core.prompt.needs import encoder_for
+from ipadapter_core.prompt.needs import check_encoder, encoder_for
 from tiny import tiny_state
 from tiny_towers import dinov2, siglip
 
@@ -158,6 +158,8 @@ def test_a_missing_encoder_is_named_with_its_file(encoders: tuple[TowerEncoder, 
     ours = adapter(encoders)
     with pytest.raises(IncompatibleEncoderError, match=r"DINOv2 giant/14 there is none.*facebook/dinov2-giant"):
         encode_image_prompt(ours, encoders[0], photos(1))
+    with pytest.raises(IncompatibleEncoderError, match=r"DINOv2 giant/14 there is none.*facebook/dinov2-giant"):
+        check_encoder(ours.spec, encoders[0])
     with pytest.raises(IncompatibleEncoderError, match=r"SigLIP.*and DINOv2.*sigclip_vision_patch14_384"):
         encoder_for(ours.spec, [SimpleNamespace(name="ViT-H", hidden_size=1280, projection_dim=1024)])  # pyright: ignore[reportArgumentType]
 

@@ -398,6 +398,9 @@ def test_pictures_are_seen_as_the_family_was_trained_unless_the_user_chooses() -
     }
     assert {features.shape[2] for features in squares.values()} == {577}
     assert_close(squares["pad"][0], tower.encode(preprocess(tall, tower, crop="pad")).get("last"))
+    old = encode_image_prompt(ours, tower, tall, rules=IPADAPTER_PLUS)  # which knows no such family
+    assert_close(old.cond, prompt.cond, **exact)
+    assert encode_image_prompt(ours, tower, tall, rules=IPADAPTER_PLUS, crop="center").features.shape[2] == 577
     cut = encode_image_prompt(ours, tower, tall, crop="tiles")
     assert cut.features.shape[1:3] == (2, 577)
 
