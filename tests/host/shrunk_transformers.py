@@ -1,4 +1,4 @@
-"""Shrunk SD3 and Flux checkpoints for ComfyUI's UNETLoader, by their original names, and LoRAs for them in two spellings.
+"""Shrunk SD3 and Flux checkpoints for ComfyUI's UNETLoader, by their original names, and LoRAs and adapters for them.
 
 The host reads every size off the shapes (Flux's from 0.13 on): two blocks of each kind, 128 channels.
 """
@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from host.tiny_adapters import VISION_PROJECTION
+from tiny import tiny_state
+from tiny_towers import siglip
 
 WIDTH, TEXT, POOLED = 128, 64, 32
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -85,6 +89,32 @@ def build_transformer(kind: str, folder: Path, *, scaled: bool = False) -> Path:
             state[f"{stem}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
     save_file(state, path)
     return path
+
+
+SIGLIP_WIDTH = 768
+"""A file of a tower tells nothing of its heads, so it must be as wide as a published one."""
+ADAPTERS = {  # family: its layers' channels, and the sizes of its projector
+    "xlabs": ((WIDTH,) * 2, {"token_dim": TEXT, "num_tokens": 4, "feature_dim": VISION_PROJECTION}),
+    "instantx": ((WIDTH,) * 4, {"token_dim": TEXT, "num_tokens": 6, "feature_dim": SIGLIP_WIDTH}),
+    "sd3.5": (
+        (WIDTH,) * 2,
+        {"token_dim": WIDTH, "num_tokens": 5, "feature_dim": SIGLIP_WIDTH, "hidden_dim": 64, "inner_dim": 128, "depth": 2},
+    ),
+}  # fmt: skip
+
+
+def build_transformer_adapter(family: str, folder: Path, *, seed: int = 0) -> Path:
+    """An adapter of random weights for the shrunk Flux or SD3, under the keys of the published file."""
+    path = folder / f"tiny_{family}_s{seed}.safetensors"
+    channels, sizes = ADAPTERS[family]
+    save_file(tiny_state(family, seed=seed, channels=channels, **sizes), path)
+    return path
+
+
+def build_siglip(folder: Path) -> Path:
+    """A SigLIP of three layers with its pooling head, in one file."""
+    siglip(folder / "siglip", width=SIGLIP_WIDTH, heads=12)
+    return folder / "siglip/model.safetensors"
 
 
 def build_transformer_loras(kind: str, folder: Path) -> dict[str, Path]:

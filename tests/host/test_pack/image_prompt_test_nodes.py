@@ -100,6 +100,39 @@ class TestClipVision:
         return (vision,)
 
 
+class FixedVAE:
+    """Latents of 16 channels to pictures eight times as large, by fixed random matrices: no VAE's weights are needed."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(3)
+        self.out = torch.randn(16, 192, generator=generator) / 4
+        self.into = torch.linalg.pinv(self.out)
+
+    def decode(self, latents, **_):
+        latents = latents[:, :, 0] if latents.ndim == 5 else latents
+        pixels = torch.einsum("bcyx,cp->bpyx", latents.float().cpu(), self.out)
+        return torch.nn.functional.pixel_shuffle(pixels, 8).sigmoid().movedim(1, -1)
+
+    def encode(self, images, **_):
+        pixels = torch.logit(images[..., :3].float().clamp(0.01, 0.99)).movedim(-1, 1)
+        return torch.einsum("bpyx,pc->bcyx", torch.nn.functional.pixel_unshuffle(pixels, 8), self.into)
+
+
+class TestVAE:
+    """Stands in for the VAEs of transformers."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        return (FixedVAE(),)
+
+
 class ThreeFaces:
     """A face model that finds three faces in every picture, the second one the largest; who they are depends on the picture."""
 
@@ -463,6 +496,7 @@ class TestSameObject:
 NODES = (
     TestConditioning,
     TestClipVision,
+    TestVAE,
     TestFaceModel,
     TestUnifiedLoader,
     TestKolors,
