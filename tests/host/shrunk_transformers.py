@@ -93,6 +93,8 @@ def build_transformer(kind: str, folder: Path, *, scaled: bool = False) -> Path:
 
 SIGLIP_WIDTH = 768
 """A file of a tower tells nothing of its heads, so it must be as wide as a published one."""
+ANIMA_WIDTH, ANIMA_TEXT, ANIMA_BLOCKS = 64, 32, 3
+"""Of TestAnima."""
 ADAPTERS = {  # family: its layers' channels, and the sizes of its projector
     "xlabs": ((WIDTH,) * 2, {"token_dim": TEXT, "num_tokens": 4, "feature_dim": VISION_PROJECTION}),
     "instantx": ((WIDTH,) * 4, {"token_dim": TEXT, "num_tokens": 6, "feature_dim": SIGLIP_WIDTH}),
@@ -100,11 +102,15 @@ ADAPTERS = {  # family: its layers' channels, and the sizes of its projector
         (WIDTH,) * 2,
         {"token_dim": WIDTH, "num_tokens": 5, "feature_dim": SIGLIP_WIDTH, "hidden_dim": 64, "inner_dim": 128, "depth": 2},
     ),
+    "anima-character": (
+        (ANIMA_WIDTH,) * ANIMA_BLOCKS,
+        {"token_dim": SIGLIP_WIDTH, "hidden_dim": ANIMA_WIDTH, "lora_rank": 2, "text_dim": ANIMA_TEXT},
+    ),
 }  # fmt: skip
 
 
 def build_transformer_adapter(family: str, folder: Path, *, seed: int = 0) -> Path:
-    """An adapter of random weights for the shrunk Flux or SD3, under the keys of the published file."""
+    """An adapter of random weights for the shrunk Flux or SD3 or TestAnima, under the keys of the published file."""
     path = folder / f"tiny_{family}_s{seed}.safetensors"
     channels, sizes = ADAPTERS[family]
     save_file(tiny_state(family, seed=seed, channels=channels, **sizes), path)

@@ -18,6 +18,7 @@ from host.comfy_server import REPOSITORY, ComfyServer, Graph, Result
 from host.servers import HOSTS
 from host.shrunk import UNETS, build_checkpoint
 from host.shrunk_transformers import (
+    ANIMA_TEXT,
     POOLED,
     TEXT,
     build_siglip,
@@ -55,8 +56,13 @@ NEEDED = {
     "lora_strength", "lora_stack", "inspect_lora", "convert_lora", "extract_lora", "lora_regions_and_image_prompt",
     "train_ip_adapter", "train_lora", "face_prompt", "image_in_one_node", "save_image_prompt", "load_image_prompt",
     "tiled_reference", "tiles_in_place", "noise_as_negative", "flux_xlabs", "flux_instantx", "flux_two_regions",
-    "flux_image_to_image", "sd35_instantx",
+    "flux_image_to_image", "sd35_instantx", "anima_character",
 }  # fmt: skip
+FAMILIES = {
+    "sd35": "sd3.5", "instantx": "instantx", "flux-ip-adapter": "xlabs", "anima_character": "anima-character"
+}  # fmt: skip
+"""Of adapters for transformers, by a part of the file's name."""
+MISSING = {"flux": "this ComfyUI takes every Flux to be 3072 wide", "anima": "this ComfyUI has no Anima"}
 TRAINING = ("train_ip_adapter", "train_lora")  # run by tests/host/test_training_node.py
 IMAGES = {"batch": 3} | dict.fromkeys(
     ("inspect_adapter", "save_image_prompt", "inspect_lora", "convert_lora", "extract_lora"), 0
@@ -76,7 +82,9 @@ class Shrunk:
         checkpoints = [n["widgets_values"][0] for n in workflow["nodes"] if n["type"] == "CheckpointLoaderSimple"]
         loaded = [*checkpoints, *(n["widgets_values"][0] for n in workflow["nodes"] if n["type"] == "UNETLoader")]
         self.unet = "sdxl" if checkpoints and checkpoints[0].startswith("sd_xl") else "sd15"
-        self.transformer = next((kind for kind in ("flux", "sd3") if loaded and loaded[0].startswith(kind)), "")
+        self.transformer = next(
+            (kind for kind in ("flux", "sd3", "anima") if loaded and loaded[0].startswith(kind)), ""
+        )
         self.scale = (1024 if self.unet == "sdxl" or self.transformer else 512) // SIDE
 
     def prompt(self, *, strength: float | None = None, bypass: bool = False) -> tuple[Graph, list[str]]:
@@ -89,6 +97,8 @@ class Shrunk:
         for node_id, node in [*graph.items()]:
             kind, inputs = node["class_type"], node["inputs"]
             match kind:
+                case "UNETLoader" if self.transformer == "anima":
+                    node["class_type"], node["inputs"] = "TestAnima", {}
                 case "CheckpointLoaderSimple" | "UNETLoader" if self.transformer:
                     file = build_transformer(self.transformer, self.adapters)
                     node["class_type"] = "UNETLoader"
@@ -102,11 +112,10 @@ class Shrunk:
                 case "CLIPTextEncode" if self.transformer:
                     seed = sum(inputs["text"].encode())
                     node["class_type"] = "TestConditioning"
-                    node["inputs"] = {"seed": seed, "width": TEXT, "pooled": POOLED}
+                    width = ANIMA_TEXT if self.transformer == "anima" else TEXT
+                    node["inputs"] = {"seed": seed, "width": width, "pooled": POOLED}
                 case "ImagePromptLoadAdapter" if self.transformer:
-                    family = (
-                        "sd3.5" if "sd35" in inputs["file"] else "instantx" if "instantx" in inputs["file"] else "xlabs"
-                    )
+                    family = next(name for part, name in FAMILIES.items() if part in inputs["file"])
                     inputs["file"] = self.server.add_model(
                         "ipadapter", build_transformer_adapter(family, self.adapters)
                     )
@@ -187,8 +196,8 @@ def test_workflow_runs_and_follows_its_image(
     server: ComfyServer, model_cache: Path, adapters: Path, file: Path
 ) -> None:
     shrunk = Shrunk(load(file), server, model_cache, adapters)
-    if shrunk.transformer == "flux" and server.host.version.startswith("0.3."):
-        pytest.skip("this ComfyUI takes every Flux to be 3072 wide")
+    if shrunk.transformer in MISSING and server.host.version.startswith("0.3."):
+        pytest.skip(MISSING[shrunk.transformer])
     expected = IMAGES.get(file.stem, 1)
 
     def run(**variant: Any) -> tuple[Result, Graph, list[np.ndarray]]:

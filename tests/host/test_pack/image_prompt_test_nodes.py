@@ -100,6 +100,19 @@ class TestClipVision:
         return (vision,)
 
 
+_load_clip_vision = comfy.clip_vision.load
+
+
+def load_clip_vision(path, *args):
+    """ComfyUI's loader, which builds published sizes alone; files of this name stand for TestClipVision."""
+    if os.path.basename(path).startswith("test_clip_vision"):
+        return TestClipVision().make(0)[0]
+    return _load_clip_vision(path, *args)
+
+
+comfy.clip_vision.load = load_clip_vision
+
+
 class FixedVAE:
     """Latents of 16 channels to pictures eight times as large, by fixed random matrices: no VAE's weights are needed."""
 
@@ -131,6 +144,46 @@ class TestVAE:
 
     def make(self):
         return (FixedVAE(),)
+
+
+class TestAnima:
+    """An Anima of three narrow blocks; ComfyUI reads Anima's sizes off no file."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        import comfy.ldm.anima.model
+        import comfy.supported_models
+
+        whole = comfy.ldm.anima.model.LLMAdapter
+        comfy.ldm.anima.model.LLMAdapter = lambda **_: torch.nn.Identity()  # of one size, half a gigabyte
+        try:
+            described = comfy.supported_models.Anima({
+                "image_model": "anima", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16,
+                "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 64,
+                "concat_padding_mask": True, "crossattn_emb_channels": 32, "pos_emb_cls": "rope3d",
+                "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30,
+                "use_adaln_lora": True, "adaln_lora_dim": 16, "num_blocks": 3, "num_heads": 2,
+                "extra_per_block_abs_pos_emb": False, "rope_h_extrapolation_ratio": 4.0,
+                "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0, "rope_enable_fps_modulation": False,
+            })  # fmt: skip
+            described.set_inference_dtype(torch.float32, None)
+            model = described.get_model({}, "", device=torch.device("cpu"))
+        finally:
+            comfy.ldm.anima.model.LLMAdapter = whole
+        generator = torch.Generator().manual_seed(3)
+        for parameter in model.diffusion_model.parameters():
+            size, base = (0.8 / parameter.shape[-1] ** 0.5, 0.0) if parameter.ndim > 1 else (0.3, 1.0)
+            parameter.data = base + size * torch.randn(parameter.shape, generator=generator)
+        model.diffusion_model.eval().requires_grad_(False)
+        device = comfy.model_management.get_torch_device()
+        return (comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu")),)
 
 
 class ThreeFaces:
@@ -497,6 +550,7 @@ NODES = (
     TestConditioning,
     TestClipVision,
     TestVAE,
+    TestAnima,
     TestFaceModel,
     TestUnifiedLoader,
     TestKolors,
