@@ -84,6 +84,33 @@ def _files(spec: AdapterSpec) -> dict[str, tuple[str, ...]]:
     return {name: ENCODERS[name].files for name in spec.encoders if name in ENCODERS}
 
 
+def layout_facts(layout: ModelLayout) -> dict[str, object]:
+    """Where image prompts act in a model, as plain values, for JSON."""
+    return {
+        "base_model": layout.name,
+        "sites": {group: sum(site.group == group for site in layout.sites) for group in layout.groups},
+        "channels": sorted({site.channels for site in layout.sites}),
+        "token_dim": layout.token_dim,
+        "steps": layout.model.steps,
+        "guidance": layout.model.guidance,
+    }
+
+
+def describe_layout(layout: ModelLayout, name: str) -> str:
+    """A few lines on what a model is and where image prompts act in it."""
+    groups = (f"{sum(site.group == group for site in layout.sites)} {group}" for group in layout.groups)
+    channels = sorted({site.channels for site in layout.sites})
+    return "\n".join(
+        (
+            one_line(name),
+            f"  base model     {layout.name}",
+            f"  image prompts  at {len(layout.sites)} attentions ({', '.join(groups)}), {', '.join(map(str, channels))} channels wide",
+            f"  text tokens    {layout.token_dim} wide",
+            f"  usual          {layout.model.steps} steps, guidance {layout.model.guidance:g}",
+        )
+    )
+
+
 def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence[AdapterPatch] | None) -> str:
     """The sites of a model with their roles, and the weight of every applied image prompt there; None: no model is running.
 

@@ -26,7 +26,7 @@ from ..errors import AdapterError, InvalidInputError, out_of_memory, reason
 from ..features import Crop
 from ..prompt.combine import Combine
 from ..prompt.options import EncodeOptions, Unconditional
-from ..report import describe_fit, describe_spec, spec_facts
+from ..report import describe_fit, describe_layout, describe_spec, layout_facts, spec_facts
 from . import Commands
 from .lora import add_lora
 from .migrate import add_migrate
@@ -188,9 +188,12 @@ def _add_config(p: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(commands: Commands) -> None:
-    p = commands.add_parser("inspect", help="what an adapter file is and needs, and whether it fits a model")
+    p = commands.add_parser(
+        "inspect",
+        help="what an adapter file is and needs, and whether it fits a model; where image prompts act in a model folder",
+    )
     p.set_defaults(run=run_inspect)
-    p.add_argument("file", type=file_argument, help="IP-Adapter file")
+    p.add_argument("file", type=file_argument, help="IP-Adapter file, or a diffusers model folder")
     p.add_argument(
         "--model",
         type=file_argument,
@@ -219,6 +222,12 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def run_inspect(args: argparse.Namespace) -> None:
+    if (args.file / "model_index.json").is_file():
+        from ..model_folders import layout_in
+
+        layout = layout_in(args.file)
+        print(json.dumps(layout_facts(layout)) if args.json else describe_layout(layout, args.file.name))
+        return
     spec = describe_adapter(args.file)
     facts, text = spec_facts(spec), describe_spec(spec, args.file.name)
     if args.model is not None:
@@ -277,9 +286,7 @@ def run_generate(args: argparse.Namespace) -> None:
     mask = read_mask(args.mask) if args.mask else None
     dtype = getattr(torch, args.dtype)
     started = time.perf_counter()
-    pipeline = load_pipeline(args.model, config=args.config, dtype=dtype, device=args.device)
-    for part in (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)):
-        hold_in_memory(part)
+    pipeline = load_pipeline(args.model, config=args.config, dtype=dtype)
     adapter_file = args.adapter or (WORLD / "adapters" / "ip-adapter-plus.safetensors" if args.model == WORLD else None)
 
     def steered_by(file: Path | None) -> AdapterPatch:
@@ -294,6 +301,9 @@ def run_generate(args: argparse.Namespace) -> None:
         return prepare_patch(pipeline, adapter, encoders, images, options, plan, mask)
 
     patches = [steered_by(adapter_file)] if images else []
+    pipeline.to(args.device)  # after the adapter and its encoders left it
+    for part in (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)):
+        hold_in_memory(part)
     steps, guidance = usual_sampling(pipeline)
     if args.model == WORLD:
         from ..demo.world import GUIDANCE as guidance

@@ -236,6 +236,27 @@ def test_a_norm_of_the_adapters_own_sees_the_raw_query(kind: str, weights: str) 
     assert_close(run(model, baked(model, CHARACTER, tokens, strength=0.7)), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("reach", [XLABS, INSTANTX, CHARACTER], ids=["behind", "before", "raw"])
+@pytest.mark.parametrize("at", ["layers", "blocks"])
+def test_weights_that_are_elsewhere_between_calls(reach: Reach, at: str) -> None:
+    """Offloaded layer by layer, or block by block: then a norm's weight is there in a call and not before."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, tokens = diffusers_flux(), image_tokens()
+    patch = baked(model, reach, tokens)
+    expected, away = run(model, patch), copy.deepcopy(model)
+    if at == "layers":
+        cpu_offload(away, execution_device=torch.device("cpu"))
+    else:
+        for block in (*away.transformer_blocks, *away.single_transformer_blocks):
+            weights = {key: tensor.clone() for key, tensor in block.state_dict().items()}
+            hook = AlignDevicesHook("cpu", offload=True, weights_map=weights, place_submodules=True)
+            add_hook_to_module(block, hook)
+    assert away.transformer_blocks[0].attn.norm_q.weight.is_meta
+    assert_close(run(away, patch), expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("broken", ["all tokens", "projected query", "branches swapped"])
 def test_the_comparison_with_the_formula_can_fail(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = diffusers_flux(), image_tokens()

@@ -124,6 +124,23 @@ def test_inspect_says_whether_an_adapter_fits_a_model(folder: Path, tmp_path: Pa
     assert "4 attention layers" in capsys.readouterr().err
 
 
+def test_inspect_says_where_image_prompts_act_in_a_model(folder: Path, capsys: Any) -> None:
+    name = next((name for name in ("Chroma", "SD3") if name in folder.name), "Flux")
+    assert main(["inspect", str(folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    expected = {"joint": 3} if name == "SD3" else {"double": 2, "single": 3}
+    assert (facts["base_model"], facts["sites"], facts["channels"], facts["token_dim"]) == (
+        name,
+        expected,
+        [WIDTH],
+        TEXT_DIM,
+    )
+    assert main(["inspect", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"base model     {name}" in said
+    assert {"SD3": "at 3 attentions (3 joint)"}.get(name, "at 5 attentions (2 double, 3 single)") in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -10,13 +10,12 @@ projection of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...attention.call import ModelCall, SiteCall
 from ...attention.maths import inside
@@ -24,18 +23,20 @@ from ...errors import IncompatibleAdapterError
 from ...models.reach import Reach
 from ...models.sites import ModelLayout, Site
 
-_SOUND: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
-"""By weight of a norm: whether it can be divided by."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TransformerEntry:
-    """The attention of a block in which text and picture attend together, for adapters of one reach."""
+    """The attention of a block in which text and picture attend together, for adapters of one reach.
+
+    ``undone`` are the norms, ``q`` and ``k``, which adapters with norms of their own can undo by their weight. It is settled when
+    the adapter is applied: weights that are offloaded come and go within a call.
+    """
 
     block: nn.Module
     attention: nn.Module
     heads: int
     reach: Reach
+    undone: frozenset[str]
 
     @classmethod
     def of(cls, model: nn.Module, layout: ModelLayout, site: Site, reach: Reach) -> TransformerEntry:
@@ -44,9 +45,10 @@ class TransformerEntry:
             raise IncompatibleAdapterError(
                 f"this adapter acts on {what}, and {layout.name} is a transformer without one; load an adapter made for this model"
             )
-        entry = cls(
-            model.get_submodule(site.path.rpartition(".")[0]), model.get_submodule(site.path), site.heads, reach
-        )
+        block, attention = (model.get_submodule(path) for path in (site.path.rpartition(".")[0], site.path))
+        norms = {letter: _children(attention).get(f"norm_{letter}") for letter in "qk"}
+        undone = frozenset(letter for letter, norm in norms.items() if norm is not None and is_sound(norm.weight))
+        entry = cls(block, attention, site.heads, reach, undone)
         if reach.own_keys and entry.single:
             raise IncompatibleAdapterError(
                 f"this adapter attends to the picture's own keys, which {layout.label(site)} of {layout.name} has in one "
@@ -84,9 +86,7 @@ class TransformerEntry:
 
     def _normed(self, letter: str, *, sound: bool) -> str:
         """The norm of queries or keys; their projection where there is none, or none that can be undone."""
-        norm = _children(self.attention).get(f"norm_{letter}")
-        weight = None if norm is None else getattr(norm, "weight", None)
-        usable = norm is not None and (not sound or weight is None or is_sound(weight))
+        usable = letter in self.undone if sound else _children(self.attention).get(f"norm_{letter}") is not None
         return f"norm_{letter}" if usable else f"to_{letter}"
 
     def modules(self) -> tuple[nn.Module, ...]:
@@ -141,15 +141,14 @@ def _weight(children: dict[str, Any], name: str) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def is_sound(weight: Tensor) -> bool:
+def is_sound(weight: Tensor | None) -> bool:
     """Whether a norm's weight can be divided by: none is nearly 0 beside the others. One on ``meta`` is not known to be."""
-    found = _SOUND.get(weight)
-    if found is None:
-        if weight.is_meta:
-            return False
-        size = weight.detach().float().abs()
-        found = _SOUND[weight] = bool(size.min() >= 1e-3 * size.median())
-    return found
+    if weight is None:
+        return True
+    if weight.is_meta:
+        return False
+    size = weight.detach().float().abs()
+    return bool(size.min() >= 1e-3 * size.median())
 
 
 def joined_heads(output: Tensor, heads: int, attention: nn.Module) -> Tensor:
