@@ -161,6 +161,22 @@ def test_runs_that_start_from_the_same_latents_are_told_apart(steps: int, calls:
             assert [branch for branch, _ in prompts_of(calls)] == steps * expected
 
 
+def test_what_is_no_second_call() -> None:
+    """A third pass of a step, the same prompt again, and a scheduler that changes the latents in place."""
+    pipeline = flux_pipeline()
+    latents, positive, negative = noise(1, 15, 16), noise(1, 7, 32), noise(1, 7, 32, seed=1)
+    pipeline.scheduler.set_timesteps(sigmas=[1.0, 0.5], mu=1.0)
+    asked, family = Asked(pipeline), layout_of(pipeline.transformer).model
+
+    def told(*texts: Tensor) -> list[str]:
+        return [asked.branches(Beginning(family, (), {"hidden_states": latents, "encoder_hidden_states": t}))[0] for t in texts]  # fmt: skip
+
+    assert told(positive, negative, positive) == ["cond", "uncond", "cond"]
+    assert told(positive, positive) == ["cond", "cond"]
+    pipeline.scheduler._step_index = 1
+    assert told(negative) == ["cond"]
+
+
 def test_true_guidance_is_that_of_a_loop_by_hand() -> None:
     pipeline = flux_pipeline()
     patch, latents = patch_for(pipeline), noise(1, 15, 16, seed=2)
