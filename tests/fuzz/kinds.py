@@ -31,7 +31,7 @@ from ipadapter_core import WeightSchedule, bake, load_adapter, load_prompt
 from ipadapter_core.attention.presets import parse_layers, parse_site_factors
 from ipadapter_core.attention.schedule import parse_curve, parse_numbers
 from ipadapter_core.backends.diffusers import lora as diffusers_lora
-from ipadapter_core.checkpoints import describe_adapter, kohya_lora, save_adapter, trainable_families
+from ipadapter_core.checkpoints import describe_adapter, save_adapter, trainable_families
 from ipadapter_core.commands.cli import build_parser
 from ipadapter_core.errors import AdapterError
 from ipadapter_core.features import pack_face
@@ -61,6 +61,7 @@ from ipadapter_core.training.config import DataConfig, OutputConfig, load_config
 from ipadapter_core.training.pictures import cut_target
 from ipadapter_core.training.sources import open_source
 from ipadapter_core.training.state import TRAINING, RunFolder
+from tiny import TRANSFORMERS
 from tiny_models import FEATURE_DIM, adapter_state, call_unet, noise, tiny_unet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +175,8 @@ def layout() -> Any:
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in trainable_families()},
+    **{family: (family, {"depth": 1, "num_tokens": 3, "inner_dim": 16, "hidden_dim": 16}) for family in TRANSFORMERS},
+    "anima-character": ("anima-character", {"lora_rank": 2}),
     "plus": ("plus", {"depth": 1, "num_tokens": 4, "inner_dim": 64, "hidden_dim": 16}),
     "faceid": ("faceid", {}),
     "faceid with LoRA": ("faceid", {"lora_rank": 2}),
@@ -195,7 +198,7 @@ def make_adapter(rng: Random, keep: Keep) -> Case:
 
 def features_for(adapter: Any) -> Tensor:
     spec = adapter.spec
-    features = noise(*((2, spec.feature_dim) if spec.format.feature.rank == 2 else (2, 5, spec.feature_dim)))
+    features = noise(*((2, spec.feature_dim) if spec.format.feature.rank == 2 else (2, 8, spec.feature_dim)))
     return pack_face(noise(2, spec.options["face_dim"]), features) if "face_dim" in spec.options else features
 
 
@@ -213,15 +216,21 @@ def use_adapter(folder: Path, main: Path) -> None:
     if not spec.projected_by_model:
         features = features_for(adapter)
         prompt = prompt_from_features(adapter, features, torch.zeros_like(features))
+        reach, tokens, timestep = spec.format.reach, prompt.cond, 500.0 if spec.format.reach.timed else None
+        if timestep is not None:
+            tokens = adapter.tokens_at(tokens, timestep)
         for index in range(len(spec.layer_channels)):
-            adapter.key_value(index, prompt.cond[:, :1])
+            adapter.key_value(index, tokens[:, :1], timestep)
+            gate = adapter.gate(index) if reach.gated else None
+            if gate is not None:
+                gate(noise(1, 1, spec.options["embedding_dim"]))
         with suppress(AdapterError):
             bake(adapter, prompt, layout(), WeightSchedule())
     save_adapter(adapter, folder / "again.safetensors")
     assert load_adapter(folder / "again.safetensors").spec.family == spec.family
     if adapter.lora:
         with suppress(AdapterError):
-            load_lora(kohya_lora(adapter.lora, len(spec.layer_channels)))
+            load_lora(adapter.loadable_lora())
 
 
 # --- LoRA --------------------------------------------------------------------------------------------------------
