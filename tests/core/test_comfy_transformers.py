@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from ipadapter_core import AdapterPatch, AdapterWeights, bake
 from ipadapter_core.backends.comfy import blocks, doors
+from ipadapter_core.backends.comfy.flux import FluxBlocks
 from ipadapter_core.errors import IncompatibleAdapterError
 from ipadapter_core.models.reach import Reach
 from tiny_flux import HEADS, WIDTH, ComfyTransformer, comfy_chroma, comfy_flux
@@ -131,21 +132,30 @@ def test_the_output_is_the_formula_in_the_hosts_slots(kind: str, family: str, ma
     assert_close(got, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("broken", ["reference pictures", "the text's length"])
-def test_reference_pictures_stay_as_they_are(family: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_reference() -> FakePatcher:
     model = host()
     model.model.diffusion_model.reference = noise(1, 4, 4, 4, seed=5)
-    expected, patch = prediction(by_slots(model, family)), patch_for(model, family)
-    assert_close(prediction(doors.apply(model, patch)), expected, **TOLERANCE)
-    if broken == "reference pictures":
-        monkeypatch.setattr(blocks.Run, "picture", lambda self, tokens: tokens)
-    elif family == "behind":
-        return  # double blocks have the text in a stream of its own
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reference_pictures_stay_as_they_are(family: str) -> None:
+    model = with_reference()
+    expected = prediction(by_slots(model, family))
+    assert_close(prediction(doors.apply(model, patch_for(model, family))), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("family", "broken"), [("behind", "_picture"), ("everywhere", "_picture"), ("everywhere", "texts")]
+)
+def test_that_comparison_can_fail(family: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_reference()
+    expected = prediction(by_slots(model, family))
+    if broken == "_picture":
+        monkeypatch.setattr(blocks, "_picture", lambda layout, size, tokens: tokens)
     else:
-        monkeypatch.setattr(blocks, "_noted", lambda length, output: None)
-        expected = expected.clone()
-    assert (prediction(doors.apply(model, patch)) - expected).abs().max() > 1e-3
+        monkeypatch.setattr(FluxBlocks, "texts", lambda self, layout: ())
+    assert (prediction(doors.apply(model, patch_for(model, family))) - expected).abs().max() > 1e-3
 
 
 # --- beside others -----------------------------------------------------------------------------------------------------
@@ -319,3 +329,108 @@ def test_a_raw_query_is_heard_where_the_norm_cannot_be_undone(weight: float) -> 
     heard = raw[0] if at.query_norm is None else raw[1]
     assert at.q.shape == (2, 15, WIDTH)
     assert torch.equal(at.q, heard.transpose(1, 2).flatten(2))
+
+
+# --- compiled ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted() -> Iterator[Mapping[str, Any]]:
+    """What torch.compile did, from a fresh start."""
+    import torch._dynamo.config as config
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    config.skip_nnmodule_hook_guards = True  # as torch starts
+    yield counters
+    torch.compiler.reset()
+
+
+def graphs(counters: Any) -> tuple[int, int]:
+    """Graphs that were made since the last time, and breaks in them."""
+    found = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    counters.clear()
+    return found
+
+
+def test_a_compiled_model_is_one_graph_for_whatever_acts_in_it(counted: Any) -> None:
+    """Other images, strengths and masks need no other code; other sizes, texts and reference pictures do, and get it."""
+    model = host()
+    inner = model.model.diffusion_model
+    patches = [
+        patch_for(model, "everywhere"),
+        patch_for(model, "behind", seed=1),
+        patch_for(model, "everywhere", seed=2),
+    ]
+    masked = patches[0].with_mask(torch.rand(10, 6, generator=torch.Generator().manual_seed(1)))
+    small, longer = X[:1, :, :6], noise(1, 9, 32, seed=6)
+
+    inputs = {"usual": (X, TEXT, None), "small": (small, TEXT, None), "longer": (X, longer, None), "reference": (X, TEXT, noise(1, 4, 4, 4, seed=5))}  # fmt: skip
+
+    def predictions(name: str) -> list[Tensor]:
+        steered, outs = cases[name](model), list[Tensor]()
+        for what, (x, text, inner.reference) in inputs.items():
+            if what == "usual" or name == "one":
+                outs.append(Guider(steered, {"positive": [conditioning(text)]}, ("positive",))(x)["positive"])
+        return outs
+
+    cases: dict[str, Callable[[FakePatcher], FakePatcher]] = {
+        "plain": lambda model: model,
+        "one": lambda model: doors.apply(model, patches[0]),
+        "other": lambda model: doors.apply(model, patches[1]),
+        "masked": lambda model: doors.apply(model, masked),
+        "plain again": lambda model: model,
+    }
+    expected = {name: predictions(name) for name in cases}
+    model.model.diffusion_model = torch.compile(inner, backend="aot_eager", dynamic=False)
+    made: dict[str, tuple[int, int]] = {}
+    for name in cases:
+        for got, want in zip(predictions(name), expected[name], strict=True):
+            assert_close(got, want, rtol=0, atol=2e-5)
+        made[name] = graphs(counted)
+    # the plain model's code was forgotten once, when the first prompt came
+    assert made == {
+        "plain": (1, 0),
+        "one": (4, 0),
+        "other": (0, 0),
+        "masked": (0, 0),
+        "both": (1, 0),
+        "plain again": (1, 0),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_compiled_one_by_one(family: str, counted: Any) -> None:
+    """As other packs do it: the join behind a block is outside of its code."""
+    model = host()
+    steered, inner = doors.apply(model, patch_for(model, family)), model.model.diffusion_model
+    expected, plain = prediction(steered), prediction(model)
+    for blocks_of in (inner.double_blocks, inner.single_blocks):
+        for i, block in enumerate(blocks_of):
+            blocks_of[i] = torch.compile(block, backend="aot_eager")
+    for want, of in ((plain, model), (expected, steered), (plain, model), (expected, steered)):
+        assert_close(prediction(of), want, rtol=0, atol=2e-5)
+    assert graphs(counted)[1] == 0
+
+
+def test_what_needs_more_than_the_query_breaks_the_graph_and_is_right(counted: Any) -> None:
+    model = host()
+    patch = patch_for(model, "everywhere")
+    norms = [
+        module.query_norm.weight for module in model.model.diffusion_model.modules() if hasattr(module, "query_norm")
+    ]
+    for weight in norms:
+        weight.data.abs_().add_(0.5)
+    raw = replace(patch, reach=replace(patch.reach, query="raw"))
+    steered = doors.apply(model, raw)
+    expected = prediction(steered)
+    model.model.diffusion_model = torch.compile(model.model.diffusion_model, backend="aot_eager")
+    for _ in range(2):
+        assert_close(prediction(steered), expected, rtol=0, atol=2e-5)
+    assert graphs(counted)[1] > 0
+
+
+def test_a_compiled_model_called_past_the_host_is_told(counted: Any) -> None:
+    with pytest.raises(IncompatibleAdapterError, match="past ComfyUI's apply_model"):
+        blocks._add_now(X, X, 0, "attention", 0, 1, 0)

@@ -26,9 +26,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...attention.call import ModelCall, SiteCall
 from ...attention.patch import AdapterPatch
 from ...errors import IncompatibleAdapterError
+from ...models.grids import Size
 from ...models.reach import Reach
 from ...models.sites import ModelLayout, Site
 from ..calls import Hooks, eagerly, uncompiled
+from .compiled import past_the_host, uncaptured
 
 PATCHES = "image_prompt"
 """Our list in the ``patches`` of transformer_options: one ``BlockPrompt`` for each image prompt, in order."""
@@ -80,31 +82,50 @@ class Kind(Protocol):
         ...
 
 
-JOINS = ("attention", "residual")
-"""Of a ``Reach``, in the order in which a block comes to them."""
 Group = tuple[Reach, tuple[AdapterPatch, ...]]
 """Adapters that ask and join alike."""
 
 
+class Run(Protocol):
+    """What an entry asks of the model call that runs."""
+
+    @property
+    def call(self) -> ModelCall: ...
+    @property
+    def text(self) -> int:
+        """Tokens of text in front of the picture's, where both are one sequence."""
+        ...
+
+    def picture(self, tokens: int) -> int:
+        """How many of this many tokens are the picture's own; reference pictures follow them."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
-class Run:
+class _Run:
     """One model call with its image prompts by site and join, and what its modules told so far."""
 
     call: ModelCall
     layout: ModelLayout
-    acting: Mapping[tuple[int, str], tuple[Group, ...]]
-    text: int = 0
-    """Tokens of text in front of the picture's, where both are one sequence."""
+    acting: Acting
+    traced: Traced
     site: int = -1
     heard: dict[int, Heard] = field(default_factory=dict[int, Heard])
     """Of this site alone, until all of it is heard; what others told is let go."""
     sites: dict[Reach, SiteCall] = field(default_factory=dict[Reach, SiteCall])
     """Of this site alone, from then on until the last join."""
 
+    @property
+    def text(self) -> int:
+        return self.traced.text
+
     def picture(self, tokens: int) -> int:
-        """How many of this many tokens are the picture's own; reference pictures follow them."""
-        grid = None if self.call.size is None else self.layout.model.tokens.grid(self.call.size, tokens)
-        return tokens if grid is None else grid.rows * grid.columns
+        return _picture(self.layout, self.call.size, tokens)
+
+
+def _picture(layout: ModelLayout, size: Size | None, tokens: int) -> int:
+    grid = None if size is None else layout.model.tokens.grid(size, tokens)
+    return tokens if grid is None else grid.rows * grid.columns
 
 
 _SOUND: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
@@ -158,7 +179,7 @@ def prompts_in(options: Mapping[str, Any]) -> Iterator[BlockPrompt]:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.run: Run | None = None
+        self.run: _Run | None = None
 
 
 _RUNNING = _Running()
@@ -175,9 +196,10 @@ def acting_inside(model: nn.Module, call: ModelCall, prompts: Sequence[BlockProm
     acting = {place: tuple((r, tuple(p)) for r, p in of.items()) for place, of in groups.items()}
     before, model = _RUNNING.run, uncompiled(model)
     layout, kind = prompts[0].patch.layout, prompts[0].of
-    _RUNNING.run = Run(call, layout, acting)
+    hooks, traced = _hooks(model, layout, kind, acting)
+    _RUNNING.run, traced.size = _Run(call, layout, acting, traced), call.size
     try:
-        with _hooks(model, layout, kind, frozenset(acting)).on(model, find_modules(model, layout, kind).__getitem__):
+        with hooks.on(model, find_modules(model, layout, kind).__getitem__):
             yield
     finally:
         _RUNNING.run = before
@@ -207,46 +229,84 @@ def find_modules(model: nn.Module, layout: ModelLayout, kind: Kind) -> Modules:
     return known
 
 
-_HOOKS: WeakKeyDictionary[nn.Module, dict[frozenset[tuple[int, str]], Hooks]] = WeakKeyDictionary()
-"""By model and by what acts where; always the same hooks, so that what is compiled for them serves the next call."""
+Acting = Mapping[tuple[int, str], tuple[Group, ...]]
+"""What acts, by site and join."""
 
 
-def _hooks(model: nn.Module, layout: ModelLayout, kind: Kind, places: frozenset[tuple[int, str]]) -> Hooks:
+class Traced:
+    """What hooks of a model share: the latent's size, and how many tokens of text there are; compiled code is checked for both."""
+
+    def __init__(self, layout: ModelLayout) -> None:
+        self.layout, self.text = layout, 0
+        self.size: Size | None = None
+        self.call = ModelCall()  # of no meaning: the operation knows which one runs
+
+    def picture(self, tokens: int) -> int:
+        return _picture(self.layout, self.size, tokens)
+
+
+_HOOKS: WeakKeyDictionary[nn.Module, dict[object, tuple[Hooks, Traced]]] = WeakKeyDictionary()
+"""By model and by the kinds of adapters that act where; always the same, so that what is compiled for them serves the next call."""
+
+
+def _hooks(model: nn.Module, layout: ModelLayout, kind: Kind, acting: Acting) -> tuple[Hooks, Traced]:
     known = _HOOKS.setdefault(model, {})
-    found = known.get(places)
+    key = tuple((place, tuple(reach for reach, _ in acting[place])) for place in sorted(acting))
+    found = known.get(key)
     if found is None:
         after: list[tuple[str, Callable[..., object]]] = []
         before: list[tuple[str, Callable[..., object]]] = []
-        for index in sorted({index for index, _ in places}):
-            hook = _SiteHook(index, layout, kind.entry(layout.sites[index]))
-            after += [(path, partial(hook.hear, i)) for i, path in enumerate(hook.entry.heard)]
-            if (index, "attention") in places:
-                before.append((hook.entry.projection, hook.extend))
-            if (index, "residual") in places:
-                after.append((hook.entry.block, hook.extend_output))
-        after += [(path, partial(_measure, length)) for path, length in kind.texts(layout)]
-        found = known[places] = Hooks(after, before)
+        traced, reaches = Traced(layout), dict(key)
+        for index in sorted({index for index, _ in acting}):
+            entry = kind.entry(layout.sites[index])
+            of_joins = (reaches.get((index, "attention"), ()), reaches.get((index, "residual"), ()))
+            hook = _SiteHook(index, layout, entry, traced, *of_joins)
+            after += [(path, partial(hook.hear, i)) for i, path in enumerate(entry.heard)]
+            if hook.attention:
+                before.append((entry.projection, hook.extend))
+            if hook.residual:
+                after.append((entry.block, hook.extend_output))
+        after += [(path, partial(_measure, traced, length)) for path, length in kind.texts(layout)]
+        found = known[key] = Hooks(after, before), traced
     return found
 
 
-def _measure(length: Callable[[Any], int], module: nn.Module, args: object, output: Any) -> None:
-    eagerly(_noted, length, output)
-
-
-def _noted(length: Callable[[Any], int], output: Any) -> None:
-    run = _RUNNING.run
-    if run is not None:
-        run.text = length(output)
+def _measure(traced: Traced, length: Callable[[Any], int], module: nn.Module, args: object, output: Any) -> None:
+    traced.text = length(output)
 
 
 class _SiteHook:
-    """The hooks at one site: hear what its modules tell, and add the image prompts of the call that runs in this thread."""
+    """The hooks at one site: hear what its modules tell, and add the image prompts of the call that runs in this thread.
 
-    def __init__(self, index: int, layout: ModelLayout, entry: Entry) -> None:
-        self.index, self.layout, self.entry = index, layout, entry
+    ``attention`` and ``residual`` are the kinds of adapters at each join. ``traced_heard`` is what compiled code heard, for its
+    own joins and for those that run outside of it.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layout: ModelLayout,
+        entry: Entry,
+        traced: Traced,
+        attention: tuple[Reach, ...],
+        residual: tuple[Reach, ...],
+    ) -> None:
+        self.index, self.layout, self.entry, self.traced = index, layout, entry, traced
+        self.attention, self.residual = attention, residual
+        self.heads = layout.sites[index].heads
+        self.traced_heard: tuple[Heard, ...] = ()
+        self.queries_suffice = add_inside is not None and all(
+            (reach.query, reach.own_keys, reach.gated) == ("normed", False, False) for reach in (*attention, *residual)
+        )
+
+    def _tracing(self) -> bool:
+        return torch.compiler.is_compiling() and self.queries_suffice and not torch.is_grad_enabled()
 
     def hear(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        eagerly(self._hear, number, (module, args, output))
+        if self._tracing():
+            self.traced_heard = (*(self.traced_heard if number else ()), (module, args, output))
+        else:
+            eagerly(self._hear, number, (module, args, output))
 
     def _hear(self, number: int, heard: Heard) -> None:
         run = _RUNNING.run
@@ -257,12 +317,18 @@ class _SiteHook:
         run.heard[number] = heard
         if len(run.heard) == len(self.entry.heard):
             told, run.heard = [run.heard[i] for i in range(len(run.heard))], {}  # before the block's MLP takes memory
-            for join in JOINS:
-                for reach, _ in run.acting.get((self.index, join), ()):
-                    run.sites[reach] = self.entry.site(told, reach, run)
+            for reach in (*self.attention, *self.residual):
+                run.sites[reach] = self.entry.site(told, reach, run)
 
     def extend(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """In front of the projection."""
+        if self._tracing():
+            value = args[0]
+            for number, reach in enumerate(self.attention):
+                value = self.entry.projected(value, reach, self.traced, self._traced_adding(reach, "attention", number))
+            if not self.residual:
+                self.traced_heard = ()
+            return (value, *args[1:])
         return eagerly(self._extend, args)
 
     def _extend(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -276,6 +342,11 @@ class _SiteHook:
 
     def extend_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind the block."""
+        if self._tracing():
+            for number, reach in enumerate(self.residual):
+                output = self.entry.behind(output, reach, self.traced, self._traced_adding(reach, "residual", number))
+            self.traced_heard = ()
+            return output
         return eagerly(self._extend_output, output)
 
     def _extend_output(self, output: Any) -> Any:
@@ -286,17 +357,46 @@ class _SiteHook:
             output = self.entry.behind(output, reach, run, self._adding(run, reach, patches))
         return output
 
-    def _adding(self, run: Run, reach: Reach, patches: Sequence[AdapterPatch]) -> Add:
+    def _traced_adding(self, reach: Reach, join: str, number: int) -> Add:
+        assert add_inside is not None
+        act, at = add_inside, self.entry.site(self.traced_heard, reach, self.traced)
+        return lambda base: act(base, at.q, self.index, join, number, self.heads, at.text)
+
+    def _adding(self, run: _Run, reach: Reach, patches: Sequence[AdapterPatch]) -> Add:
+        if len(self.traced_heard) == len(self.entry.heard):  # compiled code ran up to here
+            for number, heard in enumerate(self.traced_heard):
+                self._hear(number, heard)
+            self.traced_heard = ()
         at = run.sites.pop(reach, None) if run.site == self.index else None
         if at is None:
             raise IncompatibleAdapterError(
                 f"an image prompt cannot act in {self.layout.label(self.layout.sites[self.index])} of {self.layout.name}: another "
                 f"node runs this block without {' and '.join(self.entry.heard)}; remove that node or the image prompt"
             )
+        return partial(_add_all, patches, self.index, at)
 
-        def add(base: Tensor) -> Tensor:
-            for patch in patches:
-                base = patch.add_to(base, self.index, at)
-            return base
 
-        return add
+def _add_all(patches: Sequence[AdapterPatch], index: int, at: SiteCall, base: Tensor) -> Tensor:
+    for patch in patches:
+        base = patch.add_to(base, index, at)
+    return base
+
+
+# --- inside compiled code ---------------------------------------------------------------------------------------------
+
+
+def _add_now(base: Tensor, q: Tensor, site: int, join: str, number: int, heads: int, text: int) -> Tensor:
+    run = _RUNNING.run
+    if run is None:
+        raise past_the_host()
+    _, patches = run.acting[site, join][number]
+    out = _add_all(patches, site, SiteCall(run.call, q, heads, text=text), base).contiguous()
+    return out.clone() if out is base else out  # an operation must not give back what it was given
+
+
+def _like_base(base: Tensor, q: Tensor, site: int, join: str, number: int, heads: int, text: int) -> Tensor:
+    return torch.empty(base.shape, dtype=base.dtype, device=base.device)
+
+
+add_inside = uncaptured("add_inside", _add_now, _like_base)
+"""The operation; None where this torch cannot keep it out of CUDA graphs, which would freeze what it does."""

@@ -58,10 +58,7 @@ def acting(call: ModelCall, hooks: Iterable[object]) -> Generator[None]:
 def _add(base: Tensor, q: Tensor, site: int, heads: int, rows: int, columns: int) -> Tensor:
     hook = _RUNNING.hooks.get(site)
     if hook is None:
-        raise IncompatibleAdapterError(
-            "a compiled model was called past ComfyUI's apply_model, so its image prompts are unknown; remove the node that "
-            "calls it, or the one that compiles the model"
-        )
+        raise past_the_host()
     out = hook.at_site(_RUNNING.call, base, q, heads, (rows, columns))
     return out.clone() if out is base else out  # an operation must not give back what it was given
 
@@ -70,14 +67,29 @@ def _like_base(base: Tensor, q: Tensor, site: int, heads: int, rows: int, column
     return torch.empty_like(base)
 
 
-def _registered() -> Callable[[Tensor, Tensor, int, int, int, int], Tensor] | None:
+def past_the_host() -> IncompatibleAdapterError:
+    """A call that no wrapper of the host's saw."""
+    return IncompatibleAdapterError(
+        "a compiled model was called past ComfyUI's apply_model, so its image prompts are unknown; remove the node that "
+        "calls it, or the one that compiles the model"
+    )
+
+
+Operation = Callable[..., Tensor]
+
+
+def uncaptured(name: str, function: Operation, like: Operation) -> Operation | None:
+    """A function as an operation that compiled code calls by name; ``like`` gives the shape of its result.
+
+    None where this torch cannot keep it out of CUDA graphs.
+    """
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
     if tag is None:
         return None
-    operation = torch.library.custom_op("image_prompt::add_at_site", _add, mutates_args=(), tags=(tag,))
-    operation.register_fake(_like_base)
+    operation = torch.library.custom_op(f"image_prompt::{name}", function, mutates_args=(), tags=(tag,))
+    operation.register_fake(like)
     return operation
 
 
-add_at_site = _registered()
+add_at_site = uncaptured("add_at_site", _add, _like_base)
 """The operation; None where this torch cannot keep it out of CUDA graphs, which would freeze what it does."""
