@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .attention.patch import AdapterPatch
 from .bake import check_adapter
@@ -137,6 +137,25 @@ def describe_fit(adapter: AdapterWeights, layout: ModelLayout, patches: Sequence
             cell = "-" if weight.weight == 0 else f"{weight.weight:.3g}" + (" neg." if weight.flipped else "")
             row += f" {cell:>9}"
         lines.append(row.rstrip())
+    lines += [line for number, patch in enumerate(patches or (), 1) for line in _memory(adapter, patch, number)]
     if patches is not None and not patches:
         lines.append("  (no image prompt is applied to this model)")
     return "\n".join(lines)
+
+
+def _memory(adapter: AdapterWeights, patch: AdapterPatch, number: int) -> Iterator[str]:
+    """What a prompt holds on the device while the model samples, and what of the adapter has to be there with it."""
+    if patch.held is None:
+        return
+    reach = patch.reach
+    which = "tokens of two timesteps" if reach.block_by_block else "keys and values" + " of two timesteps" * reach.timed
+    yield f"  prompt {number} holds {_size(patch.held.bytes)} of {which}"
+    if reach.resident and patch.name == adapter.name:
+        weights = sum(p.numel() * p.element_size() for p in adapter.module.parameters())
+        yield f"    and {adapter.name}, {_size(weights)}, is used at every step: it stays with the model as far as there is room"
+
+
+def _size(count: float) -> str:
+    """Bytes for people: ``89.7 MB``."""
+    unit = next((unit for unit, most in (("kB", 1e6), ("MB", 1e9)) if count < most), "GB")
+    return f"{count / {'kB': 1e3, 'MB': 1e6, 'GB': 1e9}[unit]:.3g} {unit}"

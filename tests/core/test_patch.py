@@ -320,7 +320,9 @@ def test_the_report_lists_every_site_with_its_weight(adapter: AdapterWeights, la
         bake(adapter, prompt, layout, WeightSchedule(1, "style transfer precise")),
     ]
     lines = describe_fit(adapter, layout, patches).splitlines()
-    assert len(lines) == 2 + len(layout.sites)
+    assert len(lines) == 4 + len(layout.sites)
+    numbers = 2 * 2 * prompt.cond.shape[1] * sum(site.channels for site in layout.sites)  # K and V for both branches
+    assert lines[-2:] == [f"  prompt {n} holds {4 * numbers / 1000:.3g} kB of keys and values" for n in (1, 2)]
     middle = next(line for line in lines if "middle 0" in line)
     assert middle.split()[:4] == ["middle", "0", "6", "31"]
     assert "0.5" in middle

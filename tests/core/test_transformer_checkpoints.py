@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ipadapter_core import models
-from ipadapter_core.bake import check_adapter
+from ipadapter_core.bake import bake, check_adapter
 from ipadapter_core.checkpoints import claimants, describe_adapter, format_named, load_adapter, projectors, save_adapter
 from ipadapter_core.compatibility import rules_for
 from ipadapter_core.errors import IncompatibleAdapterError, UnknownFormatError
@@ -31,6 +31,7 @@ from ipadapter_core.models.sites import ModelLayout, Site
 from ipadapter_core.report import describe_fit, describe_spec, spec_facts
 from tiny import TRANSFORMERS, adapter_shapes, tiny_state
 from tiny_flux import comfy_chroma, comfy_flux
+from tiny_models import tiny_prompt
 
 # rounding of a few float32 layers whose results are of unit size
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -119,6 +120,21 @@ def test_flux_files_on_chroma_are_experimental(family: str) -> None:
         adapter = load_adapter(tiny_state(family, channels=channels, token_dim=layout.token_dim))
         text = describe_fit(adapter, layout, [])
         assert ("experimental: it was trained for Flux, and for Chroma nobody has trained one" in text) == told
+
+
+def test_what_a_prompt_holds_is_told() -> None:
+    """At every step the tokens of two timesteps and one block's keys and values (InstantCharacter), or those of all blocks."""
+    layout = models.layout_of(comfy_flux())
+    sizes = {"channels": tuple(site.channels for site in layout.sites), "token_dim": layout.token_dim}
+    adapter = load_adapter(tiny_state("instantcharacter", num_tokens=100, **sizes), name="mine")
+    text = describe_fit(adapter, layout, [bake(adapter, tiny_prompt(adapter, tokens=8), layout)])
+    width = sizes["channels"][0]
+    assert (
+        f"prompt 1 holds {4 * 2 * 100 * (2 * layout.token_dim + 2 * width) / 1000:.3g} kB of tokens of two timesteps"
+        in text
+    )
+    held = sum(p.numel() for p in adapter.module.parameters()) * 4
+    assert f"and mine, {held / 1e6:.3g} MB, is used at every step" in text
 
 
 def test_sd35_large_on_medium_is_refused_with_both_sizes() -> None:
