@@ -75,9 +75,8 @@ def bake(
 
 def _sites(adapter: AdapterWeights, prompt: ImagePrompt, layout: ModelLayout) -> HeldKeys:
     """K and V of every site that the adapter's reach names."""
-    weight = next(adapter.module.to_k_ip.parameters())
     seen, silent = _seen(prompt)
-    tokens = torch.cat(seen).to(weight.device, weight.dtype).unflatten(0, (len(seen), -1))
+    tokens = torch.cat(seen).to(adapter.device, adapter.dtype).unflatten(0, (len(seen), -1))
     images, reach = prompt.features.shape[1], adapter.spec.format.reach
     timed = TimedTokens(partial(_tokens_at, adapter, tokens, images)) if reach.timed else None
     sites: list[SiteKV | None] = [None] * len(layout.sites)

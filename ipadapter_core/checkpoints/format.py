@@ -326,6 +326,8 @@ class AdapterModule(nn.Module):
         super().__init__()
         self.casts_weights = operations is not TORCH and operations is not BARE
         """Whether the layers bring their weights to the input's device and dtype themselves (comfy.ops.manual_cast)."""
+        self.computes_on: torch.device | None = None
+        """Where such layers compute while their weights, or some of them, are elsewhere; None: where the weights are."""
         self.keys = spec.format.keys
         self.projector = spec.format.projector(spec, operations)
         for name, layers in spec.format.layers(spec, operations).items():
@@ -364,6 +366,11 @@ class AdapterWeights:
         """The dtype of the weights."""
         return next(self.module.to_k_ip.parameters()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, so where what it reads belongs."""
+        return self.module.computes_on or next(self.module.to_k_ip.parameters()).device
+
     def tokens(self, features: Tensor, face_scale: float = 1.0) -> Tensor:
         """Image tokens ``b n d`` of features: ``b e`` image embeds or ``b t e`` penultimate states, see ``spec.feature``.
 
@@ -389,7 +396,11 @@ class AdapterWeights:
     def gate(self, index: int) -> Callable[[Tensor], Tensor] | None:
         """What makes factors ``b t c`` of the layer's result from a block's conditioning ``b t e``; None where there is no gate."""
         gate = self.spec.format.gate(self.module, index)
-        return None if gate is None else lambda emb: gate(self._fitting(emb))
+        if gate is None:
+            return None
+        # the conditioning is small and read in every call: it comes to the weights' dtype, also where weights would come to its
+        dtype = self.dtype if self.dtype.itemsize > 1 else None
+        return lambda emb: gate(self._fitting(emb if dtype is None else emb.to(dtype)))
 
     def tokens_at(self, constant: Tensor, timestep: float) -> Tensor:
         """Image tokens ``b n d`` at a timestep 0..1000 of what ``tokens`` gave, of a family whose reach is timed."""

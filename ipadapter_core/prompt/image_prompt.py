@@ -86,7 +86,6 @@ def project_features(
 
 def _tokens(adapter: AdapterWeights, features: Tensor, chunk: int, face_scale: float) -> Tensor:
     """Features ``b k ...`` to tokens ``b k n d``, ``chunk`` images at a time."""
-    weight = next(adapter.module.to_k_ip.parameters())
-    parts = features.flatten(0, 1).to(weight.device, weight.dtype).split(chunk)
+    parts = features.flatten(0, 1).to(adapter.device, adapter.dtype).split(chunk)
     flat = torch.cat([adapter.tokens(part, face_scale) for part in parts])
     return flat.unflatten(0, features.shape[:2])

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import torch
 from torch import Tensor
 
@@ -72,8 +73,10 @@ def manage(source: str | Mapping[str, object], name: str) -> ManagedAdapter:
     """Load an adapter's file or state dict and hand its weights to the memory manager."""
     device = comfy.model_management.get_torch_device()
     half = comfy.model_management.should_use_fp16(device)
-    weights = load_adapter(source, name=name, dtype=torch.float16 if half else torch.float32)
-    # Plain modules in a plain patcher: dynamic (per-layer) loading buys nothing for layers that run once per prompt.
+    dtype = torch.float16 if half else torch.float32
+    # Layers that cast: of an adapter that is too large for the device, the manager loads what fits, and the rest comes piece by piece.
+    weights = load_adapter(source, name=name, dtype=dtype, operations=comfy.ops.manual_cast)
+    weights.module.computes_on = device
     patcher = comfy.model_patcher.ModelPatcher(
         weights.module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
     )

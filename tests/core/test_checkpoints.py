@@ -49,7 +49,7 @@ from ipadapter_core.files.state_dict import TensorFile
 from ipadapter_core.prompt.encode import prompt_from_features
 from ipadapter_core.report import describe_spec, spec_facts
 from ipadapter_core.training.config import AdapterConfig
-from tiny import SD15_CHANNELS, SDXL_CHANNELS, adapter_shapes, nested, tiny_state
+from tiny import SD15_CHANNELS, SDXL_CHANNELS, TRANSFORMERS, adapter_shapes, nested, tiny_state
 
 FAMILIES = trainable_families()
 
@@ -240,6 +240,28 @@ def test_layers_come_from_the_operations_given(family: str) -> None:
     assert adapter.key_value(0, tokens)[0].dtype == torch.float32
     expected = load_adapter(state, dtype=torch.float32).tokens(features)
     torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["base", "plus", "full-face", "faceid", "faceid-plus", *TRANSFORMERS])
+def test_layers_that_cast_compute_where_they_are_told(family: str) -> None:
+    """Their weights stay on the CPU, all of them; a layer that read one without bringing it would raise."""
+    channels = {"channels": (8, 8, 8)} if family in TRANSFORMERS else {}
+    adapter = load_adapter(tiny_state(family, **channels), operations=Casting)
+    adapter.module.computes_on = device = torch.device("meta")
+    assert adapter.device == device
+    spec, feature = adapter.spec, adapter.spec.format.feature
+    shape = (2, spec.feature_dim) if feature.rank == 2 else (2, 8 if feature.looks else 5, spec.feature_dim)
+    tokens = adapter.tokens(torch.zeros(shape, device=device))
+    timed = spec.format.reach.timed
+    if timed:
+        tokens = adapter.tokens_at(tokens, 500.0)
+    k, v = adapter.key_value(0, tokens[..., : spec.token_dim], 500.0 if timed else None)
+    assert (tokens.device, k.device, v.device) == (device,) * 3
+    assert {p.device.type for p in adapter.module.parameters()} == {"cpu"}
+    gate = adapter.gate(0)
+    if gate is not None:
+        assert gate(torch.zeros(1, 1, spec.options["embedding_dim"], device=device)).device == device
+    assert load_adapter(tiny_state(family, **channels)).device == torch.device("cpu")
 
 
 def test_features_of_another_encoder_are_refused() -> None:
