@@ -25,6 +25,7 @@ from host.servers import HOSTS
 from host.shrunk import UNETS, build_checkpoint
 from host.tiny_adapters import build_adapter, build_prompt
 from host.tiny_lora_files import build_lora
+from tiny_towers import pe_core
 
 CPU = 2.0
 """Seconds of the server's CPU that one value may take; what hangs takes minutes."""
@@ -105,6 +106,8 @@ def trap(
     checkpoint = server.add_model("checkpoints", build_checkpoint("sd15_small", model_cache))
     server.add_model("ipadapter", build_adapter("base", "sd15_small", adapters), "a.safetensors")
     server.add_model("ipadapter", build_adapter("plus", "sd15_small", adapters), "plus.safetensors")
+    pe_core(root / "pe.safetensors")
+    server.add_model("clip_vision", root / "pe.safetensors")
     server.add_model("loras", build_lora("sd15_small", adapters), "a.safetensors")
     (server.models("diffusers") / "tiny").mkdir()
     (server.models("diffusers") / "tiny/model_index.json").write_text("{}")
@@ -173,6 +176,14 @@ def _make(kind: str, trap: Trap, graph: Graph) -> Link | None:
             return encoder[0]
         case "IPADAPTER_PARAMS":
             return node_of("IPAdapterRegionalConditioning", trap, graph)[0]
+        case "IP_ADAPTER_FLUX":
+            return node_of("LoadFluxIPAdapter", trap, graph)[0]
+        case "IP_ADAPTER_FLUX_INSTANTX":
+            return node_of("IPAdapterFluxLoader", trap, graph)[0]
+        case "IP_ADAPTER_SD3_INSTANTX":
+            return node_of("IPAdapterSD3Loader", trap, graph)[0]
+        case "CLIP_VISION_OUTPUT":
+            return graph.add("CLIPVisionEncode", clip_vision=of("CLIP_VISION"), image=of("IMAGE"), crop="center")[0]
         case "WEIGHTS_STRATEGY":
             return node_of("IPAdapterWeights", trap, graph)[5]
         case _:
