@@ -207,6 +207,13 @@ def apart(got: Outputs, expected: Outputs) -> float:
     return min(float((got[name] - expected[name]).abs().max()) for name in expected)
 
 
+def test_every_kind_of_model_is_entered_on_every_host_that_has_it() -> None:
+    """A line that is missing would leave its worlds out without a word."""
+    real = {walk: name for walk, name in WALKED.items() if name != "Fake"}
+    without = [f"{name} on {host}" for walk, name in real.items() for host, ways in HOSTS.items() if walk not in ways]
+    assert without == ["Anima on diffusers"], "diffusers has no pipeline of Anima"
+
+
 # --- the package does not know it -------------------------------------------------------------------------------------
 
 

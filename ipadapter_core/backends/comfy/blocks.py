@@ -205,28 +205,50 @@ def acting_inside(model: nn.Module, call: ModelCall, prompts: Sequence[BlockProm
         _RUNNING.run = before
 
 
-Modules = dict[str, nn.Module]
-"""By path."""
-_MODULES: WeakKeyDictionary[nn.Module, Modules] = WeakKeyDictionary()
-"""By model, as they were last found: packs that skip blocks put others in the lists of blocks for the time of a call."""
+@dataclass(slots=True, eq=False)
+class _Found:
+    """The modules of a model's sites by path, as they were last found, and the paths of each site with their parts.
+
+    Packs that skip blocks put others in the lists of blocks for the time of a call; then those found before count.
+    """
+
+    sites: tuple[tuple[tuple[str, tuple[str, ...]], ...], ...]
+    modules: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
 
 
-def find_modules(model: nn.Module, layout: ModelLayout, kind: Kind) -> Modules:
-    """The modules of every site of a model, remembered."""
+_FOUND: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
+
+
+def find_modules(model: nn.Module, layout: ModelLayout, kind: Kind) -> dict[str, nn.Module]:
+    """The modules of every site of a model by path, remembered."""
     model = uncompiled(model)
-    known = _MODULES.setdefault(model, {})
-    for entry in map(kind.entry, layout.sites):
-        paths = (*entry.heard, entry.projection, entry.block)
+    found = _FOUND.get(model)
+    if found is None:
+        entries = [kind.entry(site) for site in layout.sites]
+        paths = [(*entry.heard, entry.projection, entry.block) for entry in entries]
+        found = _FOUND[model] = _Found(tuple(tuple((p, tuple(p.split("."))) for p in of_site) for of_site in paths))
+    known = found.modules
+    for of_site in found.sites:
         try:  # all of a block or none: another's block has the path, but not what is inside
-            known |= {path: model.get_submodule(path) for path in paths}
+            known |= [(path, _submodule(model, parts)) for path, parts in of_site]
         except AttributeError:
-            missing = [path for path in paths if path not in known]
+            missing = [path for path, _ in of_site if path not in known]
             if missing:
                 raise IncompatibleAdapterError(
                     f"{type(model).__name__} has no {missing[0]}, where an image prompt should act; another node has changed its "
                     "blocks: apply the image prompt in front of that node"
                 ) from None
     return known
+
+
+def _submodule(module: Any, parts: tuple[str, ...]) -> nn.Module:
+    """As ``get_submodule``, some times faster."""
+    for part in parts:
+        inner = module.__dict__["_modules"].get(part)
+        module = (
+            getattr(module, part) if inner is None else inner
+        )  # compiled modules have their parts' names as attributes
+    return module
 
 
 Acting = Mapping[tuple[int, str], tuple[Group, ...]]
