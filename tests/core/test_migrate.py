@@ -21,7 +21,7 @@ from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputEr
 from ipadapter_core.legacy.migrate import REPLACEMENTS, bases, graph, migrate, migrate_graph, replace_in_prompt
 from ipadapter_core.legacy.migrate.bases import base_of_name
 from ipadapter_core.legacy.migrate.files import read_graph
-from ipadapter_core.legacy.migrate.names import OLD_TYPES
+from ipadapter_core.legacy.migrate.names import OLD_TYPES, PICTURE_APPLIES, PICTURE_LOADERS
 
 OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 
@@ -621,12 +621,125 @@ def test_two_checkpoints_each_for_its_own_loader() -> None:
     assert (files[2], files[13]) == (["ip-adapter-plus_sd15.safetensors"], ["ip-adapter_sdxl.safetensors"])
 
 
+# --- packs for transformers --------------------------------------------------------------------------------------------
+
+
+def picture_workflow(kind: str, values: list[Any], loader: str, loaded: list[Any]) -> dict[str, Any]:
+    """A model, a loader and a picture into one node that applies it, and a sampler behind; SD3's picture is encoded before."""
+    (adapter, picture), _ = PICTURE_APPLIES[kind]
+    nodes = [
+        node(1, "UNETLoader", {}, ["MODEL"], ["flux1-dev.safetensors", "default"]),
+        node(2, loader, {}, ["ADAPTER"], loaded),
+        node(3, "LoadImage", {}, ["IMAGE", "MASK"], ["a.png"]),
+        node(4, kind, {"model": ("MODEL", 1), adapter: ("ADAPTER", 2), picture: ("IMAGE", 3)}, ["MODEL"], values),
+        node(5, "KSampler", {"model": ("MODEL", 4)}, ["LATENT"], [1]),
+    ]
+    links: list[Any] = [[1, 1, 0, 4, 0, "MODEL"], [2, 2, 0, 4, 1, "ADAPTER"], [4, 4, 0, 5, 0, "MODEL"]]
+    if picture == "image":
+        links.append([3, 3, 0, 4, 2, "IMAGE"])
+    else:
+        seen = {"clip_vision": ("CLIP_VISION", 5), "image": ("IMAGE", 6)}
+        nodes += [
+            node(6, "CLIPVisionLoader", {}, ["CLIP_VISION"], ["sigclip.safetensors"]),
+            node(7, "CLIPVisionEncode", seen, ["CLIP_VISION_OUTPUT"], ["none"]),
+        ]
+        links += [[3, 7, 0, 4, 2, "CLIP_VISION_OUTPUT"], [5, 6, 0, 7, 0, "CLIP_VISION"], [6, 3, 0, 7, 1, "IMAGE"]]
+    return {"nodes": nodes, "links": links, "version": 0.4}
+
+
+FLUX_FILE, SHAKKERS = (
+    ["a.safetensors", "clip.safetensors", "CPU"],
+    ["a.bin", "google/siglip-so400m-patch14-384", "cuda"],
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "loader", "loaded", "applied", "encoded", "vision"),
+    [
+        (
+            "ApplyFluxIPAdapter", [0.6], "LoadFluxIPAdapter", FLUX_FILE, [0.6, "linear", "V only", 0.0, 1.0, "correct"],
+            ["auto", "concat", "", "auto", False, "correct"], "CLIPVisionLoader",
+        ),
+        (
+            "ApplyAdvancedFluxIPAdapter", [0.9, 0.0, "Linear"], "LoadFluxIPAdapter", FLUX_FILE,
+            [1.0, "linear", "V only", 0.0, 1.0, "correct"], ["auto", "average", "", "auto", False, "correct"],
+            "CLIPVisionLoader",
+        ),
+        (
+            "ApplyIPAdapterFlux", [0.75, 0.2, 0.6], "IPAdapterFluxLoader", SHAKKERS,
+            [0.75, "linear", "V only", 0.2, 0.6, "IPAdapter-Flux"], ["auto", "concat", "", "auto", False, "correct"],
+            "ImagePromptLoadEncoder",
+        ),
+        (
+            "ApplyIPAdapterFluxAdvanced", [0.2, 0.9, 10, 0.1, 0.8], "IPAdapterFluxLoaderAdvanced", SHAKKERS,
+            [1.0, "linear", "V only", 0.1, 0.8, "IPAdapter-Flux"], ["auto", "concat", "", "auto", False, "correct"],
+            "ImagePromptLoadEncoder",
+        ),
+        (
+            "ApplyIPAdapterSD3", [0.5, 0, 1], "IPAdapterSD3Loader", ["a.bin", "cuda"],
+            [0.5, "linear", "V only", 0, 1, "correct"], ["stretch", "concat", "", "auto", False, "correct"],
+            "CLIPVisionLoader",
+        ),
+    ],
+)  # fmt: skip
+def test_packs_for_transformers(
+    kind: str, values: list[Any], loader: str, loaded: list[Any], applied: list[Any], encoded: list[Any], vision: str
+) -> None:
+    old = picture_workflow(kind, values, loader, loaded)
+    old["nodes"].append(node(9, "XlabsSampler", {}, ["LATENT"], [4, "fixed", 50, 1, 3.5, 0]))
+    made = migrate_graph(old)
+    assert made.rewritten == 2
+    assert "put KSampler in its place" in " ".join(made.report)
+    links = fed_by(made.graph)
+    assert links["ImagePromptApply", "model"] == ("UNETLoader", 0)
+    assert links["ImagePromptApply", "image_prompt"] == ("ImagePromptEncode", 0)
+    assert (
+        links["ImagePromptApply", "adapter"] == links["ImagePromptEncode", "adapter"] == ("ImagePromptLoadAdapter", 0)
+    )
+    assert links["ImagePromptEncode", "image"] == ("LoadImage", 0)
+    assert links["ImagePromptEncode", "clip_vision"] == (vision, 0)
+    assert links["KSampler", "model"] == ("ImagePromptApply", 0)
+    nodes: dict[str, Any] = {n["type"]: n for n in made.graph["nodes"]}  # type: ignore[attr-defined]
+    assert nodes["ImagePromptApply"]["widgets_values"] == applied
+    assert nodes["ImagePromptEncode"]["widgets_values"] == encoded
+    assert nodes["ImagePromptLoadAdapter"]["widgets_values"] == loaded[:1]
+    schedule = nodes.get("ImagePromptSchedule")
+    assert (schedule is not None) == ("Advanced" in kind)
+    if kind == "ApplyAdvancedFluxIPAdapter":
+        sites = schedule["widgets_values"][1].split(", ")
+        assert (len(sites), sites[0], sites[9], sites[18]) == (19, "double 0: 0.9", "double 9: 0.45", "double 18: 0")
+    elif schedule is not None:
+        assert schedule["widgets_values"][:2] == ["0.1: 0.2, 0.8: 0.9", ""]
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_what_packs_for_transformers_keep(prompt: bool) -> None:
+    """A node of theirs that cannot change keeps its loader, and the other way round."""
+    graph = picture_workflow("ApplyIPAdapterSD3", [0.5, 0, 1], "IPAdapterSD3Loader", ["a.bin", "cuda"])
+    graph["nodes"][6]["type"] = "AnothersEncode"
+    old: Any = graph
+    if prompt:
+        old = {
+            "1": {"class_type": "IPAdapterSD3Loader", "inputs": {"ipadapter": "a.bin", "provider": "cpu"}},
+            "2": {"class_type": "AnothersEncode", "inputs": {}},
+            "3": {
+                "class_type": "ApplyIPAdapterSD3",
+                "inputs": {"model": ["4", 0], "ipadapter": ["1", 0], "image_embed": ["2", 0], "weight": 1.0},
+            },
+            "4": {"class_type": "UNETLoader", "inputs": {}},
+        }
+    made = migrate_graph(old)
+    assert made.rewritten == 0
+    assert "comes from no CLIP Vision Encode" in " ".join(made.report)
+    assert made.found == 2
+
+
 # --- damaged graphs ---------------------------------------------------------------------------------------------------
 
 
 def test_the_names_are_those_that_the_old_pack_ever_had() -> None:
     facts = json.loads((Path(__file__).parent / "old_pack.json").read_text())
-    assert set(facts) == OLD_TYPES
+    assert set(facts) == OLD_TYPES - {*PICTURE_LOADERS, *PICTURE_APPLIES}
 
 
 @pytest.mark.parametrize(
@@ -682,7 +795,7 @@ def test_what_is_damaged_stays_and_the_rest_is_rewritten() -> None:
 def test_empty_workflows_are_workflows(empty: dict[str, Any]) -> None:
     made = migrate_graph(empty)
     assert made.graph == empty
-    assert made.report == ["no nodes of ComfyUI_IPAdapter_plus found"]
+    assert made.report == ["no nodes of ComfyUI_IPAdapter_plus or of packs for FLUX and SD3 found"]
 
 
 @pytest.mark.parametrize("value", [None, [], [{}], 5, "x", {}, {"nodes": {}}, {"1": 2}, {"prompt": []}])

@@ -1,4 +1,4 @@
-"""Workflows of ComfyUI_IPAdapter_plus rewritten with the nodes of this pack; the picture stays the same.
+"""Workflows of ComfyUI_IPAdapter_plus and of packs for transformers rewritten with the nodes of this pack.
 
 Works on the format that ComfyUI's menu saves, subgraphs included, and on the one that it runs (exported as API). Nodes
 keep their numbers, places and titles, links their numbers; an apply node becomes Apply Adapter to Model with Encode Image
@@ -17,10 +17,24 @@ from .apply import apply_nodes, is_chained, load_adapter_nodes, load_face_model,
 from .bases import Bases
 from .embeds import change_embeds, embed_pairs, embeds_obstacle
 from .graph import Json, Migration, NodeId, fed_besides, is_row, label, number_of, row, settings_of, shown, table
-from .names import EMBEDS, FACE_LOADER, FACE_MODELS, FACE_WIDGETS, LOADERS, NOISE, OLD_TYPES, SOCKETS, UNIFIED, WIDGETS
+from .names import (
+    EMBEDS,
+    FACE_LOADER,
+    FACE_MODELS,
+    FACE_WIDGETS,
+    LOADERS,
+    NOISE,
+    OLD_TYPES,
+    PICTURE_APPLIES,
+    PICTURE_LOADERS,
+    SOCKETS,
+    UNIFIED,
+    WIDGETS,
+)
 from .prompt import Prompt, is_prompt
 from .replacements import REPLACEMENTS, Replacement, replace_in_prompt
 from .saved import Numbers, Saved
+from .transformers import apply_picture_node, load_picture_adapter, picture_obstacle, samplers_told
 
 __all__ = ["REPLACEMENTS", "Migrated", "Replacement", "migrate", "migrate_graph", "replace_in_prompt"]
 
@@ -113,9 +127,9 @@ def _told(made: list[Migration], graph: Json, report: list[str], groups: int, un
     stay = sum(node.type in OLD_TYPES for one in made for node in one.nodes.values()) + groups + unclear
     found = rewritten + stay
     total = (
-        f"{found} nodes of ComfyUI_IPAdapter_plus found: {rewritten} rewritten, {stay} as they were"
+        f"{found} nodes of other packs for image prompts found: {rewritten} rewritten, {stay} as they were"
         if found
-        else "no nodes of ComfyUI_IPAdapter_plus found"
+        else "no nodes of ComfyUI_IPAdapter_plus or of packs for FLUX and SD3 found"
     )
     return Migrated(graph, [*report, total], found, rewritten)
 
@@ -205,6 +219,12 @@ def _rewrite(read: Saved | Prompt, fresh: Callable[[], NodeId], bases: Bases) ->
             change_embeds(made, group, loaded)
     for number in [n for n, kind in old.items() if kind == NOISE]:
         change_noise(made, number)
+    seen_by = {n: load_picture_adapter(made, n) for n, kind in old.items() if kind in PICTURE_LOADERS}
+    for number in [n for n, kind in old.items() if kind in PICTURE_APPLIES]:
+        loader = made.origin(made.edges[number, PICTURE_APPLIES[old[number]][0][0]]).source
+        apply_picture_node(made, number, seen_by.get(loader))
+    if seen_by:
+        made.report += samplers_told(made)
     made.follow_reroutes()
     made.report += [f"{made.nodes[n].type} (node {label(n)}) stays: {reason}" for n, reason in kept.items()]
     return made
@@ -229,6 +249,8 @@ def _kept(made: Migration) -> tuple[list[list[NodeId]], dict[NodeId, str]]:
             reason = _obstacle(made, number)
         elif kind in LOADERS:
             reason = loader_obstacle(made, number)
+        elif kind in PICTURE_LOADERS or kind in PICTURE_APPLIES:
+            reason = picture_obstacle(made, number)
         elif kind in FACE_MODELS or kind == NOISE:
             reason = settings_of(node)[1] or fed_besides(made, number, ("image_optional",) if kind == NOISE else ())
         else:
@@ -236,6 +258,13 @@ def _kept(made: Migration) -> tuple[list[list[NodeId]], dict[NodeId, str]]:
         reason = node.pinned or reason
         if reason:
             reasons.setdefault(number, reason)
+        if kind in PICTURE_LOADERS:
+            for target, name in made.uses(number, 0):
+                applies = PICTURE_APPLIES.get(made.type_of(target))
+                if applies is not None and applies[0][0] == name:
+                    pairs.append((number, target))
+                else:
+                    reasons.setdefault(number, "something that stays is fed by it")
         if kind in LOADERS or kind in FACE_MODELS:
             slot, socket = 1 if kind in UNIFIED else 0, "insightface" if kind in FACE_MODELS else "ipadapter"
             for target, name in made.uses(number, slot):
@@ -249,7 +278,7 @@ def _kept(made: Migration) -> tuple[list[list[NodeId]], dict[NodeId, str]]:
         if any(number in reasons for number in together):
             for number in together:
                 kind = made.nodes[number].type
-                feeds = kind in LOADERS or kind in FACE_MODELS
+                feeds = kind in LOADERS or kind in FACE_MODELS or kind in PICTURE_LOADERS
                 told = "something that stays is fed by it" if feeds else "its loader feeds nodes that stay"
                 reasons.setdefault(number, "something connected with it stays" if kind in EMBEDS else told)
     return groups, {number: reasons[number] for number, _ in old if number in reasons}

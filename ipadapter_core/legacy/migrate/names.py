@@ -8,6 +8,7 @@ from typing import get_args
 
 from ...attention.schedule import SCALINGS
 from ...images.noise import Noise
+from ..block_strengths import SMOOTHINGS
 from ..settings import COMBINE_METHODS, SIMPLE_WEIGHT_TYPES, WEIGHT_TYPES
 
 ADAPTER = "IMAGE_PROMPT_ADAPTER"
@@ -67,8 +68,29 @@ EMBEDS: dict[str, set[str]] = {
 
 EMBED_SOCKETS = {"pos_embed", "neg_embed", "embeds", *EMBEDS["IPAdapterCombineEmbeds"]}
 
+# packs for transformers
+PICTURE_LOADERS: dict[str, tuple[str, ...]] = {
+    "LoadFluxIPAdapter": ("ipadatper", "clip_vision", "provider"),
+    "IPAdapterFluxLoader": ("ipadapter", "clip_vision", "provider"),
+    "IPAdapterFluxLoaderAdvanced": ("ipadapter", "clip_vision", "provider"),
+    "IPAdapterSD3Loader": ("ipadapter", "provider"),
+}
+"""Loaders, with their widgets in order; the first names the adapter's file."""
+PICTURE_APPLIES: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
+    "ApplyFluxIPAdapter": (("ip_adapter_flux", "image"), ("ip_scale",)),
+    "ApplyAdvancedFluxIPAdapter": (("ip_adapter_flux", "image"), ("begin_strength", "end_strength", "smothing_type")),
+    "ApplyIPAdapterFlux": (("ipadapter_flux", "image"), ("weight", "start_percent", "end_percent")),
+    "ApplyIPAdapterFluxAdvanced": (
+        ("ipadapter_flux", "image"), ("weight_start", "weight_end", "steps", "start_percent", "end_percent"),
+    ),
+    "ApplyIPAdapterSD3": (("ipadapter", "image_embed"), ("weight", "start_percent", "end_percent")),
+}  # fmt: skip
+"""What applies a picture: the sockets of adapter and picture, and the widgets in order."""
+
 SETTINGS: dict[str, tuple[str, ...]] = {
     **WIDGETS,
+    **PICTURE_LOADERS,
+    **{kind: widgets for kind, (_, widgets) in PICTURE_APPLIES.items()},
     "IPAdapterModelLoader": ("ipadapter_file",),
     "IPAdapterUnifiedLoader": ("preset",),
     "IPAdapterUnifiedLoaderCommunity": ("preset",),
@@ -109,13 +131,14 @@ OPTIONS: dict[str, Callable[[str], Collection[str]]] = {
     "weight_type": _weight_types,
     "combine_embeds": _any_of(*COMBINE_METHODS),
     "embeds_scaling": _any_of(*SCALINGS),
-    "provider": _any_of("CPU", "CUDA", "ROCM", "DirectML", "OpenVINO", "CoreML"),
+    "provider": _any_of("CPU", "CUDA", "ROCM", "DirectML", "OpenVINO", "CoreML", "GPU", "cuda", "cpu", "mps"),
+    "smothing_type": _any_of(*SMOOTHINGS),
     "model_name": _any_of("buffalo_l", "antelopev2"),
     "type": _any_of(*get_args(Noise)),
     "method": _any_of(*COMBINE_METHODS, "max", "min"),
 }
 """Options of an old widget, by its name and the class type."""
-TEXTS = ("preset", "ipadapter_file", "embeds", "filename_prefix")
+TEXTS = ("preset", "ipadapter_file", "embeds", "filename_prefix", "ipadatper", "ipadapter", "clip_vision")
 
 DEFAULTS: dict[str, dict[str, object]] = {
     **{name: {"style_boost": 1.0} if "Style" in name else {"composition_boost": 0.0} for name in PRECISE},
@@ -126,6 +149,9 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "IPAdapterEncoder": {"weight": 1.0},
     "IPAdapterCombineEmbeds": {"method": "concat"},
     "IPAdapterSaveEmbeds": {"filename_prefix": "IP_embeds"},
+    "ApplyFluxIPAdapter": {"ip_scale": 0.93},
+    "ApplyAdvancedFluxIPAdapter": {"begin_strength": 0.0, "end_strength": 1.0, "smothing_type": "Linear"},
+    "ApplyIPAdapterFluxAdvanced": {"weight_start": 0.0, "weight_end": 1.0},
 }
 """What widgets that a file does not have stand at."""
 
@@ -149,6 +175,7 @@ _STEERING = ("strength", "preset", "scaling", "start", "end")
 OUR_NODES: dict[str, OurNode] = {
     "ImagePromptLoadAdapter": OurNode({}, ("file",), _ADAPTER),
     "CLIPVisionLoader": OurNode({}, ("clip_name",), {"CLIP_VISION": "CLIP_VISION"}),
+    "ImagePromptLoadEncoder": OurNode({}, ("file",), {"clip_vision": "CLIP_VISION"}),
     "ImagePromptLoadFaceModel": OurNode({}, ("pack", "provider"), {"face_model": FACE_MODEL}),
     "ImagePromptApplyFaceLoRA": OurNode(_MODEL | _ADAPTER, ("strength",), _MODEL),
     "ImagePromptNoise": OurNode({"image": "IMAGE"}, ("kind", "strength", "blur"), {"image": "IMAGE"}),
