@@ -259,6 +259,10 @@ def test_progress_is_the_share_of_the_plain_schedule(name: str, dtype: torch.dty
     found = [call.percent() for *_, call in calls if call.branches == (1,)]
     assert found == pytest.approx([i / 7 for i in range(7)], abs=1e-5)
     timesteps = [call.timestep() for *_, call in calls if call.branches == (1,)]
+    told = [flow.now() for _, names, flow, _ in calls if names == ("cond",)]
+    assert (told[0], told[1:]) == (None, pytest.approx(timesteps[1:], abs=1e-3)), (
+        "the scheduler tells it from its first step on"
+    )
     assert timesteps == pytest.approx(pipeline.scheduler.timesteps.tolist(), abs=1e-3)
 
 
@@ -292,6 +296,17 @@ def test_half_precision_is_mended_only_by_a_timestep_of_the_run() -> None:
     assert notes.Step(rounded, "sigma", flow).timestep() == pytest.approx(931.7)
     assert notes.Step(rounded.float(), "sigma", flow).timestep() == pytest.approx(float(rounded) * 1000)
     assert notes.Step(torch.tensor([0.25]).bfloat16(), "sigma", flow).timestep() == 250.0
+
+
+def test_a_step_of_the_scheduler_is_no_look_at_the_device() -> None:
+    """A tensor on another device is not read where the scheduler tells; here it could not be."""
+    timesteps, elsewhere = torch.tensor([1000.0, 600.0, 200.0]), torch.empty(2, device="meta")
+    assert notes.Step(elsewhere, "sigma", Flow(3.0, timesteps, 1)).timestep() == 600.0
+    assert notes.Step(elsewhere, "sigma", Flow(3.0, timesteps, 1)).percent() == pytest.approx(1 - 0.6 / (3 - 2 * 0.6))
+    for untold in (Flow(3.0, timesteps), Flow(3.0, timesteps, 3), Flow(3.0)):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            notes.Step(elsewhere, "sigma", untold).timestep()
+    assert notes.Step(torch.tensor([500.0]), "sigma", Flow(3.0, timesteps, 1)).timestep() == 500.0
 
 
 class Scheduler:

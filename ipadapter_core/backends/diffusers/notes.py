@@ -31,13 +31,20 @@ _NUMBERS = {"uncond": UNCOND, "cond": COND}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flow:
-    """How a pipeline's scheduler spaces the noise of a flow model: its ``shift``, and the ``timesteps`` of this run.
+    """How a pipeline's scheduler spaces the noise of a flow model: its ``shift``, the ``timesteps`` of this run, where it stands.
 
-    The shift moves a time t, linear in the steps, to the noise shift · t / (1 + (shift - 1) · t).
+    The shift moves a time t, linear in the steps, to the noise shift · t / (1 + (shift - 1) · t). ``index`` is None until the
+    first step was taken.
     """
 
     shift: float = 1.0
     timesteps: Tensor | None = None
+    index: int | None = None
+
+    def now(self) -> float | None:
+        """The timestep at which the scheduler stands, without a look at the device; None where it does not tell."""
+        numbers = () if self.timesteps is None or self.index is None else _numbers(self.timesteps)
+        return numbers[self.index] if self.index is not None and 0 <= self.index < len(numbers) else None
 
     def time(self, noise: float) -> float:
         """The time that was shifted to this noise, 1 at the start and 0 at the end."""
@@ -78,8 +85,11 @@ class Step:
     def timestep(self) -> float:
         """The timestep of training, 0..1000; reading it synchronises the device, once per call and only where it is asked.
 
-        Pipelines call Flux and Chroma in the model's dtype; the scheduler's timesteps then tell what was rounded.
+        Where a pipeline's scheduler has begun to step, its own account of the step is taken instead of the device's. Pipelines
+        call Flux and Chroma in the model's dtype; the scheduler's timesteps then tell what was rounded.
         """
+        if self._timestep is None and isinstance(self.called_with, Tensor) and self.called_with.device.type != "cpu":
+            self._timestep = self.flow.now()
         if self._timestep is None:
             given = self.called_with
             value = float(given.flatten()[0]) if isinstance(given, Tensor) else float(given)

@@ -94,8 +94,13 @@ class Asked:
         scheduler = getattr(self._pipeline, "scheduler", None)
         if call.family.clock != "sigma" or not hasattr(scheduler, "config"):
             return STRAIGHT
-        timesteps = getattr(scheduler, "timesteps", None)
-        return Flow(shift_of(scheduler, call), timesteps if isinstance(timesteps, Tensor) else None)
+        timesteps, index = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None)
+        shift = shift_of(scheduler, call)
+        return (
+            Flow(shift, timesteps, index if isinstance(index, int) else None)
+            if isinstance(timesteps, Tensor)
+            else Flow(shift)
+        )
 
 
 def _reference(run: object) -> object:
