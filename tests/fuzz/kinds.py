@@ -26,6 +26,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 import tiny_loras
+import tiny_towers
 from fuzz import mutators as m
 from ipadapter_core import WeightSchedule, bake, load_adapter, load_prompt
 from ipadapter_core.attention.presets import parse_layers, parse_site_factors
@@ -36,7 +37,7 @@ from ipadapter_core.commands.cli import build_parser
 from ipadapter_core.errors import AdapterError
 from ipadapter_core.features import pack_face
 from ipadapter_core.generate import read_image, read_mask
-from ipadapter_core.images.encoder import TransformersImageEncoder
+from ipadapter_core.images.encoder import load_image_encoder
 from ipadapter_core.images.files import decode_picture
 from ipadapter_core.lora import (  # fmt: skip
     LoRAPatch,
@@ -802,33 +803,48 @@ def use_text(folder: Path, main: Path) -> None:
 # --- folders -----------------------------------------------------------------------------------------------------
 
 
-@cache
-def encoder_files() -> dict[str, bytes]:
-    import tempfile
-
+def save_clip(folder: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
     config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, projection_dim=8, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+
+
+ENCODERS: dict[str, Callable[[Path], object]] = {
+    "clip": save_clip,
+    "siglip": lambda folder: tiny_towers.siglip(folder, width=16, side=28, layers=2),
+    "dinov2": lambda folder: tiny_towers.dinov2(folder, side=28, layers=1),
+    "pe": lambda folder: tiny_towers.pe_core(folder / "pe.safetensors", side=2, layers=1),
+}
+
+
+@cache
+def encoder_files(kind: str) -> dict[str, bytes]:
+    import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
-        CLIPVisionModelWithProjection(config).save_pretrained(folder)
+        ENCODERS[kind](Path(folder))
         files = {f"enc/{path.name}": path.read_bytes() for path in Path(folder).iterdir()}
+    if kind == "pe":  # one file, as it is published
+        return files
     return {**files, "enc/preprocessor_config.json": b'{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'}
 
 
 def make_encoder(rng: Random, keep: Keep) -> Case:
-    files = dict(encoder_files())
+    kind = rng.choice(sorted(ENCODERS))
+    files = dict(encoder_files(kind))
     name = rng.choice(sorted(files))
     if name.endswith(".json") and rng.random() < 0.8:
         tree, count = changed(rng, keep, json.loads(files[name]), (m.edit_tree,))
         files[name] = m.json_bytes(rng, tree)
     else:
         files[name], count = damaged(rng, keep, files[name], *([] if name.endswith(".json") else [m.edit_header]))
-    return Case(files, "enc", changes=count, note=f"encoder, {name}")
+    return Case(files, name if kind == "pe" else "enc", changes=count, note=f"encoder, {kind}, {name}")
 
 
 def use_encoder(folder: Path, main: Path) -> None:
-    encoder = TransformersImageEncoder.from_pretrained(main)
+    encoder = load_image_encoder(main)
     encoder.encode(torch.zeros(1, 3, encoder.image_size, encoder.image_size))
 
 
