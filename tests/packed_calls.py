@@ -27,12 +27,15 @@ X, PROMPT = noise(BATCH, ROWS * COLUMNS, 16, seed=3), noise(BATCH, TEXT, TEXT_DI
 def call(model: Any, x: Tensor = X, text: Tensor = PROMPT, t: float = 0.5, ids: Tensor | None = None, **more: Any) -> Tensor:  # fmt: skip
     """One call as pipelines make it; ``t`` is sigma."""
     if isinstance(uncompiled(model), FluxTransformer2DModel):
-        more |= {"pooled_projections": noise(1, 24, seed=5).expand(len(x), -1), "guidance": torch.full((len(x),), 3.5)}
+        more |= {
+            "pooled_projections": noise(1, 24, seed=5).expand(len(x), -1).to(x.dtype),
+            "guidance": torch.full((len(x),), 3.5),
+        }
     with torch.set_grad_enabled(x.requires_grad):
         return model(
             hidden_states=x,
             encoder_hidden_states=text,
-            timestep=torch.full((len(x),), t),
+            timestep=torch.full((len(x),), t).to(x.dtype),
             img_ids=places(ROWS, COLUMNS) if ids is None else ids,
             txt_ids=torch.zeros(text.shape[1], 3),
             **more,

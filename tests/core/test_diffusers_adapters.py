@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import ChromaPipeline, FluxImg2ImgPipeline, FluxPipeline
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -22,6 +23,7 @@ from packed_calls import BATCH, COLUMNS, PROMPT, ROWS, call
 from tiny import nested, tiny_state
 from tiny_flux import TEXT_DIM, WIDTH, diffusers_chroma, diffusers_flux
 from tiny_models import noise
+from tiny_pipelines import chroma_pipeline, flux_pipeline, sd3_pipeline
 from tiny_sd3 import call_sd3, diffusers_sd3
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}  # fp32; outputs are of size 1, both sides run the same kernels in other orders
@@ -319,3 +321,63 @@ def test_sd35_with_two_pictures_in_a_batch_is_each_alone(masked: bool) -> None:
     for i in (0, 1):
         assert_close(run(tokens[i : i + 1], [i, i + 2]), together[[i, i + 2]], **TOLERANCE)
     assert (together[2] - run(tokens[:1], [0, 1, 2, 3])[3]).abs().max() > 1e-2
+
+
+# --- whole pipelines -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Flux", "Flux img2img", "Chroma"])
+def test_a_pipeline_with_a_negative_image_equals_diffusers(name: str) -> None:
+    """Both prompts see an image of their own, in two calls of every step; the whole run is the same."""
+    kind = {"Flux": FluxPipeline, "Flux img2img": FluxImg2ImgPipeline, "Chroma": ChromaPipeline}[name]
+    ours, theirs = ((chroma_pipeline if name == "Chroma" else flux_pipeline)(kind) for _ in range(2))
+    sizes: dict[str, Any] = {
+        "token_dim": TEXT_DIM,
+        "channels": (WIDTH,) * 2,
+        "num_tokens": 4,
+        "feature_dim": FEATURE_DIM,
+    }
+    state, features = tiny_state("xlabs-diffusers", **sizes), noise(2, 1, FEATURE_DIM, seed=9)
+    given: dict[str, Any] = {"prompt": "a red circle", "negative_prompt": "ugly", "num_inference_steps": 3}
+    given |= {"height": 12, "width": 20, "max_sequence_length": 16, "output_type": "latent"}
+    given |= {"guidance_scale" if name == "Chroma" else "true_cfg_scale": 3.0}
+    if name == "Flux img2img":
+        given |= {"image": noise(1, 3, 12, 20, seed=1), "strength": 1.0}
+    theirs.transformer._load_ip_adapter_weights([nested(state)], low_cpu_mem_usage=False)
+
+    def run(pipeline: Any, **more: Any) -> Tensor:
+        return pipeline(generator=torch.Generator().manual_seed(1), **given, **more).images
+
+    plain = run(ours)
+    expected = run(theirs, ip_adapter_image_embeds=[features[1:]], negative_ip_adapter_image_embeds=[features[:1]])
+    with backend.apply_to_pipeline(ours, patch_of(ours.transformer, load_adapter(state), features)):
+        got = run(ours)
+    assert (expected - plain).abs().max() > 0.05
+    assert_close(got, expected, rtol=0, atol=1e-4)  # three steps, guidance 3
+
+
+def test_an_sd3_pipeline_equals_diffusers() -> None:
+    """Both branches in one batch, tokens of every timestep."""
+    ours, theirs = (sd3_pipeline(**SD3_SIZES) for _ in range(2))
+    state = tiny_state("sd3.5", **SD35)
+    theirs.transformer._load_ip_adapter_weights(nested(state), low_cpu_mem_usage=False)
+    features = torch.stack([torch.zeros(1, 7, FEATURE_DIM), noise(1, 7, FEATURE_DIM, seed=9)])
+    given: dict[str, Any] = {
+        "prompt": "a red circle",
+        "negative_prompt": "ugly",
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+    }
+    given |= {"height": 12, "width": 20, "max_sequence_length": 16, "output_type": "latent"}
+
+    def run(pipeline: Any, **more: Any) -> Tensor:
+        return pipeline(generator=torch.Generator().manual_seed(1), **given, **more).images
+
+    for processor in theirs.transformer.attn_processors.values():
+        processor.scale = 0.6
+    expected = run(theirs, ip_adapter_image_embeds=torch.cat([*features]))
+    patch = patch_of(ours.transformer, load_adapter(state), features, strength=0.6)
+    plain = run(ours)
+    with backend.apply_to_pipeline(ours, patch):
+        assert_close(run(ours), expected, rtol=0, atol=1e-4)
+    assert (expected - plain).abs().max() > 0.05

@@ -394,6 +394,22 @@ def test_adapters_of_unets_are_refused() -> None:
         run(model, own)
 
 
+@pytest.mark.parametrize("reach", [XLABS, INSTANTX, CHARACTER], ids=["behind", "before", "raw"])
+def test_another_dtype_between_calls(reach: Reach) -> None:
+    """The same handle serves the model in float32, in float16, and in float32 again; the image does the same up to rounding."""
+    model, weights = diffusers_flux(), diffusers_flux().state_dict()
+    patch, low = baked(model, reach, image_tokens()), {"x": X.half(), "text": PROMPT.half()}
+    effect = run(model, patch) - call(model)
+    with backend.apply(model, patch):
+        first = call(model)
+        got = call(model.half(), **low)
+        model.float().load_state_dict(weights)
+        assert_close(call(model), first, **TOLERANCE)
+    assert got.dtype == torch.float16
+    rounded = got - call(model.half(), **low)
+    assert (rounded.float() - effect).abs().mean() < 0.1 * effect.abs().mean()
+
+
 # --- which tokens ------------------------------------------------------------------------------------------------------
 
 
