@@ -267,9 +267,10 @@ def test_sd35_where_the_models_norms_cannot_be_undone() -> None:
     assert_close(both.got(500.0, strength=0.6), both.expected(500.0), **TOLERANCE)
 
 
-def test_sd3_without_norms_of_its_own() -> None:
-    """SD3 (not 3.5) norms nothing; an adapter's norms then see what the projections give."""
-    both = Sd35(0.6, qk_norm=None)
+@pytest.mark.parametrize("qk_norm", [None, "layer_norm"])
+def test_sd3_without_norms_that_a_weight_undoes(qk_norm: str | None) -> None:
+    """SD3 (not 3.5) norms nothing, and another norm takes the mean away; an adapter's norms then see what the projections give."""
+    both = Sd35(0.6, qk_norm=qk_norm)
     assert_close(both.got(500.0, strength=0.6), both.expected(500.0), **TOLERANCE)
 
 

@@ -166,6 +166,21 @@ def test_true_guidance_and_a_negative_prompt(flux: Path, tmp_path: Path) -> None
         generate(chroma_pipeline(), [], ["a red circle"], true_guidance=3.0, seeds=[0])
 
 
+def test_a_mask_of_ones_is_none_and_of_zeros_no_image(flux: Path, tmp_path: Path) -> None:
+    image = ["--adapter", str(flux / "adapter.safetensors"), "--image", str(flux / "a.png"), "--steps", "2"]
+    for name, grey in (("ones", 255), ("zeros", 0)):
+        Image.new("L", (40, 24), grey).save(tmp_path / f"{name}.png")
+        assert run(flux, tmp_path / name, *image, "--mask", str(tmp_path / f"{name}.png")) == 0
+    assert run(flux, tmp_path / "unmasked", *image) == 0
+    assert run(flux, tmp_path / "text", "--steps", "2") == 0
+    ones, zeros, unmasked, text = (
+        pixels(tmp_path / name).astype(int) for name in ("ones", "zeros", "unmasked", "text")
+    )
+    assert abs(ones - unmasked).max() <= 1
+    assert abs(zeros - text).max() <= 1
+    assert abs(unmasked - text).max() > 1
+
+
 def test_pictures_of_one_prompt_are_drawn_together(flux: Path, tmp_path: Path) -> None:
     image = ["--adapter", str(flux / "adapter.safetensors"), "--image", str(flux / "a.png"), str(flux / "a.png")]
     assert run(flux, tmp_path, *image, "--steps", "2", "--batch", "2", "--seed", "4") == 0

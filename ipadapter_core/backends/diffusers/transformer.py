@@ -46,8 +46,8 @@ class TransformerEntry:
                 f"this adapter acts on {what}, and {layout.name} is a transformer without one; load an adapter made for this model"
             )
         block, attention = (model.get_submodule(path) for path in (site.path.rpartition(".")[0], site.path))
-        norms = {letter: _children(attention).get(f"norm_{letter}") for letter in "qk"}
-        undone = frozenset(letter for letter, norm in norms.items() if norm is not None and is_sound(norm.weight))
+        norms = {letter: _children(attention).get(f"norm_{letter}") for letter in "qk" if reach.query == "raw"}
+        undone = frozenset(letter for letter, norm in norms.items() if norm is not None and can_be_undone(norm))
         entry = cls(block, attention, site.heads, reach, undone)
         if reach.own_keys and entry.single:
             raise IncompatibleAdapterError(
@@ -141,12 +141,16 @@ def _weight(children: dict[str, Any], name: str) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def is_sound(weight: Tensor | None) -> bool:
-    """Whether a norm's weight can be divided by: none is nearly 0 beside the others. One on ``meta`` is not known to be."""
+def can_be_undone(norm: nn.Module) -> bool:
+    """Whether a norm's weight is all that it does but for the length, and can be divided by: none is nearly 0 beside the others.
+
+    A weight on ``meta`` is not known to be.
+    """
+    weight = getattr(norm, "weight", None)
+    if "RMS" not in type(norm).__name__ or (weight is not None and weight.is_meta):
+        return False
     if weight is None:
         return True
-    if weight.is_meta:
-        return False
     size = weight.detach().float().abs()
     return bool(size.min() >= 1e-3 * size.median())
 
