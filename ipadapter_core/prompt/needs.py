@@ -23,7 +23,10 @@ WORDS: dict[Encoded, str] = {
 def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
     """Raise IncompatibleEncoderError unless ``encoder`` gives the feature that an adapter's projector reads."""
     encoded = spec.format.feature.encoded
-    if encoded is None or width_of(encoder, encoded) == spec.feature_dim:
+    if encoded is None:
+        return
+    if width_of(encoder, encoded) == spec.feature_dim:
+        _check_size(spec, encoder)
         return
     if spec.format.feature.looks and not isinstance(encoder, PackedEncoder):
         encoder_for(spec, encoder)
@@ -48,6 +51,16 @@ def check_encoder(spec: AdapterSpec, encoder: ImageEncoder) -> None:
     raise IncompatibleEncoderError(
         f"{adapter}: {wanted}; got {encoder.name} with {embeds}hidden states of width {encoder.hidden_size}{identity}"
     )
+
+
+def _check_size(spec: AdapterSpec, encoder: ImageEncoder) -> None:
+    """SigLIPs of several sizes are equally wide, and see other tokens. Of families that people train, nobody knows which it was."""
+    known = None if spec.format.trains else ENCODERS.get(spec.encoder)
+    if known is not None and not known.projection_dim and encoder.image_size != known.image_size:
+        raise IncompatibleEncoderError(
+            f"this {spec.base_model} {spec.family} adapter was trained with pictures of {known.image_size} pixels: it needs "
+            f"{files_of(spec.encoder)}; {encoder.name} sees {encoder.image_size} pixels"
+        )
 
 
 def encoder_for(spec: AdapterSpec, encoders: ImageEncoder | Sequence[ImageEncoder]) -> ImageEncoder:
@@ -78,9 +91,10 @@ def encoder_for(spec: AdapterSpec, encoders: ImageEncoder | Sequence[ImageEncode
 
 
 def _seen_through(look: Look, given: Sequence[ImageEncoder]) -> StateEncoder | None:
-    """The encoder that a look means: as wide, and with inner layers to give; None if there is none."""
-    width = ENCODERS[look.encoder].hidden_size
-    found = (e for e in given if e.hidden_size == width and callable(getattr(e, "states", None)))
+    """The encoder that a look means: of its width and size, and with inner layers to give; None if there is none."""
+    known = ENCODERS[look.encoder]
+    sizes = known.hidden_size, known.image_size
+    found = (e for e in given if (e.hidden_size, e.image_size) == sizes and callable(getattr(e, "states", None)))
     return cast("StateEncoder | None", next(found, None))
 
 

@@ -518,6 +518,7 @@ def adapter_spec(feature: Encoded, width: int) -> AdapterSpec:
     found = find_encoder(feature, width)
     family = Plus() if feature == "penultimate" else Base()
     family.feature = {"pooled": POOLED, "last": LAST}.get(feature, family.feature)  # pyright: ignore[reportAttributeAccessIssue]
+    family.trains = feature in ("image_embeds", "penultimate")  # pyright: ignore[reportAttributeAccessIssue]
     return AdapterSpec(
         format=family,
         base_model="SD1.5",
@@ -559,14 +560,30 @@ def test_a_width_that_no_adapter_reads_points_nowhere() -> None:
 @pytest.mark.parametrize("spec", ENCODERS.values(), ids=lambda spec: spec.name)
 def test_the_right_encoder_passes(spec: EncoderSpec) -> None:
     facts = SimpleNamespace(
-        name="any name", hidden_size=spec.hidden_size, projection_dim=spec.projection_dim, gives=spec.gives
+        name="any name",
+        hidden_size=spec.hidden_size,
+        projection_dim=spec.projection_dim,
+        gives=spec.gives,
+        image_size=spec.image_size,
     )
     for encoded in spec.serves:
         check_encoder(adapter_spec(encoded, spec.width(encoded)), facts)
 
 
+def test_a_siglip_of_another_size_is_another_encoder() -> None:
+    small = SimpleNamespace(
+        name="SigLIP 2 base 256", hidden_size=768, projection_dim=0, gives=("last",), image_size=256
+    )
+    with pytest.raises(IncompatibleEncoderError, match=r"512 pixels.*siglip2-base-patch16-512.*sees 256"):
+        check_encoder(adapter_spec("last", 768), small)
+    trained = SimpleNamespace(name="SigLIP 224", hidden_size=1152, projection_dim=0, image_size=224)
+    check_encoder(adapter_spec("penultimate", 1152), trained)
+
+
 def test_siglip_without_its_head_is_told_apart() -> None:
-    bare = SimpleNamespace(name="my SigLIP", hidden_size=1152, projection_dim=0, gives=("penultimate", "last"))
+    bare = SimpleNamespace(
+        name="my SigLIP", hidden_size=1152, projection_dim=0, gives=("penultimate", "last"), image_size=384
+    )
     check_encoder(adapter_spec("penultimate", 1152), bare)
     with pytest.raises(
         IncompatibleEncoderError, match=r"my SigLIP.*vision_model\.head\.probe.*sigclip_vision_patch14_384"

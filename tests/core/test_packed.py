@@ -56,7 +56,9 @@ def encoders(monkeypatch: pytest.MonkeyPatch) -> tuple[TowerEncoder, TowerEncode
     ours = towers()["siglip"], towers()["dino"]
     for look, encoder in zip(TINY.looks, ours, strict=True):
         known: EncoderSpec = ENCODERS[look.encoder]
-        monkeypatch.setitem(ENCODERS, look.encoder, replace(known, hidden_size=encoder.hidden_size))
+        monkeypatch.setitem(
+            ENCODERS, look.encoder, replace(known, hidden_size=encoder.hidden_size, image_size=encoder.image_size)
+        )
     return ours
 
 
@@ -161,7 +163,7 @@ def test_a_missing_encoder_is_named_with_its_file(encoders: tuple[TowerEncoder, 
     with pytest.raises(IncompatibleEncoderError, match=r"DINOv2 giant/14 there is none.*facebook/dinov2-giant"):
         check_encoder(ours.spec, encoders[0])
     with pytest.raises(IncompatibleEncoderError, match=r"SigLIP.*and DINOv2.*sigclip_vision_patch14_384"):
-        encoder_for(ours.spec, [SimpleNamespace(name="ViT-H", hidden_size=1280, projection_dim=1024)])  # pyright: ignore[reportArgumentType]
+        encoder_for(ours.spec, [SimpleNamespace(name="ViT-H", hidden_size=1280, projection_dim=1024, image_size=224)])  # pyright: ignore[reportArgumentType]
 
 
 def test_both_are_loaded_for_headless_use(tmp_path: Path) -> None:

@@ -197,8 +197,8 @@ def packed_cases(host: Any) -> None:
     names = ("whole.safetensors", "dino.safetensors")
     siglip, dino = (host.clip_vision.load(name) for name in names)
     looks = (Look("SigLIP so400m/14-384", (1, 2), 56), Look("DINOv2 giant/14", (1, 2), 56, skip=1))
-    for look, width in zip(looks, (768, 128), strict=True):
-        ENCODERS[look.encoder] = replace(ENCODERS[look.encoder], hidden_size=width)
+    for look, (width, size) in zip(looks, ((768, 56), (128, 518)), strict=True):
+        ENCODERS[look.encoder] = replace(ENCODERS[look.encoder], hidden_size=width, image_size=size)
 
     import tiny
 
