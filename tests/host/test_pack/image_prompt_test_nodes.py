@@ -476,7 +476,11 @@ class TestPromptMemory:
         managed = model.get_additional_models_with_key("image_prompt")
         patchers = [m.model for m in comfy.model_management.current_loaded_models]  # None where one is gone already
         counted = [sum(p.model_size() for p in patchers if p is not None and p.is_clone(one)) for one in managed]
-        return {"ui": {"text": [json.dumps({"counted": counted, "held": [one.model.bytes for one in managed]})]}}
+        held = [  # keys and values, or an adapter's weights where these are used while sampling
+            one.model.bytes if hasattr(one.model, "bytes") else comfy.model_management.module_size(one.model)
+            for one in managed
+        ]
+        return {"ui": {"text": [json.dumps({"counted": counted, "held": held})]}}
 
 
 class TestCensus:
