@@ -30,6 +30,7 @@ comfy.options.enable_args_parsing()
 
 import comfy.model_patcher  # noqa: E402
 import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -56,6 +57,8 @@ tiny_state = load("tiny", HERE.parent / "tiny.py").tiny_state
 load("ipadapter_core", HERE.parents[1] / "ipadapter_core" / "__init__.py", package=True)
 import ipadapter_core  # noqa: E402
 from ipadapter_core.backends.comfy import doors  # noqa: E402
+from ipadapter_core.backends.comfy import lora as backend_lora  # noqa: E402
+from ipadapter_core.lora import load_lora  # noqa: E402
 
 WIDTH, HEADS, TEXT, BLOCKS, FEATURE, SEEN = 64, 2, 32, 3, 12, 7
 HEAD = WIDTH // HEADS
@@ -420,6 +423,36 @@ def costs(model: Any) -> None:
         report(f"{file} kernels", {}, kernels=kernels, reads=reads)
 
 
+def lora_inside(model: Any) -> None:
+    """The LoRA in a Character Reference's file by the host's own loader, next to its products added to the weights."""
+    state = tiny_state(
+        "anima-character",
+        seed=9,
+        token_dim=FEATURE,
+        channels=(WIDTH,) * BLOCKS,
+        hidden_dim=WIDTH,
+        lora_rank=4,
+        text_dim=TEXT,
+    )
+    adapter, plain = ipadapter_core.load_adapter(state, name="with LoRA"), predict(model)
+    for case, cross in (("LoRA", False), ("LoRA, cross-attention", True)):
+        named = adapter.loadable_lora(cross_attention=cross)
+        found = backend_lora.place(load_lora(dict(named), name="inside"), model)
+        predict(model)  # the host takes back what it merged into the weights that its models share
+        before: dict[str, Tensor] = {}
+        ends = (".lora_A.weight", ".lora_B.weight")
+        for name in sorted({name.removesuffix(ends[0]).removesuffix(ends[1]) for name in named}):
+            weight = model.model.get_submodule(name).weight
+            before[name] = weight.data.clone()
+            weight.data += 0.5 * named[name + ends[1]] @ named[name + ends[0]]
+        expected = predict(model)
+        for name, data in before.items():
+            model.model.get_submodule(name).weight.data.copy_(data)
+        loaded = comfy.sd.load_lora_for_models(model, None, dict(named), 0.5, 0)[0]
+        got = predict(loaded)
+        report(case, got, expected, layers=len(loaded.patches), placed=len(found.matches), effect=apart(got, plain))
+
+
 def half(model: Any) -> None:
     """Blocks compute in bfloat16 beside a residual stream in float32."""
     halved = model.model.diffusion_model.to(torch.bfloat16)
@@ -445,6 +478,7 @@ def main() -> None:
         neighbours(model)
         failing(model)
         costs(model)
+        lora_inside(model)
     with torch.no_grad():
         report("outside of inference mode", predict(prompted(model)), by_hand(model, {}))
         half(model)

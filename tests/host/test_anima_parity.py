@@ -39,7 +39,7 @@ def rows() -> dict[str, dict[str, Any]]:
 
 def test_every_prediction_is_the_formulas(rows: dict[str, dict[str, Any]]) -> None:
     compared = {case: row["difference"] for case, row in rows.items() if row["difference"] is not None}
-    assert len(compared) == 26
+    assert len(compared) == 28
     assert {case: difference for case, difference in compared.items() if not difference < TOLERANCE} == {}
     assert [family for family in FAMILIES if rows[family]["effect"] < 0.1] == []
 
@@ -68,6 +68,13 @@ def test_a_block_pays_for_one_attention_and_the_gate(rows: dict[str, dict[str, A
     assert gated.pop("cat") == 1, "the negative branch's tokens stay beside"
     assert gated == {"scaled_dot_product_attention": 1, "add": 1, "mul": 1, "linear": 1, "silu": 1}
     assert [rows[f"{family} kernels"]["reads"] for family in FAMILIES] == [0, 0]
+
+
+def test_the_lora_inside_reaches_every_layer_or_the_attention_to_the_text(rows: dict[str, dict[str, Any]]) -> None:
+    """Of three blocks: the layers that the host patches are those that we say it does, and they change the picture."""
+    for case, layers in (("LoRA", 30), ("LoRA, cross-attention", 12)):
+        assert (rows[case]["layers"], rows[case]["placed"]) == (layers, layers)
+        assert rows[case]["effect"] > 0.01
 
 
 def test_the_residual_stream_keeps_its_type(rows: dict[str, dict[str, Any]]) -> None:
