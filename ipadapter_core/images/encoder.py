@@ -198,6 +198,11 @@ def load_image_encoder(
         raise CorruptFileError(
             f"{quoted(place)} holds a config.json of {kind.name}, but no weights of it: download it again"
         )
+    size = config.get("image_size")
+    if (
+        type(size) is int and size // found.model.patch == found.model.side
+    ):  # patches may leave a border out: 384 = 27 · 14 + 6
+        found.image_size = size
     return found
 
 

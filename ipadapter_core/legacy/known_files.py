@@ -103,6 +103,7 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
 CLIP_VISION_PATTERNS: dict[str, str] = {
     "ViT-bigG/14": r"(ViT.bigG.14.*39B.b160k|ipadapter.*sdxl|sdxl.*model)\.(bin|safetensors)",
     "ViT-L/14-336": r"clip.vit.large.patch14.336\.(bin|safetensors)",
+    "SigLIP so400m/14-384": r"(sigclip.vision.patch14.384|siglip.so400m.patch14.384).*\.(bin|safetensors)",
     "ViT-H/14": r"(ViT.H.14.*s32B.b79K|ipadapter.*sd15|sd1.?5.*model)\.(bin|safetensors)",
 }
 """Names under which people have an encoder, by its name in ENCODERS."""

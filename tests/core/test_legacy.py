@@ -231,6 +231,9 @@ def test_the_encoder_is_found_by_name_or_by_its_widths() -> None:
     named = {**widths, "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": (1280, 1024)}
     assert choose_encoder(spec(), list(named), named.get) == "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
     assert choose_encoder(spec(encoder="ViT-L/14"), list(widths), widths.get) is None
+    siglips = {"siglip2-so400m-patch14-384.safetensors": (1152, 0), "sigclip_vision_patch14_384.safetensors": (1152, 0)}
+    chosen = choose_encoder(spec(encoder="SigLIP so400m/14-384"), list(siglips), siglips.get)
+    assert chosen == "sigclip_vision_patch14_384.safetensors"
 
 
 # --- embeds -----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_siglip_is_transformers(tmp_path: Path, version: int) -> None:
     """With the patch of 14 that leaves a border of the picture out, and with the 16 of SigLIP 2."""
     model = siglip(tmp_path, patch=14 if version == 1 else 16, side=62 if version == 1 else 64)
     encoder = loaded(tmp_path)
-    encoder.image_size = model.config.image_size
+    assert encoder.image_size == model.config.image_size
     seen = pixels(2, encoder.image_size)
     theirs = model(seen, output_hidden_states=True)
     ours = encoder.encode(seen)
@@ -195,6 +195,14 @@ def test_heads_that_no_tower_has(tmp_path: Path, lie: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, **lie}))
     with pytest.raises(CorruptFileError, match="heads"):
         load_image_encoder(tmp_path)
+
+
+def test_a_picture_size_that_the_positions_do_not_bear_out(tmp_path: Path) -> None:
+    siglip(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for lie in (10**9, 20, "many", None):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": lie}))
+        assert loaded(tmp_path).image_size == 56
 
 
 def test_a_config_of_another_tower(tmp_path: Path) -> None:
