@@ -28,8 +28,7 @@ AddImage = Callable[[Tensor, "SiteCall", Tensor], Tensor]
 @dataclass(slots=True, eq=False)
 class Ready:
     """What one image prompt does at one site, resolved for queries of this device and dtype: ``factor`` is the step's, ``groups`` and
-    ``width`` those of ``query_rows``, ``tokens`` how many queries there must be, None where a mask does not ask, and ``norm``
-    the model's norm of queries that is undone."""
+    ``width`` those of ``query_rows``, ``tokens`` how many queries there must be, None where a mask does not ask."""
 
     add: AddImage
     factor: float
@@ -38,7 +37,6 @@ class Ready:
     tokens: int | None
     device: torch.device
     dtype: torch.dtype
-    norm: Tensor | None
 
 
 @dataclass(slots=True, eq=False)

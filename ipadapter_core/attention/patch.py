@@ -115,7 +115,6 @@ class AdapterPatch:
             or ready.factor != acting.factor
             or ready.device != q.device
             or ready.dtype != q.dtype
-            or ready.norm is not at.query_norm
             or (ready.tokens is not None and ready.tokens != q.shape[1])
         ):
             ready = self._ready(site, at, acting)
@@ -166,8 +165,8 @@ class AdapterPatch:
         add = adding(kv, at.heads, scale, mask, groups != latents * len(chunks))
         if len(chunks) < count:
             add = on_chunks(add, chunks, count, groups, width)
-        ready = Ready(add, factor, groups, width, tokens, q.device, q.dtype, at.query_norm)
-        if site_kv.constant:
+        ready = Ready(add, factor, groups, width, tokens, q.device, q.dtype)
+        if site_kv.constant and self.reach.query != "raw":  # norms that are undone may be other ones in the next call
             acting.sites[site] = ready
         return ready
 
