@@ -251,6 +251,9 @@ class HeldKeys(nn.Module):
         """What it takes on a device at most, without arrangements for other types and batches."""
         return self.transient + sum(p.numel() * p.element_size() for p in self.parameters())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kinds": []}  # a saved model has no patches that watch
+
     def watch(self, kinds: DeviceCache[Any]) -> None:
         """Let what a patch keeps ready go, too, when this moves."""
         self._kinds = [ref for ref in self._kinds if ref() is not None]

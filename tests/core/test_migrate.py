@@ -118,7 +118,10 @@ def test_faces_become_encode_face_and_apply() -> None:
     nodes = {n["type"]: n["widgets_values"] for n in made["nodes"]}
     assert nodes["ImagePromptEncodeFace"] == ["best", 1, "average", 0.7, False, "IPAdapter_plus"]
     assert nodes["ImagePromptApply"] == [0.8, "linear", "K+V", 0.0, 0.9, "IPAdapter_plus"]
-    assert (nodes["ImagePromptApplyFaceLoRA"], nodes["ImagePromptLoadFaceModel"]) == ([0.6], ["buffalo_l", "CUDA"])
+    assert (nodes["ImagePromptApplyFaceLoRA"], nodes["ImagePromptLoadFaceModel"]) == (
+        [0.6, "all"],
+        ["buffalo_l", "CUDA"],
+    )
     assert nodes["ImagePromptLoadAdapter"] == ["ip-adapter-faceid-plusv2_sd15.bin"]
     assert any("Apply Face LoRA" in line for line in report)
 

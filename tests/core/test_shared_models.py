@@ -222,7 +222,7 @@ def test_after_an_error_in_a_call_the_next_is_right(unet: Any, kind: str, error:
 def test_an_attention_on_its_own_is_named(unet: Any) -> None:
     attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
     x, text = noise(2, 16, 8), noise(2, 7, TOKEN_DIM)
-    with images.apply(unet, image_on(unet)), pytest.raises(InvalidInputError, match="outside of a call of the UNet"):
+    with images.apply(unet, image_on(unet)), pytest.raises(InvalidInputError, match="outside of a call of the model"):
         attention(x, text)
     plain = attention(x, text)
     with loras.apply(unet, lora_on(unet)):  # a constant strength needs to know no more

@@ -52,6 +52,9 @@ class Asked:
     def __deepcopy__(self, memo: dict[int, object]) -> Asked:
         return Asked(memo.get(id(self._pipeline), self._pipeline))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return Asked, (self._pipeline,)  # a thread's last call is of this process
+
     def branches(self, call: Beginning) -> Sequence[Branch]:
         """What the batch of a call that begins consists of. Asked once for each call."""
         guided = getattr(self._pipeline, "do_classifier_free_guidance", None)

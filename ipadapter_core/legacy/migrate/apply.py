@@ -84,7 +84,7 @@ def load_adapter_nodes(made: Migration, number: NodeId) -> Loaded:
     models, adapters = (made.edges.consumers(number, slot) for slot in (0, 1))
     applied = None
     if lora and entry.lora:
-        applied = made.add("ImagePromptApplyFaceLoRA", (x, y - 140), strength=lora)
+        applied = made.add("ImagePromptApplyFaceLoRA", (x, y - 140), strength=lora, layers="all")
         made.move((number, "model"), (applied, "model"))
         made.feed((applied, "adapter"), number, 0, ADAPTER)
     source, output = (model.source, model.output) if applied is None else (applied, 0)

@@ -177,7 +177,7 @@ OUR_NODES: dict[str, OurNode] = {
     "CLIPVisionLoader": OurNode({}, ("clip_name",), {"CLIP_VISION": "CLIP_VISION"}),
     "ImagePromptLoadEncoder": OurNode({}, ("file",), {"clip_vision": "CLIP_VISION"}),
     "ImagePromptLoadFaceModel": OurNode({}, ("pack", "provider"), {"face_model": FACE_MODEL}),
-    "ImagePromptApplyFaceLoRA": OurNode(_MODEL | _ADAPTER, ("strength",), _MODEL),
+    "ImagePromptApplyFaceLoRA": OurNode(_MODEL | _ADAPTER, ("strength", "layers"), _MODEL),
     "ImagePromptNoise": OurNode({"image": "IMAGE"}, ("kind", "strength", "blur"), {"image": "IMAGE"}),
     "ImagePromptEncode": OurNode(
         _ADAPTER | _VISION | _REFERENCE | _SECOND,
