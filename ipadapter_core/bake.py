@@ -145,9 +145,12 @@ def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
     reach = spec.format.reach
     reached = reach.sites(layout)
     if (reach.text_wide and spec.token_dim != layout.token_dim) or len(spec.layer_channels) != len(reached):
+        wide = spec.token_dim, layout.token_dim
+        if not reach.text_wide:  # the text's width says nothing of whether they fit, the attentions' does
+            wide = max(spec.layer_channels, default=0), max((site.channels for site in layout.sites), default=0)
         raise IncompatibleAdapterError(
             f"{adapter.name!r} is an adapter for {spec.base_model} ({len(spec.layer_channels)} attention layers, "
-            f"{spec.token_dim} wide); the model is {layout.name} ({len(reached)} layers, {layout.token_dim} wide). "
+            f"{wide[0]} wide); the model is {layout.name} ({len(reached)} layers, {wide[1]} wide). "
             f"Load an adapter made for this model, or a {spec.base_model} model"
         )
     for layer, index in enumerate(reached):

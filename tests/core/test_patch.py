@@ -23,7 +23,8 @@ from ipadapter_core.checkpoints import AdapterWeights, load_adapter
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.models import layout_of
 from ipadapter_core.models.reach import Reach, every
-from ipadapter_core.models.sites import ModelLayout
+from ipadapter_core.models.sd3 import SD3
+from ipadapter_core.models.sites import ModelLayout, Site
 from ipadapter_core.models.unet import down_up_middle
 from ipadapter_core.prompt.image_prompt import ImagePrompt
 from ipadapter_core.report import describe_fit
@@ -293,6 +294,23 @@ def test_an_adapter_for_another_base_model_is_named() -> None:
         IncompatibleAdapterError, match=r"adapter for SD1\.5 \(16 attention layers, 768 wide\).*70 layers, 32 wide"
     ):
         bake(sd15, prompt, sdxl)
+
+
+def test_an_adapter_for_sd35_large_is_refused_on_medium_by_the_widths_that_matter() -> None:
+    """Its tokens are as wide as its attentions; the text's width is that of both models."""
+
+    def sd3(blocks: int, channels: int) -> ModelLayout:
+        sites = (Site("", "joint", i, 0, i, channels, channels // 8) for i in range(blocks))
+        return ModelLayout(SD3, 32, tuple(sites))
+
+    large = load_adapter(tiny_state("sd3.5", token_dim=64, channels=(64,) * 5), name="large")
+    bake(large, tiny_prompt(large), sd3(5, 64))
+    with pytest.raises(
+        IncompatibleAdapterError, match=r"\(5 attention layers, 64 wide\); the model is SD3 \(3 layers, 24 wide\)"
+    ):
+        bake(large, tiny_prompt(large), sd3(3, 24))
+    with pytest.raises(IncompatibleAdapterError, match="64 channels in layer 0, but joint 0 of SD3 has 24"):
+        bake(large, tiny_prompt(large), sd3(5, 24))
 
 
 def test_an_adapter_with_other_channels_is_refused_at_the_layer(layout: ModelLayout) -> None:
