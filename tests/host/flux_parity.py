@@ -377,9 +377,9 @@ def main() -> None:
         parity(models)
         neighbours(models["flux"])
         failing(models["flux"])
+        compiled(models["flux"])
     with torch.no_grad():
         costs(models["flux"])
-        compiled(models["flux"])
         unsound(models["flux"])
         report("clones", predict(copy.copy(models["flux"])), "flux plain")
 

@@ -23,8 +23,12 @@ class FluxSteering(Steering):
     """A graph around a shrunk FLUX.1 of two double and two single blocks."""
 
     def __post_init__(self) -> None:
-        file = self.server.add_model("diffusion_models", build_transformer("flux", self.folder, scaled=self.checkpoint == "scaled"))  # fmt: skip
-        self.model = self.graph.add("UNETLoader", unet_name=file, weight_dtype="default")
+        scaled = self.checkpoint == "scaled"
+        file = self.server.add_model("diffusion_models", build_transformer("flux", self.folder, scaled=scaled))
+        if self.server.host.version.startswith("0.3."):  # takes every Flux to be 3072 wide
+            self.model = self.graph.add("TestFlux", file=file)
+        else:
+            self.model = self.graph.add("UNETLoader", unet_name=file, weight_dtype="default")
         self.vision = self.graph.add("TestClipVision", seed=0)
         self.positive, self.negative = (self.text(seed) for seed in (1, 2))
         self.latent = self.graph.add("EmptySD3LatentImage", width=96, height=64, batch_size=self.batch)
@@ -53,8 +57,6 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.fixture
 def s(server: ComfyServer, tmp_path: Path) -> FluxSteering:
-    if server.host.version.startswith("0.3."):
-        pytest.skip("this ComfyUI takes every Flux to be 3072 wide; flux_parity.py builds the model there")
     return FluxSteering(server, "", tmp_path)
 
 
@@ -92,16 +94,18 @@ def test_load_encode_apply_and_sample(s: FluxSteering) -> None:
     assert apart(out["one pass, steered"], out["one pass, plain"]) > EFFECT
 
 
-def test_beside_a_lora_and_on_matrices_of_eight_bits(s: FluxSteering) -> None:
+def test_beside_a_lora_and_compiled(s: FluxSteering) -> None:
     file = s.server.add_model("loras", build_transformer_loras("flux", s.folder)["kohya"])
-    eight = FluxSteering(s.server, "scaled", s.folder, graph=s.graph)
 
     def lora(model: Node) -> Node:
         return s.graph.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=0.8)
 
+    def compiled(model: Node) -> Node:
+        return s.graph.add("TestCompile", model=model, backend="aot_eager")
+
     models = {
         "plain": s.model, "steered": s.steered(), "lora": lora(s.model), "before": s.steered(lora(s.model)), "behind": lora(s.steered()),
-        "eight plain": eight.model, "eight": s.steered(eight.model),
+        "compiled plain": compiled(s.model), "compiled before": compiled(s.steered()), "compiled behind": s.steered(compiled(s.model)),
     }  # fmt: skip
     nodes = {name: s.sample(model) for name, model in models.items()}
     result = s.run()
@@ -109,6 +113,18 @@ def test_beside_a_lora_and_on_matrices_of_eight_bits(s: FluxSteering) -> None:
     assert np.array_equal(out["before"], out["behind"])
     for name in ("plain", "steered", "lora"):
         assert apart(out["before"], out[name]) > EFFECT, name
+    for name, same in (("compiled plain", "plain"), ("compiled before", "steered"), ("compiled behind", "steered")):
+        assert apart(out[name], out[same]) < 1e-3, name
+
+
+def test_matrices_of_eight_bits(s: FluxSteering) -> None:
+    if s.server.host.version.startswith("0.3."):
+        pytest.skip("this ComfyUI has no such tensors")
+    eight = FluxSteering(s.server, "scaled", s.folder, graph=s.graph)
+    models = {"plain": s.model, "steered": s.steered(), "eight plain": eight.model, "eight": s.steered(eight.model)}
+    nodes = {name: s.sample(model) for name, model in models.items()}
+    result = s.run()
+    out = {name: result.tensor(node) for name, node in nodes.items()}
     effect = apart(out["steered"], out["plain"])
     assert apart(out["eight"], out["eight plain"]) > EFFECT
     assert apart(out["eight"], out["steered"]) < effect

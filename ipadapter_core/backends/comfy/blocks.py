@@ -174,6 +174,16 @@ def prompts_in(options: Mapping[str, Any]) -> Iterator[BlockPrompt]:
             yield entry
 
 
+def without_prompts(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options as the model reads them: compiled code that found our list there would miss it in calls without."""
+    lists: Mapping[str, Any] = options.get("patches", {})
+    if PATCHES not in lists:
+        return options
+    lists = {name: entries for name, entries in lists.items() if name != PATCHES}
+    rest = {name: value for name, value in options.items() if name != "patches"}
+    return {**rest, "patches": lists} if lists else rest
+
+
 # --- while a call runs ------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ...attention.batch import Frames
 from ...attention.call import COND, UNCOND, Area, ModelCall
 from ...errors import IncompatibleAdapterError
-from .blocks import acting_inside, prompts_in
+from .blocks import acting_inside, prompts_in, without_prompts
 from .compiled import acting
 from .marks import marked
 
@@ -252,9 +252,8 @@ def _area(area: Sequence[object] | None, latent: tuple[int, int]) -> Area | None
 def note_call(executor: Executor, x: Tensor, *args: object, **kwargs: object) -> object:
     """APPLY_MODEL wrapper: describe the call, once for all that acts in it."""
     call = call_of(x, args, kwargs)
-    args, kwargs = noted(args, kwargs, {KEY: call})
-    options, model = _options(args, kwargs), getattr(executor.class_obj, "diffusion_model", None)
-    prompts = tuple(prompts_in(options))
+    prompts, model = tuple(prompts_in(_options(args, kwargs))), getattr(executor.class_obj, "diffusion_model", None)
+    args, kwargs = _with_options(args, kwargs, options := {**without_prompts(_options(args, kwargs)), KEY: call})
     if not prompts and "torch._dynamo" not in sys.modules:  # nothing is compiled
         return executor(x, *args, **kwargs)
     with ExitStack() as around:
@@ -287,7 +286,12 @@ def noted(
     args: tuple[object, ...], kwargs: dict[str, object], entries: Mapping[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     """The arguments of ``apply_model(x, *args, **kwargs)`` with entries in their transformer_options."""
-    options = {**_options(args, kwargs), **entries}
+    return _with_options(args, kwargs, {**_options(args, kwargs), **entries})
+
+
+def _with_options(
+    args: tuple[object, ...], kwargs: dict[str, object], options: Options
+) -> tuple[tuple[object, ...], dict[str, object]]:
     if len(args) > _OPTIONS:
         return (*args[:_OPTIONS], options, *args[_OPTIONS + 1 :]), kwargs
     return args, {**kwargs, "transformer_options": options}

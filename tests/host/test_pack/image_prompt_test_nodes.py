@@ -186,6 +186,48 @@ class TestAnima:
         return (comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu")),)
 
 
+class TestFlux:
+    """A FLUX.1 of any width from a file of the original layout; ComfyUI before 0.13 reads no width off one."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"file": (folder_paths.get_filename_list("diffusion_models"),)}}
+
+    def load(self, file):
+        import comfy.ldm.flux.model
+        import comfy.supported_models
+        import comfy.utils
+
+        state = comfy.utils.load_torch_file(folder_paths.get_full_path("diffusion_models", file))
+        width, text = state["txt_in.weight"].shape
+        depths = [len({key.split(".")[1] for key in state if key.startswith(name)}) for name in ("double_", "single_")]
+        config = {
+            "image_model": "flux", "patch_size": 2, "in_channels": 16, "out_channels": 16, "context_in_dim": text,
+            "vec_in_dim": state["vector_in.in_layer.weight"].shape[1], "hidden_size": width, "mlp_ratio": 4.0,
+            "num_heads": width // 128, "depth": depths[0], "depth_single_blocks": depths[1], "axes_dim": [16, 56, 56],
+            "theta": 10000, "qkv_bias": True, "guidance_embed": True,
+        }  # fmt: skip
+        if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:
+            config["txt_ids_dims"] = []
+        described = comfy.supported_models.Flux(config)
+        described.set_inference_dtype(torch.float32, None)
+        model = described.get_model({}, "", device=torch.device("cpu"))
+        own = model.diffusion_model.state_dict()
+        model.diffusion_model.load_state_dict(
+            {
+                key if key in own else key.replace("norm.scale", "norm.weight"): value.float()
+                for key, value in state.items()
+            }
+        )
+        model.diffusion_model.eval().requires_grad_(False)
+        device = comfy.model_management.get_torch_device()
+        return (comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu")),)
+
+
 class ThreeFaces:
     """A face model that finds three faces in every picture, the second one the largest; who they are depends on the picture."""
 
@@ -555,6 +597,7 @@ NODES = (
     TestClipVision,
     TestVAE,
     TestAnima,
+    TestFlux,
     TestFaceModel,
     TestUnifiedLoader,
     TestKolors,
