@@ -117,10 +117,11 @@ def build_transformer_adapter(family: str, folder: Path, *, seed: int = 0) -> Pa
     return path
 
 
-def build_siglip(folder: Path) -> Path:
-    """A SigLIP of three layers with its pooling head, in one file."""
-    siglip(folder / "siglip", width=SIGLIP_WIDTH, heads=12)
-    return folder / "siglip/model.safetensors"
+def build_siglip(folder: Path, *, side: int = 56) -> Path:
+    """A SigLIP of three layers with its pooling head, in one file; it sees pictures of ``side`` pixels as 4 x 4 patches."""
+    place = folder / f"siglip_{side}"
+    siglip(place, width=SIGLIP_WIDTH, heads=12, side=side, patch=side // 4)
+    return place / "model.safetensors"
 
 
 def build_transformer_loras(kind: str, folder: Path) -> dict[str, Path]:

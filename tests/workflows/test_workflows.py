@@ -120,9 +120,9 @@ class Shrunk:
                         "ipadapter", build_transformer_adapter(family, self.adapters)
                     )
                 case "ImagePromptLoadEncoder":
-                    inputs["file"] = self.server.add_model(
-                        "clip_vision", build_siglip(self.adapters), "siglip.safetensors"
-                    )
+                    side = 512 if self.transformer == "anima" else 56  # Anima's family asks for its encoder's
+                    encoder = build_siglip(self.adapters, side=side)
+                    inputs["file"] = self.server.add_model("clip_vision", encoder, f"siglip_{side}.safetensors")
                 case "CheckpointLoaderSimple":
                     inputs["ckpt_name"] = self.server.add_model("checkpoints", build_checkpoint(self.unet, self.models))
                 case "ImagePromptLoadAdapter":
