@@ -8,7 +8,7 @@ A new family is one new file beside this one and one line in ``FORMATS``.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -101,13 +101,13 @@ def load_adapter(
     source: Source,
     *,
     name: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Callable[[torch.dtype], torch.dtype] | None = None,
     operations: Operations = TORCH,
 ) -> AdapterWeights:
     """Load an adapter from a file or a state dict, on the CPU.
 
-    The weights keep the file's dtype unless ``dtype`` is given; a file that mixes dtypes gets the widest of them. They are
-    read once and not copied. ``operations`` says whose layers are built: torch.nn's, or comfy.ops.manual_cast's.
+    The weights keep the file's dtype unless ``dtype`` is given, or chosen by a function of the file's; a file that mixes dtypes
+    gets the widest of them. They are read once and not copied. ``operations`` says whose layers are built: torch.nn's, or comfy.ops.manual_cast's.
 
     Raises UnknownFormatError for what is not an adapter of a known family, CorruptFileError for incomplete or damaged
     ones and for NaN weights, UnsafeFileError for pickles that carry code, FileNotFoundError.
@@ -117,8 +117,9 @@ def load_adapter(
     module = empty_module(spec, BARE if operations is TORCH else operations)
     with _named(file, spec.format):
         check_finite({module.keys.in_file(key): tensor for key, tensor in tensors.items()} | lora)
-    if dtype is None:
-        dtype = reduce(_wider, (tensor.dtype for tensor in tensors.values()))
+    if not isinstance(dtype, torch.dtype):
+        own = reduce(_wider, (tensor.dtype for tensor in tensors.values()))
+        dtype = own if dtype is None else dtype(own)
     file.tensors.clear()  # so that a tensor goes when another dtype of it comes, and the file is not in memory twice
     converted: dict[str, Tensor] = {}
     while tensors:

@@ -72,10 +72,15 @@ def load(file: str) -> ManagedAdapter:
 def manage(source: str | Mapping[str, object], name: str) -> ManagedAdapter:
     """Load an adapter's file or state dict and hand its weights to the memory manager."""
     device = comfy.model_management.get_torch_device()
-    half = comfy.model_management.should_use_fp16(device)
-    dtype = torch.float16 if half else torch.float32
+    half = torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+
+    def dtype_for(own: torch.dtype) -> torch.dtype:
+        # what was saved in bfloat16 may have numbers that float16 has not
+        keeps = own == torch.bfloat16 and comfy.model_management.should_use_bf16(device)
+        return own if keeps else half
+
     # Layers that cast: of an adapter that is too large for the device, the manager loads what fits, and the rest comes piece by piece.
-    weights = load_adapter(source, name=name, dtype=dtype, operations=comfy.ops.manual_cast)
+    weights = load_adapter(source, name=name, dtype=dtype_for, operations=comfy.ops.manual_cast)
     weights.module.computes_on = device
     patcher = comfy.model_patcher.ModelPatcher(
         weights.module, load_device=device, offload_device=comfy.model_management.unet_offload_device()

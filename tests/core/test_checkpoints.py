@@ -193,6 +193,8 @@ def test_dtypes_are_kept_unless_asked(dtype: torch.dtype) -> None:
     assert {p.dtype for p in adapter.module.parameters()} == {dtype}
     assert adapter.dtype == dtype
     assert {p.dtype for p in load_adapter(state, dtype=torch.float64).module.parameters()} == {torch.float64}
+    chosen = load_adapter(state, dtype=lambda own: torch.float64 if own == dtype else torch.float16)
+    assert {p.dtype for p in chosen.module.parameters()} == {torch.float64}
     assert adapter.tokens(torch.ones(1, 24)).dtype == dtype  # float32 features of an encoder are brought to it
 
 
