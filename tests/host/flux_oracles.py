@@ -1,7 +1,7 @@
 """What FLUX.1 and Chroma predict with image prompts, by formulas written into diffusers' tiny transformers.
 
 ``build(folder)`` writes the models' weights, adapters' files, inputs, and every case's prediction for flux_parity.py, which runs
-the same in a ComfyUI. Formulas: x-flux's and InstantX' processors; ``raw`` is InstantCharacter's attention with constant tokens.
+the same in a ComfyUI. Formulas: x-flux's, InstantX' and InstantCharacter's processors; ``raw`` is the last's with constant tokens.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from diffusers.models.embeddings import apply_rotary_emb, get_timestep_embedding
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ipadapter_core import load_adapter
+from tiny import tiny_state
 from tiny_flux import randomised
 
 HEADS, HEAD, TEXT_DIM, POOLED = 2, 128, 48, 24
 WIDTH, DOUBLE, SINGLE = HEADS * HEAD, 2, 2
-FEATURE, TOKENS, HIDDEN = 20, 4, 16
-"""Width of an image's feature, image tokens, and the hidden width of InstantX' projector."""
+FEATURE, TOKENS, HIDDEN, SEEN = 20, 4, 16, 128
+"""Width of an image's feature, image tokens, the hidden width of InstantX' projector, and the width of InstantCharacter's feature."""
 SIGMA, GUIDANCE = 0.6, 3.5
 ROWS, COLUMNS = 5, 3
 SHAPES: dict[str, Any] = {
@@ -86,6 +88,25 @@ def instantx_file(seed: int) -> dict[str, Tensor]:
     return state
 
 
+def character_file(seed: int) -> dict[str, Tensor]:
+    sizes = {
+        "token_dim": TEXT_DIM,
+        "num_tokens": TOKENS,
+        "feature_dim": SEEN,
+        "hidden_dim": 64,
+        "inner_dim": 64,
+        "depth": 2,
+    }
+    return tiny_state("instantcharacter", seed=seed, channels=(WIDTH,) * (DOUBLE + SINGLE), **sizes)
+
+
+def character_tokens(state: dict[str, Tensor], seen: Tensor) -> Tensor:
+    """At the timestep of SIGMA, by the core's own projector, which is compared module by module elsewhere."""
+    adapter = load_adapter(dict(state))
+    with torch.no_grad():
+        return adapter.tokens_at(adapter.tokens(seen), 1000 * SIGMA)
+
+
 def xlabs_tokens(state: dict[str, Tensor], features: Tensor) -> Tensor:
     proj, norm = ([state[f"ip_adapter_proj_model.{m}.{end}"] for end in ("weight", "bias")] for m in ("proj", "norm"))
     return F.layer_norm(F.linear(features, *proj).unflatten(-1, (TOKENS, TEXT_DIM)), (TEXT_DIM,), *norm)
@@ -129,6 +150,13 @@ class Adapter:
             stem = f"double_blocks.{layer}.processor.ip_adapter_double_stream_"
             k, v = (F.linear(self.tokens, self.state[f"{stem}{p}_proj.weight"], self.state[f"{stem}{p}_proj.bias"]) for p in "kv")  # fmt: skip
             q, k = normed, split(k)
+        elif self.family == "instantcharacter":
+            stem = f"ip_adapter.{layer}."
+            k, v = (F.linear(self.tokens, self.state[f"{stem}to_{p}_ip.weight"], self.state[f"{stem}to_{p}_ip.bias"]) for p in "kv")  # fmt: skip
+            q, k = (
+                t / (t.square().mean(-1, keepdim=True).sqrt() + 1e-6) * self.state[f"{stem}norm_ip_{part}.scale"]
+                for part, t in (("q", raw), ("k", split(k)))
+            )
         else:
             k, v = (F.linear(self.tokens, self.state[f"ip_adapter.{layer}.to_{p}_ip.weight"]) for p in "kv")
             q, k = normed, rms(split(k), 1e-5)
@@ -247,13 +275,19 @@ INPUTS = {
     "neutral": 0.3 * numbers(1, FEATURE, seed=11),
     "mask": torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(12)),
     "reference": numbers(1, 16, 4, 8, seed=13),
+    "seen": numbers(1, 8 * 9, SEEN, seed=14),
 }
 
 
 def build(folder: Path) -> dict[str, float]:
     """Write everything; returns how far diffusers' own adapter and the formula here are apart, by model."""
-    files = {"xlabs": xlabs_file(100), "xlabs two": xlabs_file(300), "instantx": instantx_file(500)}
-    tokens_of: dict[str, Callable[..., Tensor]] = {"xlabs": xlabs_tokens, "instantx": instantx_tokens}
+    files = {
+        "xlabs": xlabs_file(100), "xlabs two": xlabs_file(300), "instantx": instantx_file(500),
+        "instantcharacter": character_file(7),
+    }  # fmt: skip
+    tokens_of: dict[str, Callable[..., Tensor]] = {
+        "xlabs": xlabs_tokens, "instantx": instantx_tokens, "instantcharacter": character_tokens
+    }  # fmt: skip
     for name, state in files.items():
         save_file(state, folder / f"{name}.safetensors")
     expected: dict[str, Tensor] = {}
@@ -264,6 +298,8 @@ def build(folder: Path) -> dict[str, float]:
     def adapter(file: str, branch: str, *, family: str = "", scale: float = 0.7, each: bool = False, mask: Tensor | None = None) -> Adapter:  # fmt: skip
         kind = file.split()[0]
         feature = neutral if branch == "negative" else features if each else features[:1]
+        if kind == "instantcharacter":  # both branches see the same
+            feature = INPUTS["seen"]
         tokens = tokens_of[kind](files[file], feature).expand(len(x), -1, -1)
         return Adapter(family or kind, files[file], tokens, scale, mask)
 
@@ -278,6 +314,7 @@ def build(folder: Path) -> dict[str, float]:
         for family in ("xlabs", "instantx"):
             case(f"{model} {family}", model, (family, {}))
         case(f"{model} raw", model, ("instantx", {"family": "raw"}))
+        case(f"{model} instantcharacter", model, ("instantcharacter", {}))
     for family in ("xlabs", "instantx"):
         case(f"{family} apart", "flux", (family, {}), texts={"negative": "longer"})
         case(f"{family} each", "flux", (family, {"each": True}))
@@ -290,6 +327,7 @@ def build(folder: Path) -> dict[str, float]:
     part = INPUTS["mask"][1:4, 1:3].flatten()[None, :, None]
     for family in ("xlabs", "instantx"):
         case(f"{family} area", "flux", (family, {"mask": part}), branches=("positive",), crop=corner)
+    case("instantcharacter mask", "flux", ("instantcharacter", {"mask": mask}))
     weight = models["flux"].transformer_blocks[0].attn.norm_q.weight
     kept = weight.data.clone()
     weight.data[3] = 1e-9

@@ -156,11 +156,15 @@ def prompted(model: Any, file: str, *, family: str = "", each: bool = False, mas
     if family == "raw":
         adapter = replace(adapter, spec=replace(adapter.spec, format=Raw()))
     features, neutral = INPUTS["features"] if each else INPUTS["features"][:1], INPUTS["neutral"]
+    branch = "same" if adapter.spec.unconditional == "same" else "tokens"
+    if branch == "same":
+        features = neutral = INPUTS["seen"]
     with torch.no_grad():
         cond, uncond = adapter.tokens(features), adapter.tokens(neutral.expand_as(features))
     prompt = ipadapter_core.ImagePrompt(
-        cond, uncond, features[:, None], neutral[:, None], file, "none", adapter.spec.token_dim, spec=adapter.spec
-    )
+        cond, uncond, features[:, None], neutral[:, None], file, "none", adapter.spec.token_dim, spec=adapter.spec,
+        negative_branch=branch,
+    )  # fmt: skip
     region = INPUTS["mask"].repeat_interleave(2, 0).repeat_interleave(2, 1) if mask else None
     schedule = ipadapter_core.WeightSchedule(strength=scale)
     layout = doors.comfy_layout(model)
@@ -195,6 +199,10 @@ def parity(models: dict[str, Any]) -> None:
             report(f"{kind} {family} off", predict(prompted(model, family, scale=0.0)), None, same=same(predict(prompted(model, family, scale=0.0)), plain))  # fmt: skip
             report(f"{kind} after {family}", predict(model), f"{kind} plain", same=same(predict(model), plain))
         report(f"{kind} raw", predict(prompted(model, "instantx", family="raw")), f"{kind} raw")
+        character = predict(prompted(model, "instantcharacter"))
+        report(f"{kind} instantcharacter", character, f"{kind} instantcharacter")
+        off = same(predict(prompted(model, "instantcharacter", scale=0.0)), plain)
+        report(f"{kind} instantcharacter off", plain, None, same=off)
     model = models["flux"]
     for family in ("xlabs", "instantx"):
         report(f"{family} apart", predict(prompted(model, family), texts={"negative": "longer"}), f"{family} apart")
@@ -204,6 +212,8 @@ def parity(models: dict[str, Any]) -> None:
         both = predict(prompted(model, family, mask=True), reference=True)
         report(f"{family} reference mask", both, f"{family} reference mask")
         report(f"{family} area", predict(prompted(model, family, mask=True), area=True), f"{family} area")
+    masked = predict(prompted(model, "instantcharacter", mask=True))
+    report("instantcharacter mask", masked, "instantcharacter mask")
     report("two xlabs", predict(prompted(prompted(model, "xlabs"), "xlabs two", scale=-0.4)), "two xlabs")
     report("xlabs and instantx", predict(prompted(prompted(model, "xlabs"), "instantx", scale=0.5)), "xlabs and instantx")  # fmt: skip
     swapped = predict(prompted(prompted(model, "instantx", scale=0.5), "xlabs"))

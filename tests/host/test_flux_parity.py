@@ -45,13 +45,13 @@ def rows(request: pytest.FixtureRequest, folder: Path) -> dict[str, dict[str, An
 
 def test_every_prediction_is_the_formulas(rows: dict[str, dict[str, Any]]) -> None:
     compared = {name: row["difference"] for name, row in rows.items() if row["difference"] is not None}
-    assert len(compared) >= 50
+    assert len(compared) >= 53
     assert {name: difference for name, difference in compared.items() if not difference < TOLERANCE} == {}
 
 
 def test_strength_zero_and_removed_prompts_change_no_bit(rows: dict[str, dict[str, Any]]) -> None:
     told = {name: row["same"] for name, row in rows.items() if "same" in row}
-    assert len(told) == 8
+    assert len(told) == 10
     assert all(told.values()), told
 
 
@@ -82,7 +82,8 @@ def test_the_comparison_can_fail(rows: dict[str, dict[str, Any]], folder: Path) 
 
     expected = load_file(folder / "expected.safetensors")
     for one, other in (
-        ("flux plain", "flux xlabs"), ("flux xlabs", "flux instantx"), ("flux instantx", "flux raw"),
+        ("flux plain", "flux xlabs"), ("flux xlabs", "flux instantx"), ("flux instantx", "flux raw"), ("flux plain", "flux instantcharacter"),
+        ("flux instantcharacter", "instantcharacter mask"),
         ("flux xlabs", "xlabs mask"), ("flux instantx", "instantx mask"), ("flux raw", "raw unsound"),
         ("flux xlabs", "xlabs reference"), ("flux instantx", "instantx each"), ("chroma plain", "chroma xlabs"),
     ):  # fmt: skip
