@@ -3,6 +3,6 @@
 Used by the names of its parts: ``host.adapters.apply(...)``, ``host.files.names("loras")``.
 """
 
-from . import access, adapters, clip_vision, faces, files, frontend, inputs, lora, training
+from . import access, adapters, clip_vision, faces, files, frontend, inputs, lora, sampling, training
 
-__all__ = ["access", "adapters", "clip_vision", "faces", "files", "frontend", "inputs", "lora", "training"]
+__all__ = ["access", "adapters", "clip_vision", "faces", "files", "frontend", "inputs", "lora", "sampling", "training"]

@@ -18,20 +18,24 @@ IN_INPUT = " [input]"
 Version = tuple[str, int, int]
 
 
-FORMER_FOLDERS = {"xlabs_ipadapters": "xlabs/ipadapters", "ipadapter-flux": "ipadapter-flux"}
-"""Where packs for FLUX.1 have their adapters: the kind that they register, and its folder below ``models``."""
+FORMER_FOLDERS: dict[str, tuple[str, Kind]] = {
+    "xlabs_ipadapters": ("xlabs/ipadapters", "ipadapter"),
+    "ipadapter-flux": ("ipadapter-flux", "ipadapter"),
+    "xlabs_loras": ("xlabs/loras", "loras"),
+}
+"""Where packs for FLUX.1 have their files: the kind that they register, its folder below ``models``, and what it is here."""
 
 
 def register_folders() -> None:
     """Make ``models/ipadapter`` and ``output/ipadapter`` known, besides what others registered under the same name, and
-    the same for ``image_prompts``. Adapters where other packs have theirs are offered too."""
+    the same for ``image_prompts``. What lies where other packs have theirs is offered too."""
     _register("ipadapter", folder_paths.supported_pt_extensions)
     _register("image_prompts", {".safetensors", ".ipadpt"})
-    for kind, folder in FORMER_FOLDERS.items():
+    for kind, (folder, ours) in FORMER_FOLDERS.items():
         known = folder_paths.folder_names_and_paths.get(kind, ([], set()))[0]
         for path in dict.fromkeys([*known, os.path.join(folder_paths.models_dir, folder)]):
-            if os.path.isdir(path) and path not in folder_paths.get_folder_paths("ipadapter"):
-                folder_paths.add_model_folder_path("ipadapter", path)
+            if os.path.isdir(path) and path not in folder_paths.get_folder_paths(ours):
+                folder_paths.add_model_folder_path(ours, path)
 
 
 def _register(kind: Kind, known: set[str]) -> None:

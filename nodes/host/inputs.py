@@ -35,8 +35,10 @@ _CLASSES = {
     "IMAGE_PROMPT": ImagePrompt,
     "IMAGE_PROMPT_SCHEDULE": WeightSchedule,
 }
-_PLAIN = {"IPADAPTER": Mapping, "IPADAPTER_PARAMS": dict, "WEIGHTS_STRATEGY": dict, "CONDITIONING": list}
-"""Sockets of the old pack whose values are plain Python; the nodes look at what is inside."""
+_PLAIN = {
+    "IPADAPTER": Mapping, "IPADAPTER_PARAMS": dict, "WEIGHTS_STRATEGY": dict, "CONDITIONING": list, "LATENT": dict
+}  # fmt: skip
+"""Sockets of old packs whose values are plain Python; the nodes look at what is inside."""
 
 Node = TypeVar("Node", bound=type)
 

@@ -76,6 +76,8 @@ LEGACY_NODES: dict[str, tuple[type[LegacyNode], str]] = {
     "LoadFluxIPAdapter": (flux.LoadFluxIPAdapter, "Load Flux IPAdapter"),
     "ApplyFluxIPAdapter": (flux.ApplyFluxIPAdapter, "Apply Flux IPAdapter"),
     "ApplyAdvancedFluxIPAdapter": (flux.ApplyAdvancedFluxIPAdapter, "Apply Advanced Flux IPAdapter"),
+    "FluxLoraLoader": (flux.FluxLoraLoader, "Load Flux LoRA"),
+    "XlabsSampler": (flux.XlabsSampler, "Xlabs Sampler"),
     # ComfyUI-IPAdapter-Flux
     "IPAdapterFluxLoader": (flux.IPAdapterFluxLoader, "Load IPAdapter Flux Model"),
     "ApplyIPAdapterFlux": (flux.ApplyIPAdapterFlux, "Apply IPAdapter Flux Model"),

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ...ipadapter_core import EncodeOptions, InvalidInputError, WeightSchedule, rules_for
 from ...ipadapter_core.legacy.block_strengths import SMOOTHINGS, Smoothing, strengths_of_blocks
+from ...ipadapter_core.legacy.flux_schedule import sampled_sigmas
+from ...ipadapter_core.narrowing import is_row, is_table
 from .. import host
 from .loaders import find_encoder
 from .pipeline import Pipeline
-from .sockets import IMAGE, MODEL, Inputs, LegacyNode, choice, integer, number
+from .sockets import CONDITIONING, IMAGE, MODEL, Inputs, LegacyNode, choice, integer, number
 
 
 def carried(value: Any, loader: str) -> Pipeline:
@@ -110,6 +112,95 @@ class ApplyAdvancedFluxIPAdapter(XLabsNode):
         pipeline = carried(ip_adapter_flux, "Load Flux IPAdapter")
         layers = tuple(enumerate(strengths_of_blocks(smothing_type, begin_strength, end_strength)))
         return apply_picture(model, pipeline, image, WeightSchedule(layers=layers), average=True)
+
+
+class FluxLoraLoader(XLabsNode):
+    REPLACEMENT = "LoRA Strength"
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("MODEL",)
+    FUNCTION = "loadmodel"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        files = (host.files.names("loras"),)
+        return {"required": {"model": MODEL, "lora_name": files, "strength_model": number(1.0, -100.0, 100.0, 0.01)}}
+
+    def loadmodel(self, model: Any, lora_name: str, strength_model: float) -> tuple[Any, ...]:
+        return (host.lora.apply(model, None, host.lora.load(lora_name), "auto", strength=strength_model)[0],)
+
+
+def latent_of(value: object) -> Tensor:
+    """The latents ``b c h w`` on a LATENT input. Raises InvalidInputError where there are none."""
+    found = value.get("samples") if is_table(value) else None
+    if not isinstance(found, Tensor) or found.ndim != 4 or found.numel() == 0:
+        raise InvalidInputError("latent_image holds no latents b c h w; connect Empty Latent Image or VAE Encode")
+    return found
+
+
+def conditioning_of(value: object) -> list[tuple[Tensor, dict[str, object]]]:
+    """The entries of a CONDITIONING input. Raises InvalidInputError for what is none."""
+    found: list[tuple[Tensor, dict[str, object]]] = []
+    for entry in value if is_row(value) else ():
+        text, more = entry if is_row(entry) and len(entry) == 2 else (None, None)
+        if not isinstance(text, Tensor) or not is_table(more):
+            raise InvalidInputError("the conditioning holds no encoded text; connect CLIP Text Encode")
+        found.append((text, more))
+    if not found:
+        raise InvalidInputError("the conditioning is empty; connect CLIP Text Encode")
+    return found
+
+
+class XlabsSampler(XLabsNode):
+    """Euler over that pack's own schedule, with guidance by the negative prompt from a step on."""
+
+    REPLACEMENT = "KSampler, with cfg 1"
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    FUNCTION = "sampling"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model": MODEL,
+                "conditioning": CONDITIONING,
+                "neg_conditioning": CONDITIONING,
+                "noise_seed": integer(0, 0, 2**64 - 1),
+                "steps": integer(20, 1, 100),
+                "timestep_to_start_cfg": integer(20, 0, 100),
+                "true_gs": number(3.0, 0.0, 100.0),
+                "image_to_image_strength": number(0.0, 0.0, 1.0, 0.01),
+                "denoise_strength": number(1.0, 0.0, 1.0, 0.01),
+            },
+            "optional": {"latent_image": ("LATENT",), "controlnet_condition": ("ControlNetCondition",)},
+        }
+
+    def sampling(
+        self, model: Any, conditioning: Any, neg_conditioning: Any, noise_seed: int, steps: int, timestep_to_start_cfg: int,
+        true_gs: float, image_to_image_strength: float, denoise_strength: float, latent_image: Any = None,
+        controlnet_condition: Any = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        if latent_image is None:
+            raise InvalidInputError("latent_image is not connected; connect Empty Latent Image")
+        if controlnet_condition is not None:
+            raise InvalidInputError(
+                "controlnet_condition is of x-flux-comfyui's own ControlNets, which this pack has not; use Apply ControlNet on the "
+                "conditioning and KSampler"
+            )
+        latent = latent_of(latent_image)
+        conditioning, neg_conditioning = (conditioning_of(given) for given in (conditioning, neg_conditioning))
+        # an empty latent of sixteen channels has no picture to start from
+        start = image_to_image_strength if latent.shape[1] == 16 and bool(latent.any()) else None
+        tokens = (latent.shape[-2] // 2) * (latent.shape[-1] // 2)
+        sigmas = sampled_sigmas(steps, tokens, denoise_strength, start)
+        # that sampler's guidance is 1 where the conditioning says none
+        told = [[text, {"guidance": 1.0, **more}] for text, more in conditioning]
+        guidance = told[0][1]["guidance"]
+        negative = [[text, {**more, "guidance": guidance}] for text, more in neg_conditioning]
+        sampled = host.sampling.sample_guided_from(
+            model, told, negative, latent, noise_seed, sigmas, timestep_to_start_cfg, true_gs
+        )
+        return ({**latent_image, "samples": sampled},)
 
 
 # --- ComfyUI-IPAdapter-Flux ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,26 @@ from host.shrunk_transformers import (
     build_siglip,
     build_transformer,
     build_transformer_adapter,
+    build_transformer_loras,
 )
 from host.test_legacy_nodes import widget_names
+from ipadapter_core.legacy.flux_schedule import flux_sigmas
 
 # class type: widgets in the order in which saved graphs store their values
 WIDGETS = {
     "LoadFluxIPAdapter": ["ipadatper", "clip_vision", "provider"],
     "ApplyFluxIPAdapter": ["ip_scale"],
     "ApplyAdvancedFluxIPAdapter": ["begin_strength", "end_strength", "smothing_type"],
+    "FluxLoraLoader": ["lora_name", "strength_model"],
+    "XlabsSampler": [
+        "noise_seed",
+        None,
+        "steps",
+        "timestep_to_start_cfg",
+        "true_gs",
+        "image_to_image_strength",
+        "denoise_strength",
+    ],
     "IPAdapterFluxLoader": ["ipadapter", "clip_vision", "provider"],
     "ApplyIPAdapterFlux": ["weight", "start_percent", "end_percent"],
     "IPAdapterFluxLoaderAdvanced": ["ipadapter", "clip_vision", "provider"],
@@ -117,6 +130,46 @@ def test_x_flux_advanced(server: ComfyServer, tmp_path: Path) -> None:
     vision = scene.graph.add("CLIPVisionLoader", clip_name=clip)
     sites = f"double 0: 0.9, double 1: {0.9 * 17 / 18}"
     scene.same(theirs, scene.ours(file, vision, both, combine="average", sites=sites))
+
+
+def test_xlabs_sampler_and_loras(server: ComfyServer, tmp_path: Path) -> None:
+    """Its schedule by ComfyUI's own Euler: with guidance from the first step on, never, and from the second; a LoRA before it."""
+    scene = Scene(server, "flux", tmp_path)
+    graph = scene.graph
+    lora = server.add_model("loras", build_transformer_loras("flux", tmp_path)["kohya"])
+    model = graph.add("FluxLoraLoader", model=scene.model, lora_name=lora, strength_model=0.8)
+    empty = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+    guided = [graph.add("FluxGuidance", conditioning=text, guidance=4.0) for text in scene.text]
+
+    def theirs(first: int) -> str:
+        out = graph.add(
+            "XlabsSampler", model=model, conditioning=guided[0], neg_conditioning=scene.text[1], noise_seed=3, steps=3,
+            timestep_to_start_cfg=first, true_gs=2.5, image_to_image_strength=0.0, denoise_strength=1.0, latent_image=empty,
+        )  # fmt: skip
+        return graph.add("TestSaveTensor", value=out).id
+
+    same_lora = graph.add("LoraLoaderModelOnly", model=scene.model, lora_name=lora, strength_model=0.8)
+    sigmas = graph.add("TestSigmas", numbers=json.dumps(flux_sigmas(3, 16)))
+
+    def hosts(cfg: float) -> str:
+        out = graph.add(
+            "SamplerCustom", model=same_lora, add_noise=True, noise_seed=3, cfg=cfg, positive=guided[0], negative=guided[1],
+            sampler=graph.add("KSamplerSelect", sampler_name="euler"), sigmas=sigmas, latent_image=empty,
+        )  # fmt: skip
+        return graph.add("TestSaveTensor", value=out).id
+
+    nodes = {
+        "always": theirs(0),
+        "never": theirs(3),
+        "later": theirs(1),
+        "host always": hosts(2.5),
+        "host never": hosts(1.0),
+    }
+    result = server.run(graph)
+    out = {name: result.tensor(node) for name, node in nodes.items()}
+    for name in ("always", "never"):
+        assert np.abs(out[name] - out[f"host {name}"]).max() < 2e-3  # a merged LoRA rounds where a live one does not
+    assert min(np.abs(out["later"] - out[name]).max() for name in ("always", "never")) > 0.02
 
 
 def test_shakkers(server: ComfyServer, tmp_path: Path) -> None:

@@ -146,6 +146,21 @@ class TestVAE:
         return (FixedVAE(),)
 
 
+class TestSigmas:
+    """Sigmas by their numbers."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("SIGMAS",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"numbers": ("STRING", {})}}
+
+    def make(self, numbers):
+        return (torch.tensor(json.loads(numbers)),)
+
+
 class TestAnima:
     """An Anima of three narrow blocks; ComfyUI reads Anima's sizes off no file."""
 
@@ -597,6 +612,7 @@ NODES = (
     TestClipVision,
     TestVAE,
     TestAnima,
+    TestSigmas,
     TestFlux,
     TestFaceModel,
     TestUnifiedLoader,

@@ -1,0 +1,3 @@
+from typing import Any
+
+def prepare_callback(model: Any, steps: int) -> Any: ...
