@@ -113,7 +113,7 @@ STAYING = (
     "IPAdapterWeights", "IPAdapterCombineWeights", "IPAdapterWeightsFromStrategy",
     "IPAdapterPromptScheduleFromWeightsStrategy", "IPAdapterRegionalConditioning", "IPAdapterCombineParams",
     "IPAdapterApply", "IPAdapterApplyFaceID", "IPAdapterApplyEncoded", "IPAdapterTilesMasked", "IPAdapterBatchEmbeds",
-    "PrepImageForInsightFace", "IPAdapterCLIPVisionEncode",
+    "PrepImageForInsightFace", "IPAdapterCLIPVisionEncode", "FluxLoraLoader", "XlabsSampler",
 )  # fmt: skip
 """Old nodes for which there is none of ours; they run under their old names."""
 OLD_TYPES = frozenset((*SETTINGS, *STAYING))

@@ -111,7 +111,7 @@ def apply_picture_node(made: Migration, number: NodeId, vision: NodeId | None) -
 def samplers_told(made: Migration) -> list[str]:
     """A line for each sampler of x-flux-comfyui: it is no node of ours, and that pack runs on no current ComfyUI."""
     return [
-        f"XlabsSampler (node {label(number)}) stays: it runs here under its old name; in new graphs put KSampler in its place, euler "
+        f"XlabsSampler (node {label(number)}) runs here under its old name; in a new graph put KSampler in its place, euler "
         "and simple, with cfg 1 (or its true_gs, where that begins at step 1)"
         for number, node in made.nodes.items()
         if node.type == "XlabsSampler"
