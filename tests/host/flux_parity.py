@@ -38,7 +38,9 @@ import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 FOLDER, HERE = Path(folder), Path(__file__).resolve().parent
 SHAPES = json.loads((FOLDER / "shapes.json").read_text())
@@ -356,12 +358,22 @@ def costs(model: Any) -> None:
             predict(model)
         return mode.calls
 
-    plain = counted(model)
+    def flops(model: Any) -> int:
+        predict(model)
+        # of the fused kernel for CPUs nothing is counted; by plain maths every product is
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as mode:
+            predict(model)
+        return mode.get_total_flops()
+
+    plain, before = counted(model), flops(model)
     for family, blocks in (("xlabs", SHAPES["double"]), ("instantx", SHAPES["double"] + SHAPES["single"])):
         more = counted(prompted(model, family))
         more.subtract(plain)
         kernels = {name: count / blocks for name, count in more.items() if count and name not in VIEWS}
-        report(f"{family} kernels", {}, None, kernels=kernels, synchronisations=more["_local_scalar_dense"])
+        added = flops(prompted(model, family)) - before
+        report(
+            f"{family} kernels", {}, None, kernels=kernels, synchronisations=more["_local_scalar_dense"], flops=added
+        )
 
 
 def compiled(model: Any) -> None:

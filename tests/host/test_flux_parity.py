@@ -74,6 +74,12 @@ def test_a_block_costs_no_more_than_it_needs(rows: dict[str, dict[str, Any]]) ->
         row = rows[f"{family} kernels"]
         assert sum(row["kernels"].values()) <= 4, row
         assert row["synchronisations"] == 0
+        # a product for the scores and one for the values, for the queries of both branches of two latents
+        text = flux_oracles.INPUTS["positive"].shape[1]
+        picture = flux_oracles.ROWS * flux_oracles.COLUMNS
+        queries = flux_oracles.DOUBLE * picture
+        queries += flux_oracles.SINGLE * (picture + text) if family == "instantx" else 0
+        assert row["flops"] == 4 * 4 * queries * flux_oracles.TOKENS * flux_oracles.WIDTH, family
 
 
 def test_the_comparison_can_fail(rows: dict[str, dict[str, Any]], folder: Path) -> None:
