@@ -42,8 +42,8 @@ class Compared:
     def apart(self, a: str, b: str) -> float:
         return float(np.abs(self[a] - self[b]).mean())
 
-    def assert_equal(self, a: str, b: str) -> None:
-        np.testing.assert_allclose(self[a], self[b], rtol=0, atol=ROUNDING, err_msg=f"{a} is not {b}")
+    def assert_equal(self, a: str, b: str, within: float = ROUNDING) -> None:
+        np.testing.assert_allclose(self[a], self[b], rtol=0, atol=within, err_msg=f"{a} is not {b}")
 
     def assert_differ(self, *names: str) -> None:
         for i, a in enumerate(names):
@@ -507,5 +507,7 @@ def test_torch_compile_gives_the_same_picture(scene: Callable[..., Scene], compi
     }
     c = s.compare(**eager, **compiled)
     c.assert_differ("plain", "full", "half", "one")
+    # inductor joins and reorders sums: the plain model's latents, up to 27, are 3e-4 apart by themselves
+    within = 10 * ROUNDING if backend == "inductor" else ROUNDING
     for name in models:
-        c.assert_equal(f"compiled_{name}", name)
+        c.assert_equal(f"compiled_{name}", name, within)
