@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -229,6 +230,30 @@ def test_a_block_that_goes_past_its_norm_is_named(family: str) -> None:
     with pytest.raises(IncompatibleAdapterError, match=r"double 1 of Flux.*without double_blocks.1.img_attn.norm"):
         prediction(steered)
     assert hooks(model.model) == 0
+
+
+def test_calls_in_threads_know_their_own_text() -> None:
+    """A call with a longer text runs in another thread while one is between its double and its single blocks."""
+    model = host()
+    mask = torch.rand(1, 5, 3, generator=torch.Generator().manual_seed(1))
+    steered = doors.apply(model, patch_for(model, "everywhere", mask=mask))
+    longer = {"positive": [conditioning(noise(1, 9, 32, seed=5))]}
+    told: list[Tensor] = []
+
+    def elsewhere() -> None:
+        told.append(Guider(steered, longer, ("positive",))(X)["positive"])
+
+    def occupant(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        out = extra["original_block"](args)
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return out
+
+    interrupted = steered.clone()
+    interrupted.set_model_patch_replace(occupant, "dit", "double_block", 1)
+    assert torch.equal(prediction(interrupted), prediction(steered))
+    assert torch.equal(told[0], Guider(steered, longer, ("positive",))(X)["positive"])
 
 
 def hooks(model: nn.Module) -> int:

@@ -115,9 +115,12 @@ class _Run:
     sites: dict[Reach, SiteCall] = field(default_factory=dict[Reach, SiteCall])
     """Of this site alone, from then on until the last join."""
 
+    measured: int | None = None
+    """Tokens of text, where a block that is not compiled told them."""
+
     @property
     def text(self) -> int:
-        return self.traced.text
+        return self.traced.text if self.measured is None else self.measured
 
     def picture(self, tokens: int) -> int:
         return _picture(self.layout, self.call.size, tokens)
@@ -304,7 +307,10 @@ def _hooks(model: nn.Module, layout: ModelLayout, kind: Kind, acting: Acting) ->
 
 
 def _measure(traced: Traced, length: Callable[[Any], int], module: nn.Module, args: object, output: Any) -> None:
+    """Note the text's length for compiled code, and for the call that runs in this thread: others may have another text."""
     traced.text = length(output)
+    if not torch.compiler.is_compiling() and (run := _RUNNING.run) is not None:
+        run.measured = length(output)
 
 
 class _SiteHook:
