@@ -40,10 +40,18 @@ def build(work: Path, folder: Path) -> None:
     shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)  # in the files of both transformers
     shutil.copy(work / "image_encoder" / "preprocessor_config.json", folder / "image_encoder")
     for part in ("unet", "vae"):  # where a part lay on the machine that built it is nobody's business
-        file = folder / part / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        change_config(folder / part, _name_or_path=None)
+    # diffusers loads its own parts in float32 unless told otherwise; transformers 5 does what this says
+    for part in ("text_encoder", "image_encoder"):
+        change_config(folder / part, dtype="float32")
+
+
+def change_config(part: Path, **changes: str | None) -> None:
+    """Write settings into a part's ``config.json``; None takes one out. The weights stay as they are."""
+    file = part / "config.json"
+    config = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    kept = {key: value for key, value in config.items() if key not in changes or value is not None}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def name_text_weights(file: Path) -> None:

@@ -1,9 +1,12 @@
 """The shipped world: an ordinary model folder, small enough, and its figures on pictures it never saw."""
 
+# pyright: basic, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +43,18 @@ def test_diffusers_alone_can_load_it() -> None:
     assert pipeline.vae_scale_factor == 4
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.scheduler.config.rescale_betas_zero_snr is True
+
+
+def test_diffusers_alone_can_draw_with_it() -> None:
+    """Without a word on dtypes all parts have one, and one that is asked for is everybody's."""
+    from diffusers import DiffusionPipeline
+
+    pipeline: Any = DiffusionPipeline.from_pretrained(FOLDER, local_files_only=True)
+    assert {part.dtype for part in pipeline.components.values() if isinstance(part, torch.nn.Module)} == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("emoji", num_inference_steps=1).images[0].size == (64, 64)
+    half = DiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.bfloat16, local_files_only=True)
+    assert {part.dtype for part in half.components.values() if isinstance(part, torch.nn.Module)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("family", "tokens"), [("base", 4), ("plus", 16)])
