@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ipadapter_core import ImagePrompt, WeightSchedule
 from . import host
+from .host.schema import schema
 from .sockets import (
     CATEGORY,
     Prompt,
@@ -24,10 +25,23 @@ from .sockets import (
 class ApplyAdapterToModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptApply",
             display_name="Apply Adapter to Model",
             category=CATEGORY,
+            search_aliases=[
+                "ipadapter",
+                "ip adapter",
+                "ip-adapter",
+                "apply ipadapter",
+                "ipadapter advanced",
+                "style transfer",
+                "composition",
+                "image reference",
+                "reference image",
+                "regional",
+                "attention mask",
+            ],
             description="Lets an image prompt steer a model. Chain the node for several adapters; order does not matter.",
             inputs=[
                 model_input(),

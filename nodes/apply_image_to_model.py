@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ipadapter_core import EncodeOptions, WeightSchedule, rules_for
 from ..ipadapter_core.prompt.combine import Combine
 from . import host
+from .host.schema import schema
 from .sockets import (
     CATEGORY,
     adapter_input,
@@ -29,10 +30,24 @@ from .sockets import (
 class ApplyImageToModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptApplyImage",
             display_name="Apply Image to Model",
             category=CATEGORY,
+            search_aliases=[
+                "ipadapter",
+                "ip adapter",
+                "ip-adapter",
+                "apply ipadapter",
+                "image prompt",
+                "style transfer",
+                "composition",
+                "image reference",
+                "reference image",
+                "style reference",
+                "reference only",
+                "regional",
+            ],
             description="Encode Image Prompt and Apply Adapter to Model in one node, for when the image prompt is used once.",
             inputs=[
                 model_input(),

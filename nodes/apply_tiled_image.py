@@ -12,6 +12,7 @@ from ..ipadapter_core import EncodeOptions, WeightSchedule, rules_for
 from ..ipadapter_core.images.tiles import tiles_in_place
 from ..ipadapter_core.prompt.combine import Combine
 from . import host
+from .host.schema import advanced, schema
 from .sockets import (
     CATEGORY,
     adapter_input,
@@ -31,10 +32,11 @@ from .sockets import (
 class ApplyTiledImageToModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptApplyTiled",
             display_name="Apply Tiled Image to Model",
             category=CATEGORY,
+            search_aliases=["ipadapter tiled", "ip adapter", "tile", "tiles", "panorama", "reference image"],
             description="Cuts a reference into squares and lets each steer its own part of the picture: for references that are not "
             "square, and for more detail in its place.",
             inputs=[
@@ -47,13 +49,15 @@ class ApplyTiledImageToModel(io.ComfyNode):
                 *steering_inputs(),
                 combine_input(),
                 per_latent_input(),
-                io.Float.Input(
-                    "sharpening",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Sharpens the tiles before they are encoded; 0: not.",
+                advanced(
+                    io.Float.Input(
+                        "sharpening",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.05,
+                        tooltip="Sharpens the tiles before they are encoded; 0: not.",
+                    )
                 ),
                 region_input(),
                 negative_input(),

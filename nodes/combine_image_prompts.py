@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..ipadapter_core import combine_prompts
 from ..ipadapter_core.prompt.combine import Combine
 from . import host
+from .host.schema import schema
 from .sockets import CATEGORY, Prompt, adapter_input, combine_input
 
 COUNT = 5
@@ -27,10 +28,18 @@ class CombineImagePrompts(io.ComfyNode):
             )
             for i in range(1, COUNT + 1)
         ]
-        return io.Schema(
+        return schema(
             node_id="ImagePromptCombine",
             display_name="Combine Image Prompts",
             category=CATEGORY,
+            search_aliases=[
+                "ipadapter combine",
+                "ipadapter combine embeds",
+                "merge",
+                "mix images",
+                "average",
+                "multiple references",
+            ],
             description="Joins up to five encoded image prompts into one; chain the node for more.",
             inputs=[adapter_input(), combine_input(), *prompts, *strengths],
             outputs=[Prompt.Output(display_name="image_prompt")],

@@ -11,6 +11,7 @@ from ..ipadapter_core import EncodeOptions, rules_for
 from ..ipadapter_core.images.faces import FaceAnalyzer, Nth, Which
 from ..ipadapter_core.prompt.combine import Combine
 from . import host
+from .host.schema import advanced, schema
 from .sockets import CATEGORY, FaceModel, Prompt, adapter_input, combine_input, compatibility_input
 
 Choice = Literal["largest", "best", "all", "nth largest", "nth from left"]
@@ -19,10 +20,20 @@ Choice = Literal["largest", "best", "all", "nth largest", "nth from left"]
 class EncodeFacePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptEncodeFace",
             display_name="Encode Face Prompt",
             category=CATEGORY,
+            search_aliases=[
+                "faceid",
+                "face id",
+                "ipadapter faceid",
+                "instantid",
+                "portrait",
+                "identity",
+                "same person",
+                "character",
+            ],
             description="Turns faces in reference images into an image prompt for a FaceID adapter.",
             inputs=[
                 adapter_input(),
@@ -34,8 +45,14 @@ class EncodeFacePrompt(io.ComfyNode):
                     tooltip="Which face of every picture: the largest, the best detection, all of them (as several references), or "
                     "the one with the number below.",
                 ),
-                io.Int.Input(
-                    "number", default=1, min=1, max=64, tooltip="For 'nth largest' and 'nth from left': 1 is the first."
+                advanced(
+                    io.Int.Input(
+                        "number",
+                        default=1,
+                        min=1,
+                        max=64,
+                        tooltip="For 'nth largest' and 'nth from left': 1 is the first.",
+                    )
                 ),
                 combine_input(),
                 io.Float.Input(
@@ -47,10 +64,12 @@ class EncodeFacePrompt(io.ComfyNode):
                     tooltip="FaceID Plus v2: how much it reads in the picture of the face beside who it is; less frees pose and "
                     "style. Others ignore it.",
                 ),
-                io.Boolean.Input(
-                    "per_latent",
-                    default=False,
-                    tooltip="On: face i steers image i of the latent batch. Off: all faces steer every image.",
+                advanced(
+                    io.Boolean.Input(
+                        "per_latent",
+                        default=False,
+                        tooltip="On: face i steers image i of the latent batch. Off: all faces steer every image.",
+                    )
                 ),
                 io.ClipVision.Input(
                     "clip_vision",

@@ -12,6 +12,7 @@ from ..ipadapter_core.features import Crop
 from ..ipadapter_core.prompt.combine import Combine
 from ..ipadapter_core.prompt.options import PromptCrop, Unconditional
 from . import host
+from .host.schema import advanced, schema
 from .sockets import (
     CATEGORY,
     Prompt,
@@ -28,10 +29,21 @@ from .sockets import (
 class EncodeImagePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptEncode",
             display_name="Encode Image Prompt",
             category=CATEGORY,
+            search_aliases=[
+                "ipadapter",
+                "ip adapter",
+                "ip-adapter",
+                "ipadapter encoder",
+                "reference",
+                "image reference",
+                "reference image",
+                "clip vision encode",
+                "image to prompt",
+            ],
             description="Turns reference images into an image prompt for one adapter. A batch of images is several references.",
             inputs=[
                 adapter_input(),
@@ -52,12 +64,14 @@ class EncodeImagePrompt(io.ComfyNode):
                     tooltip="Strength of each reference, such as '1, 0.5'; one number: of all; empty: all 1. 0 is no image, below 0 "
                     "steers away.",
                 ),
-                io.Combo.Input(
-                    "unconditional",
-                    options=list(get_args(Unconditional)),
-                    tooltip="What the negative prompt sees instead of the image. auto: as in the adapter's training. "
-                    "black: an encoded black image, as ComfyUI_IPAdapter_plus had it for plus adapters. same: the image too. off: "
-                    "nothing, as if there were no adapter.",
+                advanced(
+                    io.Combo.Input(
+                        "unconditional",
+                        options=list(get_args(Unconditional)),
+                        tooltip="What the negative prompt sees instead of the image. auto: as in the adapter's training. "
+                        "black: an encoded black image, as ComfyUI_IPAdapter_plus had it for plus adapters. same: the image too. off: "
+                        "nothing, as if there were no adapter.",
+                    )
                 ),
                 per_latent_input(),
                 io.Mask.Input(

@@ -11,6 +11,7 @@ from ..ipadapter_core.lora.extract import extract
 from ..ipadapter_core.lora.factors import Smaller
 from ..ipadapter_core.lora.saving import save_lora
 from . import host
+from .host.schema import advanced, schema
 from .sockets import LORA_CATEGORY
 
 
@@ -18,10 +19,11 @@ class ExtractLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = host.files.names("checkpoints")
-        return io.Schema(
+        return schema(
             node_id="ImagePromptLoRAExtract",
             display_name="Extract LoRA",
             category=LORA_CATEGORY,
+            search_aliases=["lora from checkpoint", "svd", "difference", "subtract", "kohya"],
             description="Makes a LoRA of what a fine-tuned checkpoint differs from its base, and writes it to output/loras.",
             inputs=[
                 io.Combo.Input("tuned", options=files, tooltip="The fine-tuned checkpoint."),
@@ -29,13 +31,15 @@ class ExtractLoRA(io.ComfyNode):
                     "base", options=files, tooltip="The checkpoint that it was tuned from, of the same base model."
                 ),
                 io.Int.Input("rank", default=32, min=1, max=1024, tooltip="Largest rank: more is closer and larger."),
-                io.Float.Input(
-                    "energy",
-                    default=1.0,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of every layer's squared difference to keep; below 1 each layer gets the rank that it needs.",
+                advanced(
+                    io.Float.Input(
+                        "energy",
+                        default=1.0,
+                        min=0.01,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Share of every layer's squared difference to keep; below 1 each layer gets the rank that it needs.",
+                    )
                 ),
                 io.Combo.Input(
                     "spelling", options=list(KEY_FORMATS), tooltip="How names are written; kohya is read by every UI."

@@ -8,16 +8,18 @@ from ..ipadapter_core import describe_fit, describe_spec
 from ..ipadapter_core.backends.comfy.doors import applied_patches, comfy_layout
 from ..ipadapter_core.backends.comfy.notes import PatcherLike
 from . import host
+from .host.schema import schema
 from .sockets import CATEGORY, adapter_input
 
 
 class InspectAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptInspect",
             display_name="Inspect Adapter",
             category=CATEGORY,
+            search_aliases=["ipadapter", "ip adapter", "adapter facts", "what is this file", "weights", "layers"],
             description="Shows what an adapter file is, which image encoder and base model it needs, and which sites of a model "
             "it reaches with which weight.",
             inputs=[

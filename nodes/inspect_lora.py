@@ -7,16 +7,26 @@ from comfy_api.latest import io, ui
 from ..ipadapter_core.images.files import to_tensor
 from ..ipadapter_core.lora.inspection import describe_facts, draw_heat_map, facts_of, heat_map
 from . import host
+from .host.schema import schema
 from .sockets import LORA_CATEGORY
 
 
 class InspectLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptLoRAInspect",
             display_name="Inspect LoRA",
             category=LORA_CATEGORY,
+            search_aliases=[
+                "trigger words",
+                "lora metadata",
+                "lora tags",
+                "heat map",
+                "block weight",
+                "lbw",
+                "weights",
+            ],
             description="Shows what a LoRA file is: base model, format, ranks, trigger words and training tags, and a heat map of how "
             "strongly it changes each block and kind of layer.",
             inputs=[

@@ -6,16 +6,26 @@ from comfy_api.latest import io
 
 from ..ipadapter_core.images.faces import PROVIDERS
 from . import host
+from .host.schema import schema
 from .sockets import CATEGORY, FaceModel
 
 
 class LoadFaceModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptLoadFaceModel",
             display_name="Load Face Model",
             category=CATEGORY,
+            search_aliases=[
+                "insightface",
+                "antelopev2",
+                "buffalo",
+                "faceid",
+                "face id",
+                "face analysis",
+                "ipadapter insightface loader",
+            ],
             description="Loads what finds and recognises faces, from models/insightface/models. Needs the package onnxruntime; "
             "insightface is used where it is installed.",
             inputs=[

@@ -5,16 +5,26 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import host
+from .host.schema import schema
 from .sockets import CATEGORY
 
 
 class LoadImageEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptLoadEncoder",
             display_name="Load Image Encoder",
             category=CATEGORY,
+            search_aliases=[
+                "clip vision",
+                "siglip",
+                "dinov2",
+                "dino",
+                "pe-core",
+                "load clip vision",
+                "image embedding",
+            ],
             description="Loads an image encoder of any kind that adapters read from models/clip_vision, also those that Load CLIP "
             "Vision cannot: SigLIP with its pooled vector, SigLIP 2, DINOv2, PE-Core, besides CLIP. What the file is comes from "
             "its contents, so it may have any name.",

@@ -6,16 +6,18 @@ from comfy_api.latest import io
 
 from ..ipadapter_core import rules_for
 from . import host
+from .host.schema import schema
 from .sockets import CATEGORY, Prompt, adapter_input, compatibility_input
 
 
 class LoadImagePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptLoad",
             display_name="Load Image Prompt",
             category=CATEGORY,
+            search_aliases=["ipadapter load embeds", "ipadpt", "saved reference"],
             description="Loads saved references from output/image_prompts or models/image_prompts, and .ipadpt files of other "
             "tools also from input. No picture and, for files of Save Image Prompt, no image encoder is needed.",
             inputs=[

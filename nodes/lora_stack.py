@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..ipadapter_core.lora import Partial
 from ..ipadapter_core.lora.patch import MODES, Mode
 from . import host
+from .host.schema import schema
 from .sockets import LORA_CATEGORY, MODE_TOOLTIP, STRENGTH_TOOLTIP, partial_input
 
 ROWS = 5
@@ -28,10 +29,18 @@ class LoRAStack(io.ComfyNode):
                     f"strength_{i}", default=1.0, min=-20.0, max=20.0, step=0.05, tooltip=f"Row {i}. {STRENGTH_TOOLTIP}"
                 ),
             ]
-        return io.Schema(
+        return schema(
             node_id="ImagePromptLoRAStack",
             display_name="LoRA Stack",
             category=LORA_CATEGORY,
+            search_aliases=[
+                "power lora",
+                "power lora loader",
+                "lora loader",
+                "multi lora",
+                "several loras",
+                "lora stacker",
+            ],
             description="Up to five LoRAs in rows, each switched and weighted; chain the node for more.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that they act on."),

@@ -10,6 +10,7 @@ from ..ipadapter_core.lora import Partial
 from ..ipadapter_core.lora.block_vectors import parse_where
 from ..ipadapter_core.lora.patch import MODES, Mode
 from . import host
+from .host.schema import advanced, schema
 from .sockets import (
     LORA_CATEGORY,
     MODE_TOOLTIP,
@@ -24,10 +25,25 @@ from .sockets import (
 class LoRAStrength(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptLoRAStrength",
             display_name="LoRA Strength",
             category=LORA_CATEGORY,
+            search_aliases=[
+                "lora loader",
+                "load lora",
+                "block weight",
+                "lora block weight",
+                "lbw",
+                "weights",
+                "layers",
+                "lora mask",
+                "regional lora",
+                "lora schedule",
+                "lycoris",
+                "locon",
+                "dora",
+            ],
             description="Applies a LoRA of any format, exactly: by block and layer, over the steps, in a region. Chain the node for "
             "several; order does not matter.",
             inputs=[
@@ -47,15 +63,17 @@ class LoRAStrength(io.ComfyNode):
                 Schedule.Input(
                     "schedule", optional=True, tooltip="From Adapter Schedule: its curve over the steps; live only."
                 ),
-                io.Float.Input(
-                    "negative_strength",
-                    optional=True,
-                    default=1.0,
-                    min=-20.0,
-                    max=20.0,
-                    step=0.05,
-                    tooltip="Strength on the negative prompt's side as a share of the strength: 1 the same, 0 none; other than 1 "
-                    "is live only.",
+                advanced(
+                    io.Float.Input(
+                        "negative_strength",
+                        optional=True,
+                        default=1.0,
+                        min=-20.0,
+                        max=20.0,
+                        step=0.05,
+                        tooltip="Strength on the negative prompt's side as a share of the strength: 1 the same, 0 none; other than 1 "
+                        "is live only.",
+                    )
                 ),
                 partial_input(),
             ],

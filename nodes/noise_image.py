@@ -8,16 +8,18 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..ipadapter_core.images.noise import Noise, noise_picture
+from .host.schema import schema
 from .sockets import CATEGORY
 
 
 class NoiseImage(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptNoise",
             display_name="Noise Image",
             category=CATEGORY,
+            search_aliases=["ipadapter noise", "negative image", "image noise"],
             description="Noise, or a reference disturbed by it, for 'negative' of Encode Image Prompt: steering away from a "
             "disturbed copy of the reference makes pictures cleaner and richer. The same image always gives the same noise.",
             inputs=[

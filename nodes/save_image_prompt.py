@@ -7,16 +7,18 @@ from comfy_api.latest import io, ui
 from ..ipadapter_core import ImagePrompt, save_prompt
 from ..ipadapter_core.prompt.embeds import EXTENSION
 from . import host
+from .host.schema import schema
 from .sockets import CATEGORY, Prompt
 
 
 class SaveImagePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptSave",
             display_name="Save Image Prompt",
             category=CATEGORY,
+            search_aliases=["ipadapter save embeds", "ipadpt", "keep reference"],
             description="Writes what the image encoder saw in the references to output/image_prompts, to use again or to share. "
             "The file serves every adapter that reads the same of the same encoder; the pictures are not in it.",
             inputs=[

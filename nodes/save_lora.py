@@ -11,16 +11,18 @@ from ..ipadapter_core.lora.factors import Smaller, resize
 from ..ipadapter_core.lora.saving import DTYPES, save_lora
 from ..ipadapter_core.lora.weights import left_out_lines
 from . import host
+from .host.schema import schema
 from .sockets import LORA_CATEGORY
 
 
 class SaveLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptLoRASave",
             display_name="Save/Convert LoRA",
             category=LORA_CATEGORY,
+            search_aliases=["convert lora", "resize lora", "lora rank", "kohya", "diffusers", "peft"],
             description="Writes a LoRA in another key format, type or rank to output/loras, where LoRA lists find it.",
             inputs=[
                 io.Combo.Input("file", options=host.files.names("loras"), tooltip="The LoRA to convert."),

@@ -5,16 +5,29 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ipadapter_core import WeightSchedule, parse_curve, parse_site_factors
+from .host.schema import advanced, schema
 from .sockets import CATEGORY, Schedule
 
 
 class AdapterSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="ImagePromptSchedule",
             display_name="Adapter Schedule",
             category=CATEGORY,
+            search_aliases=[
+                "ipadapter weights",
+                "weights",
+                "weight schedule",
+                "strength over time",
+                "curve",
+                "block weight",
+                "layer weights",
+                "fade",
+                "ipadapter mad scientist",
+                "composition",
+            ],
             description="Finer control for Apply Adapter to Model: strength over the steps and per place in the model.",
             inputs=[
                 io.String.Input(
@@ -31,27 +44,33 @@ class AdapterSchedule(io.ComfyNode):
                     tooltip="Factor per place, later entries win: 'all: 0.2, output: 1', 'input 4: 0', 'input 4.1: 0', "
                     "'style: 1.2', 'composition: 0', 't3: 0' (the index of weight presets). Inspect Adapter lists them.",
                 ),
-                io.Boolean.Input(
-                    "separate_composition",
-                    default=False,
-                    tooltip="On: the presets with composition use composition_strength there, the precise ones boost. "
-                    "Off: both follow the strength.",
+                advanced(
+                    io.Boolean.Input(
+                        "separate_composition",
+                        default=False,
+                        tooltip="On: the presets with composition use composition_strength there, the precise ones boost. "
+                        "Off: both follow the strength.",
+                    )
                 ),
-                io.Float.Input(
-                    "composition_strength",
-                    default=1.0,
-                    min=-5.0,
-                    max=5.0,
-                    step=0.05,
-                    tooltip="Strength of the composition layers in 'style and composition'.",
+                advanced(
+                    io.Float.Input(
+                        "composition_strength",
+                        default=1.0,
+                        min=-5.0,
+                        max=5.0,
+                        step=0.05,
+                        tooltip="Strength of the composition layers in 'style and composition'.",
+                    )
                 ),
-                io.Float.Input(
-                    "boost",
-                    default=1.0,
-                    min=-5.0,
-                    max=5.0,
-                    step=0.05,
-                    tooltip="How strongly the precise presets push the other part towards the negative prompt.",
+                advanced(
+                    io.Float.Input(
+                        "boost",
+                        default=1.0,
+                        min=-5.0,
+                        max=5.0,
+                        step=0.05,
+                        tooltip="How strongly the precise presets push the other part towards the negative prompt.",
+                    )
                 ),
             ],
             outputs=[Schedule.Output(display_name="schedule")],

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..ipadapter_core import COMPATIBILITIES, PRESETS, SCALINGS
 from ..ipadapter_core.lora import PARTIAL
 from ..ipadapter_core.prompt.combine import Combine
+from .host.schema import advanced
 
 CATEGORY = "image prompt"
 LORA_CATEGORY = "image prompt/lora"
@@ -60,13 +61,15 @@ MODE_TOOLTIP = (
 
 
 def partial_input() -> io.Input:
-    return io.Combo.Input(
-        "partial",
-        options=list(PARTIAL),
-        default="refuse",
-        optional=True,
-        tooltip="What happens with a file of which much has no place in the model (more than 6 % of a part's modules, or all of a "
-        "kind of layer). refuse: the node stops and says what is missing. allow: the rest is applied.",
+    return advanced(
+        io.Combo.Input(
+            "partial",
+            options=list(PARTIAL),
+            default="refuse",
+            optional=True,
+            tooltip="What happens with a file of which much has no place in the model (more than 6 % of a part's modules, or all of a "
+            "kind of layer). refuse: the node stops and says what is missing. allow: the rest is applied.",
+        )
     )
 
 
@@ -92,10 +95,12 @@ def second_encoder_input() -> io.Input:
 
 
 def per_latent_input() -> io.Input:
-    return io.Boolean.Input(
-        "per_latent",
-        default=False,
-        tooltip="On: reference i steers image i of the latent batch. Off: all references steer every image.",
+    return advanced(
+        io.Boolean.Input(
+            "per_latent",
+            default=False,
+            tooltip="On: reference i steers image i of the latent batch. Off: all references steer every image.",
+        )
     )
 
 
@@ -147,23 +152,27 @@ def steering_inputs() -> list[io.Input]:
             tooltip="Where in the model the image acts, and how strongly there: linear is everywhere; style transfer and "
             "composition pick the layers that carry these; the precise ones also push the other part away.",
         ),
-        io.Combo.Input(
-            "scaling",
-            options=list(SCALINGS),
-            tooltip="What the strength multiplies: V only (the trained rule), keys too (softer below 1), with a penalty for "
-            "narrow layers, or keys and the mean of V.",
+        advanced(
+            io.Combo.Input(
+                "scaling",
+                options=list(SCALINGS),
+                tooltip="What the strength multiplies: V only (the trained rule), keys too (softer below 1), with a penalty for "
+                "narrow layers, or keys and the mean of V.",
+            )
         ),
         *window_inputs("the image"),
     ]
 
 
 def compatibility_input() -> io.Input:
-    return io.Combo.Input(
-        "compatibility",
-        options=list(COMPATIBILITIES),
-        default="correct",
-        optional=True,
-        tooltip="correct: as the adapters were trained. IPAdapter_plus: the picture that ComfyUI_IPAdapter_plus makes with "
-        "these settings, its errors included; set it on both the encode and the apply node. IPAdapter-Flux: InstantX' FLUX adapter "
-        "with the formula of Shakker's node, which norms values too.",
+    return advanced(
+        io.Combo.Input(
+            "compatibility",
+            options=list(COMPATIBILITIES),
+            default="correct",
+            optional=True,
+            tooltip="correct: as the adapters were trained. IPAdapter_plus: the picture that ComfyUI_IPAdapter_plus makes with "
+            "these settings, its errors included; set it on both the encode and the apply node. IPAdapter-Flux: InstantX' FLUX adapter "
+            "with the formula of Shakker's node, which norms values too.",
+        )
     )

@@ -11,15 +11,16 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from . import host
+from .host.schema import advanced, schema
 from .sockets import CATEGORY, Adapter
 
 FRESH = "nothing"
 
 
-def training_schema(*, name: str, inputs: list[io.Input], samples: str, result: io.Output, **texts: str) -> io.Schema:
+def training_schema(*, name: str, inputs: list[io.Input], samples: str, result: io.Output, **texts: Any) -> io.Schema:
     """The schema of a training node. ``name`` is the result's at first, ``samples`` explains the prompt of the sheets."""
     pictures = [io.Image.Output(display_name="loss_plot"), io.Image.Output(display_name="samples")]
-    return io.Schema(
+    return schema(
         **texts,
         is_output_node=True,
         hidden=[io.Hidden.unique_id],
@@ -84,35 +85,47 @@ def run_inputs(samples: str) -> list[io.Input]:
             round=False,
             tooltip="Step size of the optimiser; 0.0001 at 512 pixels, less at 1024 or when training on.",
         ),
-        io.Combo.Input(
-            "precision",
-            options=host.training.PRECISIONS,
-            tooltip="What the frozen models compute in; what is trained is always kept in fp32.",
+        advanced(
+            io.Combo.Input(
+                "precision",
+                options=host.training.PRECISIONS,
+                tooltip="What the frozen models compute in; what is trained is always kept in fp32.",
+            )
         ),
-        io.Int.Input(
-            "sample_every",
-            default=250,
-            min=1,
-            max=1_000_000,
-            tooltip="Steps between sample sheets and validations.",
+        advanced(
+            io.Int.Input(
+                "sample_every",
+                default=250,
+                min=1,
+                max=1_000_000,
+                tooltip="Steps between sample sheets and validations.",
+            )
         ),
         io.String.Input(
             "sample_prompt",
             default="",
             tooltip=samples,
         ),
-        io.Int.Input("seed", default=0, min=0, max=2**31, tooltip="Of all random choices of the training, 0 or more."),
-        io.String.Input(
-            "settings",
-            default="",
-            multiline=True,
-            tooltip="Other settings of how ipadapter train learns, one per line, such as loss.min_snr=5 or train.checkpointing=true.",
+        advanced(
+            io.Int.Input(
+                "seed", default=0, min=0, max=2**31, tooltip="Of all random choices of the training, 0 or more."
+            )
         ),
-        io.Boolean.Input(
-            "start_over",
-            default=False,
-            tooltip="On: set aside what an earlier run of this name had learned, as <name>.earlier-1, and begin anew. Off: go on "
-            "with it.",
+        advanced(
+            io.String.Input(
+                "settings",
+                default="",
+                multiline=True,
+                tooltip="Other settings of how ipadapter train learns, one per line, such as loss.min_snr=5 or train.checkpointing=true.",
+            )
+        ),
+        advanced(
+            io.Boolean.Input(
+                "start_over",
+                default=False,
+                tooltip="On: set aside what an earlier run of this name had learned, as <name>.earlier-1, and begin anew. Off: go on "
+                "with it.",
+            )
         ),
         io.Image.Input("images", optional=True, tooltip="Training pictures from the graph, if no folder is given."),
     ]
@@ -125,6 +138,7 @@ class TrainIPAdapter(io.ComfyNode):
             node_id="ImagePromptTrain",
             display_name="Train IP-Adapter",
             category=CATEGORY,
+            search_aliases=["train ipadapter", "training", "fine-tune", "finetune", "kohya", "learn"],
             description="Trains an IP-Adapter on pictures with captions, in a process of its own. Cancelling saves its state; "
             "queueing it again goes on from there. The result lies in output/ipadapter and can be loaded at once.",
             name="my-adapter",

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..ipadapter_core.lora.algorithms import trainings
 from . import host
+from .host.schema import advanced
 from .sockets import LORA_CATEGORY
 from .train_ip_adapter import FRESH, train, training_schema
 
@@ -19,6 +20,16 @@ class TrainLoRA(io.ComfyNode):
             node_id="ImagePromptTrainLoRA",
             display_name="Train LoRA",
             category=LORA_CATEGORY,
+            search_aliases=[
+                "training",
+                "lora trainer",
+                "fine-tune",
+                "finetune",
+                "kohya",
+                "dreambooth",
+                "learn a style",
+                "ai-toolkit",
+            ],
             description="Trains a LoRA on pictures with captions, in a process of its own. Cancelling saves its state; queueing it "
             "again goes on from there. The result lies in output/loras, where LoRA lists find it.",
             name="my-lora",
@@ -37,35 +48,45 @@ class TrainLoRA(io.ComfyNode):
                     max=1024,
                     tooltip="Inner width, 1 or more; the file grows with it, 4 to 64 are usual.",
                 ),
-                io.Float.Input(
-                    "alpha",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.5,
-                    tooltip="The scale is alpha / rank; 0: as the rank.",
+                advanced(
+                    io.Float.Input(
+                        "alpha",
+                        default=0.0,
+                        min=0.0,
+                        max=1024.0,
+                        step=0.5,
+                        tooltip="The scale is alpha / rank; 0: as the rank.",
+                    )
                 ),
-                io.String.Input(
-                    "targets",
-                    default="",
-                    multiline=True,
-                    tooltip="Which layers are trained, in the words of LoRA Strength: 'all: 0, attn2: 1, mid: 1'. Empty: as the algorithm "
-                    "says.",
+                advanced(
+                    io.String.Input(
+                        "targets",
+                        default="",
+                        multiline=True,
+                        tooltip="Which layers are trained, in the words of LoRA Strength: 'all: 0, attn2: 1, mid: 1'. Empty: as the algorithm "
+                        "says.",
+                    )
                 ),
-                io.Boolean.Input(
-                    "text_encoders",
-                    default=False,
-                    tooltip="On: train attention layers of the text encoders too, SDXL's both.",
+                advanced(
+                    io.Boolean.Input(
+                        "text_encoders",
+                        default=False,
+                        tooltip="On: train attention layers of the text encoders too, SDXL's both.",
+                    )
                 ),
-                io.Combo.Input(
-                    "start_from",
-                    options=[FRESH, *host.files.names("loras")],
-                    tooltip="A LoRA to train on; it says layers, ranks and algorithms itself.",
+                advanced(
+                    io.Combo.Input(
+                        "start_from",
+                        options=[FRESH, *host.files.names("loras")],
+                        tooltip="A LoRA to train on; it says layers, ranks and algorithms itself.",
+                    )
                 ),
-                io.String.Input(
-                    "trigger",
-                    default="",
-                    tooltip="Trigger words to note in the file; write them into the captions too.",
+                advanced(
+                    io.String.Input(
+                        "trigger",
+                        default="",
+                        tooltip="Trigger words to note in the file; write them into the captions too.",
+                    )
                 ),
             ],
         )

@@ -3,6 +3,8 @@
 Used by the names of its parts: ``host.adapters.apply(...)``, ``host.files.names("loras")``.
 """
 
-from . import access, adapters, clip_vision, faces, files, frontend, inputs, lora, sampling, training
+from . import access, adapters, clip_vision, faces, files, frontend, inputs, lora, sampling, schema, training
 
-__all__ = ["access", "adapters", "clip_vision", "faces", "files", "frontend", "inputs", "lora", "sampling", "training"]
+__all__ = [
+    "access", "adapters", "clip_vision", "faces", "files", "frontend", "inputs", "lora", "sampling", "schema", "training"
+]  # fmt: skip

@@ -1,10 +1,14 @@
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
 from .ui import PreviewText
 
-class Input: ...
+class Input:
+    id: str
+    extra_dict: dict[str, Any]
+
 class Output: ...
 
 class _Socket:
@@ -70,6 +74,7 @@ class Hidden(Enum):
 class HiddenHolder:
     unique_id: str
 
+@dataclass
 class Schema:
     def __init__(
         self,
@@ -80,6 +85,7 @@ class Schema:
         inputs: Sequence[Input],
         outputs: Sequence[Output],
         hidden: Sequence[Hidden] = ...,
+        search_aliases: Sequence[str] = ...,
         is_output_node: bool = ...,
     ) -> None: ...
 
