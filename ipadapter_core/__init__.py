@@ -18,6 +18,7 @@ from .attention.masks import RegionMask
 from .attention.maths import KeyValue, Scale, add_image_attention, attend, scale_for
 from .attention.patch import AdapterPatch
 from .attention.presets import PRESETS, SiteRule, parse_layers, parse_site_factors
+from .attention.recording import AttentionMaps, Recorder
 from .attention.schedule import (
     SCALINGS,
     WeightSchedule,
@@ -66,6 +67,7 @@ __all__ = [
     "AdapterPatch",
     "AdapterSpec",
     "AdapterWeights",
+    "AttentionMaps",
     "AttnProcessor",
     "BaseModel",
     "Compatibility",
@@ -83,6 +85,7 @@ __all__ = [
     "KeyValue",
     "ModelCall",
     "ModelLayout",
+    "Recorder",
     "RegionMask",
     "Rules",
     "Scale",

@@ -73,6 +73,24 @@ def _unusual(kv: KeyValue, heads: int, scale: Scale, mask: Tensor | None) -> Add
     return add
 
 
+def attending(kv: KeyValue, heads: int, scale: Scale, folded: bool) -> list[AddImage]:
+    """How much of the attention to the image goes to each of its references: column r of every head, in place of a value.
+
+    Nothing for a single one. Heads narrower than there are references make several.
+    """
+    if kv.images == 1:
+        return []
+    *_, n, width = kv.k.shape
+    owner = torch.arange(n, device=kv.k.device).div(n // kv.images, rounding_mode="floor")[:, None]
+    found: list[AddImage] = []
+    for first in range(0, kv.images, width):
+        of = owner == torch.arange(first, first + width, device=owner.device)
+        v = of.to(kv.v.dtype).expand_as(kv.v).contiguous()
+        just = replace(kv, v=v, v_mean=None, image_mean=None, gate=None)
+        found.append(adding(just, heads, replace(scale, output=1.0, mean=0.0), None, folded))
+    return found
+
+
 def on_chunks(add: AddImage, chunks: Sequence[int], count: int, groups: int, width: int) -> AddImage:
     """``add`` for those of ``count`` equal chunks of the batch that see an image; the others stay as they are, to the bit.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ UNCOND, COND = 0, 1
 
 AddImage = Callable[[Tensor, "SiteCall", Tensor], Tensor]
 """``(base, site's call, query_rows)`` to the base with one image's attention added."""
+
+
+class Hearing(Protocol):
+    """Hears in one model call what image prompts add; ``recording`` has the one that there is."""
+
+    def heard(self, patch: object, site: int, add: AddImage, references: Sequence[AddImage], count: int) -> AddImage:
+        """``add`` that also tells; ``references`` give the attention to each of ``count`` pictures in columns of every head."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +68,7 @@ class ModelCall:
     ``order`` and ``size`` are the host's own index of each chunk and the latent's size in this very call, for Rules that
     go by them. Of a transformer, ``text`` is how many tokens of text stand in front where a block has text and picture in
     one sequence, and ``picture`` how many tokens are the picture's where reference pictures follow (None: all the others).
+    ``hearing`` is there in calls that are recorded.
     """
 
     branches: tuple[int, ...] = (COND,)
@@ -71,6 +81,7 @@ class ModelCall:
     size: tuple[int, int] | None = None
     text: int = 0
     picture: int | None = None
+    hearing: Hearing | None = None
     acting: dict[object, Acting] = field(default_factory=dict[object, "Acting"], repr=False)
     """By image prompt: what all its sites have in common in this call, put here by the first."""
 

@@ -117,7 +117,7 @@ class Baked:
             k, v = k.to(q.device, q.dtype), v.to(q.device, q.dtype)
             image_mean = self._image_mean(v) if per_image and self.images > 1 else None
             raw_query = self.norms is not None and call.query_norm is None
-            found = KeyValue(k, v, split_mean(v), image_mean, raw_query, own, self.gate)
+            found = KeyValue(k, v, split_mean(v), image_mean, raw_query, own, self.gate, self.images)
             if shared or frames is None:
                 self._prepared.keep(key, found)
         return found

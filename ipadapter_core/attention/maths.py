@@ -34,7 +34,7 @@ class OwnKeys:
 class KeyValue:
     """Image keys and values of one site in attention layout, ``g h n d`` each.
 
-    All but these two is None or False in most families.
+    All but these two is None, False or 1 in most families.
     """
 
     k: Tensor
@@ -48,6 +48,8 @@ class KeyValue:
     own: OwnKeys | None = None
     gate: Callable[[Tensor], Tensor] | None = None
     """Makes factors ``b t c`` of the result from a block's conditioning ``b t e``."""
+    images: int = 1
+    """How many references share the n tokens, evenly and one after the other."""
 
     @property
     def usual(self) -> bool:

@@ -12,9 +12,9 @@ from ..device_cache import LIMIT, DeviceCache
 from ..errors import InvalidInputError
 from ..models.reach import Reach
 from ..models.sites import ModelLayout
-from .adding import adding, on_chunks
+from .adding import adding, attending, on_chunks
 from .batch import Frames, fit_batch
-from .call import COND, UNCOND, Acting, Ready, SiteCall
+from .call import COND, UNCOND, Acting, AddImage, Ready, SiteCall
 from .kv import HeldKeys, SiteKV
 from .masks import RegionMask, inference_mode
 from .maths import Scale, scale_for
@@ -127,7 +127,7 @@ class AdapterPatch:
         call, q = at.call, at.q
         factor, branches = self._now(at)
         kind = (branches, q.shape[0], q.device, q.dtype, call.latent, call.areas, call.size, inference_mode())
-        if call.frames is not None:  # windows of an animation are too many to keep
+        if call.frames is not None or call.hearing is not None:  # windows of an animation are too many to keep
             return Acting(factor, branches, [None] * len(self.sites))
         return Acting(factor, branches, self._kinds.made(kind, lambda: [None] * len(self.sites)))
 
@@ -162,9 +162,15 @@ class AdapterPatch:
             mask = torch.cat([mask.chunk(count)[chunk] for chunk in chunks])
         groups, _, _, width = kv.k.shape
         tokens = None if mask is None else q.shape[1]
-        add = adding(kv, at.heads, scale, mask, groups != latents * len(chunks))
-        if len(chunks) < count:
-            add = on_chunks(add, chunks, count, groups, width)
+        folded = groups != latents * len(chunks)
+
+        def seen(add: AddImage) -> AddImage:
+            return on_chunks(add, chunks, count, groups, width) if len(chunks) < count else add
+
+        add = seen(adding(kv, at.heads, scale, mask, folded))
+        if call.hearing is not None:
+            references = [seen(one) for one in attending(kv, at.heads, scale, folded)]
+            add = call.hearing.heard(self, site, add, references, kv.images)
         ready = Ready(add, factor, groups, width, tokens, q.device, q.dtype)
         if site_kv.constant and self.reach.query != "raw":  # norms that are undone may be other ones in the next call
             acting.sites[site] = ready

@@ -1,5 +1,7 @@
 """What holds for every kind of base model on every host, and for a fake one that the package has never heard of."""
 
+# pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +19,10 @@ import fake_model
 import ipadapter_core
 from fake_model import CHANNELS, FAKE, HEADS, TAIL, TEXT, FakeDoor, FakeEntry, FakeTransformer, walk_fake
 from ipadapter_core import AdapterPatch, AdapterWeights, ModelLayout, WeightSchedule, bake, models
+from ipadapter_core.attention.recording import Recorder
 from ipadapter_core.attention.schedule import SCALINGS
 from ipadapter_core.backends.comfy import doors as comfy
+from ipadapter_core.backends.comfy.recording import Recording, record
 from ipadapter_core.backends.diffusers import doors as diffusers
 from ipadapter_core.checkpoints import format_named
 from ipadapter_core.checkpoints.format import Format
@@ -57,6 +61,8 @@ class World:
         self.model, self.layout, self.form, self.family, self.sizes = model, layout, form, family, sizes or {}
         self.made = 0
         """Calls of the adapter's layers."""
+        self.recorder: Recorder | None = None
+        """Who hears the calls of ``run``."""
 
     def adapter(self, seed: int = 0) -> AdapterWeights:
         reached = () if self.form is None else self.form.reach.sites(self.layout)
@@ -103,6 +109,10 @@ class ComfyWorld(World):
         assert comfy.applied_patches(model) == tuple(
             patch for patch in patches if any(map(patch.active, range(len(patch.sites))))
         )
+        if self.recorder is not None:
+            recording = Recording(self.recorder.stages)
+            recording.recorder = self.recorder
+            model = record(model, recording)
         return Guider(model, {name: [conditioning(TEXTS[name])] for name in order}, order, **how)(x, percent)
 
     def traces(self) -> object:
@@ -115,7 +125,7 @@ class ComfyWorld(World):
 
 class DiffusersWorld(World):
     def run(self, *patches: AdapterPatch, x: Tensor = X, percent: float = 0.5, order: Sequence[str] = ("negative", "positive")) -> Outputs:  # fmt: skip
-        names: dict[str, diffusers.Branch] = {"negative": "uncond", "positive": "cond"}
+        names: dict[str, Any] = {"negative": "uncond", "positive": "cond"}
         text = torch.cat([TEXTS[name].expand(len(x), -1, -1) for name in order])
         timestep = torch.tensor((1 - percent) * (999.0 if self.layout.model.clock == "steps" else 1000.0))
 
@@ -131,6 +141,7 @@ class DiffusersWorld(World):
             return call()
         with diffusers.apply(self.model, *patches, branches=[names[name] for name in order]) as applied:
             assert applied.patches == patches
+            applied.record(self.recorder)
             return call()
 
 
@@ -262,7 +273,7 @@ def by_hand(model: FakeTransformer, world: World, seed: int, weight: float, perc
     prompt = tiny_prompt(adapter, seed=seed)
     tokens = prompt.cond if name == "positive" else prompt.uncond
     t = round((1 - percent) * 999.0) if isinstance(world, ComfyWorld) else (1 - percent) * 1000.0
-    blocks = list(model.blocks)
+    blocks: list[Any] = list(model.blocks)
 
     class Steered(nn.Module):
         def __init__(self, i: int) -> None:
@@ -411,6 +422,48 @@ def test_a_preset_that_the_model_lacks_is_refused(fake_world: World, preset: str
     with pytest.raises(AdapterError, match="Fake"):
         fake_world.patch(preset=preset)
     assert apart(fake_world.run(fake_world.patch(preset="ease in")), fake_world.run()) > 1e-3
+
+
+# --- what is recorded ---------------------------------------------------------------------------------------------------
+
+
+def recorded(here: World, *patches: AdapterPatch, **how: Any) -> Recorder:
+    here.recorder = Recorder(1)
+    here.run(*patches, **how)
+    recorder, here.recorder = here.recorder, None
+    return recorder
+
+
+def test_a_recorded_run_is_the_same_to_the_bit_and_knows_its_tokens(any_world: World) -> None:
+    mask = torch.zeros(10, 16)
+    mask[:, :8] = 1  # ends at a token of every level
+    patch = any_world.patch(mask=mask)
+    plain = any_world.run(patch)
+    any_world.recorder = Recorder(1)
+    assert identical(any_world.run(patch), plain)
+    maps = any_world.recorder.maps()
+    assert [str(reference) for reference in maps.references] == [patch.name]
+    assert (maps.latent, maps.latents, maps.notes) == ((10, 16), 2, ())
+    share = maps.map(0)
+    assert bool((share[..., 8:] == 0).all()), "shares outside of the mask"
+    assert bool((share[..., :8] > 0).all())
+    assert 1e-3 < float(share.max()) < 1
+    weights = [patch.sites[i] is not None and weight.weight != 0 for i, weight in enumerate(patch.weights)]
+    assert [bool(row.sum() > 0) for row in maps.by_site()[0]] == weights
+    assert_close(maps.by_site().mean(1), maps.map().flatten(1).mean(1)[None], rtol=0, atol=1e-5)
+
+
+def test_shares_of_prompts_are_additive_and_follow_their_masks(any_world: World) -> None:
+    left = torch.zeros(10, 16)
+    left[:, :8] = 1
+    a, b = any_world.patch(seed=1, mask=left), any_world.patch(seed=1, mask=left.flip(1))
+    maps = recorded(any_world, a, b).maps()
+    assert [str(reference) for reference in maps.references] == [f"{a.name} (1)", f"{b.name} (2)"]
+    assert_close(maps.map(0) + maps.map(1), maps.map(), rtol=0, atol=1e-6)
+    assert bool((maps.map(0)[..., 8:] == 0).all())
+    assert bool((maps.map(1)[..., :8] == 0).all())
+    twice = recorded(any_world, a, any_world.patch(seed=1, mask=left)).maps()
+    assert_close(twice.map(0), twice.map(1), rtol=0, atol=1e-5)
 
 
 # --- what the fake model has and UNets have not ---------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...attention.batch import Frames
 from ...attention.call import COND, UNCOND, Area, ModelCall
+from ...attention.recording import Recorder
 from ...errors import IncompatibleAdapterError
 from .blocks import acting_inside, prompts_in, without_prompts
 from .compiled import acting
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 KEY = "image_prompt"
 """Our entry in transformer_options and the key of our wrappers."""
+
+RECORDER = "image_prompt_recorder"
+"""Who hears a MODEL's calls: an entry in its transformer_options."""
 
 NEGATIVE_NAMES = frozenset({"negative", "empty_negative_prompt"})
 """Names under which guiders keep conditionings without the image; all others carry it."""
@@ -253,7 +257,11 @@ def note_call(executor: Executor, x: Tensor, *args: object, **kwargs: object) ->
     """APPLY_MODEL wrapper: describe the call, once for all that acts in it."""
     call = call_of(x, args, kwargs)
     prompts, model = tuple(prompts_in(_options(args, kwargs))), getattr(executor.class_obj, "diffusion_model", None)
-    args, kwargs = _with_options(args, kwargs, options := {**without_prompts(_options(args, kwargs)), KEY: call})
+    options = {**without_prompts(_options(args, kwargs)), KEY: call}
+    recorder = options.pop(RECORDER, None)  # compiled code that found it here would miss it in calls without
+    if isinstance(recorder, Recorder):
+        options[KEY] = call = recorder.begin(call)
+    args, kwargs = _with_options(args, kwargs, options)
     if not prompts and "torch._dynamo" not in sys.modules:  # nothing is compiled
         return executor(x, *args, **kwargs)
     with ExitStack() as around:

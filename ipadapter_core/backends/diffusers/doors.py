@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ...attention.call import ModelCall, SiteCall
 from ...attention.masks import RegionMask
 from ...attention.patch import AdapterPatch
+from ...attention.recording import Recorder
 from ...attention.schedule import WeightSchedule
 from ...errors import IncompatibleAdapterError, InvalidInputError
 from ...models import BASE_MODELS, layout_of, listed
@@ -108,6 +109,7 @@ class AppliedAdapters:
 
     def __init__(self, model: nn.Module, patches: Sequence[AdapterPatch], branches: Branches | Asked) -> None:
         self._patches, self._branches = tuple(patches), branches
+        self._recorder: Recorder | None = None
         self.calls: Calls[_Call] = Calls()
         layout, reaches = patches[0].layout, dict.fromkeys(patch.reach for patch in patches)
         entry = entry_of(layout)
@@ -135,6 +137,10 @@ class AppliedAdapters:
     def set_mask(self, mask: RegionMask | Tensor | None, index: int = 0) -> None:
         """Another region for one adapter from the next call of the model on."""
         self._replace(index, self._patches[index].with_mask(mask))
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Let ``recorder`` hear the model's calls from the next one on; None: nobody."""
+        self._recorder = recorder
 
     def remove(self) -> None:
         """Take every hook off the model; it is then as it was before. Calling it again does nothing.
@@ -186,6 +192,8 @@ class AppliedAdapters:
         model = (
             call.described(told.branches(call), told.flow(call)) if isinstance(told, Asked) else call.described(told)
         )
+        if self._recorder is not None:
+            model = self._recorder.begin(model)
         self.calls.begin(_Call(self._acting, model))
 
     def found(self) -> _Call:
