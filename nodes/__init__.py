@@ -71,6 +71,7 @@ class ImagePromptExtension(ComfyExtension):
 
 def comfy_entrypoint() -> ImagePromptExtension:
     host.files.register_folders()
+    host.routes.register()
     if host.frontend.wants_old_names():
         host.frontend.register_nodes(LEGACY_NODES)
     return ImagePromptExtension()

@@ -3,8 +3,19 @@
 Used by the names of its parts: ``host.adapters.apply(...)``, ``host.files.names("loras")``.
 """
 
-from . import access, adapters, clip_vision, faces, files, frontend, inputs, lora, sampling, schema, training
+from . import access, adapters, clip_vision, faces, files, frontend, inputs, lora, routes, sampling, schema, training
 
 __all__ = [
-    "access", "adapters", "clip_vision", "faces", "files", "frontend", "inputs", "lora", "sampling", "schema", "training"
-]  # fmt: skip
+    "access",
+    "adapters",
+    "clip_vision",
+    "faces",
+    "files",
+    "frontend",
+    "inputs",
+    "lora",
+    "routes",
+    "sampling",
+    "schema",
+    "training",
+]

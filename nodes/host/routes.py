@@ -1,0 +1,123 @@
+"""What other programs and the widgets of this pack may ask over HTTP: ``GET /image_prompt/…``, one table of routes.
+
+Answers are about files that ComfyUI's lists offer, by the names on these lists, and read nothing else. An error of ours is
+400 with its sentence: ``{"error": "…"}``. A new route is a function and a line in ``ROUTES``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from aiohttp import web
+from server import PromptServer
+
+from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core.errors import AdapterError, one_line, quoted
+from ...ipadapter_core.lora import load_lora
+from ...ipadapter_core.lora.inspection import draw_heat_map, heat_map, lora_facts
+from . import files
+
+PREFIX = "/image_prompt/"
+LONGEST = 1000
+"""Most characters of a name that is asked for."""
+MOST_BYTES = 2 * 2**30
+"""Of a file whose numbers are all read for one answer; the largest LoRAs that people share have half of it."""
+KEPT = 64
+"""Answers of a kind that are kept; they are of a file as it was, and asked for anew when it has changed."""
+MOST_WORDS = 100
+"""Trigger words in an answer."""
+
+Query = Mapping[str, str]
+Answer = Mapping[str, object] | bytes
+"""A table, sent as JSON, or a PNG."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """``GET /image_prompt/<path>``: ``answer`` gets the query, in a thread beside the server's loop, one request at a time."""
+
+    path: str
+    answer: Callable[[Query], Answer]
+
+
+def facts_of_lora(query: Query) -> Answer:
+    """``?file=``: what a LoRA file is, of ``models/loras``. Of its numbers only alphas are read."""
+    return _facts(files.version("loras", _asked(query, "file")), query["file"])
+
+
+@lru_cache(KEPT)
+def _facts(version: files.Version, name: str) -> Answer:
+    facts = lora_facts(version[0], name=name)
+    return {
+        "name": facts["name"],
+        "base_model": facts["base_model"],
+        "key_format": facts["key_format"],
+        "modules": facts["modules"],
+        "algorithms": facts["algorithms"],
+        "ranks": facts["ranks"],
+        "parameters": facts["parameters"],
+        "not_applied": facts["not_applied"],
+        "notes": facts["notes"],
+        "trigger_words": [one_line(word, 200) for word in facts["trigger_words"][:MOST_WORDS]],
+        "tags": {one_line(tag): count for tag, count in facts["tags"].items()},
+        "training": {key: one_line(value, 300) for key, value in facts["training"].items()},
+    }
+
+
+def heat_map_of_lora(query: Query) -> Answer:
+    """``?file=``: a picture of how strongly a LoRA changes each block and kind of layer."""
+    version = files.version("loras", _asked(query, "file"))
+    if version[2] > MOST_BYTES:
+        raise InvalidInputError(
+            f"{quoted(query['file'])} has {version[2] / 1e9:.1f} GB; heat maps are sent of files up to {MOST_BYTES / 1e9:.1f} GB, "
+            "use the node Inspect LoRA"
+        )
+    return _heat_map(version, query["file"])
+
+
+@lru_cache(KEPT)
+def _heat_map(version: files.Version, name: str) -> Answer:
+    picture = io.BytesIO()
+    draw_heat_map(heat_map(load_lora(version[0], name=name)), name).save(picture, "PNG")
+    return picture.getvalue()
+
+
+def _asked(query: Query, name: str) -> str:
+    """A value of the query. Raises InvalidInputError where it is missing, too long or no text."""
+    value = query.get(name, "")
+    if not 0 < len(value) <= LONGEST or not value.isprintable():
+        raise InvalidInputError(
+            f"the query needs {name}=, a name of at most {LONGEST:,} characters; it has {quoted(value)}"
+        )
+    return value
+
+
+ROUTES: tuple[Route, ...] = (
+    Route("lora/facts", facts_of_lora),
+    Route("lora/heatmap", heat_map_of_lora),
+)
+
+
+def register() -> None:
+    """Make the routes known to ComfyUI's server, which serves them below ``/api`` too."""
+    one_at_a_time = asyncio.Lock()
+    for route in ROUTES:
+        PromptServer.instance.routes.get(PREFIX + route.path)(_handler(route, one_at_a_time))
+
+
+def _handler(route: Route, one_at_a_time: asyncio.Lock) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        async with one_at_a_time:
+            try:
+                answer = await asyncio.to_thread(route.answer, request.query)
+            except (AdapterError, OSError) as error:
+                return web.json_response({"error": str(error)}, status=400)
+        if isinstance(answer, bytes):
+            return web.Response(body=answer, content_type="image/png")
+        return web.json_response(answer)
+
+    return handle

@@ -1,0 +1,90 @@
+"""``GET /image_prompt/…`` over HTTP: facts of files that the lists offer, a sentence for every other name."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from host.comfy_server import ComfyServer
+from host.tiny_lora_files import lora_tensors
+
+
+def get(server: ComfyServer, path: str, **query: str) -> tuple[int, str, bytes]:
+    """Status, content type and body of a route."""
+    url = f"{server.url}/image_prompt/{path}?{urllib.parse.urlencode(query)}"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status, answer.headers.get_content_type(), answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers.get_content_type(), error.read()
+
+
+def table(server: ComfyServer, path: str, status: int = 200, **query: str) -> dict[str, Any]:
+    found, kind, body = get(server, path, **query)
+    assert (found, kind) == (status, "application/json"), body
+    return json.loads(body)
+
+
+WORDS = {"modelspec.trigger_phrase": "<img src=x onerror=alert(1)>, sks style"}
+
+
+@pytest.fixture(scope="module")
+def lora(server: ComfyServer) -> str:
+    """A LoRA below a folder, with a name that no address may hold as it is."""
+    name = "styles/a & b=ü#?.safetensors"
+    path = server.models("loras") / name
+    path.parent.mkdir(exist_ok=True)
+    save_file(lora_tensors("sd15_small"), path, metadata=WORDS)
+    return name.replace("/", os.sep)
+
+
+def test_facts_of_a_lora(server: ComfyServer, lora: str) -> None:
+    facts = table(server, "lora/facts", file=lora)
+    assert facts["base_model"] == "SD1.5"
+    assert facts["ranks"] == {"4": sum(facts["modules"].values())}
+    assert list(facts["algorithms"]) == ["LoRA"]
+    assert facts["trigger_words"] == ["<img src=x onerror=alert(1)>", "sks style"]
+    assert facts["not_applied"] == []
+
+
+def test_a_changed_file_is_read_again(server: ComfyServer, lora: str) -> None:
+    path = server.models("loras") / "changes.safetensors"
+    for rank in (2, 3):
+        save_file(lora_tensors("sd15_small", rank=rank), path)
+        assert list(table(server, "lora/facts", file=path.name)["ranks"]) == [str(rank)]
+
+
+def test_the_heat_map_is_a_picture(server: ComfyServer, lora: str) -> None:
+    status, kind, body = get(server, "lora/heatmap", file=lora)
+    assert (status, kind) == (200, "image/png")
+    with Image.open(io.BytesIO(body)) as picture:
+        assert picture.width > 200
+        assert picture.height > 100
+
+
+HOSTILE = ("", "../../secret.safetensors", "/etc/passwd", "..\\secret", "a\0b", "x" * 1001, "no.safetensors", "\ud800")
+
+
+@pytest.mark.parametrize("path", ["lora/facts", "lora/heatmap"])
+def test_other_names_are_refused_in_a_sentence(server: ComfyServer, path: str, tmp_path: Path) -> None:
+    (server.models("loras").parent / "secret.safetensors").write_bytes(b"secret")
+    broken = server.models("loras") / "broken.safetensors"
+    broken.write_bytes(b"no tensors")
+    for name in (*HOSTILE, "broken.safetensors"):
+        error = table(server, path, 400, file=name.encode("utf-8", "surrogatepass").decode("latin-1"))["error"]
+        assert len(error) < 500
+        assert "secret" not in error.replace(name, "")
+        assert str(server.base) not in error
+    assert "file=" in table(server, path, 400)["error"]
