@@ -242,7 +242,7 @@ def _refuse(weights: LoRAWeights, tables: Mapping[Component, TargetTable], found
         )
     base, denoiser = weights.base_model, tables.get("denoiser")
     model = denoiser.family if denoiser is not None else "unknown"
-    foreign = "unknown" not in (base, model) and model not in base
+    foreign = "unknown" not in (base, model) and model not in base.split(" or ")
     diagnosis = f"this is a LoRA for {base}, the model is {model}" if foreign else ""
     if found.misfits:
         total = len(found.misfits) + len(found.matches)

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..models import names_of_layers
-from ..models.layers import Place, underscored
+from ..models.layers import LayerNames, LayerPart, Place, common_words, underscored
 from .layer import Layer
 from .weights import Component
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One layer of a model. ``label`` is its diffusers name (or its own), ``block`` its short name such as ``in4``."""
+    """One layer of a model. ``label`` is its diffusers name (or its own), ``block`` its short name such as ``in4``.
+
+    ``words`` are what the selector calls it. ``parts`` are rows of a fused layer that are layers in the other form of the model,
+    with words of their own.
+    """
 
     path: str
     component: Component
@@ -26,6 +30,8 @@ class Target:
     shape: tuple[int, ...]
     has_bias: bool
     is_embedding: bool = False
+    words: frozenset[str] = frozenset()
+    parts: tuple[LayerPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +51,7 @@ def targets_of(model: nn.Module, component: Component = "denoiser") -> TargetTab
     layers = dict(_layers(model))
     named = names_of_layers(model, {path: Layer(module).shape for path, module in layers.items()})
     targets = {
-        path: _target(path, module, "denoiser", named.labels.get(path, path), named.blocks[path])
+        path: _target(path, module, "denoiser", named.labels.get(path, path), named.blocks[path], named)
         for path, module in layers.items()
     }
     return TargetTable("denoiser", named.family, targets, named.names)
@@ -89,7 +95,20 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _target(path: str, module: nn.Module, component: Component, label: str, block: str) -> Target:
+def _target(
+    path: str, module: nn.Module, component: Component, label: str, block: str, named: LayerNames | None = None
+) -> Target:
     layer = Layer(module)
     has_bias = getattr(module, "bias", None) is not None
-    return Target(path, component, label, block, layer.shape, has_bias, layer.kind == "embedding")
+    words = None if named is None else named.words.get(path)
+    return Target(
+        path,
+        component,
+        label,
+        block,
+        layer.shape,
+        has_bias,
+        layer.kind == "embedding",
+        common_words(label) if words is None else words,
+        () if named is None else named.parts.get(path, ()),
+    )

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import quoted
-from ..models import marked
-from ..models.unet import SDXL, UNet, unet_of_width
+from ..models import marked, named_like
+from ..models.unet import SDXL, unet_of_width
 from .names import Component
 from .update import Update
 
@@ -68,7 +68,7 @@ class LoRAWeights:
 
     @property
     def base_model(self) -> str:
-        """What it was made for, from names and widths: ``SD1.5``, ``SD2``, ``SDXL``, ``SD3``, ``Flux`` or ``unknown``."""
+        """What it was made for, from names and widths: ``SDXL``, ``Flux or Chroma``, ``unknown``."""
         return guess_base_model(self.modules)
 
 
@@ -87,12 +87,13 @@ def left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
 
 
 def guess_base_model(modules: tuple[LoRAModule, ...]) -> str:
-    """The family that these names and shapes belong to."""
+    """The family that these names and shapes belong to; several, joined by ``or``, where they belong to all of them."""
     denoiser = [module for module in modules if module.component == "denoiser"]
+    shapes = [() if m.weight is None else m.weight.weight_shape for m in denoiser]
     possible = marked([module.name for module in denoiser])
-    transformer = next((base for base in possible if not isinstance(base, UNet)), None)
-    if transformer is not None:
-        return transformer.name
+    transformers = named_like([(m.name, shape) for m, shape in zip(denoiser, shapes, strict=True)])
+    if transformers:
+        return " or ".join(base.name for base in transformers)
     for module in denoiser:
         if module.weight is not None and module.name.endswith(("attn2_to_k", "attn2_to_v")):
             for columns in module.weight.weight_shape[1:2]:

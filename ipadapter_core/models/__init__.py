@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 from torch import nn
 
 from ..errors import IncompatibleAdapterError
-from . import flux, sd3
 from .anima import ANIMA
 from .chroma import CHROMA
 from .flux import FLUX
+from .flux2 import FLUX2
 from .layers import LayerNames, Shapes, numbered_blocks, own_names
+from .naming import Naming
+from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .sites import BaseModel, ModelLayout
 from .unet import SD2, SD15, SDXL
+from .wan import WAN
+from .zimage import ZIMAGE
 
-BASE_MODELS: tuple[BaseModel, ...] = (SD15, SD2, SDXL, FLUX, CHROMA, SD3, ANIMA)
+BASE_MODELS: tuple[BaseModel, ...] = (
+    SD15, SD2, SDXL, FLUX, CHROMA, SD3, ANIMA, FLUX2, QWEN_IMAGE, ZIMAGE, WAN,
+)  # fmt: skip
 """Every known family."""
 
 
@@ -58,14 +65,59 @@ def listed(families: Iterable[BaseModel], last: str = "and") -> str:
 
 
 def marked(names: Collection[str]) -> list[BaseModel]:
-    """The families that alone have such layers, by underscored names."""
+    """The UNets that alone have such layers, by underscored names."""
     return [base for base in BASE_MODELS if base.marks and any(map(base.marks.search, names))]
+
+
+def named_like(layers: Collection[tuple[str, tuple[int | None, ...]]]) -> list[BaseModel]:
+    """The families whose tables know most of these layers, by underscored names and shapes; none if they are few of all.
+
+    Relatives that all know as many are told apart by the widths of their published models, where one has them.
+    """
+    counts = {base: _known_layers(base.naming, layers) for base in BASE_MODELS if base.naming}
+    most = max((found.known for found in counts.values()), default=0)
+    best = [base for base, found in counts.items() if found.known == most]
+    if 2 * most <= len(layers):
+        return []
+    fitting = [base for base in best if counts[base].width]
+    return fitting or best
+
+
+class _Known(NamedTuple):
+    known: int
+    width: bool
+
+
+def _known_layers(naming: Naming, layers: Iterable[tuple[str, tuple[int | None, ...]]]) -> _Known:
+    """How many of these layers a table has, and whether one in a block is as wide as a published model."""
+    known, width = 0, False
+    for name, shape in layers:
+        found = naming.find(name)
+        if found is None or (found.blocks and found.blocks.counts and found.number >= max(found.blocks.counts)):
+            continue
+        rows, columns = (*shape, None, None)[:2]
+        ratio = None if not rows or not columns or found.parts else rows / columns
+        if found.row.ratio is not None and ratio is not None and ratio != found.row.ratio:
+            continue
+        known += 1
+        width = width or (found.blocks is not None and columns in naming.widths)
+    return _Known(known, width)
 
 
 def names_of_layers(model: nn.Module, shapes: Shapes) -> LayerNames:
     """All names of a UNet's or transformer's layers; of an unknown model, its own paths. ``shapes`` are those of the weights."""
-    for name_layers in dict.fromkeys(base.layers for base in BASE_MODELS):
+    for name_layers in dict.fromkeys(base.naming or base.layers for base in BASE_MODELS):
         named = None if name_layers is None else name_layers(model, shapes)
         if named is not None:
             return named
-    return LayerNames("unknown", own_names(shapes), {}, numbered_blocks(shapes, sd3.BLOCKS | flux.BLOCKS))
+    return LayerNames("unknown", own_names(shapes), {}, numbered_blocks(shapes, _words_of_lists()))
+
+
+def _words_of_lists() -> dict[str, str]:
+    """What families that agree call the blocks of a list of this name."""
+    lists = [blocks for base in BASE_MODELS if base.naming for blocks in base.naming.lists]
+    words: dict[str, set[str]] = {}
+    for blocks in lists:
+        for name in (blocks.original, blocks.diffusers):
+            words.setdefault(name, set()).add(blocks.word)
+    return {name: min(found) for name, found in words.items() if len(found) == 1}

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .naming import Blocks, Naming, Row, Signs, layer
 from .sites import BaseModel, ModelLayout, Site
 
 
@@ -27,4 +28,66 @@ def walk_anima(model: nn.Module) -> ModelLayout | None:
     return ModelLayout(ANIMA, int(attentions[0].k_proj.in_features), tuple(sites))
 
 
-ANIMA = BaseModel(name="Anima", walk=walk_anima, reference_width=2048)
+# --- names of layers -------------------------------------------------------------------------------------------------
+
+
+def _attention(name: str, short: str, words: str) -> tuple[Row, ...]:
+    return (
+        *(layer(f"{name}.{n}_proj", f"{short}.to_{n}", f"{words} attn {n}") for n in "qkv"),
+        layer(f"{name}.output_proj", f"{short}.to_out.0", f"{words} attn out"),
+        layer(f"{name}.q_norm", f"{short}.norm_q", f"{words} attn"),
+        layer(f"{name}.k_norm", f"{short}.norm_k", f"{words} attn"),
+    )
+
+
+# diffusers' names: its CosmosTransformer3DModel, which Anima is but for the adapter of the text
+_BLOCK = (
+    *_attention("self_attn", "attn1", "attn1 self"),
+    *_attention("cross_attn", "attn2", "attn2 cross"),
+    layer("mlp.layer1", "ff.net.0.proj", "ff"),
+    layer("mlp.layer2", "ff.net.2", "ff"),
+    *(
+        layer(f"adaln_modulation_{part}.{n}", f"norm{i}.linear_{n}", "mod")
+        for i, part in enumerate(("self_attn", "cross_attn", "mlp"), 1)
+        for n in (1, 2)
+    ),
+)
+
+
+def _adapter(name: str, words: str) -> tuple[Row, ...]:
+    return (
+        *(layer(f"{name}.{n}_proj", f"{name}.{n}_proj", f"{words} attn {n}") for n in "qkv"),
+        layer(f"{name}.o_proj", f"{name}.o_proj", f"{words} attn out"),
+        *(layer(f"{name}.{n}_norm", f"{name}.{n}_norm", f"{words} attn") for n in "qk"),
+    )
+
+
+_ADAPTER = (
+    *_adapter("self_attn", "attn1 self"),
+    *_adapter("cross_attn", "attn2 cross"),
+    layer("mlp.0", "mlp.0", "ff"),
+    layer("mlp.2", "mlp.2", "ff"),
+)
+NAMES = Naming(
+    "Anima",
+    original=Signs(("blocks.0.cross_attn.output_proj",)),
+    diffusers=Signs(("transformer_blocks.0.attn2.to_q", "transformer_blocks.0.norm1.linear_1")),
+    lists=(
+        Blocks("blocks", "transformer_blocks", "block", _BLOCK, counts=(28,)),
+        # a model of its own beside diffusers' transformer
+        Blocks("llm_adapter.blocks", "text_conditioner.blocks", "adapter", _ADAPTER, "txt", counts=(6,)),
+    ),
+    ends=(
+        layer("x_embedder.proj.1", "patch_embed.proj", "img"),
+        layer("t_embedder.1.linear_1", "time_embed.t_embedder.linear_1", ""),
+        layer("t_embedder.1.linear_2", "time_embed.t_embedder.linear_2", ""),
+        layer("t_embedding_norm", "time_embed.norm", ""),
+        layer("llm_adapter.embed", "text_conditioner.embed", "txt"),
+        layer("llm_adapter.out_proj", "text_conditioner.out_proj", "txt"),
+        layer("final_layer.linear", "proj_out", "proj"),
+        layer("final_layer.adaln_modulation.1", "norm_out.linear_1", "mod"),
+        layer("final_layer.adaln_modulation.2", "norm_out.linear_2", "mod"),
+    ),
+    widths=(2048,),
+)
+ANIMA = BaseModel(name="Anima", walk=walk_anima, reference_width=2048, naming=NAMES)

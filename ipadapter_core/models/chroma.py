@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .flux import FLUX, name_layers, sites_of, text_width
+from .flux import ATTENTION, FEED_FORWARD, FLUX, INPUTS, OUTPUTS, SINGLE, sites_of, text_width
+from .naming import Blocks, Naming, Signs, layer
 from .sites import BaseModel, ModelLayout
 
 
@@ -20,12 +21,35 @@ def walk_chroma(model: nn.Module) -> ModelLayout | None:
     return ModelLayout(CHROMA, text_width(model), sites) if sites else None
 
 
+_GUIDANCE = "distilled_guidance_layer"
+NAMES = Naming(
+    "Chroma",
+    original=Signs(("double_blocks.0.img_attn.qkv", f"{_GUIDANCE}.in_proj")),
+    diffusers=Signs(("transformer_blocks.0.attn.to_q", f"{_GUIDANCE}.in_proj")),
+    lists=(
+        Blocks("double_blocks", "transformer_blocks", "double", (*ATTENTION, *FEED_FORWARD), counts=(19,)),
+        Blocks("single_blocks", "single_transformer_blocks", "single", SINGLE, counts=(38,)),
+        Blocks(
+            f"{_GUIDANCE}.layers",
+            f"{_GUIDANCE}.layers",
+            "guidance",
+            (layer("in_layer", "linear_1", "mod"), layer("out_layer", "linear_2", "mod")),
+        ),
+    ),
+    ends=(
+        *INPUTS,
+        layer(f"{_GUIDANCE}.in_proj", f"{_GUIDANCE}.in_proj", "mod"),
+        layer(f"{_GUIDANCE}.out_proj", f"{_GUIDANCE}.out_proj", "mod"),
+        OUTPUTS[0],
+    ),
+    widths=(3072,),
+)
 CHROMA = BaseModel(
     name="Chroma",
     walk=walk_chroma,
     negative="apart",
     reference_width=FLUX.reference_width,
-    layers=name_layers,
+    naming=NAMES,
     steps=35,
     guidance=5.0,
 )

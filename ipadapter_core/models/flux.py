@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import IncompatibleAdapterError
-from .layers import LayerNames, Link, Names, Place, Rows, Shapes, fused, linked_names, numbered_blocks, swapped
+from .naming import Blocks, Naming, Row, Signs, fused, layer
 from .sites import BaseModel, ModelLayout, Site
 
 BLOCKS = {
@@ -89,90 +88,73 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
 
 # --- names of layers -------------------------------------------------------------------------------------------------
 
-# original, diffusers (diffusers' convert_flux_to_diffusers.py)
-_DOUBLE = (
-    ("img_attn.proj", "attn.to_out.0"),
-    ("txt_attn.proj", "attn.to_add_out"),
-    ("img_mod.lin", "norm1.linear"),
-    ("txt_mod.lin", "norm1_context.linear"),
-    ("img_mlp.0", "ff.net.0.proj"),
-    ("img_mlp.2", "ff.net.2"),
-    ("txt_mlp.0", "ff_context.net.0.proj"),
-    ("txt_mlp.2", "ff_context.net.2"),
+# diffusers' names: its convert_flux_to_diffusers.py; XLabs' processors, which stand beside a block's layers: x-flux, layers.py
+ATTENTION = (
+    fused("img_attn.qkv", "attn.to_{}", "img attn", "attn.to_qkv", "processor.qkv_lora1"),
+    fused("txt_attn.qkv", "attn.add_{}_proj", "txt attn", "attn.to_added_qkv", "processor.qkv_lora2"),
+    layer("img_attn.proj", "attn.to_out.0", "img attn out", "processor.proj_lora1"),
+    layer("txt_attn.proj", "attn.to_add_out", "txt attn out", "processor.proj_lora2"),
+    layer("img_attn.norm.query_norm", "attn.norm_q", "img attn"),
+    layer("img_attn.norm.key_norm", "attn.norm_k", "img attn"),
+    layer("txt_attn.norm.query_norm", "attn.norm_added_q", "txt attn"),
+    layer("txt_attn.norm.key_norm", "attn.norm_added_k", "txt attn"),
 )
-_ENDS = (
-    ("img_in", "x_embedder"),
-    ("txt_in", "context_embedder"),
-    ("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
-    ("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2"),
-    ("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
-    ("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
-    ("guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_1"),
-    ("guidance_in.out_layer", "time_text_embed.guidance_embedder.linear_2"),
-    ("final_layer.linear", "proj_out"),
+"""The attentions of double blocks, in all relatives of FLUX."""
+FEED_FORWARD = (
+    layer("img_mlp.0", "ff.net.0.proj", "img ff", "ff.linear_in", ratio=4),
+    layer("img_mlp.2", "ff.net.2", "img ff", "ff.linear_out", ratio=1 / 4),
+    layer("txt_mlp.0", "ff_context.net.0.proj", "txt ff", "ff_context.linear_in", ratio=4),
+    layer("txt_mlp.2", "ff_context.net.2", "txt ff", "ff_context.linear_out", ratio=1 / 4),
 )
-_XLABS = (
-    ("qkv_lora1", "img_attn_qkv"),
-    ("proj_lora1", "img_attn_proj"),
-    ("qkv_lora2", "txt_attn_qkv"),
-    ("proj_lora2", "txt_attn_proj"),
+MODULATION = (layer("img_mod.lin", "norm1.linear", "img mod"), layer("txt_mod.lin", "norm1_context.linear", "txt mod"))
+SINGLE = (
+    Row(
+        "linear1",
+        ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+        ("attn q", "attn k", "attn v", "ff"),
+        ("attn.to_qkv_mlp_proj",),
+        {"linear1_qkv": (0, 3), "processor.qkv": (0, 3)},
+        ratio=7,
+    ),
+    layer("linear2", "proj_out", "attn out ff proj", "attn.to_out", "processor.proj"),
+    layer("norm.query_norm", "attn.norm_q", "attn"),
+    layer("norm.key_norm", "attn.norm_k", "attn"),
 )
-"""XLabs' processors of double blocks and the layers that they stand beside (x-flux, layers.py)."""
-
-
-def name_layers(model: nn.Module, shapes: Shapes) -> LayerNames | None:
-    """Names of a Flux transformer's layers; None for another model."""
-    if hasattr(model, "double_blocks") and "double_blocks.0.img_attn.qkv" in shapes:
-        is_original, width = True, shapes["double_blocks.0.img_attn.qkv"][0] // 3
-        double, single = len(getattr(model, "double_blocks", ())), len(getattr(model, "single_blocks", ()))
-        mlp = shapes["single_blocks.0.linear1"][0] - 3 * width if single else 0
-    elif hasattr(model, "single_transformer_blocks") and "transformer_blocks.0.attn.to_q" in shapes:
-        is_original, width = False, shapes["transformer_blocks.0.attn.to_q"][0]
-        double, single = (len(getattr(model, name)) for name in ("transformer_blocks", "single_transformer_blocks"))
-        mlp = shapes["single_transformer_blocks.0.proj_mlp"][0] if single else 0
-    else:
-        return None
-    names, labels = linked_names(_links(double, single, width, mlp), shapes, is_original=is_original)
-    if "img_in" in names:
-        names["img_in_proj"] = names["img_in"]  # the open model initiative's name
-    names |= _xlabs_names(names, width)
-    return LayerNames("Flux", names, labels, numbered_blocks(shapes, BLOCKS))
-
-
-def _links(double: int, single: int, width: int, mlp: int) -> Iterator[Link]:
-    for i in range(double):
-        original, diffusers = f"double_blocks.{i}", f"transformer_blocks.{i}"
-        yield from fused(f"{original}.img_attn.qkv", f"{diffusers}.attn.to_{{}}", width)
-        yield from fused(f"{original}.txt_attn.qkv", f"{diffusers}.attn.add_{{}}_proj", width)
-        yield from (Link(f"{original}.{a}", f"{diffusers}.{b}") for a, b in _DOUBLE)
-    for i in range(single):
-        original, diffusers = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
-        yield from fused(f"{original}.linear1", f"{diffusers}.attn.to_{{}}", width)
-        yield Link(f"{original}.linear1", f"{diffusers}.proj_mlp", (3 * width, 0, mlp), f"{original}.linear1.3")
-        yield Link(f"{original}.linear2", f"{diffusers}.proj_out")
-        yield Link(f"{original}.modulation.lin", f"{diffusers}.norm.linear")
-    yield from (Link(a, b) for a, b in _ENDS)
-    yield from swapped("final_layer.adaLN_modulation.1", "norm_out.linear", width)
-
-
-def _xlabs_names(names: Names, width: int) -> Names:
-    """Names by processor. A single block's ``qkv`` acts on the part of ``linear1`` that is no MLP, its ``proj`` on ``linear2``."""
-    found: Names = {}
-    for name, places in names.items():
-        block = re.fullmatch(r"((?:double|single)_blocks_\d+)_(.*)", name)
-        if block is None:
-            continue
-        stem, layer = f"{block[1]}_processor_", block[2]
-        found |= {stem + theirs: places for theirs, ours in _XLABS if layer == ours}
-        if layer == "linear2":
-            found[stem + "proj"] = places
-        if layer == "linear1":
-            found[stem + "qkv"] = found[f"{name}_qkv"] = tuple(
-                Place(place.path, place.rows or Rows(0, 0, 3 * width))
-                for place in places
-                if place.rows is None or place.rows.source < 3 * width
-            )
-    return found
+"""Single blocks: XLabs' ``qkv`` acts on the part of ``linear1`` that is no MLP, its ``proj`` on ``linear2``."""
+SINGLE_MODULATION = (layer("modulation.lin", "norm.linear", "mod"),)
+INPUTS = (
+    layer("img_in", "x_embedder", "img", "img_in.proj"),  # the last is the open model initiative's name
+    layer("txt_in", "context_embedder", "txt"),
+)
+OUTPUTS = (
+    layer("final_layer.linear", "proj_out", "proj"),
+    layer("final_layer.adaLN_modulation.1", "norm_out.linear", "mod", halves=True),
+)
+NAMES = Naming(
+    "Flux",
+    original=Signs(
+        ("double_blocks.0.img_attn.qkv",), ("double_stream_modulation_img.lin", "distilled_guidance_layer.in_proj")
+    ),
+    diffusers=Signs(
+        ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q"),
+        ("distilled_guidance_layer.in_proj",),
+    ),
+    lists=(
+        Blocks("double_blocks", "transformer_blocks", "double", (*ATTENTION, *FEED_FORWARD, *MODULATION), counts=(19,)),
+        Blocks("single_blocks", "single_transformer_blocks", "single", (*SINGLE, *SINGLE_MODULATION), counts=(38,)),
+    ),
+    ends=(
+        *INPUTS,
+        layer("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1", ""),
+        layer("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2", ""),
+        layer("vector_in.in_layer", "time_text_embed.text_embedder.linear_1", ""),
+        layer("vector_in.out_layer", "time_text_embed.text_embedder.linear_2", ""),
+        layer("guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_1", ""),
+        layer("guidance_in.out_layer", "time_text_embed.guidance_embedder.linear_2", ""),
+        *OUTPUTS,
+    ),
+    widths=(3072,),
+)
 
 
 FLUX = BaseModel(
@@ -180,8 +162,7 @@ FLUX = BaseModel(
     walk=walk_flux,
     negative="apart",
     reference_width=3072,
-    layers=name_layers,
-    marks=re.compile(r"^(double_blocks|single_blocks|single_transformer_blocks)_"),
+    naming=NAMES,
     steps=28,
     guidance=3.5,
 )

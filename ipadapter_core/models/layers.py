@@ -7,8 +7,8 @@ underscores for dots, as kohya's trainers write them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every layer's weight by the layer's path, in the model's order."""
@@ -35,22 +35,44 @@ Names = dict[str, tuple[Place, ...]]
 """Places by underscored name."""
 
 
+@dataclass(frozen=True, slots=True)
+class LayerPart:
+    """Some rows of a fused layer, with the name of the layer that they are in the other form, and the selector's words for it."""
+
+    label: str
+    start: int
+    length: int
+    words: frozenset[str]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerNames:
-    """All names of the layers of one model. ``labels`` are diffusers' paths and ``blocks`` short names such as ``in4``, by path."""
+    """All names of the layers of one model.
+
+    By path: ``labels`` are diffusers' paths, ``blocks`` short names such as ``in4``, ``words`` what the selector calls a layer, where the
+    family says it, and ``parts`` the rows of a fused layer.
+    """
 
     family: str
     names: Names
     labels: Mapping[str, str]
     blocks: Mapping[str, str]
+    words: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
+    parts: Mapping[str, tuple[LayerPart, ...]] = field(default_factory=dict[str, tuple[LayerPart, ...]])
 
 
 def underscored(path: str) -> str:
     return path.replace(".", "_")
 
 
+def spellings(path: str) -> tuple[str, ...]:
+    """A path as names are compared; files write ``to_out`` for the ``to_out.0`` of others, so one without a number has both names."""
+    name = underscored(path)
+    return (name, f"{name}_0") if name.endswith("_to_out") else (name,)
+
+
 def own_names(shapes: Shapes) -> Names:
-    return {underscored(path): (Place(path),) for path in shapes}
+    return {name: (Place(path),) for path in shapes for name in spellings(path)}
 
 
 def numbered_blocks(shapes: Shapes, words: Mapping[str, str]) -> dict[str, str]:
@@ -63,45 +85,31 @@ def numbered_blocks(shapes: Shapes, words: Mapping[str, str]) -> dict[str, str]:
     return blocks
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """Some rows of a layer of the original model are some rows of a layer of diffusers'; None: all of them."""
-
-    original: str
-    diffusers: str
-    rows: tuple[int, int, int] | None = None
-    """First row in the original, first row in diffusers, number."""
-    open_name: str = ""
-    """The same in the open model initiative's names, which number the parts of a fused layer."""
-
-
-def fused(original: str, diffusers: str, width: int) -> Iterator[Link]:
-    """Q, K and V of ``width`` rows each, one layer in the original; ``{}`` stands for the letter in diffusers' path."""
-    for i, part in enumerate("qkv"):
-        yield Link(original, diffusers.format(part), (i * width, 0, width), f"{original}.{i}")
+_ATTENTIONS = {"attn1": "attn1 self", "attn2": "attn2 cross", "self_attn": "attn1 self", "cross_attn": "attn2 cross"}
+_ATTENTION = frozenset(("attn", "attention", "img_attn", "txt_attn", *_ATTENTIONS))
+_LAST = {
+    "q": "to_q q_proj add_q_proj wq q q_linear",
+    "k": "to_k k_proj add_k_proj wk k k_linear k_img",
+    "v": "to_v v_proj add_v_proj wv v v_linear v_img",
+    "out": "to_out to_add_out out_proj o_proj output_proj proj wo o out",
+}
+_PROJECTIONS = {name: word for word, names in _LAST.items() for name in names.split()}
+_FEED_FORWARD = frozenset(["ff", "ff_context", "mlp", "img_mlp", "txt_mlp", "proj_mlp", "feed_forward", "ffn"])
+_KINDS = {"resnets": "resnet", "downsamplers": "sampler", "upsamplers": "sampler"}
 
 
-def swapped(original: str, diffusers: str, width: int) -> Iterator[Link]:
-    """The original holds shift and scale, diffusers scale and shift."""
-    yield Link(original, diffusers, (0, width, width))
-    yield Link(original, diffusers, (width, 0, width))
-
-
-def linked_names(links: Iterable[Link], shapes: Shapes, *, is_original: bool) -> tuple[Names, dict[str, str]]:
-    """Names and labels of a model's layers, from its own paths and the links to the other form of the model."""
-    names, labels = own_names(shapes), dict[str, str]()
-    for link in links:
-        own, other = (link.original, link.diffusers) if is_original else (link.diffusers, link.original)
-        if own not in shapes:
-            continue
-        if link.rows is None:
-            names.setdefault(underscored(other), (Place(own),))
-            labels[own] = link.diffusers
-        else:
-            first, second, length = link.rows
-            rows = Rows(second, first, length) if is_original else Rows(first, second, length)
-            names[underscored(other)] = (*names.get(underscored(other), ()), Place(own, rows))
-            labels.setdefault(own, own if is_original else link.diffusers)
-        if link.open_name:
-            names[underscored(link.open_name)] = names[underscored(link.diffusers)]
-    return names, labels
+def common_words(path: str) -> frozenset[str]:
+    """What the selector calls a layer whose family has no table, by the names that most models have for their parts."""
+    parts = path.split(".")
+    words = {_KINDS[part] for part in parts if part in _KINDS}
+    if any(part in _ATTENTION for part in parts):
+        last = parts[-2] if parts[-1] == "0" and len(parts) > 1 else parts[-1]
+        words |= {"attn", _PROJECTIONS.get(last, "attn")}
+        words |= {word for part in parts if part in _ATTENTIONS for word in _ATTENTIONS[part].split()}
+    if any(part in _FEED_FORWARD for part in parts):
+        words.add("ff")
+    if any("modulation" in part.lower() or part.endswith("_mod") for part in parts):
+        words.add("mod")
+    if parts[-1] in ("proj_in", "proj_out"):
+        words.add("proj")
+    return frozenset(words)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from .layers import LayerNames, Link, Shapes, fused, linked_names, numbered_blocks, swapped
+from .naming import Blocks, Naming, Signs, fused, layer
 from .sites import BaseModel, ModelLayout, Site
-
-BLOCKS = {"joint_blocks": "joint", "transformer_blocks": "joint"}
-"""Words for the lists of blocks, the original's and diffusers'."""
 
 # --- sites -----------------------------------------------------------------------------------------------------------
 
@@ -59,62 +55,58 @@ def _heads(attention: Any) -> int:
 
 # --- names of layers -------------------------------------------------------------------------------------------------
 
-# original, diffusers (diffusers' convert_sd3_to_diffusers.py)
+# diffusers' names: its convert_sd3_to_diffusers.py. The last block's text has shift and scale only, in the other order there.
 _BLOCK = (
-    ("x_block.attn.proj", "attn.to_out.0"),
-    ("x_block.attn2.proj", "attn2.to_out.0"),
-    ("context_block.attn.proj", "attn.to_add_out"),
-    ("x_block.adaLN_modulation.1", "norm1.linear"),
-    ("context_block.adaLN_modulation.1", "norm1_context.linear"),
-    ("x_block.mlp.fc1", "ff.net.0.proj"),
-    ("x_block.mlp.fc2", "ff.net.2"),
-    ("context_block.mlp.fc1", "ff_context.net.0.proj"),
-    ("context_block.mlp.fc2", "ff_context.net.2"),
+    fused("x_block.attn.qkv", "attn.to_{}", "img attn", "attn.to_qkv"),
+    fused("x_block.attn2.qkv", "attn2.to_{}", "img attn attn2 self", "attn2.to_qkv"),
+    fused("context_block.attn.qkv", "attn.add_{}_proj", "txt attn", "attn.to_added_qkv"),
+    layer("x_block.attn.proj", "attn.to_out.0", "img attn out"),
+    layer("x_block.attn2.proj", "attn2.to_out.0", "img attn attn2 self out"),
+    layer("context_block.attn.proj", "attn.to_add_out", "txt attn out"),
+    layer("x_block.attn.ln_q", "attn.norm_q", "img attn"),
+    layer("x_block.attn.ln_k", "attn.norm_k", "img attn"),
+    layer("x_block.attn2.ln_q", "attn2.norm_q", "img attn attn2 self"),
+    layer("x_block.attn2.ln_k", "attn2.norm_k", "img attn attn2 self"),
+    layer("context_block.attn.ln_q", "attn.norm_added_q", "txt attn"),
+    layer("context_block.attn.ln_k", "attn.norm_added_k", "txt attn"),
+    layer("x_block.adaLN_modulation.1", "norm1.linear", "img mod"),
+    layer("context_block.adaLN_modulation.1", "norm1_context.linear", "txt mod", halves=True),
+    layer("x_block.mlp.fc1", "ff.net.0.proj", "img ff"),
+    layer("x_block.mlp.fc2", "ff.net.2", "img ff"),
+    layer("context_block.mlp.fc1", "ff_context.net.0.proj", "txt ff"),
+    layer("context_block.mlp.fc2", "ff_context.net.2", "txt ff"),
 )
-_ENDS = (
-    ("context_embedder", "context_embedder"),
-    ("t_embedder.mlp.0", "time_text_embed.timestep_embedder.linear_1"),
-    ("t_embedder.mlp.2", "time_text_embed.timestep_embedder.linear_2"),
-    ("y_embedder.mlp.0", "time_text_embed.text_embedder.linear_1"),
-    ("y_embedder.mlp.2", "time_text_embed.text_embedder.linear_2"),
-    ("x_embedder.proj", "pos_embed.proj"),
-    ("final_layer.linear", "proj_out"),
+NAMES = Naming(
+    "SD3",
+    original=Signs(("joint_blocks.0.x_block.attn.qkv",)),
+    diffusers=Signs(
+        ("transformer_blocks.0.attn.add_q_proj",),
+        (
+            "single_transformer_blocks.0.attn.to_q",
+            "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+            "transformer_blocks.0.img_mod.1",
+        ),
+    ),
+    lists=(Blocks("joint_blocks", "transformer_blocks", "joint", _BLOCK, counts=(24, 38)),),
+    ends=(
+        layer("context_embedder", "context_embedder", "txt"),
+        layer("t_embedder.mlp.0", "time_text_embed.timestep_embedder.linear_1", ""),
+        layer("t_embedder.mlp.2", "time_text_embed.timestep_embedder.linear_2", ""),
+        layer("y_embedder.mlp.0", "time_text_embed.text_embedder.linear_1", ""),
+        layer("y_embedder.mlp.2", "time_text_embed.text_embedder.linear_2", ""),
+        layer("x_embedder.proj", "pos_embed.proj", "img"),
+        layer("final_layer.linear", "proj_out", "proj"),
+        layer("final_layer.adaLN_modulation.1", "norm_out.linear", "mod", halves=True),
+    ),
+    widths=(1536, 2432),
 )
-
-
-def name_layers(model: nn.Module, shapes: Shapes) -> LayerNames | None:
-    """Names of a SD3 transformer's layers; None for another model."""
-    if hasattr(model, "joint_blocks") and "joint_blocks.0.x_block.attn.qkv" in shapes:
-        is_original, blocks, width = True, "joint_blocks", shapes["joint_blocks.0.x_block.attn.qkv"][0] // 3
-    elif "transformer_blocks.0.attn.add_q_proj" in shapes:
-        is_original, blocks, width = False, "transformer_blocks", shapes["transformer_blocks.0.attn.to_q"][0]
-    else:
-        return None
-    names, labels = linked_names(_links(len(getattr(model, blocks)), width), shapes, is_original=is_original)
-    return LayerNames("SD3", names, labels, numbered_blocks(shapes, BLOCKS))
-
-
-def _links(blocks: int, width: int) -> Iterator[Link]:
-    for i in range(blocks):
-        original, diffusers = f"joint_blocks.{i}", f"transformer_blocks.{i}"
-        yield from fused(f"{original}.x_block.attn.qkv", f"{diffusers}.attn.to_{{}}", width)
-        yield from fused(f"{original}.x_block.attn2.qkv", f"{diffusers}.attn2.to_{{}}", width)
-        yield from fused(f"{original}.context_block.attn.qkv", f"{diffusers}.attn.add_{{}}_proj", width)
-        for a, b in _BLOCK:
-            if i == blocks - 1 and b == "norm1_context.linear":  # the last block has scale and shift only
-                yield from swapped(f"{original}.{a}", f"{diffusers}.{b}", width)
-            else:
-                yield Link(f"{original}.{a}", f"{diffusers}.{b}")
-    yield from (Link(a, b) for a, b in _ENDS)
-    yield from swapped("final_layer.adaLN_modulation.1", "norm_out.linear", width)
 
 
 SD3 = BaseModel(
     name="SD3",
     walk=walk_sd3,
     reference_width=2432,
-    layers=name_layers,
-    marks=re.compile(r"^joint_blocks_|_attn_(to_)?add_"),
+    naming=NAMES,
     steps=28,
     guidance=5.0,
 )

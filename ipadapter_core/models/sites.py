@@ -11,6 +11,7 @@ from torch import nn
 
 from .grids import Patches, TokenRule
 from .layers import LayerNames, Shapes
+from .naming import Naming
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,9 @@ class BaseModel:
     which the channel penalty divides. ``clock`` is what diffusers' pipelines call the model with:
     the noise ``steps`` of training, 0..999, or ``sigma``, times 1000 or not; ``negative`` how they run the negative prompt.
 
-    For LoRAs: ``layers`` names the layers of a model, given the shapes of their weights, and gives None for a model of
-    another kind. ``marks`` is found in underscored names of layers that no other family has.
+    For LoRAs: ``naming`` is the table of a transformer's layers. Where no table says it all, ``layers`` names the layers of a
+    model, given the shapes of their weights, and gives None for a model of another kind, and ``marks`` is found in underscored
+    names of layers that no other family has.
 
     ``steps`` and ``guidance`` are what people sample with who ask for nothing else.
 
@@ -107,6 +109,7 @@ class BaseModel:
     reference_width: int = 0
     clock: Clock = "sigma"
     negative: Negative = "batched"
+    naming: Naming | None = None
     layers: Callable[[nn.Module, Shapes], LayerNames | None] | None = None
     marks: re.Pattern[str] | None = None
     steps: int = 25

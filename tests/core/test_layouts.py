@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from diffusers import (
 from torch import nn
 
 from ipadapter_core.errors import IncompatibleAdapterError
-from ipadapter_core.models import BASE_MODELS, flux, layout_of, sd3
+from ipadapter_core.models import BASE_MODELS, flux, layout_of
 from ipadapter_core.models.sites import ModelLayout
 from ipadapter_core.models.unet import UNETS, down_up_middle, spatial_transformers
 from tiny_anima import ComfyAnima, comfy_anima
@@ -126,7 +126,7 @@ def on_meta(kind: Callable[..., nn.Module], **config: Any) -> nn.Module:
         return kind(**config)
 
 
-GOLDEN: dict[str, tuple[Callable[[], nn.Module], int, list[Row]]] = {
+GOLDEN: Mapping[str, tuple[Callable[[], nn.Module], int, list[Row]]] = {
     name: (partial(full_size, config), config["cross_attention_dim"], unet_rows(table))
     for name, (config, table) in UNET_TABLES.items()
 } | {
@@ -276,7 +276,8 @@ def test_relatives_of_sd3_are_no_sd3() -> None:
     """A ControlNet has its blocks and guides another model; one without pooled text is some other family's."""
     sizes = {key: value for key, value in SD3_CONFIG.items() if key != "qk_norm"}
     control = SD3ControlNetModel(**sizes)
-    comfy_control, other = comfy_sd3(), diffusers_sd3()
+    comfy_control = comfy_sd3()
+    other: Any = diffusers_sd3()
     del comfy_control.final_layer
     other.time_text_embed.text_embedder = None
     for model in (control, comfy_control, other):
@@ -318,7 +319,11 @@ def test_other_models_are_refused_with_their_name() -> None:
 
 
 def test_a_unet_without_cross_attention_is_refused() -> None:
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "mid_block_type": None,
+    }
     with pytest.raises(
         IncompatibleAdapterError, match="UNet2DConditionModel has no attention that an image prompt could steer"
     ):
@@ -349,7 +354,7 @@ ROOMS = Path(__file__).resolve().parents[2] / "ipadapter_core"
 WIDTHS = {width for unet in UNETS for width in (unet.text_width, *unet.channels)}
 LISTS = (
     "down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks",
-    *({*flux.BLOCKS, *sd3.BLOCKS} - {"transformer_blocks"}),
+    "joint_blocks", *(flux.BLOCKS.keys() - {"transformer_blocks"}),
 )  # fmt: skip
 OTHER_SUBJECTS = {
     "features.py": "widths of image encoders",

@@ -1,0 +1,55 @@
+"""Wan 2.1 and 2.2 (also VACE), video models of self-attention and cross-attention."""
+
+from __future__ import annotations
+
+from .naming import Blocks, Naming, Row, Signs, layer
+from .sites import BaseModel
+
+
+def _attention(name: str, short: str, words: str) -> tuple[Row, ...]:
+    return (
+        *(layer(f"{name}.{n}", f"{short}.to_{n}", f"{words} attn {n}") for n in "qkv"),
+        layer(f"{name}.o", f"{short}.to_out.0", f"{words} attn out"),
+        layer(f"{name}.norm_q", f"{short}.norm_q", f"{words} attn"),
+        layer(f"{name}.norm_k", f"{short}.norm_k", f"{words} attn"),
+    )
+
+
+# diffusers' names: its converter of Wan's checkpoints
+_BLOCK = (
+    *_attention("self_attn", "attn1", "attn1 self"),
+    *_attention("cross_attn", "attn2", "attn2 cross"),
+    layer("cross_attn.k_img", "attn2.add_k_proj", "attn2 cross attn k"),
+    layer("cross_attn.v_img", "attn2.add_v_proj", "attn2 cross attn v"),
+    layer("cross_attn.norm_k_img", "attn2.norm_added_k", "attn2 cross attn"),
+    layer("ffn.0", "ffn.net.0.proj", "ff"),
+    layer("ffn.2", "ffn.net.2", "ff"),
+    layer("norm3", "norm2", ""),
+)
+_VACE = (*_BLOCK, layer("before_proj", "proj_in", "proj"), layer("after_proj", "proj_out", "proj"))
+_EMBED = "condition_embedder"
+NAMES = Naming(
+    "Wan",
+    original=Signs(("blocks.0.self_attn.q", "blocks.0.cross_attn.q", "blocks.0.ffn.0")),
+    diffusers=Signs(("blocks.0.attn1.to_q", "blocks.0.attn2.to_q", "blocks.0.ffn.net.2")),
+    lists=(
+        Blocks("blocks", "blocks", "block", _BLOCK, counts=(30, 40)),
+        Blocks("vace_blocks", "vace_blocks", "vace", _VACE, counts=(8, 15)),
+    ),
+    ends=(
+        layer("patch_embedding", "patch_embedding", "img"),
+        layer("vace_patch_embedding", "vace_patch_embedding", "img"),
+        layer("text_embedding.0", f"{_EMBED}.text_embedder.linear_1", "txt"),
+        layer("text_embedding.2", f"{_EMBED}.text_embedder.linear_2", "txt"),
+        layer("time_embedding.0", f"{_EMBED}.time_embedder.linear_1", ""),
+        layer("time_embedding.2", f"{_EMBED}.time_embedder.linear_2", ""),
+        layer("time_projection.1", f"{_EMBED}.time_proj", "mod"),
+        layer("img_emb.proj.0", f"{_EMBED}.image_embedder.norm1", ""),
+        layer("img_emb.proj.1", f"{_EMBED}.image_embedder.ff.net.0.proj", ""),
+        layer("img_emb.proj.3", f"{_EMBED}.image_embedder.ff.net.2", ""),
+        layer("img_emb.proj.4", f"{_EMBED}.image_embedder.norm2", ""),
+        layer("head.head", "proj_out", "proj"),
+    ),
+    widths=(1536, 3072, 5120),
+)
+WAN = BaseModel(name="Wan", naming=NAMES)
