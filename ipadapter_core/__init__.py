@@ -1,12 +1,21 @@
 """Image prompts for diffusion models, independent of any user interface.
 
 ```python
+from ipadapter_core import image_prompt
+
+with image_prompt(pipeline, "ip-adapter-plus_sd15.safetensors", "cat.png", strength=0.8):
+    pictures = pipeline("a garden").images
+```
+
+The same in its steps, each of which has more to set:
+
+```python
 from ipadapter_core import TransformersImageEncoder, WeightSchedule, bake, encode_image_prompt, layout_of, load_adapter
 from ipadapter_core.backends.diffusers import apply
 
 adapter = load_adapter("ip-adapter_sd15.safetensors")
 encoder = TransformersImageEncoder.from_pretrained("image_encoder")
-prompt = encode_image_prompt(adapter, encoder, image)  # image: 1 y x 3 in 0..1
+prompt = encode_image_prompt(adapter, encoder, "cat.png")
 patch = bake(adapter, prompt, layout_of(unet), WeightSchedule(strength=0.8))
 with apply(unet, patch):
     pictures = pipeline("a garden").images  # the pipeline that the UNet is of
@@ -39,7 +48,9 @@ from .errors import (
     UnsafeFileError,
 )
 from .features import ENCODERS, EncoderSpec, ImageEncoder, ImageFeatures
+from .hub import file_on_disk
 from .images.encoder import TowerEncoder, TransformersImageEncoder, load_image_encoder
+from .images.pictures import Picture, as_mask, as_picture
 from .images.preprocess import preprocess
 from .models import layout_of
 from .models.sites import BaseModel, ModelLayout, Site
@@ -51,6 +62,7 @@ from .prompt.image_prompt import ImagePrompt
 from .prompt.model_projection import project_by_model
 from .prompt.options import EncodeOptions
 from .report import describe_fit, describe_spec, spec_facts
+from .steering import image_prompt
 from .training.processors import AttnProcessor, IPAttnProcessor, build_processors
 
 CrossAttentionSite = Site  # the name of version 0.1
@@ -85,6 +97,7 @@ __all__ = [
     "KeyValue",
     "ModelCall",
     "ModelLayout",
+    "Picture",
     "Recorder",
     "RegionMask",
     "Rules",
@@ -99,6 +112,8 @@ __all__ = [
     "WeightSchedule",
     "Window",
     "add_image_attention",
+    "as_mask",
+    "as_picture",
     "attend",
     "bake",
     "build_processors",
@@ -111,6 +126,8 @@ __all__ = [
     "encode_face_prompt",
     "encode_features",
     "encode_image_prompt",
+    "file_on_disk",
+    "image_prompt",
     "layout_of",
     "load_adapter",
     "load_image_encoder",

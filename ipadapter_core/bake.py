@@ -21,6 +21,7 @@ from .attention.schedule import WeightSchedule
 from .checkpoints import AdapterWeights, Format
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleAdapterError
+from .images.pictures import Picture
 from .models.sites import ModelLayout
 from .prompt.image_prompt import ImagePrompt
 
@@ -36,7 +37,7 @@ def bake(
     prompt: ImagePrompt,
     layout: ModelLayout,
     schedule: WeightSchedule | None = None,
-    mask: RegionMask | Tensor | None = None,
+    mask: RegionMask | Picture | None = None,
     *,
     prepare: Callable[[], object] | None = None,
     rules: Rules = CORRECT,
@@ -59,7 +60,7 @@ def bake(
         )
     schedule = schedule or WeightSchedule()
     weights, latent_weights = resolve_weights(schedule, layout, rules)
-    region = RegionMask.from_tensor(mask, clamp=not rules.stretched_masks) if isinstance(mask, Tensor) else mask
+    region = RegionMask.of(mask, clamp=not rules.stretched_masks)
     baked = _BAKED.setdefault(prompt, WeakKeyDictionary()).setdefault(adapter.module, {})
     form = adapter.spec.format.under(rules)
     if (layout, form) not in baked:

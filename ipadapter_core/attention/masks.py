@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..device_cache import DeviceCache
 from ..errors import InvalidInputError
+from ..images.pictures import Picture, as_mask
 from ..models.grids import Size, TokenGrid
 from .batch import Frames, fit_batch
 from .call import Area
@@ -47,6 +48,11 @@ class RegionMask:
                 raise InvalidInputError("the region mask holds NaN or infinite values")
             return cls(mask.clamp(0, 1))
         return cls(mask if finite else mask.nan_to_num(0, 1, 0))
+
+    @classmethod
+    def of(cls, mask: RegionMask | Picture | None, *, clamp: bool = True) -> RegionMask | None:
+        """A region mask as it is, or one made of a mask in any form that people have: white is inside."""
+        return mask if mask is None or isinstance(mask, RegionMask) else cls.from_tensor(as_mask(mask), clamp=clamp)
 
     def grid(
         self,

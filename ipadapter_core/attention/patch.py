@@ -10,6 +10,7 @@ from torch import Tensor
 from ..compatibility import CORRECT, Rules
 from ..device_cache import LIMIT, DeviceCache
 from ..errors import InvalidInputError
+from ..images.pictures import Picture
 from ..models.reach import Reach
 from ..models.sites import ModelLayout
 from .adding import adding, attending, on_chunks
@@ -84,9 +85,9 @@ class AdapterPatch:
         weights, latent_weights = resolve_weights(schedule, self.layout, self.rules)
         return replace(self, schedule=schedule, weights=weights, latent_weights=latent_weights)
 
-    def with_mask(self, mask: RegionMask | Tensor | None) -> AdapterPatch:
+    def with_mask(self, mask: RegionMask | Picture | None) -> AdapterPatch:
         """The same image in another region."""
-        return replace(self, mask=RegionMask.from_tensor(mask) if isinstance(mask, Tensor) else mask)
+        return replace(self, mask=RegionMask.of(mask))
 
     def active(self, site: int) -> bool:
         """Whether the site can ever see the image; an inactive one needs no hook."""

@@ -82,11 +82,37 @@ def decode_grey(content: bytes, name: str) -> Tensor:
     """
 
     def levels(image: Image.Image) -> Tensor:
-        if _is_deep(image):
-            return torch.from_numpy(_levels(image, name))
-        return to_tensor(image if image.mode == "L" else _in_colours(image, name))[..., :3].mean(-1)
+        return _grey(image, name)
 
     return _guarded(content, name, levels)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture in memory as ``decode_picture`` gives one of a file. Raises CorruptFileError."""
+    return _in_memory(image, _in_colours)
+
+
+def grey_levels(image: Image.Image) -> Tensor:
+    """A picture in memory as ``decode_grey`` gives one of a file. Raises CorruptFileError."""
+    return _in_memory(image, _grey)
+
+
+def _in_memory(image: Image.Image, read: Callable[[Image.Image, str], _Read]) -> _Read:
+    name = str(getattr(image, "filename", "") or "the picture")
+    try:
+        image.load()
+        return read(_turned(image, _orientation(image.getexif, image.info.get("exif"))), name)
+    except AdapterError:
+        raise
+    except Exception as error:  # a file that Pillow opened is read only now
+        raise CorruptFileError(f"{shown(name)} cannot be read as a picture: {reason(error)}") from error
+
+
+def _grey(image: Image.Image, name: str) -> Tensor:
+    """Grey levels ``y x`` in 0..1."""
+    if _is_deep(image):
+        return torch.from_numpy(_levels(image, name))
+    return to_tensor(image if image.mode == "L" else _in_colours(image, name))[..., :3].mean(-1)
 
 
 def read_picture(path: str | os.PathLike[str]) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import torch
@@ -14,6 +14,7 @@ from ..errors import (
     InvalidInputError,
 )
 from ..features import Crop, Framing, TakesPixels
+from .pictures import Picture, as_mask, as_picture
 
 FRAMINGS = (*get_args(Crop), "fit", "shapes", "subject")
 
@@ -48,18 +49,18 @@ def nearest_shape(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def preprocess(
-    images: Tensor,
+    images: Picture,
     encoder: TakesPixels,
     *,
     crop: Framing = "center",
-    mask: Tensor | None = None,
+    mask: Picture | None = None,
     shape: tuple[int, int] | None = None,
 ) -> Tensor:
     """Turn images into an encoder's pixel values ``b 3 y x`` (float32, image_size on a side, mean 0 and std 1).
 
     Args:
         images: ``b h w c`` in 0..1 with 1 (grey), 3 or 4 channels; what alpha hides becomes the encoder's mean
-            colour, that is 0 after normalisation: nothing to see.
+            colour, that is 0 after normalisation: nothing to see. One in another form, see ``Picture``, is a batch of its own.
         crop: which square is kept. ``center``: as CLIP's own processor; ``top``/``bottom`` move the square along the
             long side of a tall image, ``left``/``right`` along that of a wide one (centred otherwise). ``pad`` keeps
             all of the image and fills up with the mean colour, ``stretch`` keeps all and ignores the aspect ratio.
@@ -75,6 +76,7 @@ def preprocess(
     """
     if crop not in FRAMINGS:
         raise InvalidInputError(f"crop is {crop!r}; it must be one of {', '.join(FRAMINGS)}")
+    images, mask = _batched(images, as_picture, 3), None if mask is None else _batched(mask, as_mask, 2)
     _check_images(images)
     pixels = images.detach().to(torch.float32).permute(0, 3, 1, 2).clamp(0, 1)
     seen = None if mask is None else _check_mask(mask, images)[:, None].to(pixels)
@@ -102,6 +104,12 @@ def preprocess(
         border = (left, size - inner[1] - left, top, size - inner[0] - top)
         return F.pad((pixels - mean) / std, border) if crop == "pad" else (F.pad(pixels, border) - mean) / std
     return (_crop(pixels, size, crop) - mean) / std
+
+
+def _batched(picture: Picture, read: Callable[[Picture], Tensor], axes: int) -> Tensor:
+    """A tensor as it is, and anything else with a batch dimension."""
+    given = read(picture)
+    return given[None] if given.ndim == axes and not isinstance(picture, Tensor) else given
 
 
 def preprocess_as_host(images: Tensor, encoder: TakesPixels, *, mask: Tensor | None = None) -> Tensor:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from torch import Tensor
-
 from ..attention.masks import RegionMask
 from ..attention.schedule import Window
 from ..errors import InvalidInputError
+from ..images.pictures import Picture
 from .matching import MatchedLoRA, TargetMatch
 from .selector import Selector
 from .weights import Component
@@ -80,9 +79,9 @@ class LoRAPatch:
         return replace(self, strength=strength, text_strength=None, uncond_strength=None)
 
 
-def masked(patch: LoRAPatch, mask: RegionMask | Tensor | None) -> LoRAPatch:
+def masked(patch: LoRAPatch, mask: RegionMask | Picture | None) -> LoRAPatch:
     """The same LoRA in another region."""
-    return replace(patch, mask=RegionMask.from_tensor(mask) if isinstance(mask, Tensor) else mask)
+    return replace(patch, mask=RegionMask.of(mask))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from ..checkpoints.format import TrainedUnconditional
 from ..compatibility import CORRECT, Rules
 from ..errors import IncompatibleEncoderError, InvalidInputError
 from ..features import Encoded, Framing, ImageEncoder
+from ..images.pictures import Picture
 from ..images.tiles import split_tiles
 from .combine import at_strength, check_strengths, combine_features
 from .image_prompt import ImagePrompt, NegativeBranch, project_features
@@ -42,11 +43,11 @@ ENCODED_RULES = ("zero_pixels", "black", "black_picture")
 def encode_image_prompt(
     adapter: AdapterWeights,
     encoder: ImageEncoder | Sequence[ImageEncoder],
-    images: Tensor | Sequence[Tensor],
+    images: Picture | Sequence[Picture],
     options: EncodeOptions | None = None,
     *,
-    masks: Tensor | Sequence[Tensor | None] | None = None,
-    negative: Tensor | None = None,
+    masks: Picture | Sequence[Picture | None] | None = None,
+    negative: Picture | None = None,
     **changes: Any,
 ) -> ImagePrompt:
     """Encode reference images for ``adapter``; everything is checked before the encoder runs.
@@ -54,7 +55,8 @@ def encode_image_prompt(
     Args:
         encoder: the adapter's image encoder, or several in any order where it reads more than one; those that it does not read
             are not asked.
-        images: ``i h w c`` in 0..1, or a sequence of ``h w c`` or ``i h w c`` tensors of any sizes.
+        images: ``i h w c`` in 0..1, or a sequence of ``h w c`` or ``i h w c`` tensors of any sizes; wherever a picture or mask is
+            asked for, an array, a picture of Pillow or a path does as well, see ``images.pictures.Picture``.
         options, changes: fields of EncodeOptions, as one value or as keyword arguments (``crop="pad"``).
         masks: what of each image is seen, see preprocess(): ``i h w`` (or one for all images of one size), or a
             sequence with one ``h w`` tensor or None per image.
@@ -102,10 +104,10 @@ def encode_image_prompt(
 def encode_features(
     encoded: Encoded,
     encoder: ImageEncoder,
-    images: Tensor | Sequence[Tensor],
+    images: Picture | Sequence[Picture],
     options: EncodeOptions | None = None,
     *,
-    mask: Tensor | None = None,
+    mask: Picture | None = None,
     framing: Framing = "center",
     **changes: Any,
 ) -> Tensor:

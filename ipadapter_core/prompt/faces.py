@@ -13,6 +13,7 @@ from ..checkpoints import AdapterWeights
 from ..errors import IncompatibleEncoderError, InvalidInputError
 from ..features import Embedding, ImageEncoder
 from ..images.faces import FaceAnalyzer, FoundFaces, find_faces
+from ..images.pictures import Picture, as_mask, as_picture
 from .encode import encode_features, prompt_from_features, unconditional_features
 from .image_prompt import ImagePrompt
 from .needs import check_encoder
@@ -27,14 +28,14 @@ def encode_face_prompt(
     adapter: AdapterWeights,
     analyzer: FaceAnalyzer,
     encoder: ImageEncoder | None,
-    images: Tensor,
+    images: Picture,
     options: EncodeOptions | None = None,
     *,
-    mask: Tensor | None = None,
-    negative: Tensor | Callable[[Tensor], Tensor] | None = None,
+    mask: Picture | None = None,
+    negative: Picture | Callable[[Tensor], Tensor] | None = None,
     **changes: Any,
 ) -> tuple[ImagePrompt, FoundFaces]:
-    """Encode the faces in ``images`` ``b h w c`` (0..1) for a FaceID adapter; also returns what was found.
+    """Encode the faces in ``images`` ``b h w c`` (0..1, or another ``Picture``) for a FaceID adapter; also returns what was found.
 
     Args:
         encoder: needed by FaceID Plus, which also looks at the aligned face; others do not use it.
@@ -50,7 +51,11 @@ def encode_face_prompt(
     spec, feature = adapter.spec, adapter.spec.format.feature
     embedding, encoder = _needs(adapter, encoder)
     side = options.face_side or spec.face_side
-    found = find_faces(analyzer, images, side, which=options.which, mask=mask)
+    found = find_faces(
+        analyzer, _batch(images), side, which=options.which, mask=None if mask is None else as_mask(mask)
+    )
+    if negative is not None and not callable(negative):
+        negative = _batch(negative)
     faces, seen, away = found.get(embedding), None, None
     if feature.encoded is None or encoder is None:
         if isinstance(negative, Tensor) and not options.rules.faces_without_negative:
@@ -72,6 +77,12 @@ def encode_face_prompt(
         encoder=analyzer.name if encoder is None else encoder.name,
     )
     return prompt, found
+
+
+def _batch(pictures: Picture) -> Tensor:
+    """Pictures ``b h w c``."""
+    given = as_picture(pictures)
+    return given[None] if given.ndim == 3 else given
 
 
 def _needs(adapter: AdapterWeights, encoder: ImageEncoder | None) -> tuple[Embedding, ImageEncoder | None]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..errors import InvalidInputError
 from ..features import Framing, ImageEncoder
 from ..images.packed import PackedEncoder
+from ..images.pictures import Picture, as_mask, as_picture
 from ..images.preprocess import nearest_shape, preprocess, preprocess_as_host
 from ..images.tiles import square_tiles
 from .options import EncodeOptions
@@ -22,7 +24,7 @@ Part = tuple[Tensor, Tensor | None]
 
 
 def parts_of(
-    images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None, options: EncodeOptions
+    images: Picture | Sequence[Picture], masks: Picture | Sequence[Picture | None] | None, options: EncodeOptions
 ) -> list[list[Part]]:
     """Every reference as the parts of it that are encoded alone: one, or with ``crop`` "tiles" its tiles."""
     singles = single_images(images)
@@ -39,7 +41,7 @@ def parts_of(
     return parts
 
 
-def negatives_of(negative: Tensor | None, count: int, options: EncodeOptions) -> list[Tensor]:
+def negatives_of(negative: Picture | None, count: int, options: EncodeOptions) -> list[Tensor]:
     """The negative pictures of ``count`` references, none, one, or with ``per_latent`` one each."""
     negatives = [] if negative is None else single_images(negative)
     if len(negatives) not in ((0, 1, count) if options.per_latent else (0, 1)):
@@ -95,10 +97,11 @@ def no_image_pixels(rule: str, encoder: ImageEncoder, like: Tensor) -> Tensor:
     return (-mean / std).expand_as(like).to(like)
 
 
-def single_images(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def single_images(images: Picture | Sequence[Picture]) -> list[Tensor]:
     """One ``1 h w c`` tensor per image; shapes are judged by preprocess()."""
     singles: list[Tensor] = []
-    for image in [images] if isinstance(images, Tensor) else images:
+    for picture in images if isinstance(images, (list, tuple)) else [cast("Picture", images)]:
+        image = as_picture(picture)
         if image.ndim == 4 and image.shape[0] > 0:
             singles += image.split(1)
         else:
@@ -108,17 +111,20 @@ def single_images(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return singles
 
 
-def single_masks(masks: Tensor | Sequence[Tensor | None] | None, images: list[Tensor]) -> list[Tensor | None]:
+def single_masks(masks: Picture | Sequence[Picture | None] | None, images: list[Tensor]) -> list[Tensor | None]:
     """One ``1 h w`` mask or None per image."""
     if masks is None:
         return [None] * len(images)
-    if isinstance(masks, Tensor):
-        masks = list(masks[None] if masks.ndim == 2 else masks)
-        if len(masks) == 1:
-            masks = masks * len(images)
-    if len(masks) != len(images):
-        raise InvalidInputError(f"got {len(masks)} masks for {len(images)} images; give one mask, or one per image")
-    return [mask[None] if mask is not None and mask.ndim == 2 else mask for mask in masks]
+    if isinstance(masks, (list, tuple)):
+        listed = [None if mask is None else as_mask(mask) for mask in masks]
+    else:
+        given = as_mask(cast("Picture", masks))
+        listed: list[Tensor | None] = [*(given[None] if given.ndim == 2 else given)]
+        if len(listed) == 1:
+            listed = listed * len(images)
+    if len(listed) != len(images):
+        raise InvalidInputError(f"got {len(listed)} masks for {len(images)} images; give one mask, or one per image")
+    return [mask[None] if mask is not None and mask.ndim == 2 else mask for mask in listed]
 
 
 def _tiles(image: Tensor, mask: Tensor | None, *, keep_hidden: bool) -> list[Part]:

@@ -1,5 +1,7 @@
 """Which room may know which: read from the source, nothing of the pack is imported."""
 
+# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import ast
@@ -142,12 +144,13 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "quiet", "features", "console", "device_cache", "narrowing"),
     ("files", "compatibility", "models"),
-    ("entries", "images", "checkpoints", "model_folders"),
+    ("entries", "images", "checkpoints", "model_folders", "hub"),
     ("attention",),
     ("lora", "prompt", "legacy"),
     ("bake", "backends.calls"),
     ("backends.comfy", "backends.diffusers"),
-    ("report", "generate", "backends.diffusers_lora"),
+    ("report", "steering", "backends.diffusers_lora"),
+    ("generate",),
     ("training",),
     ("demo",),
     ("commands",),
@@ -261,6 +264,14 @@ def test_only_the_host_room_knows_the_comfy_backend() -> None:
     comfy = CORE / "backends/comfy"
     assert offenders([p for p in sources(CORE) if p.parent != comfy], *core("backends.comfy")) == []
     assert offenders(NOT_HOST, *core("backends.diffusers", "generate", "commands", "demo", "training")) == []
+
+
+def test_graphs_cannot_reach_the_network() -> None:
+    """The Hub is for the command and for Python's own calls: nothing that nodes import knows it."""
+    assert offenders(sources(NODES), *core("hub", "steering", "generate", "commands")) == []
+    knowing = {room_of(dotted(p)) for p in sources(CORE) if offenders([p], *core("hub"))} - {None}
+    assert "steering" in knowing, "the rule sees nothing"
+    assert knowing <= {"hub", "steering", "generate", "commands", "publish"}
 
 
 def test_only_the_host_room_asks_comfyui() -> None:

@@ -1,5 +1,7 @@
 """What the documents show: Python runs as written, and every command line is one that the command understands."""
 
+# pyright: basic
+
 from __future__ import annotations
 
 import ast
@@ -27,6 +29,7 @@ FILES = {
     "ip-adapter-plus_sd15.safetensors": "adapters/ip-adapter-plus.safetensors",
     "style.safetensors": "loras/style-lora.safetensors",
     "image_encoder": "image_encoder",
+    "cat.png": "../references/leopard.png",
 }
 """Files that snippets name, and what of the demo world stands for them."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
 from types import TracebackType
@@ -23,6 +23,7 @@ from ...attention.patch import AdapterPatch
 from ...attention.recording import Recorder
 from ...attention.schedule import WeightSchedule
 from ...errors import IncompatibleAdapterError, InvalidInputError
+from ...images.pictures import Picture
 from ...models import BASE_MODELS, layout_of, listed
 from ...models.chroma import walk_chroma
 from ...models.flux import walk_flux
@@ -134,7 +135,11 @@ class AppliedAdapters:
         """Another schedule for one adapter from the next call of the model on; computes no keys or values."""
         self._replace(index, self._patches[index].with_schedule(schedule))
 
-    def set_mask(self, mask: RegionMask | Tensor | None, index: int = 0) -> None:
+    def set_strength(self, strength: float, index: int = 0) -> None:
+        """Another strength for one adapter, and else the same schedule; computes no keys or values."""
+        self.set_schedule(replace(self._patches[index].schedule, strength=strength), index)
+
+    def set_mask(self, mask: RegionMask | Picture | None, index: int = 0) -> None:
         """Another region for one adapter from the next call of the model on."""
         self._replace(index, self._patches[index].with_mask(mask))
 
