@@ -164,10 +164,7 @@ def run(
         data = values["data"] | {"roots": readable_folders()}
         config = graph_settings(settings, parse_config({**values, "model": model, "data": data}, "this node"))
         target = Path(writable(kind, f"{name}.safetensors"))
-        # models that only cycles keep would die while ComfyUI goes through its list, and change it under way
-        gc.collect()
-        comfy.model_management.unload_all_models()
-        comfy.model_management.soft_empty_cache()
+        _make_room()
         result = run_job(
             config,
             python=os.environ.get(TRAIN_PYTHON) or sys.executable,
@@ -179,6 +176,15 @@ def run(
         text = f"{target.name} is not of this training and stays as it is; the result is {place.name}"
         report({"event": "note", "text": text})
     return place.name, place
+
+
+def _make_room() -> None:
+    """Take every model off the device; the training needs it."""
+    if comfy.model_management.current_loaded_models:
+        # models that only cycles keep would die while ComfyUI goes through its list, and change it under way
+        gc.collect()
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
 
 
 def _training_progress(node_id: str) -> Callable[[dict[str, Any]], None]:

@@ -10,6 +10,7 @@ class VRAMState(Enum):
     LOW_VRAM = 2
 
 vram_state: VRAMState
+current_loaded_models: list[object]
 
 def get_torch_device() -> torch.device: ...
 def intermediate_device() -> torch.device: ...
