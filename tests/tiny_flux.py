@@ -5,6 +5,8 @@ What ComfyUI's blocks do was read in comfy/ldm/flux/{model,layers,math}.py and c
 the real ones.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -179,7 +181,7 @@ class ComfyTransformer(nn.Module):
         self.img_in, self.txt_in, self.time_in = nn.Linear(16, WIDTH), nn.Linear(TEXT_DIM, WIDTH), nn.Linear(8, WIDTH)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(modulation) for _ in range(DOUBLE))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(modulation) for _ in range(SINGLE))
-        self.final = nn.Linear(WIDTH, 16)
+        self.final_layer = nn.Linear(WIDTH, 16)
         self.newer, self.reference = newer, None
         for block in self.double_blocks:
             block.newer = newer  # type: ignore[assignment]
@@ -210,7 +212,7 @@ class ComfyTransformer(nn.Module):
         for i, block in enumerate(self.single_blocks):
             args = {"img": img, "vec": self.of_block(vec, "single", i), "pe": pe, "attn_mask": None}
             (img,) = self.run(block, replaced.get(("single_block", i)), args, options, ("img",))
-        out = self.final(img[:, txt.shape[1] : txt.shape[1] + tokens])
+        out = self.final_layer(img[:, txt.shape[1] : txt.shape[1] + tokens])
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (rows, columns)), 2)[..., :height, :width]
 
     @staticmethod

@@ -64,7 +64,8 @@ class ModelCall:
     ``branches`` names the chunks of the batch in order (COND or UNCOND); each holds ``b / len(branches)`` latents.
     ``percent`` is the sampling progress, 0 (pure noise) .. 1 (done); it may read the device, so it is asked only for
     windows and curves. ``timestep`` is that of training, 0..1000, read as rarely. ``latent`` is the whole latent's size, ``areas`` the part of it that each chunk sees (None: all);
-    these two matter only for masks. ``frames`` are the latents' numbers in an animation that is sampled in windows.
+    these two matter only for masks. ``times`` is how many moments each latent of a video has, ``batch`` how many latents
+    there are in all chunks, None where that is not known. ``frames`` are the latents' numbers in an animation that is sampled in windows.
     ``order`` and ``size`` are the host's own index of each chunk and the latent's size in this very call, for Rules that
     go by them. Of a transformer, ``text`` is how many tokens of text stand in front where a block has text and picture in
     one sequence, and ``picture`` how many tokens are the picture's where reference pictures follow (None: all the others).
@@ -82,6 +83,8 @@ class ModelCall:
     text: int = 0
     picture: int | None = None
     hearing: Hearing | None = None
+    times: int = 1
+    batch: int | None = None
     acting: dict[object, Acting] = field(default_factory=dict[object, "Acting"], repr=False)
     """By image prompt: what all its sites have in common in this call, put here by the first."""
 

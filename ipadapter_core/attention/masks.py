@@ -14,7 +14,7 @@ from ..errors import InvalidInputError
 from ..images.pictures import Picture, as_mask
 from ..models.grids import Size, TokenGrid
 from .batch import Frames, fit_batch
-from .call import Area
+from .call import Area, ModelCall
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +26,8 @@ class RegionMask:
 
     values: Tensor
     _grids: DeviceCache[Tensor] = field(default_factory=DeviceCache[Tensor], repr=False)
+    rows: DeviceCache[Tensor] = field(default_factory=DeviceCache[Tensor], repr=False)
+    """What is made of the grids for layers, kept by those who make it."""
 
     @classmethod
     def from_tensor(cls, mask: Tensor, *, clamp: bool = True) -> RegionMask:
@@ -114,6 +116,29 @@ class RegionMask:
         if tuple(mask.shape[-2:]) != size:  # a patched UNet (deep shrink) may use sizes of its own
             mask = F.adaptive_avg_pool2d(mask, size) if _shrinks(mask, size) else _stretch(mask, size)
         return mask.flatten(1)[..., None]
+
+
+def token_rows(
+    mask: RegionMask, call: ModelCall, grid: TokenGrid, like: Tensor, latents: int, *, front: int = 0, behind: int = 0
+) -> Tensor:
+    """How much of every token lies inside, ``1|b l 1``, for chunks of so many latents.
+
+    The picture's tokens lie as the grid says, once for each moment of a video. Those in ``front`` of them and ``behind``
+    them, text or other pictures, take the part of the picture that the region covers.
+    """
+    assert call.latent is not None
+    areas = call.areas or (None,) * len(call.branches)
+    grids = [mask.grid(call.latent, area, grid, like, latents, call.frames) for area in areas]
+    if all(other is grids[0] for other in grids):
+        rows = grids[0]
+        rows = rows if rows.shape[0] == 1 or len(grids) == 1 else rows.repeat(len(grids), 1, 1)
+    else:
+        rows = torch.cat([rows.expand(latents, -1, -1) for rows in grids])
+    if not front and not behind and call.times == 1:
+        return rows
+    share = rows.mean(1, keepdim=True)
+    parts = (share.expand(-1, front, -1), *(rows,) * call.times, share.expand(-1, behind, -1))
+    return torch.cat(parts, 1)
 
 
 def inference_mode() -> bool:

@@ -17,7 +17,7 @@ from .adding import adding, attending, on_chunks
 from .batch import Frames, fit_batch
 from .call import COND, UNCOND, Acting, AddImage, Ready, SiteCall
 from .kv import HeldKeys, SiteKV
-from .masks import RegionMask, inference_mode
+from .masks import RegionMask, inference_mode, token_rows
 from .maths import Scale, scale_for
 from .presets import OFF, SiteWeight
 from .schedule import WeightSchedule
@@ -195,14 +195,7 @@ class AdapterPatch:
                 f"a region mask needs the latent's size, but this attention has {q.shape[1] - at.text} tokens, which is no level "
                 f"of a latent of {call.latent}; another node changes the token count (token merging?): remove it or the mask"
             )
-        areas = call.areas or (None,) * len(call.branches)
-        grids = [mask.grid(call.latent, area, grid, q, latents, call.frames) for area in areas]
-        if all(other is grids[0] for other in grids):
-            rows = grids[0]
-            rows = rows if rows.shape[0] == 1 or len(grids) == 1 else rows.repeat(len(grids), 1, 1)
-        else:
-            rows = torch.cat([rows.expand(latents, -1, -1) for rows in grids])
-        return torch.cat([rows.mean(1, keepdim=True).expand(-1, at.text, -1), rows], 1) if at.text else rows
+        return token_rows(mask, call, grid, q, latents, front=at.text)
 
 
 def resolve_weights(

@@ -84,10 +84,14 @@ class Layer:
             return vector
         return vector.reshape(-1, *[1] * len(self._module.kernel_size))
 
+    @property
+    def channels_first(self) -> bool:
+        """Whether axis 1 of an output are the channels, as of convolutions and group norms, and not the last."""
+        return self.kind == "conv" or hasattr(self._module, "num_groups")
+
     def along(self, vector: Tensor, like: Tensor) -> Tensor:
-        """A vector over the output's channels, shaped to act on ``like``: axis 1 of convolutions and group norms."""
-        second = self.kind == "conv" or hasattr(self._module, "num_groups")
-        return vector.reshape(-1, *[1] * (like.ndim - 2)) if second else vector
+        """A vector over the output's channels, shaped to act on ``like``."""
+        return vector.reshape(-1, *[1] * (like.ndim - 2)) if self.channels_first else vector
 
     def ghost(self, like: Tensor) -> Tensor:
         """A tensor of the weight's shape and ``like``'s dtype and device. It takes no memory: every entry is the same number."""

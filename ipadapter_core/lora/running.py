@@ -1,17 +1,19 @@
 """The LoRAs that run beside a model's layers in one call of it: how strong each is on every chunk of the batch, and where."""
 
-# pyright: reportUnknownVariableType=false
-
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
+from math import prod
 
-import torch
 from torch import Tensor
 
 from ..attention.call import UNCOND, ModelCall
+from ..attention.masks import RegionMask, inference_mode, token_rows
+from ..device_cache import DeviceCache
 from ..errors import InvalidInputError
-from ..models.grids import Pyramid, TokenGrid
+from ..models.grids import TokenGrid
+from ..models.streams import Stream
 from .patch import LoRAPatch
 from .weights import Component
 
@@ -21,7 +23,8 @@ class Running:
     """The LoRAs of one part of a model in one call of it.
 
     ``patches`` are as they were when the call began. ``region`` is the masked patch whose text keys and values are wanted
-    now, None for none. ``inputs`` keeps the text that the layers of masked patches saw.
+    now, None for none. ``inputs`` keeps the text that the layers of masked patches saw, ``text`` is how many tokens of it stand
+    in front of the picture's where a layer sees both, and ``rows`` are regions by patch, where a call's are its own.
     """
 
     patches: tuple[LoRAPatch, ...] = ()
@@ -29,6 +32,8 @@ class Running:
     model: ModelCall = field(default_factory=ModelCall)
     region: int | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    text: int | None = None
+    rows: dict[int, DeviceCache[Tensor]] = field(default_factory=dict[int, "DeviceCache[Tensor]"])
     _strengths: dict[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])
 
     def strengths(self, index: int) -> tuple[float, ...]:
@@ -46,40 +51,78 @@ class Running:
         return found
 
 
-def mask_like(y: Tensor, index: int, call: Running) -> Tensor:
-    """Region of a patch, shaped to multiply an output: ``b l 1`` of tokens, ``b 1 y x`` of pictures, ``b 1`` of embeddings.
+def mask_like(y: Tensor, index: int, call: Running, stream: Stream, *, channels_first: bool = False) -> Tensor:
+    """Region of a patch, shaped to multiply the output of a layer: ``b l 1`` of tokens, ``b 1 y x`` of pictures, ``b 1`` of vectors.
 
-    Layers without pixels (time embeddings) take the part of the picture that the region covers.
+    What is not the picture's (text, embeddings, modulations, tokens of reference pictures) takes the part of the picture that the
+    region covers. Made once for every kind of call and layer.
     """
     mask, model = call.patches[index].mask, call.model
     assert mask is not None
-    chunks = len(model.branches)
-    latents = y.shape[0] // chunks
-    if model.latent is None:
+    shape = (*y.shape[:1], *y.shape[2:]) if channels_first else tuple(y.shape[:-1])
+    text = call.text if stream.sees == "text, picture" else None
+    key = (
+        stream.sees, stream.of.tokens, stream.of.multiple, shape, channels_first, text, model.latent, model.areas, model.branches,
+        model.batch, model.times, model.frames, y.device, y.dtype, inference_mode(),
+    )  # fmt: skip
+    # windows of an animation are too many to keep longer than their call
+    kept = mask.rows if model.frames is None else call.rows.setdefault(index, DeviceCache())
+    found = kept.get(key)
+    return kept.keep(key, _make_rows(mask, y, call, stream, channels_first)) if found is None else found
+
+
+def _make_rows(mask: RegionMask, y: Tensor, call: Running, stream: Stream, channels_first: bool) -> Tensor:
+    model = call.model
+    if model.latent is None or model.seen is None:
         raise InvalidInputError(
             "a region mask needs the latent's size, which this model does not tell; remove the mask"
         )
-    areas = model.areas or (None,)
-    if y.ndim == 2:
-        grid = TokenGrid(*model.latent, 1)
+    batch = model.batch or int(y.shape[0])
+    latents = batch // len(model.branches)
+    in_a_row = y.ndim == 2 and stream.sees != "text" and y.shape[0] > batch and y.shape[0] % batch == 0
+    dims = (int(y.shape[0]) // batch,) if in_a_row else _token_dims(y, channels_first)
+    if stream.sees == "text" or not dims:
+        dims = (1,) * (y.ndim - 2)
+        whole = stream.of.tokens.grid(model.seen, sys.maxsize) or TokenGrid(
+            *model.seen, 1
+        )  # the same share as beside tokens
+        rows = token_rows(mask, replace(model, times=1), whole, y, latents).mean(1, keepdim=True)
     else:
-        shape = (int(y.shape[-2]), int(y.shape[-1])) if y.ndim == 4 else None
-        tokens = int(y.shape[1]) if shape is None else shape[0] * shape[1]
-        found = _TOKENS.grid(model.seen or model.latent, tokens, shape)
-        if found is None:
-            raise InvalidInputError(
-                f"a region mask does not fit a layer with {tokens} tokens, which is no level of a latent of {model.latent}; "
-                "another node changes the token count (token merging?): remove it or the mask"
-            )
-        grid = found
-    grids = [mask.grid(model.latent, area, grid, y, latents) for area in areas]
-    rows = grids[0] if len(grids) == 1 else torch.cat([g.expand(latents, -1, -1) for g in grids])
-    if rows.shape[0] not in (1, y.shape[0]):
-        rows = rows.repeat(y.shape[0] // rows.shape[0], 1, 1)
-    if y.ndim == 2:
-        return rows.mean(1)
-    return rows if y.ndim == 3 else rows.transpose(1, 2).unflatten(2, grid[:2])
+        grid, front, behind = _places(dims, channels_first, call, stream)
+        rows = token_rows(mask, model, grid, y, latents, front=front, behind=behind)
+    if in_a_row:  # all latents' tokens one after the other, in the place of the batch
+        return rows.expand(batch, -1, -1).reshape(-1, 1)
+    if rows.shape[0] not in (
+        1,
+        y.shape[0],
+    ):  # modulations may come twice, for reference pictures too, and a text once for all
+        more, rest = divmod(int(y.shape[0]), rows.shape[0])
+        rows = rows.repeat(more, 1, 1) if not rest else rows.mean(0, keepdim=True)
+    return rows.reshape(-1, *((1, *dims) if channels_first else (*dims, 1)))
 
 
-_TOKENS = Pyramid()
-"""LoRAs with masks run on UNets."""
+def _token_dims(y: Tensor, channels_first: bool) -> tuple[int, ...]:
+    """Sizes of the axes along which an output has tokens; 1 for the heads of what is split into some. None of a vector."""
+    dims = tuple(int(size) for size in (y.shape[2:] if channels_first else y.shape[1:-1]))
+    if channels_first or len(dims) != 2:
+        return dims
+    return (dims[0], 1) if dims[0] >= dims[1] else (1, dims[1])
+
+
+def _places(dims: tuple[int, ...], channels_first: bool, call: Running, stream: Stream) -> tuple[TokenGrid, int, int]:
+    """The grid of the picture's tokens, and how many others there are in front of them and behind them."""
+    model, rule, count = call.model, stream.of, prod(dims)
+    assert model.seen is not None
+    grid = rule.tokens.grid(model.seen, count, (dims[0], dims[1]) if channels_first and len(dims) == 2 else None)
+    own = 0 if grid is None else grid.rows * grid.columns * model.times
+    front = 0
+    if stream.sees == "text, picture":
+        front = count if call.text is None else call.text
+    elif stream.sees == "picture last":
+        front = count - -(-own // rule.multiple) * rule.multiple
+    if grid is None or front < 0 or front + own > count:
+        raise InvalidInputError(
+            f"a region mask does not fit a layer with {count} tokens, which is no level of a latent of {model.latent}; "
+            "another node changes the token count (token merging?): remove it or the mask"
+        )
+    return grid, front, count - front - own

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..models import names_of_layers
+from ..models import names_of_layers, streams_of
 from ..models.layers import LayerNames, LayerPart, Place, common_words, underscored
+from ..models.streams import Stream
 from .layer import Layer
 from .weights import Component
 
@@ -20,7 +21,7 @@ class Target:
     """One layer of a model. ``label`` is its diffusers name (or its own), ``block`` its short name such as ``in4``.
 
     ``words`` are what the selector calls it. ``parts`` are rows of a fused layer that are layers in the other form of the model,
-    with words of their own.
+    with words of their own. ``stream`` is what tokens it sees, None where that is not known.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Target:
     is_embedding: bool = False
     words: frozenset[str] = frozenset()
     parts: tuple[LayerPart, ...] = ()
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +52,12 @@ def targets_of(model: nn.Module, component: Component = "denoiser") -> TargetTab
         return _text_encoder(model, component)
     layers = dict(_layers(model))
     named = names_of_layers(model, {path: Layer(module).shape for path, module in layers.items()})
+    streams = streams_of(model)
     targets = {
-        path: _target(path, module, "denoiser", named.labels.get(path, path), named.blocks[path], named)
+        path: replace(
+            _target(path, module, "denoiser", named.labels.get(path, path), named.blocks[path], named),
+            stream=None if streams is None else streams.of(path),
+        )
         for path, module in layers.items()
     }
     return TargetTable("denoiser", named.family, targets, named.names)

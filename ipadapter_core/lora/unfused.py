@@ -7,12 +7,13 @@ All low-rank LoRAs on one layer run as one (``products.py``), other algorithms f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..device_cache import DeviceCache
+from ..errors import IncompatibleAdapterError
 from .layer import Layer, RowsOf, add_rows, rows_of
 from .patch import LoRAPatch
 from .products import Acting, Part, Products
@@ -22,11 +23,12 @@ from .weights import Component
 
 
 class UnfusedLayer:
-    """Everything that acts on one layer. ``text`` says that the layer reads the prompt, so it has no pixels to mask."""
+    """Everything that acts on one layer. ``prompt`` says that it makes keys or values of the prompt: every region has its own."""
 
-    def __init__(self, path: str, label: str, parts: Sequence[Part]) -> None:
-        self.path, self.label = path, label
-        self.text = label.endswith((".attn2.to_k", ".attn2.to_v"))
+    def __init__(self, path: str, parts: Sequence[Part]) -> None:
+        self.path = path
+        self.stream = parts[0].match.target.stream
+        self.prompt = self.stream is not None and self.stream.sees == "prompt"
         self.joined = tuple(part for part in parts if part.joins)
         self.others = tuple(part for part in parts if not part.joins)
         self.indices = {part.index for part in parts}
@@ -45,14 +47,14 @@ class UnfusedLayer:
 
     def add(self, module: nn.Module, x: Tensor, y: Tensor, running: Running) -> Tensor:
         """The layer's output with every LoRA that acts in this call; the same object if none does."""
-        if self.text and any(running.patches[i].mask is not None for i in self.indices):
+        if self.prompt and any(running.patches[i].mask is not None for i in self.indices):
             running.inputs[self.path] = x
-        joined = self._acting(self.joined, y, running)
-        others = self._acting(self.others, y, running) if self.others else ()
+        layer, base = Layer(module), y
+        joined = self._acting(self.joined, layer, y, running)
+        others = self._acting(self.others, layer, y, running) if self.others else ()
         if not joined and not others:
             return y
         x = x.to(y.dtype) if x.dtype != y.dtype and x.is_floating_point() else x  # an embedding reads ids
-        layer, base = Layer(module), y
         if joined:
             y = self.products.add(layer, x, y, joined)
         for one in others:
@@ -68,19 +70,27 @@ class UnfusedLayer:
         changed = self.add(module, running.inputs[self.path], y, alone)
         return None if changed is y else changed
 
-    def _acting(self, parts: Sequence[Part], y: Tensor, running: Running) -> list[Acting]:
-        return [Acting(p, s, self._mask(p, y, running)) for p in parts if any(s := self._strengths(p, running))]
+    def _acting(self, parts: Sequence[Part], layer: Layer, y: Tensor, running: Running) -> list[Acting]:
+        found = ((part, self._strengths(part, y, running)) for part in parts)
+        return [Acting(part, s, self._mask(part, layer, y, running)) for part, s in found if any(s)]
 
-    def _strengths(self, part: Part, running: Running) -> tuple[float, ...]:
-        if self.text and running.patches[part.index].mask is not None and running.region != part.index:
+    def _strengths(self, part: Part, y: Tensor, running: Running) -> tuple[float, ...]:
+        if self.prompt and running.patches[part.index].mask is not None and running.region != part.index:
             return (0.0,)
-        strengths = running.strengths(part.index)
+        strengths, batch = running.strengths(part.index), running.model.batch
+        if len(strengths) > 1 and batch and self.twice(y, batch):
+            strengths *= y.shape[0] // batch
         return strengths if part.factor == 1 else tuple(s * part.factor for s in strengths)
 
-    def _mask(self, part: Part, y: Tensor, running: Running) -> Tensor | None:
-        if self.text or running.patches[part.index].mask is None:
+    def twice(self, y: Tensor, batch: int) -> bool:
+        """Whether modulations come for the picture, then for its reference pictures."""
+        text = self.stream is not None and self.stream.sees == "text"
+        return text and y.shape[0] > batch and y.shape[0] % batch == 0
+
+    def _mask(self, part: Part, layer: Layer, y: Tensor, running: Running) -> Tensor | None:
+        if self.prompt or self.stream is None or running.patches[part.index].mask is None:
             return None
-        return mask_like(y, part.index, running)
+        return mask_like(y, part.index, running, self.stream, channels_first=layer.channels_first)
 
     def _add_change(self, layer: Layer, x: Tensor, base: Tensor, y: Tensor, one: Acting) -> Tensor:
         """``y`` and what an update that is no product adds to the layer's own output ``base``."""
@@ -112,26 +122,49 @@ class UnfusedStack:
         self.patches = tuple(patches)
         self.component: Component = component
         parts: dict[str, list[Part]] = {}
-        labels: dict[str, str] = {}
         for index, patch in enumerate(patches):
             for match, factor in patch.acting(component):
                 parts.setdefault(match.target.path, []).append(Part(index, match, factor))
-                labels[match.target.path] = match.target.label
-        self.layers = {path: UnfusedLayer(path, labels[path], found) for path, found in parts.items()}
+        self.layers = {path: UnfusedLayer(path, found) for path, found in parts.items()}
+        self._check_streams()
+
+    def _regional(self) -> Iterator[UnfusedLayer]:
+        """Layers on which masked patches act; a text encoder has no regions."""
+        regional = {i for i, patch in enumerate(self.patches) if patch.mask is not None}
+        return (layer for layer in self.layers.values() if self.component == "denoiser" and layer.indices & regional)
+
+    def _check_streams(self) -> None:
+        unknown = [layer.path for layer in self._regional() if layer.stream is None]
+        if unknown:
+            raise IncompatibleAdapterError(
+                f"a LoRA with a mask acts on {unknown[0]}{f' and {len(unknown) - 1} other layers' * (len(unknown) > 1)}, of which this "
+                "pack does not know whether picture or text passes through; remove the mask, or leave these out with the selector"
+            )
 
     @property
     def text_sites(self) -> tuple[str, ...]:
         """Cross-attentions whose keys or values a masked patch changes, by module path."""
-        regional = {i for i, patch in enumerate(self.patches) if patch.mask is not None}
-        found = (
-            path.rpartition(".")[0] for path, layer in self.layers.items() if layer.text and layer.indices & regional
-        )
+        found = (layer.path.rpartition(".")[0] for layer in self._regional() if layer.prompt)
         return tuple(dict.fromkeys(found))
+
+    @property
+    def measured(self) -> str:
+        """The path of the module whose output tells the length of the text, where masked patches need it."""
+        streams = (layer.stream for layer in self._regional())
+        return next((s.of.text for s in streams if s is not None and s.sees == "text, picture"), "")
 
     def regions_at(self, site: str, running: Running) -> list[int]:
         """Masked patches that act on the text keys or values of one cross-attention now."""
-        indices = {i for n in ("to_k", "to_v") if (layer := self.layers.get(f"{site}.{n}")) for i in layer.indices}
+        indices = {i for layer in self._prompt_layers(site) for i in layer.indices}
         return [i for i in sorted(indices) if running.patches[i].mask is not None and any(running.strengths(i))]
+
+    def region_at(self, site: str, index: int, base: Tensor, running: Running) -> Tensor:
+        """Where a masked patch acts in what one cross-attention gives, shaped to multiply it."""
+        stream = next(layer.stream for layer in self._prompt_layers(site) if layer.stream is not None)
+        return mask_like(base, index, running, stream._replace(sees="picture"))
+
+    def _prompt_layers(self, site: str) -> Iterator[UnfusedLayer]:
+        return (layer for name in ("to_k", "to_v") if (layer := self.layers.get(f"{site}.{name}")))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The files' tensors behind everything that acts. Low-rank ones are kept per device at about this size;

@@ -17,6 +17,7 @@ from .naming import Naming
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .sites import BaseModel, ModelLayout
+from .streams import Streams
 from .unet import SD2, SD15, SDXL
 from .wan import WAN
 from .zimage import ZIMAGE
@@ -56,6 +57,12 @@ def family_of(model: nn.Module) -> BaseModel:
 def _walked(model: nn.Module) -> ModelLayout | None:
     walks = dict.fromkeys(base.walk for base in BASE_MODELS if base.walk)
     return next((layout for walk in walks if (layout := walk(model)) is not None), None)
+
+
+def streams_of(model: nn.Module) -> Streams | None:
+    """What the layers of a UNet or transformer see; None for a model of which that is not known."""
+    known = dict.fromkeys(base.streams for base in BASE_MODELS if base.streams)
+    return next((streams for find in known if (streams := find(model)) is not None), None)
 
 
 def listed(families: Iterable[BaseModel], last: str = "and") -> str:

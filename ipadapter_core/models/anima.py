@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from .grids import Patches
 from .naming import Blocks, Naming, Row, Signs, layer
 from .sites import BaseModel, ModelLayout, Site
+from .streams import Streams
 
 
 def walk_anima(model: nn.Module) -> ModelLayout | None:
@@ -26,6 +28,24 @@ def walk_anima(model: nn.Module) -> ModelLayout | None:
         for i, attention in enumerate(attentions)
     )
     return ModelLayout(ANIMA, int(attentions[0].k_proj.in_features), tuple(sites))
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+_STREAMS = Streams(
+    tokens=Patches(),
+    layers=(
+        (r"t_embedd\w+|.*\badaln_modulation\w*|llm_adapter\b", "text"),
+        (r"x_embedder\b|final_layer\b", "picture"),
+        (r"blocks\.\d+\.cross_attn\.(k|v)_", "text"),
+        (r"blocks\.\d+\.(self_attn|cross_attn|mlp)\b", "picture"),
+    ),
+)
+
+
+def streams(model: nn.Module) -> Streams | None:
+    """What the layers of an Anima transformer see; None for another model."""
+    return None if walk_anima(model) is None else _STREAMS
 
 
 # --- names of layers -------------------------------------------------------------------------------------------------
@@ -90,4 +110,4 @@ NAMES = Naming(
     ),
     widths=(2048,),
 )
-ANIMA = BaseModel(name="Anima", walk=walk_anima, reference_width=2048, naming=NAMES)
+ANIMA = BaseModel(name="Anima", walk=walk_anima, reference_width=2048, naming=NAMES, streams=streams)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .flux import ATTENTION, FEED_FORWARD, FLUX, INPUTS, OUTPUTS, SINGLE, sites_of, text_width
+from .flux import ATTENTION, FEED_FORWARD, FLUX, INPUTS, OUTPUTS, SINGLE, sites_of, streams, text_width
 from .naming import Blocks, Naming, Signs, layer
 from .sites import BaseModel, ModelLayout
 
@@ -50,6 +50,7 @@ CHROMA = BaseModel(
     negative="apart",
     reference_width=FLUX.reference_width,
     naming=NAMES,
+    streams=streams,
     steps=35,
     guidance=5.0,
 )

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import IncompatibleAdapterError
+from .grids import Patches
 from .naming import Blocks, Naming, Row, Signs, fused, layer
 from .sites import BaseModel, ModelLayout, Site
+from .streams import Sees, Streams
 
 BLOCKS = {
     "double_blocks": "double",
@@ -84,6 +86,30 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     for name, group in BLOCKS.items():
         for i, block in enumerate(getattr(model, name, ())):
             yield group, f"{name}.{i}", block
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+_LAYERS: tuple[tuple[str, Sees], ...] = (
+    (r"(time|vector|guidance)_in\b|time_\w*embed\b|distilled_guidance_layer\b", "text"),
+    (r".*(_mod|modulation\w*)(\.\w+)?$|.*\bnorm\w*\.linear$", "text"),
+    (r"img_in\b|x_embedder\b|final_layer\b|proj_out\b", "picture"),
+    (r"txt_(in|norm)\b|context_embedder\b", "text"),
+    (r"double_blocks\.\d+\.img_|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_qkv|to_out|norm_[qk])|ff)\b", "picture"),
+    (r"double_blocks\.\d+\.txt_|transformer_blocks\.\d+\.(attn\.(add|to_add|norm_added)_\w+|ff_context)\b", "text"),
+    (r"single_(transformer_)?blocks\b", "text, picture"),
+)
+"""Double blocks have a stream of the picture and one of the text; single ones have both in one, text first. Tokens of reference
+pictures follow the picture's own."""
+
+
+def streams(model: nn.Module) -> Streams | None:
+    """What the layers of a model of double and single blocks see; None for another model. diffusers packs 2 by 2 latents."""
+    if not text_width(model):
+        return None
+    if hasattr(model, "txt_in"):
+        return Streams(Patches(int(getattr(model, "patch_size", 2))), _LAYERS, text="txt_in")
+    return Streams(Patches(), _LAYERS, text="context_embedder")
 
 
 # --- names of layers -------------------------------------------------------------------------------------------------
@@ -163,6 +189,7 @@ FLUX = BaseModel(
     negative="apart",
     reference_width=3072,
     naming=NAMES,
+    streams=streams,
     steps=28,
     guidance=3.5,
 )

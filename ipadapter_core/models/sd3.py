@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from .grids import Patches
 from .naming import Blocks, Naming, Signs, fused, layer
 from .sites import BaseModel, ModelLayout, Site
+from .streams import Streams
 
 # --- sites -----------------------------------------------------------------------------------------------------------
 
@@ -51,6 +53,28 @@ def _width(attention: Any) -> int:
 
 def _heads(attention: Any) -> int:
     return int(attention.num_heads if hasattr(attention, "qkv") else attention.heads)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+_STREAMS = Streams(
+    tokens=Patches(),
+    layers=(
+        (r"[ty]_embedder\b|time_text_embed\b|.*\badaLN_modulation\b|.*\bnorm\w*\.linear$", "text"),
+        (r"x_embedder\b|pos_embed\b|final_layer\b|proj_out\b", "picture"),
+        (r"context_(embedder|processor)\b", "text"),
+        (r"joint_blocks\.\d+\.x_block\b", "picture"),
+        (r"joint_blocks\.\d+\.context_block\b", "text"),
+        (r"transformer_blocks\.\d+\.(attn2|ff|attn\.(to_[qkv]|to_qkv|to_out|norm_[qk]))\b", "picture"),
+        (r"transformer_blocks\.\d+\.(ff_context|attn\.(add|to_add|norm_added)_\w+)\b", "text"),
+    ),
+)
+"""Every block has a stream of the picture and one of the text; SD3.5 Medium's second attentions are the picture's."""
+
+
+def streams(model: nn.Module) -> Streams | None:
+    """What the layers of a SD3 transformer see; None for another model."""
+    return None if walk_sd3(model) is None else _STREAMS
 
 
 # --- names of layers -------------------------------------------------------------------------------------------------
@@ -107,6 +131,7 @@ SD3 = BaseModel(
     walk=walk_sd3,
     reference_width=2432,
     naming=NAMES,
+    streams=streams,
     steps=28,
     guidance=5.0,
 )

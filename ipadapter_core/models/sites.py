@@ -12,6 +12,7 @@ from torch import nn
 from .grids import Patches, TokenRule
 from .layers import LayerNames, Shapes
 from .naming import Naming
+from .streams import Streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,8 @@ class BaseModel:
 
     For LoRAs: ``naming`` is the table of a transformer's layers. Where no table says it all, ``layers`` names the layers of a
     model, given the shapes of their weights, and gives None for a model of another kind, and ``marks`` is found in underscored
-    names of layers that no other family has.
+    names of layers that no other family has. ``streams`` says which tokens the layers of a model see, for LoRAs in regions, and
+    gives None for a model of another kind.
 
     ``steps`` and ``guidance`` are what people sample with who ask for nothing else.
 
@@ -112,6 +114,7 @@ class BaseModel:
     naming: Naming | None = None
     layers: Callable[[nn.Module, Shapes], LayerNames | None] | None = None
     marks: re.Pattern[str] | None = None
+    streams: Callable[[nn.Module], Streams | None] | None = None
     steps: int = 25
     guidance: float = 7.5
     training: Training | None = None

@@ -17,6 +17,7 @@ from torch import nn
 from .grids import Pyramid
 from .layers import LayerNames, Names, Place, Shapes, underscored
 from .sites import BaseModel, ModelLayout, Published, Roles, Site, Training
+from .streams import Streams
 
 # --- parts and their names -------------------------------------------------------------------------------------------
 
@@ -233,6 +234,24 @@ def down_up_middle(layout: ModelLayout) -> tuple[int, ...]:
 # --- names of layers -------------------------------------------------------------------------------------------------
 
 
+_STREAMS = Streams(
+    tokens=Pyramid(),
+    layers=(
+        (r".*\.attn2\.to_[kv]$", "prompt"),
+        (
+            r"time_embed|label_emb|add_embedding|class_embedding|encoder_hid_proj|.*\b(emb_layers|time_emb_proj)\b",
+            "text",
+        ),
+        (r"", "picture"),
+    ),
+)
+
+
+def streams(model: nn.Module) -> Streams | None:
+    """What the layers of a UNet see; None for another model."""
+    return _STREAMS if hasattr(model, "down_blocks") or hasattr(model, "input_blocks") else None
+
+
 def name_layers(model: nn.Module, shapes: Shapes) -> LayerNames | None:
     """Names of a UNet's layers; None for another model."""
     parts = _parts_of(model)
@@ -368,6 +387,7 @@ SD15 = UNet(
     reference_width=1280,
     clock="steps",
     layers=name_layers,
+    streams=streams,
     marks=re.compile(r"^(down_blocks_0_attentions|down_blocks_3_|up_blocks_3_|input_blocks_1_1)"),
     training=_TRAINING,
     published=Published("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd_v1", "stable-diffusion-v1"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...errors import IncompatibleAdapterError
 from ...lora.matching import MatchedLoRA, Partial, TargetMatch, match_lora
 from ...lora.patch import LoRAPatch
-from ...lora.running import Running, mask_like
+from ...lora.running import Running
 from ...lora.targets import TargetTable, targets_of
 from ...lora.unfused import UnfusedLayer, UnfusedStack
 from ...lora.update import wide
@@ -81,8 +81,8 @@ def apply_unfused(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention
     clone.remove_wrappers_with_key("apply_model", LORA_KEY)
     if not stack.layers:
         return clone
+    install_notes(clone)  # around ours: hooks that come later come first, so that image prompts hear what LoRAs made
     clone.add_wrapper_with_key("apply_model", LORA_KEY, UnfusedWrapper(stack))
-    install_notes(clone)
     regional = set(stack.text_sites)
     if regional:
         layout = comfy_layout(model)
@@ -125,7 +125,9 @@ class UnfusedWrapper:
         self.stack = stack
         self._calls: Calls[Running] = Calls()
         self._without = Running(tuple(patch.with_strength(0.0) for patch in stack.patches))
-        self._hooks = Hooks([(path, _LayerHook(self, layer).add) for path, layer in stack.layers.items()])
+        hooks = [(path, _LayerHook(self, layer).add) for path, layer in stack.layers.items()]
+        measuring = [(stack.measured, self._measure)] if stack.measured else []
+        self._hooks = Hooks([*hooks, *measuring])
 
     def __call__(self, executor: Executor, x: Tensor, *args: object, **kwargs: object) -> object:
         return eagerly(self._run, executor, x, *args, **kwargs)
@@ -143,6 +145,12 @@ class UnfusedWrapper:
             finally:
                 self._calls.end(output)
         return output
+
+    def _measure(self, module: nn.Module, args: object, output: Tensor) -> None:
+        eagerly(self._measured, int(output.shape[1]))
+
+    def _measured(self, text: int) -> None:
+        self.call().text = text
 
     def call(self) -> Running:
         """The call that a layer runs in; one without LoRAs where it runs in none of ours."""
@@ -190,7 +198,8 @@ class RegionHook:
                 continue
             own_k, own_v = (old if new is None else new for old, new in zip((k, v), changed, strict=True))
             regional = self._attend(q, own_k, own_v, extra_options)
-            out = torch.addcmul(out, regional - base, mask_like(base, index, unfused.running))
+            region = unfused.stack.region_at(self.path, index, base, unfused.running)
+            out = torch.addcmul(out, regional - base, region)
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:

@@ -287,7 +287,7 @@ def call_of(x: Tensor, args: Sequence[object], kwargs: Mapping[str, object]) -> 
     """The call of ``apply_model(x, *args, **kwargs)``, described now or already."""
     options, size = _options(args, kwargs), (int(x.shape[-2]), int(x.shape[-1]))
     call = options.get(KEY)
-    return call if isinstance(call, ModelCall) and call.size == size else _model_call(options, size)
+    return call if isinstance(call, ModelCall) and call.size == size else _model_call(options, x.shape)
 
 
 def noted(
@@ -320,8 +320,7 @@ def call_at(options: Options) -> ModelCall:
         return call
     shape: Sequence[int] | None = options.get("original_shape")  # a list that every call of a UNet makes anew
     if shape is None or shape is not _LAST.shape:
-        size = None if shape is None else (int(shape[-2]), int(shape[-1]))
-        _LAST.shape, _LAST.call = shape, _model_call(options, size)
+        _LAST.shape, _LAST.call = shape, _model_call(options, shape)
     return _LAST.call
 
 
@@ -336,9 +335,12 @@ class _Last(threading.local):
 _LAST = _Last()
 
 
-def _model_call(options: Options, size: tuple[int, int] | None) -> ModelCall:
-    """Translate the transformer_options of one model call."""
+def _model_call(options: Options, shape: Sequence[int] | None) -> ModelCall:
+    """Translate the transformer_options of one model call on latents ``b c h w``, or ``b c t h w`` of a video."""
     note = options.get(KEY)
+    size = None if shape is None else (int(shape[-2]), int(shape[-1]))
+    batch = None if shape is None else int(shape[0])
+    times = int(shape[2]) if shape is not None and len(shape) == 5 else 1
     order: Sequence[int] = options.get("cond_or_uncond") or (0,)
     latent = size
     areas: tuple[Area | None, ...] | None = None
@@ -354,7 +356,7 @@ def _model_call(options: Options, size: tuple[int, int] | None) -> ModelCall:
     step = note.step if isinstance(note, CallNote) else note if isinstance(note, StepNote) else None
     frames = _frames(options.get("ad_params")) or _window(options.get("context_window"))
     percent, timestep = (_unknown, _unknown) if step is None else (step.percent, step.timestep)
-    return ModelCall(branches, percent, timestep, latent, areas, frames, tuple(order), size)
+    return ModelCall(branches, percent, timestep, latent, areas, frames, tuple(order), size, times=times, batch=batch)
 
 
 def _frames(ad_params: object) -> Frames | None:

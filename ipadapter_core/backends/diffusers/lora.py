@@ -24,7 +24,7 @@ from ...attention.call import ModelCall
 from ...errors import InvalidInputError
 from ...lora.matching import Partial, TargetMatch, match_lora
 from ...lora.patch import LoRAPatch
-from ...lora.running import Running, mask_like
+from ...lora.running import Running
 from ...lora.targets import TargetTable, targets_of
 from ...lora.unfused import UnfusedLayer, UnfusedStack
 from ...lora.update import shape_text, wide
@@ -160,6 +160,10 @@ class _UnfusedPart:
             # first in line: whoever reads the layer's output, an image prompt its q, sees it with the LoRA
             hook = _LayerHook(self, layer)
             self._handles.append(module.get_submodule(path).register_forward_hook(hook.add, prepend=True))
+        if stack.measured:
+            self._handles.append(
+                module.get_submodule(stack.measured).register_forward_hook(self._measure, prepend=True)
+            )
         for site in stack.text_sites:
             regions = _RegionHook(self, site)
             attention = module.get_submodule(site)
@@ -183,6 +187,12 @@ class _UnfusedPart:
     def found(self) -> Running:
         """The call that a layer belongs to which runs outside of one."""
         return self.calls.found(self._without, self._outside)
+
+    def _measure(self, module: nn.Module, args: object, output: Tensor) -> None:
+        eagerly(self._measured, int(output.shape[1]))
+
+    def _measured(self, text: int) -> None:
+        (self.calls.running() or self.found()).text = text
 
     def _outside(self) -> Running:
         """A layer that runs on its own: a constant strength needs no more to be known."""
@@ -221,7 +231,7 @@ class _RegionHook:
                 changed: Tensor = module.forward(*args, **kwargs)
             finally:
                 call.region = None
-            output = torch.addcmul(output, changed - base, mask_like(base, index, call))
+            output = torch.addcmul(output, changed - base, self._part.stack.region_at(self._site, index, base, call))
         return output
 
 

@@ -171,11 +171,11 @@ class Beginning:
         step = Step(0.0 if timestep is None else timestep, self.family.clock, flow)
         numbers = tuple(_NUMBERS[name] for name in names)
         if self._places is None or sample is None:
-            return ModelCall(numbers, step.percent, step.timestep, self.latent)
+            return ModelCall(numbers, step.percent, step.timestep, self.latent, batch=batch)
         packed = self.packed
         picture = None if packed is None or packed[0] * packed[1] >= sample.shape[1] else packed[0] * packed[1]
         text = 0 if self.text is None else int(self.text.shape[1])
-        return ModelCall(numbers, step.percent, step.timestep, self.latent, text=text, picture=picture)
+        return ModelCall(numbers, step.percent, step.timestep, self.latent, text=text, picture=picture, batch=batch)
 
 
 _RASTERS: MutableMapping[Tensor, Size | None] = WeakTensorKeyDictionary()

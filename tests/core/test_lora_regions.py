@@ -1,0 +1,447 @@
+"""LoRAs in regions of transformers, next to models whose layers blend the outputs of unmerged and merged weights token by token."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from benchmarks.attention_cost import Cost, cost_of
+from ipadapter_core import WeightSchedule, Window, bake
+from ipadapter_core.attention.call import COND, UNCOND, ModelCall
+from ipadapter_core.backends.comfy import doors as comfy_prompts
+from ipadapter_core.backends.comfy import lora as comfy
+from ipadapter_core.backends.diffusers import doors as diffusers_prompts
+from ipadapter_core.backends.diffusers import lora as diffusers
+from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
+from ipadapter_core.lora import running, targets_of
+from ipadapter_core.lora.patch import LoRAPatch, masked
+from ipadapter_core.lora.running import Running
+from ipadapter_core.lora.selector import parse_selector
+from ipadapter_core.lora.unfused import UnfusedStack
+from ipadapter_core.models import layout_of
+from ipadapter_core.models.anima import walk_anima
+from ipadapter_core.models.chroma import walk_chroma
+from ipadapter_core.models.flux import walk_flux
+from ipadapter_core.models.sd3 import walk_sd3
+from ipadapter_core.models.sites import Walk
+from tiny_loras import tiny_lora
+from tiny_models import TINY, TOKEN_DIM, FakePatcher, Guider, HostModel, conditioning, noise, tiny_adapter, tiny_prompt
+
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+TEXT = 7
+CHROMA_TABLE = 35
+"""Modulations that one network makes for all of tiny Chroma."""
+PROMPT = noise(2, TEXT, TOKEN_DIM, seed=10)
+Run = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A base model in one host: how it is built and called, and how LoRAs get onto it.
+
+    Latents have a height and width that tokens of 2 by 2 do not divide where the host allows it: 6 rows of 5, the last ones of
+    half the size. No two counts of tokens are equal.
+    """
+
+    host: str
+    walk: Walk
+    build: Callable[[], nn.Module]
+    call: Callable[..., Tensor] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (11, 9) if self.host == "comfy" else (12, 10)
+
+    @property
+    def x(self) -> Tensor:
+        return noise(2, 4, *self.size, seed=3)
+
+    @property
+    def left(self) -> Tensor:
+        mask = torch.zeros(self.size)
+        mask[:, :5] = 1
+        mask[3:5, 4:7] = 0.25
+        return mask
+
+    @property
+    def columns(self) -> Tensor:
+        """The first two columns of tokens."""
+        mask = torch.zeros(self.size)
+        mask[:, :4] = 1
+        return mask
+
+    def placed(self, model: Any, where: str = "", algorithm: str = "LoRA", *, seed: int = 0, **settings: Any) -> LoRAPatch:  # fmt: skip
+        weights = tiny_lora(model, where, algorithm, seed=seed)
+        if self.host == "diffusers":
+            return replace(diffusers.place(model, weights), **settings)
+        return LoRAPatch(comfy.place(weights, FakePatcher(HostModel(model))), **settings)
+
+    @contextmanager
+    def applied(self, model: Any, *patches: LoRAPatch, prompts: Sequence[Any] = ()) -> Generator[Run]:
+        """LoRAs and image prompts on a model, and a call of it: latents, a text for each, in ComfyUI an area, and how it samples."""
+        if self.host == "diffusers":
+            assert self.call is not None
+            call, x = self.call, self.x
+
+            def run(x: Tensor = x, text: Tensor = PROMPT) -> Tensor:
+                with torch.no_grad():
+                    return call(model, x, torch.tensor(500.0), text)
+
+            with ExitStack() as stack:
+                if prompts:
+                    stack.enter_context(diffusers_prompts.apply(model, *prompts))
+                if patches:
+                    stack.enter_context(diffusers.apply(model, *patches))
+                yield run
+            return
+        host: Any = FakePatcher(HostModel(model))
+        for patch in patches:
+            host = comfy.apply_unfused(host, patch)
+        for prompt in prompts:
+            host = comfy_prompts.apply(host, prompt)
+
+        def sample(x: Tensor = self.x, text: Tensor = PROMPT, area: Any = None) -> Tensor:
+            entries = [conditioning(text[:1], area)]
+            return Guider(host, {"positive": entries}, ("positive",))(x, 0.5)["positive"]
+
+        yield sample
+
+    def run(self, model: Any, *patches: LoRAPatch, prompts: Sequence[Any] = (), **given: Any) -> Tensor:
+        with self.applied(model, *patches, prompts=prompts) as call:
+            return call(**given)
+
+
+def forms() -> dict[str, Form]:
+    found: dict[str, Form] = {}
+    for walk in (walk_flux, walk_chroma, walk_sd3, walk_anima):
+        tiny, name = TINY[walk], walk.__name__.removeprefix("walk_")
+        found[f"{name}, comfy"] = Form("comfy", walk, tiny.comfy)
+        if tiny.call is not None:
+            found[f"{name}, diffusers"] = Form("diffusers", walk, tiny.diffusers, tiny.call)
+    return found
+
+
+FORMS = forms()
+
+
+@pytest.fixture(params=FORMS, scope="module")
+def form(request: pytest.FixtureRequest) -> Form:
+    torch.set_num_threads(1)
+    return FORMS[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(form: Form) -> nn.Module:
+    return form.build()
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def of_tokens(mask: Tensor) -> Tensor:
+    """The mean of a mask over the latents of every token, ``y x``; those at odd ends are of fewer."""
+    rows = [torch.stack([part.mean() for part in strip.split(2, 1)]) for strip in mask.split(2, 0)]
+    return torch.stack(rows)
+
+
+def blended(y: Tensor, mask: Tensor, text: int, others: int = 0) -> Tensor:
+    """How much of an output belongs to a region, told by its size alone."""
+    grid = of_tokens(mask)
+    picture, share = grid.flatten(), grid.mean()
+    behind, front = share.expand(others), share.expand(text)
+    rows = (picture, front, torch.cat([picture, behind]), torch.cat([front, picture, behind]))
+    lengths = {len(row): row for row in rows}
+    if y.ndim == 4:
+        return grid[None, None]  # pixels of a convolution
+    if y.ndim == 5:
+        return grid[None, None, ..., None]
+    if y.ndim == 3 and y.shape[1] in lengths:
+        return lengths[int(y.shape[1])][None, :, None]
+    assert y.ndim == 2 or y.shape[1] in (1, CHROMA_TABLE)
+    return share
+
+
+@contextmanager
+def by_hand(model: nn.Module, patches: Sequence[LoRAPatch], *, text: int = TEXT, others: int = 0) -> Generator[None]:
+    """Every layer gives its own output and what each LoRA's merged weight changes of it, blended by region."""
+    merged: dict[str, list[tuple[nn.Module, Tensor]]] = {}
+    for patch in patches:
+        assert patch.mask is not None
+        for match, factor in patch.acting("denoiser"):
+            module = copy.deepcopy(model.get_submodule(match.target.path))
+            parameter: Tensor = getattr(module, match.parameter)
+            total = parameter.detach().clone()
+            match.change(parameter.detach(), total, patch.strength * factor)
+            parameter.data = total
+            merged.setdefault(match.target.path, []).append((module, patch.mask.values[0]))
+
+    def hook(path: str) -> Callable[..., Tensor]:
+        def blend(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            return y + sum((module(*args) - y) * blended(y, mask, text, others) for module, mask in merged[path])
+
+        return blend
+
+    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in merged]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def halves(form: Form, model: nn.Module, *algorithms: str) -> list[LoRAPatch]:
+    """LoRAs on every layer, in the two halves of the picture."""
+    return [
+        masked(form.placed(model, "", algorithm, seed=i, strength=(0.7, -0.5)[i]), (form.left, 1 - form.left)[i])
+        for i, algorithm in enumerate(algorithms)
+    ]
+
+
+def only(patch: LoRAPatch, *paths: str) -> LoRAPatch:
+    """A LoRA on some layers alone."""
+    matches = tuple(m for m in patch.matched.matches if m.target.path in paths)
+    return replace(patch, matched=replace(patch.matched, matches=matches))
+
+
+@pytest.mark.parametrize("algorithms", [("LoRA", "LoRA"), ("DoRA out", "LoKr")], ids=" and ".join)
+def test_two_halves_are_the_blend_by_hand(form: Form, model: nn.Module, algorithms: tuple[str, ...]) -> None:
+    patches = halves(form, model, *algorithms)
+    ours, plain = form.run(model, *patches), form.run(model)
+    with by_hand(model, patches):
+        assert_close(ours, form.run(model), **CLOSE)
+    assert (ours - plain).abs().max() > 0.05
+
+
+def test_ones_are_no_mask_zeros_no_lora_and_two_halves_the_whole(form: Form, model: nn.Module) -> None:
+    patch, left = form.placed(model, strength=0.8), form.left
+    plain, whole = form.run(model), form.run(model, patch)
+    assert_close(form.run(model, masked(patch, torch.ones(4, 4))), whole, **CLOSE)
+    assert torch.equal(form.run(model, masked(patch, torch.zeros(4, 4))), plain)
+    assert_close(form.run(model, masked(patch, left), masked(patch, 1 - left)), whole, **CLOSE)
+
+
+def test_outside_of_a_region_the_last_layer_gives_what_it_gave(form: Form, model: nn.Module) -> None:
+    """Bit for bit; inside it gives what it gives without a mask."""
+    patch = only(form.placed(model), "final_layer", "proj_out")
+    plain, whole, ours = form.run(model), form.run(model, patch), form.run(model, masked(patch, form.columns))
+    assert torch.equal(ours[..., 4:], plain[..., 4:])
+    assert_close(ours[..., :4], whole[..., :4], rtol=0, atol=1e-6)
+    assert (ours - plain).abs().max() > 0.01
+
+
+def test_every_layer_s_stream_is_known(model: nn.Module) -> None:
+    unknown = [target.path for target in targets_of(model).targets.values() if target.stream is None]
+    assert unknown == []
+
+
+def test_latents_with_a_mask_each(form: Form, model: nn.Module) -> None:
+    patch, masks = form.placed(model, strength=0.8), (form.left, 1 - form.left)
+    with form.applied(model, masked(patch, torch.stack(masks))) as call:
+        both = call()
+    for i, mask in enumerate(masks):
+        text = PROMPT[:1] if form.host == "comfy" else PROMPT[i : i + 1]
+        alone = form.run(model, masked(patch, mask), x=form.x[i : i + 1], text=text)
+        assert_close(both[i : i + 1], alone, **CLOSE)
+
+
+def test_regions_cost_no_pass_no_wait_and_no_product(form: Form, model: nn.Module) -> None:
+    """Of every LoRA its columns are multiplied by its strength and its region, and all are joined again."""
+    found, left = [form.placed(model, seed=i) for i in range(4)], form.left
+    passes, ran = list[int](), list[int]()
+    handles = [model.register_forward_pre_hook(lambda *_: passes.append(1))]
+    for match in found[0].matched.matches:
+        handles.append(model.get_submodule(match.target.path).register_forward_hook(lambda *_: ran.append(1)))
+
+    def cost(*patches: LoRAPatch) -> Cost:
+        with form.applied(model, *patches) as call:
+            call()
+            return cost_of(call)
+
+    try:
+        whole, one = cost(found[0]), cost(masked(found[0], left))
+        four = cost(*(masked(p, (left, 1 - left)[i % 2]) for i, p in enumerate(found)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(passes) == 6
+    layers = len(ran) // len(passes)
+    assert whole.synchronisations == one.synchronisations == four.synchronisations
+    assert whole.products == one.products == four.products
+    assert one.operations - whole.operations <= 4 * layers
+    assert four.operations - one.operations <= 3 * 3 * layers
+
+
+def test_regions_are_made_once(form: Form, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = running.token_rows
+
+    def counting(*args: Any, **more: Any) -> Tensor:
+        made.append(1)
+        return make(*args, **more)
+
+    monkeypatch.setattr(running, "token_rows", counting)
+    patch = masked(form.placed(model), form.left)
+    form.run(model, patch)
+    kinds = len(made)
+    assert 0 < kinds <= 8
+    form.run(model, replace(patch, strength=0.3))
+    assert len(made) == kinds
+
+
+def test_a_layer_with_fewer_tokens_says_so(form: Form, model: nn.Module) -> None:
+    last = next(path for path in ("final_layer", "proj_out") if path in targets_of(model).targets)
+    handle = model.get_submodule(last).register_forward_pre_hook(lambda _, args: (args[0].flatten(1, -2)[:, :4],))
+    try:
+        with pytest.raises(InvalidInputError, match=r"does not fit a layer with 4 tokens.*token merging"):
+            form.run(model, masked(only(form.placed(model), last), form.left))
+    finally:
+        handle.remove()
+
+
+def test_regions_beside_an_image_prompt(form: Form, model: nn.Module) -> None:
+    """A LoRA in no region is the prompt alone; in two halves it is the unmasked one, prompt included."""
+    layout, family = layout_of(model), TINY[form.walk].format
+    assert family is not None
+    sizes: dict[str, Any] = {"channels": tuple(layout.sites[i].channels for i in family.reach.sites(layout))}
+    adapter = tiny_adapter(layout, **sizes)
+    adapter = replace(adapter, spec=replace(adapter.spec, format=family))
+    prompt = bake(adapter, tiny_prompt(adapter), layout, WeightSchedule(0.7), form.columns)
+    patch, left = form.placed(model), form.left
+    alone, whole = form.run(model, prompts=[prompt]), form.run(model, patch, prompts=[prompt])
+    assert torch.equal(form.run(model, masked(patch, torch.zeros(4, 4)), prompts=[prompt]), alone)
+    two = form.run(model, masked(patch, left), masked(patch, 1 - left), prompts=[prompt])
+    assert_close(two, whole, **CLOSE)
+    merged = copy.deepcopy(model)
+    for match, factor in patch.acting("denoiser"):
+        weight: Tensor = merged.get_submodule(match.target.path).get_parameter(match.parameter)
+        pristine = weight.clone()
+        match.change(pristine, weight, factor)
+    assert_close(form.run(merged, prompts=[prompt]), whole, **CLOSE)
+    assert (whole - alone).abs().max() > 0.05
+    assert (alone - form.run(model)).abs().max() > 1e-3
+
+
+# --- in ComfyUI ------------------------------------------------------------------------------------------------------
+
+COMFY = {name: form for name, form in FORMS.items() if form.host == "comfy"}
+
+
+@pytest.fixture(params=COMFY, scope="module")
+def in_comfy(request: pytest.FixtureRequest) -> tuple[Form, nn.Module]:
+    torch.set_num_threads(1)
+    return COMFY[request.param], COMFY[request.param].build()
+
+
+@pytest.mark.parametrize("chunks", [8, 1], ids=["one batch", "passes apart"])
+def test_the_negative_prompt_s_strength(in_comfy: tuple[Form, nn.Module], chunks: int) -> None:
+    form, model = in_comfy
+    texts = {"positive": PROMPT[:1], "negative": PROMPT[1:]}
+
+    def run(*patches: LoRAPatch) -> Mapping[str, Tensor]:
+        host: Any = FakePatcher(HostModel(model))
+        for patch in patches:
+            host = comfy.apply_unfused(host, patch)
+        conds: Any = {name: [conditioning(text)] for name, text in texts.items()}
+        return Guider(host, conds, chunks=chunks)(form.x, 0.5)
+
+    left = masked(form.placed(model, strength=0.8), form.left)
+    right = masked(form.placed(model, seed=1, strength=0.8), 1 - form.left)
+    both = run(replace(left, uncond_strength=0.0), replace(right, uncond_strength=-0.3))
+    assert_close(both["positive"], run(left, right)["positive"], **CLOSE)
+    assert_close(both["negative"], run(right.with_strength(-0.3))["negative"], **CLOSE)
+
+
+def test_a_window_over_the_steps(in_comfy: tuple[Form, nn.Module]) -> None:
+    form, model = in_comfy
+    patch = masked(form.placed(model), form.left)
+    assert_close(form.run(model, replace(patch, window=Window(0.6, 1.0))), form.run(model), rtol=0, atol=0)
+    curve = Window(0.0, 1.0, ((0.0, 0.0), (1.0, 1.0)))
+    assert_close(form.run(model, replace(patch, window=curve)), form.run(model, patch.with_strength(0.5)), rtol=0, atol=1e-3)  # fmt: skip
+
+
+def test_an_area_takes_its_part_of_the_mask(in_comfy: tuple[Form, nn.Module]) -> None:
+    form, model = in_comfy
+    patch = form.placed(model)
+    inside = form.run(model, masked(patch, form.left), area=(6, 4, 4, 4))[..., 4:10, 4:8]
+    alone = form.run(model, masked(patch, form.left[4:10, 4:8]), x=form.x[..., 4:10, 4:8])
+    assert_close(inside, alone, **CLOSE)
+
+
+def test_windows_of_an_animation_see_their_own_masks(in_comfy: tuple[Form, nn.Module]) -> None:
+    form, model = in_comfy
+    patch = form.placed(model)
+    masks = torch.stack([form.left * i / 4 for i in range(5)])
+    host: Any = comfy.apply_unfused(FakePatcher(HostModel(model)), masked(patch, masks))
+    host.model_options["transformer_options"]["ad_params"] = {"sub_idxs": [3, 1], "full_length": 5}
+    ours = Guider(host, {"positive": [conditioning(PROMPT[:1])]}, ("positive",))(form.x, 0.5)["positive"]
+    assert_close(ours, form.run(model, masked(patch, masks[[3, 1]])), **CLOSE)
+
+
+def test_reference_pictures_take_the_share() -> None:
+    form = FORMS["flux, comfy"]
+    model: Any = form.build()
+    model.reference = noise(1, 4, 8, 6, seed=5)
+    patches = halves(form, model, "LoRA", "LoRA")
+    ours = form.run(model, *patches)
+    with by_hand(model, patches, others=12):
+        assert_close(ours, form.run(model), **CLOSE)
+
+
+def test_texts_are_measured_in_every_call() -> None:
+    form = FORMS["flux, comfy"]
+    model = form.build()
+    patches = halves(form, model, "LoRA", "LoRA")
+    for length in (TEXT, 4, 12):
+        text = noise(1, length, TOKEN_DIM, seed=length)
+        ours = form.run(model, *patches, text=text)
+        with by_hand(model, patches, text=length):
+            assert_close(ours, form.run(model, text=text), **CLOSE)
+
+
+def test_a_video_s_moments_have_the_same_mask() -> None:
+    form = FORMS["anima, comfy"]
+    model = form.build()
+    video = noise(1, 4, 3, *form.size, seed=8)
+    patch = form.placed(model, strength=0.8)
+    whole = form.run(model, patch, x=video)
+    assert_close(form.run(model, masked(patch, form.left), masked(patch, 1 - form.left), x=video), whole, **CLOSE)
+    last = only(patch, "blocks.2.mlp.2")
+    plain, ours = form.run(model, x=video), form.run(model, masked(last, form.columns), x=video)
+    assert torch.equal(ours[..., 4:], plain[..., 4:])
+    assert ((ours - plain)[..., :4].abs().amax((0, 1, 3, 4)) > 0.01).all()
+
+
+def test_modulations_that_come_twice_have_every_chunk_s_strength_twice() -> None:
+    """Hosts run modulations for the picture and, at timestep 0, for reference pictures in one batch."""
+    form, layer = FORMS["flux, comfy"], "double_blocks.0.img_mod"
+    model = form.build()
+    module = model.get_submodule(layer)
+    patch = masked(only(form.placed(model), layer), torch.stack([form.left, 1 - form.left]))
+    patch = replace(patch, uncond_strength=-0.5)
+    (unfused,) = UnfusedStack([patch]).layers.values()
+    call = ModelCall((UNCOND, COND), latent=form.size, batch=4)
+    vec = noise(8, 32, seed=2)
+    ours = unfused.add(module, vec, module(vec), Running((patch,), model=call))
+    for half in (slice(0, 4), slice(4, 8)):
+        assert_close(ours[half], unfused.add(module, vec[half], module(vec[half]), Running((patch,), model=call)))
+
+
+def test_a_layer_of_which_nothing_is_known_is_named() -> None:
+    form = FORMS["flux, comfy"]
+    model = form.build()
+    model.add_module("new_layer", nn.Linear(4, 4))
+    patch = form.placed(model)
+    form.run(model, patch)
+    with pytest.raises(IncompatibleAdapterError, match=r"new_layer, of which this pack does not know .* selector"):
+        form.run(model, masked(patch, form.left))
+    form.run(model, masked(replace(patch, selector=parse_selector("*new_layer: 0")), form.left))
