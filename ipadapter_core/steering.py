@@ -27,7 +27,7 @@ from .hub import HubPlace, file_on_disk, folder_on_disk, place_of
 from .images.encoder import TowerEncoder, TransformersImageEncoder, load_image_encoder, vision_config
 from .images.faces import FaceAnalyzer, open_face_model
 from .images.pictures import Picture
-from .legacy.known_files import choose_encoder
+from .known_files import choose_encoder
 from .models import layout_of
 from .prompt.encode import encode_image_prompt
 from .prompt.faces import encode_face_prompt

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...ipadapter_core import ENCODERS, AdapterSpec, InvalidInputError
 from ...ipadapter_core.backends.comfy.doors import comfy_layout
+from ...ipadapter_core.downloads import DOWNLOADS
 from ...ipadapter_core.images.faces import PROVIDERS
-from ...ipadapter_core.legacy.known_files import KnownFile, base_of, choose_encoder, choose_file, known_file
+from ...ipadapter_core.known_files import KnownFile, base_of, choose_encoder, choose_file, known_file
 from .. import host
 from .pipeline import LegacyAdapter, pack, understand
 from .sockets import ADAPTER, MODEL, Inputs, LegacyNode, choice, number
@@ -139,7 +140,7 @@ def find_lora(entry: KnownFile, adapter: host.adapters.ManagedAdapter) -> dict[s
         return weights.loadable_lora()
     raise InvalidInputError(
         f"{weights.name} carries no LoRA, and {host.files.folder_of('loras')} holds none for it: put "
-        f"{entry.release.split(' from ')[0].replace('.bin', '_lora.safetensors')} there, or set lora_strength to 0"
+        f"{DOWNLOADS[entry.release.replace('.bin', '_lora.safetensors')].where} there, or set lora_strength to 0"
     )
 
 
@@ -155,8 +156,8 @@ def find_adapter(model: Any, preset: str) -> str:
     if file is None:
         seen = f"found there: {', '.join(files[:8])}" if files else "that folder holds no adapter"
         raise InvalidInputError(
-            f"no file for the preset {preset!r} in {host.files.folder_of('ipadapter')}; {seen}. Put {entry.release} there (any name "
-            "will do if it is the only one of its kind), or choose a file with IPAdapter Model Loader"
+            f"no file for the preset {preset!r} in {host.files.folder_of('ipadapter')}; {seen}. Put {entry.download.where} there (any "
+            "name will do if it is the only one of its kind), or choose a file with IPAdapter Model Loader"
         )
     return file
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
-from ...ipadapter_core.legacy.known_files import OLD_MARKS, old_mark
+from ...ipadapter_core.known_files import OLD_MARKS, old_mark
 from .. import host
 
 

@@ -142,10 +142,10 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "quiet", "features", "console", "device_cache", "narrowing"),
+    ("errors", "quiet", "features", "downloads", "console", "device_cache", "narrowing"),
     ("files", "compatibility", "models"),
     ("entries", "images", "checkpoints", "model_folders", "hub"),
-    ("attention",),
+    ("attention", "known_files"),
     ("lora", "prompt", "legacy"),
     ("bake", "backends.calls"),
     ("backends.comfy", "backends.diffusers"),

@@ -18,8 +18,8 @@ from ipadapter_core.checkpoints import AdapterSpec, format_named
 from ipadapter_core.errors import CorruptFileError, InvalidInputError, UnsafeFileError
 from ipadapter_core.images.noise import noise_picture
 from ipadapter_core.images.tiles import Interpolation, masked_tiles, placed_tiles, prepare_square, region_tiles, sharpen
+from ipadapter_core.known_files import KNOWN_FILES, choose_encoder, choose_file, known_file
 from ipadapter_core.legacy.frame_weights import Timing, WeightsStrategy
-from ipadapter_core.legacy.known_files import KNOWN_FILES, choose_encoder, choose_file, known_file
 from ipadapter_core.legacy.settings import (
     FIRST_WEIGHT_TYPES,
     SIMPLE_WEIGHT_TYPES,
@@ -202,10 +202,9 @@ def spec(family: str = "plus", base: str = "sd15", encoder: str = "ViT-H/14") ->
 
 def test_a_preset_finds_released_names() -> None:
     for entry in KNOWN_FILES:
-        name = entry.release.split(" from ")[0]
-        files = [other.release.split(" from ")[0] for other in KNOWN_FILES]
-        kinds = {o.release.split(" from ")[0]: spec(o.family, o.base, o.encoder) for o in KNOWN_FILES}
-        assert choose_file(entry, files, kinds.get) == name
+        files = [other.release for other in KNOWN_FILES]
+        kinds = {o.release: spec(o.family, o.base, o.encoder) for o in KNOWN_FILES}
+        assert choose_file(entry, files, kinds.get) == entry.release
 
 
 def test_content_decides_before_the_name() -> None:

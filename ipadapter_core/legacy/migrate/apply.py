@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...errors import InvalidInputError
 from ...features import ENCODERS
-from ..known_files import known_file
+from ...known_files import known_file
 from ..settings import SIMPLE_WEIGHT_TYPES
 from .graph import Json, Migration, NodeId, Settings, Target, fed_besides, label, settings_of
 from .names import (

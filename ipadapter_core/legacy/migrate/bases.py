@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from ...errors import quoted
-from ..known_files import KNOWN_FILES, preset_of
+from ...known_files import KNOWN_FILES, preset_of
 from .graph import FAR, REROUTE, Migration, Node, NodeId, table
 
 # The first that is found in a name (folders too) decides. Names of models, not of LoRAs or ControlNets.

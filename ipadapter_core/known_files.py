@@ -11,15 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from ..checkpoints import AdapterSpec
-from ..errors import InvalidInputError, quoted
-from ..features import ENCODERS
-from ..models.unet import SD15, SDXL
+from .checkpoints import AdapterSpec
+from .downloads import DOWNLOADS, Download
+from .errors import InvalidInputError, quoted
+from .features import ENCODERS
+from .models.unet import SD15, SDXL
 
 
 @dataclass(frozen=True, slots=True)
 class KnownFile:
-    """One released adapter: its preset, ``sd15`` or ``sdxl``, name patterns (best first) and what it must hold."""
+    """One released adapter: its preset, ``sd15`` or ``sdxl``, name patterns (best first) and what it must hold.
+
+    ``release`` is a name in DOWNLOADS, ``lora`` the pattern of the file with its LoRA, nothing where none is published beside it.
+    """
 
     preset: str
     base: str
@@ -28,6 +32,10 @@ class KnownFile:
     family: str
     encoder: str = "ViT-H/14"
     lora: str = ""
+
+    @property
+    def download(self) -> Download:
+        return DOWNLOADS[self.release]
 
     def fits(self, spec: AdapterSpec, *, named: bool = False) -> bool:
         """Whether a file's content can be this adapter; one with its name may be trained with an encoder of its own."""
@@ -53,36 +61,33 @@ def old_mark(spec: AdapterSpec) -> str | None:
     return next((mark for mark, (*known, _) in OLD_MARKS.items() if tuple(known) == told), None)
 
 
-H94 = "https://huggingface.co/h94/IP-Adapter"
-FACEID = "https://huggingface.co/h94/IP-Adapter-FaceID"
-
 KNOWN_FILES: tuple[KnownFile, ...] = (
-    KnownFile("LIGHT", "sd15", (r"sd15.light.v11", r"sd15.light"), f"ip-adapter_sd15_light_v11.bin from {H94}", "base"),
-    KnownFile("STANDARD", "sd15", (r"ip.adapter.sd15",), f"ip-adapter_sd15.safetensors from {H94}", "base"),
-    KnownFile("STANDARD", "sdxl", (r"ip.adapter.sdxl.vit.h",), f"ip-adapter_sdxl_vit-h.safetensors from {H94}", "base"),
+    KnownFile("LIGHT", "sd15", (r"sd15.light.v11", r"sd15.light"), "ip-adapter_sd15_light_v11.bin", "base"),
+    KnownFile("STANDARD", "sd15", (r"ip.adapter.sd15",), "ip-adapter_sd15.safetensors", "base"),
+    KnownFile("STANDARD", "sdxl", (r"ip.adapter.sdxl.vit.h",), "ip-adapter_sdxl_vit-h.safetensors", "base"),
     KnownFile(
-        "VIT-G", "sd15", (r"sd15.vit.g",), f"ip-adapter_sd15_vit-G.safetensors from {H94}", "base", "ViT-bigG/14"
+        "VIT-G", "sd15", (r"sd15.vit.g",), "ip-adapter_sd15_vit-G.safetensors", "base", "ViT-bigG/14"
     ),
-    KnownFile("VIT-G", "sdxl", (r"ip.adapter.sdxl",), f"ip-adapter_sdxl.safetensors from {H94}", "base", "ViT-bigG/14"),
-    KnownFile("PLUS", "sd15", (r"ip.adapter.plus.sd15",), f"ip-adapter-plus_sd15.safetensors from {H94}", "plus"),
-    KnownFile("PLUS", "sdxl", (r"plus.sdxl.vit.h",), f"ip-adapter-plus_sdxl_vit-h.safetensors from {H94}", "plus"),
-    KnownFile("PLUS FACE", "sd15", (r"plus.face.sd15",), f"ip-adapter-plus-face_sd15.safetensors from {H94}", "plus"),
+    KnownFile("VIT-G", "sdxl", (r"ip.adapter.sdxl",), "ip-adapter_sdxl.safetensors", "base", "ViT-bigG/14"),
+    KnownFile("PLUS", "sd15", (r"ip.adapter.plus.sd15",), "ip-adapter-plus_sd15.safetensors", "plus"),
+    KnownFile("PLUS", "sdxl", (r"plus.sdxl.vit.h",), "ip-adapter-plus_sdxl_vit-h.safetensors", "plus"),
+    KnownFile("PLUS FACE", "sd15", (r"plus.face.sd15",), "ip-adapter-plus-face_sd15.safetensors", "plus"),
     KnownFile(
-        "PLUS FACE", "sdxl", (r"plus.face.sdxl.vit.h",), f"ip-adapter-plus-face_sdxl_vit-h.safetensors from {H94}", "plus"
+        "PLUS FACE", "sdxl", (r"plus.face.sdxl.vit.h",), "ip-adapter-plus-face_sdxl_vit-h.safetensors", "plus"
     ),
     KnownFile(
-        "FULL FACE", "sd15", (r"full.face.sd15",), f"ip-adapter-full-face_sd15.safetensors from {H94}", "full-face"
+        "FULL FACE", "sd15", (r"full.face.sd15",), "ip-adapter-full-face_sd15.safetensors", "full-face"
     ),
     KnownFile(
         "COMPOSITION", "sd15", (r"plus.composition.sd15",),
-        "ip_plus_composition_sd15.safetensors from https://huggingface.co/ostris/ip-composition-adapter", "plus",
+        "ip_plus_composition_sd15.safetensors", "plus",
     ),
     KnownFile(
         "COMPOSITION", "sdxl", (r"plus.composition.sdxl",),
-        "ip_plus_composition_sdxl.safetensors from https://huggingface.co/ostris/ip-composition-adapter", "plus",
+        "ip_plus_composition_sdxl.safetensors", "plus",
     ),
     *(
-        KnownFile(preset, base, patterns, f"{release} from {FACEID}", family, encoder, lora)
+        KnownFile(preset, base, patterns, release, family, encoder, lora)
         for preset, base, patterns, release, family, encoder, lora in (
             ("FACEID", "sd15", ("faceid.sd15",), "ip-adapter-faceid_sd15.bin", "faceid", "InsightFace", "faceid.sd15.lora"),
             ("FACEID", "sdxl", ("faceid.sdxl",), "ip-adapter-faceid_sdxl.bin", "faceid", "InsightFace", "faceid.sdxl.lora"),
@@ -96,7 +101,7 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
     ),
     KnownFile(
         "KOLORS", "sdxl", (r"ip_adapter_plus_general|kolors.ip.adapter.plus",),
-        "ip_adapter_plus_general.bin from https://huggingface.co/Kwai-Kolors/Kolors-IP-Adapter-Plus", "plus", "ViT-L/14-336",
+        "ip_adapter_plus_general.bin", "plus", "ViT-L/14-336",
     ),
 )  # fmt: skip
 
