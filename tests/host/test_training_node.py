@@ -154,25 +154,25 @@ def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> Non
         server.run(training(server, model, "none", "ImagePromptTrainLoRA", images=None)[0])
 
 
-@pytest.mark.parametrize("file", ["train_ip_adapter", "train_lora"])
+@pytest.mark.parametrize("file", ["50 Train an IP-Adapter", "51 Train a LoRA"])
 def test_the_workflow_trains(server: ComfyServer, model: str, file: str) -> None:
     workflow = json.loads((REPOSITORY / f"workflows/{file}.json").read_text("utf-8"))
     graph = to_prompt(workflow, server.object_info())
-    more = "\nadapter.depth=1" if file == "train_ip_adapter" else ""
+    more = "\nadapter.depth=1" if file == "50 Train an IP-Adapter" else ""
     for node in graph.values():
         if node["class_type"] in KINDS:
             node["inputs"] |= {
                 "name": "from a workflow", "base_model": model, "steps": 2, "resolution": 64, "precision": "fp32",
                 "settings": SETTINGS + more, "batch": 1,
             }  # fmt: skip
-            if file == "train_ip_adapter":
+            if file == "50 Train an IP-Adapter":
                 node["inputs"]["image_encoder"] = KINDS["ImagePromptTrain"]["image_encoder"]
         elif node["class_type"] == "LoadImage":
             node["inputs"]["image"] = server.upload_image(np.asarray(picture(3, (64, 64))), "learn.png")
     result = server.run(graph)
     previews = [i for i, node in graph.items() if node["class_type"] == "PreviewImage"]
     assert [result.images(i)[0].ndim for i in previews] == [3, 3]
-    if file == "train_ip_adapter":
+    if file == "50 Train an IP-Adapter":
         assert load_adapter(server.base / "output/ipadapter/from a workflow.safetensors").spec.family == "plus"
     else:
         weights = load_lora(server.base / "output/loras/from a workflow.safetensors")

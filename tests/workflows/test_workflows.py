@@ -27,6 +27,7 @@ from host.shrunk_transformers import (
 )
 from host.tiny_adapters import build_adapter, build_prompt
 from host.tiny_lora_files import build_lora
+from workflows import tidy
 from workflows.graph import ALWAYS, FRONTEND_ONLY, Workflow, WorkflowError, to_prompt
 
 # SDXL last: the server keeps a checkpoint only as long as the next prompt uses it
@@ -51,21 +52,55 @@ TELLING = frozenset({
     "ImagePromptInspect", "ImagePromptSave", "ImagePromptLoRAInspect", "ImagePromptLoRASave", "ImagePromptLoRAExtract"
 })  # fmt: skip
 NEEDED = {
-    "sd15_text_to_image", "sdxl_text_to_image", "plus_adapter", "several_references", "regional_masks_two_adapters",
-    "style_only", "composition_only", "image_to_image", "inpainting", "scheduled_strength", "batch", "inspect_adapter",
-    "lora_strength", "lora_stack", "inspect_lora", "convert_lora", "extract_lora", "lora_regions_and_image_prompt",
-    "train_ip_adapter", "train_lora", "face_prompt", "image_in_one_node", "save_image_prompt", "load_image_prompt",
-    "tiled_reference", "tiles_in_place", "noise_as_negative", "flux_xlabs", "flux_instantx", "flux_two_regions",
-    "flux_image_to_image", "sd35_instantx", "anima_character",
-}  # fmt: skip
+    "10 Image prompt, SD1.5",
+    "11 Image prompt, SDXL",
+    "12 Closer to the reference",
+    "13 Style only",
+    "14 Composition only",
+    "15 Faces (FaceID)",
+    "16 Several references",
+    "17 Two regions, two references",
+    "18 Strength over the steps",
+    "19 Image to image",
+    "20 Inpainting",
+    "21 A reference for each picture",
+    "22 Cleaner with noise as negative",
+    "23 Wide reference, one look",
+    "24 Wide reference, in its place",
+    "25 All in one node",
+    "26 Save an image prompt",
+    "27 Use a saved image prompt",
+    "28 What an adapter is",
+    "30 FLUX.1, XLabs",
+    "31 FLUX.1, InstantX",
+    "32 FLUX.1, two regions",
+    "33 FLUX.1, image to image",
+    "34 SD3.5 Large, InstantX",
+    "35 Anima, a character",
+    "40 LoRA by block and step",
+    "41 Several LoRAs",
+    "42 LoRAs by region",
+    "43 What a LoRA is",
+    "44 Convert or shrink a LoRA",
+    "45 LoRA out of two checkpoints",
+    "50 Train an IP-Adapter",
+    "51 Train a LoRA",
+}
 FAMILIES = {
-    "sd35": "sd3.5", "instantx": "instantx", "flux-ip-adapter": "xlabs", "anima_character": "anima-character"
+    "sd35": "sd3.5", "instantx": "instantx", "flux-ip-adapter": "xlabs", "Character_Reference": "anima-character"
 }  # fmt: skip
 """Of adapters for transformers, by a part of the file's name."""
 MISSING = {"flux": "this ComfyUI takes every Flux to be 3072 wide", "anima": "this ComfyUI has no Anima"}
-TRAINING = ("train_ip_adapter", "train_lora")  # run by tests/host/test_training_node.py
-IMAGES = {"batch": 3} | dict.fromkeys(
-    ("inspect_adapter", "save_image_prompt", "inspect_lora", "convert_lora", "extract_lora"), 0
+TRAINING = ("50 Train an IP-Adapter", "51 Train a LoRA")  # run by tests/host/test_training_node.py
+IMAGES = {"21 A reference for each picture": 3} | dict.fromkeys(
+    (
+        "28 What an adapter is",
+        "26 Save an image prompt",
+        "43 What a LoRA is",
+        "44 Convert or shrink a LoRA",
+        "45 LoRA out of two checkpoints",
+    ),
+    0,
 )  # others make one
 
 
@@ -227,31 +262,64 @@ def test_workflow_runs_and_follows_its_image(
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_workflow_is_tidy(file: Path) -> None:
-    """What a person sees on opening it: named groups, a note, no nodes on top of each other."""
+    """What a person sees on opening it: named groups, a note, no nodes on top of each other in either renderer."""
     workflow = load(file)
     nodes = workflow["nodes"]
-    assert any(node["type"] in FRONTEND_ONLY for node in nodes), "no note says which files go where"
+    notes = [str(node["widgets_values"][0]) for node in nodes if node["type"] in FRONTEND_ONLY]
+    assert notes, "no note says what it is for"
+    assert not any("`" in text for text in notes), "the newer renderer draws code in notes blue on blue"
     assert all(group["title"] for group in workflow["groups"])
     assert all(node.get("mode", ALWAYS) == ALWAYS for node in nodes)
-    title = 30
-    boxes = {n["id"]: (n["pos"][0], n["pos"][1] - title, n["size"][0], n["size"][1] + title) for n in nodes}
+    for node in nodes:
+        assert node["size"][1] >= tidy.height(node), f"{node['type']} {node['id']} is taller in the newer renderer"
+    boxes = {
+        n["id"]: (n["pos"][0], n["pos"][1] - tidy.TITLE, n["size"][0], n["size"][1] + tidy.TITLE + tidy.FOOTER)
+        for n in nodes
+    }
     for a, (ax, ay, aw, ah) in boxes.items():
         for b, (bx, by, bw, bh) in boxes.items():
             apart = ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay
             assert a == b or apart, f"nodes {a} and {b} overlap"
+    groups = [tuple(group["bounding"]) for group in workflow["groups"]]
     inside = {
-        n["id"]
-        for n in nodes
-        for x, y, w, h in (g["bounding"] for g in workflow["groups"])
-        if x <= n["pos"][0]
-        and y <= n["pos"][1]
-        and n["pos"][0] + n["size"][0] <= x + w
-        and n["pos"][1] + n["size"][1] <= y + h
+        number
+        for number, (x, y, w, h) in boxes.items()
+        if any(gx <= x and gy <= y and x + w <= gx + gw and y + h <= gy + gh for gx, gy, gw, gh in groups)
     }
     assert inside == set(boxes), "nodes outside every group"
+    for one, (ax, ay, aw, ah) in enumerate(groups):
+        for bx, by, bw, bh in groups[one + 1 :]:
+            assert ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay, "groups overlap"
     ids = [link[0] for link in workflow["links"]]
     assert len(ids) == len(set(ids))
     assert max(ids, default=0) == workflow["last_link_id"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_workflow_says_where_its_files_are(file: Path) -> None:
+    """Models, packs, links and room are those that ``python tests/workflows/tidy.py`` writes."""
+    assert file.read_text("utf-8") == tidy.text_of(tidy.tidied(load(file))), (
+        f"run python tests/workflows/tidy.py: {file.name} holds something else"
+    )
+
+
+def test_models_are_those_that_the_widgets_name() -> None:
+    """What ComfyUI offers to download, by the name that it looks for in the node; every public file has a link."""
+    seen: set[str] = set()
+    for file in FILES:
+        nodes = load(file)["nodes"]
+        text = "\n".join(str(node["widgets_values"][0]) for node in nodes if node["type"] in FRONTEND_ONLY)
+        for node in nodes:
+            packs = {"comfy-core", "ipadapter-studio"} if node["type"] not in FRONTEND_ONLY else {None}
+            assert node["properties"].get("cnr_id") in packs
+            for model in node["properties"].get("models", ()):
+                assert model["name"] in node["widgets_values"]
+                assert f"[{model['name']}]({model['url']}) in models/{model['directory']}" in text
+                seen.add(model["name"])
+            for value in node.get("widgets_values") or ():
+                if isinstance(value, str) and value.endswith((".safetensors", ".bin")) and "my_" not in value:
+                    assert f"[{value}](https://" in text, f"{file.name} has no link for {value}"
+    assert len(seen) > 15, "next to nothing can be downloaded"
 
 
 # --- the converter itself, on rules that the files above do not all use -----------------------------------------------
