@@ -67,7 +67,7 @@ from .training.processors import AttnProcessor, IPAttnProcessor, build_processor
 
 CrossAttentionSite = Site  # the name of version 0.1
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "COMPATIBILITIES",

@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        return _fail(args, f"{error.name} is not installed; run: pip install 'comfyui-image-prompt[demo]'")
+        return _fail(args, f"{error.name} is not installed; run: pip install 'ipadapter-studio[demo]'")
     except BrokenPipeError:
         raise
     except (AdapterError, OSError) as error:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -108,8 +109,10 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("place", SNIPPETS)
-def test_python_runs_as_written(place: str, names: dict[str, Any]) -> None:
-    exec(compile(SNIPPETS[place], place, "exec"), names)
+def test_python_runs_as_written(place: str, names: dict[str, Any], tmp_path: Path) -> None:
+    script = tmp_path / "as_written.py"
+    script.write_text(SNIPPETS[place], encoding="utf-8")
+    runpy.run_path(str(script), names)
 
 
 @pytest.mark.parametrize("place", COMMANDS)

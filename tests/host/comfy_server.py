@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACK_NAME = "comfyui-image-prompt"
+PACK_NAME = "ipadapter-studio"
 TEST_PACK = Path(__file__).resolve().parent / "test_pack"
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "tests", "*.egg-info", "build", "dist", "venv")
 ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -24,7 +24,7 @@ os.environ.setdefault("IPADAPTER_TRAIN_PYTHON", sys.executable)
 @pytest.fixture(scope="session")
 def model_cache() -> Path:
     """Folder that keeps the generated checkpoints between sessions; $IMAGE_PROMPT_TEST_CACHE moves it."""
-    default = Path(tempfile.gettempdir()) / f"comfyui-image-prompt-models-{os.environ.get('USER', 'tests')}"
+    default = Path(tempfile.gettempdir()) / f"ipadapter-studio-models-{os.environ.get('USER', 'tests')}"
     folder = Path(os.environ.get("IMAGE_PROMPT_TEST_CACHE", default))
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -82,7 +82,7 @@ def test_every_class_type_has_the_old_widgets_in_the_old_order(server: ComfyServ
         names = [widget for widget in widget_names(found[name]) if widget != "compatibility"]
         assert names == widgets, name
         assert found[name]["deprecated"] is True
-        assert found[name]["python_module"] == "custom_nodes.comfyui-image-prompt"
+        assert found[name]["python_module"] == "custom_nodes.ipadapter-studio"
 
 
 @pytest.mark.parametrize("kind", OLD_PACK)

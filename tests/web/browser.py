@@ -83,7 +83,7 @@ class Editor:
             self.errors.append(message.text)
 
     def _answered(self, response: Response) -> None:
-        ours = "/extensions/comfyui-image-prompt/" in response.url or "/image_prompt/" in response.url
+        ours = "/extensions/ipadapter-studio/" in response.url or "/image_prompt/" in response.url
         if ours and response.status >= 400:
             self.errors.append(f"{response.status} {response.url}")
 

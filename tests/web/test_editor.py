@@ -20,7 +20,7 @@ WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.j
 
 def test_the_pack_serves_its_scripts(server: ComfyServer) -> None:
     listed = server.get("/extensions")
-    assert [name for name in listed if name.startswith("/extensions/comfyui-image-prompt/")]
+    assert [name for name in listed if name.startswith("/extensions/ipadapter-studio/")]
 
 
 def test_templates_open_without_an_error_and_within_their_groups(editor: Editor) -> None:
