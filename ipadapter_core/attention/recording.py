@@ -65,7 +65,7 @@ class Stage:
     calls: float
 
     def __str__(self) -> str:
-        return f"{100 * self.start:.0f}–{100 * self.end:.0f} %"
+        return f"{100 * self.start:.0f} to {100 * self.end:.0f} %"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,13 +118,13 @@ class AttentionMaps:
     def text(self) -> str:
         """The numbers as a table: per reference its mean, its strongest latent, and the mean of every stage and group."""
         columns = ["mean", "most", *map(str, self.stages), *self.groups]
-        rows = [f"{'':<32}" + "".join(f"{c:>12}" for c in columns)]
+        rows = [f"{'':<32}" + "".join(f"{c:>14}" for c in columns)]
         for r, reference in enumerate(self.references):
             whole = self.map(r)
             values = [whole.mean(), whole.max()]
             values += [self.map(r, stage=s).mean() for s in range(len(self.stages))]
             values += [self.map(r, group=g).mean() for g in self.groups]
-            rows.append(f"{str(reference)[:31]:<32}" + "".join(f"{100 * float(v):>10.2f} %" for v in values))
+            rows.append(f"{str(reference)[:31]:<32}" + "".join(f"{100 * float(v):>12.2f} %" for v in values))
         if not self.references:
             rows = ["no image prompt acted in this run"]
         return "\n".join([*rows, *self.notes])
