@@ -24,9 +24,11 @@ from .load_ip_adapter import LoadIPAdapter
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
 from .noise_image import NoiseImage
+from .record_attention import RecordAttention
 from .save_image_prompt import SaveImagePrompt
 from .save_lora import SaveLoRA
 from .schedule_adapter import AdapterSchedule
+from .show_attention import ShowAttention
 from .train_ip_adapter import TrainIPAdapter
 from .train_lora import TrainLoRA
 
@@ -42,6 +44,8 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyTiledImageToModel,
     AdapterSchedule,
     InspectAdapter,
+    RecordAttention,
+    ShowAttention,
     LoadFaceModel,
     EncodeFacePrompt,
     ApplyFaceLoRA,

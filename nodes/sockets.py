@@ -21,6 +21,7 @@ Adapter = io.Custom("IMAGE_PROMPT_ADAPTER")
 Prompt = io.Custom("IMAGE_PROMPT")
 FaceModel = io.Custom("IMAGE_PROMPT_FACE_MODEL")
 Schedule = io.Custom("IMAGE_PROMPT_SCHEDULE")
+Recording = io.Custom("IMAGE_PROMPT_RECORDING")
 
 COMBINE_TOOLTIP = (
     "How several references become one prompt. concat: every image keeps its own tokens. The others mix the encoder's "

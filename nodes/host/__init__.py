@@ -3,7 +3,21 @@
 Used by the names of its parts: ``host.adapters.apply(...)``, ``host.files.names("loras")``.
 """
 
-from . import access, adapters, clip_vision, faces, files, frontend, inputs, lora, routes, sampling, schema, training
+from . import (
+    access,
+    adapters,
+    clip_vision,
+    faces,
+    files,
+    frontend,
+    inputs,
+    lora,
+    recording,
+    routes,
+    sampling,
+    schema,
+    training,
+)
 
 __all__ = [
     "access",
@@ -14,6 +28,7 @@ __all__ = [
     "frontend",
     "inputs",
     "lora",
+    "recording",
     "routes",
     "sampling",
     "schema",

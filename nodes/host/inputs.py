@@ -19,6 +19,7 @@ from ...ipadapter_core import ImagePrompt, InvalidInputError, WeightSchedule
 from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.files.text import check_length
 from .adapters import ManagedAdapter
+from .recording import Recording
 
 LINE, TEXT = 10_000, 100_000
 """Most characters of a text widget of one line, and of several."""
@@ -34,6 +35,7 @@ _CLASSES = {
     "IMAGE_PROMPT_ADAPTER": ManagedAdapter,
     "IMAGE_PROMPT": ImagePrompt,
     "IMAGE_PROMPT_SCHEDULE": WeightSchedule,
+    "IMAGE_PROMPT_RECORDING": Recording,
 }
 _PLAIN = {
     "IPADAPTER": Mapping, "IPADAPTER_PARAMS": dict, "WEIGHTS_STRATEGY": dict, "CONDITIONING": list, "LATENT": dict

@@ -19,8 +19,14 @@ from host.tiny_adapters import VISION_HIDDEN, VISION_TOKENS, adapter_tensors, bu
 from ipadapter_core.attention.presets import PRESETS
 from tiny_towers import pe_core
 
-SOCKETS = {"IMAGE_PROMPT_ADAPTER", "IMAGE_PROMPT", "IMAGE_PROMPT_SCHEDULE", "IMAGE_PROMPT_FACE_MODEL"}
-HOST_TYPES = {"MODEL", "CLIP", "CLIP_VISION", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
+SOCKETS = {
+    "IMAGE_PROMPT_ADAPTER",
+    "IMAGE_PROMPT",
+    "IMAGE_PROMPT_SCHEDULE",
+    "IMAGE_PROMPT_FACE_MODEL",
+    "IMAGE_PROMPT_RECORDING",
+}
+HOST_TYPES = {"MODEL", "CLIP", "CLIP_VISION", "LATENT", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
 OUTPUTS = {
     "ImagePromptLoadAdapter": (["IMAGE_PROMPT_ADAPTER"], ["adapter"]),
     "ImagePromptEncode": (["IMAGE_PROMPT"], ["image_prompt"]),
@@ -33,6 +39,8 @@ OUTPUTS = {
     "ImagePromptApplyTiled": (["MODEL", "IMAGE", "MASK"], ["model", "tiles", "masks"]),
     "ImagePromptSchedule": (["IMAGE_PROMPT_SCHEDULE"], ["schedule"]),
     "ImagePromptInspect": (["STRING"], ["text"]),
+    "ImagePromptRecord": (["MODEL", "IMAGE_PROMPT_RECORDING"], ["model", "recording"]),
+    "ImagePromptAttentionMaps": (["IMAGE", "IMAGE", "MASK", "STRING"], ["heat_maps", "layers", "maps", "text"]),
     "ImagePromptLoadFaceModel": (["IMAGE_PROMPT_FACE_MODEL"], ["face_model"]),
     "ImagePromptEncodeFace": (["IMAGE_PROMPT", "IMAGE"], ["image_prompt", "faces"]),
     "ImagePromptApplyFaceLoRA": (["MODEL"], ["model"]),
@@ -46,6 +54,7 @@ OUTPUTS = {
     "ImagePromptLoadEncoder": (["CLIP_VISION"], ["clip_vision"]),
 }
 OUTPUT_NODES = {
+    "ImagePromptAttentionMaps",
     "ImagePromptInspect",
     "ImagePromptSave",
     "ImagePromptLoRAInspect",

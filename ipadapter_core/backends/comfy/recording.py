@@ -73,8 +73,8 @@ class Recording:
             )
         if not runs:
             raise InvalidInputError(
-                "nothing was recorded: connect the model output of Record Image Attention to the sampler, as the last node in front "
-                "of it; if it is, the sampler's result came from the cache of an earlier run: change the seed"
+                "nothing was recorded: connect the model output of Record Image Attention to the sampler; if it is, the sampler's result "
+                "came from the cache of an earlier run: change its seed, and it runs again"
             )
         return runs[-1].maps
 

@@ -24,6 +24,7 @@ Model = _Socket
 Clip = _Socket
 ClipVision = _Socket
 Image = _Socket
+Latent = _Socket
 Mask = _Socket
 
 def Custom(io_type: str) -> type[_Socket]: ...
