@@ -115,6 +115,15 @@ def test_python_runs_as_written(place: str, names: dict[str, Any], tmp_path: Pat
     runpy.run_path(str(script), names)
 
 
+LINKS = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert [link for link in LINKS.findall(text) if not (document.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize("place", COMMANDS)
 def test_command_lines_are_understood(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
