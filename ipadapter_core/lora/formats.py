@@ -69,10 +69,13 @@ def parse_lora(file: TensorFile, path: str | Path | None = None) -> LoRAWeights:
             f"{file.name} has no LoRA in it ({len(file.tensors)} tensors, such as {names}); choose a LoRA, LyCORIS or PEFT file"
         )
     left_out = take_saved(modules, left, configs)
-    numbers = {key.role for key in keys if key.number}
+    numbers, sizes = ({key.role for key in keys if key.number}, {key.role for key in keys if key.sizes})
     found: list[LoRAModule] = []
     for stem, tensors in modules.items():
-        tensors = {role: checked(file.name, stem, role, t, number=role in numbers) for role, t in tensors.items()}
+        tensors = {
+            role: checked(file.name, stem, role, t, number=role in numbers, sizes=role in sizes)
+            for role, t in tensors.items()
+        }
         parts = Parts(stem, tensors, file.name, config_for(configs, stem))
         weight, bias = _updates(parts)
         if weight is None and bias is None:

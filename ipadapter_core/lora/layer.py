@@ -27,6 +27,13 @@ class Layer:
     @cached_property
     def kind(self) -> Kind:
         """By attributes, not classes: hosts and quantisers have layers of their own."""
+        name = type(self._module).__name__
+        if (
+            getattr(self._module, "transposed", False)
+            or name.endswith("Norm2d")
+            or name.startswith(("Sparse", "_Sparse"))
+        ):
+            return "other"  # the weight or the channels lie along other axes, or what comes in is no plain tensor
         if hasattr(self._module, "kernel_size") and hasattr(self._module, "stride"):
             return "conv"
         if hasattr(self._module, "in_features"):
@@ -45,8 +52,13 @@ class Layer:
             return int(module.out_features), int(module.in_features)
         if self.kind == "conv":
             kernel = (int(k) for k in module.kernel_size)
-            return int(module.out_channels), int(module.in_channels) // int(module.groups), *kernel
+            return int(module.out_channels), int(module.in_channels) // self.groups, *kernel
         return tuple(module.weight.shape)
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels of a convolution; 1 for other layers."""
+        return int(self._module.groups) if self.kind == "conv" else 1
 
     def weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The pristine weight, read once by DoRA; a quantised one is expanded by its own method."""
@@ -119,6 +131,8 @@ class Layer:
         module = self._module
         if hasattr(module, "num_groups"):
             return F.group_norm(x, module.num_groups, None, None, module.eps)
+        if any("RMSNorm" in kind.__name__ for kind in type(module).__mro__):
+            return F.rms_norm(x, tuple(module.normalized_shape), None, module.eps)
         return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
 
 

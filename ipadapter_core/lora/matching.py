@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import IncompatibleAdapterError, InvalidInputError, quoted
-from ..models.layers import Place
+from ..models.layers import Parameter, Place
+from .algorithms.widening import Widened
 from .embedding import Lookup
 from .losses import Module, lost_part
 from .names import canonical
@@ -22,8 +23,6 @@ from .weights import Component, LeftOut, LoRAModule, LoRAWeights, left_out_lines
 
 LONGEST_NAME = 200
 """Characters of a file's name that are compared with a model's; those have about 80."""
-
-Parameter = Literal["weight", "bias"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,13 +37,30 @@ class TargetMatch:
     @property
     def key(self) -> str:
         """Name of the parameter in the model's state dict."""
-        return f"{self.target.path}.{self.parameter}"
+        return self.target.path if self.target.bare else f"{self.target.path}.{self.parameter}"
+
+    @property
+    def widened(self) -> tuple[int, ...] | None:
+        """The shape that the weight gets, if the update gives it more inputs."""
+        return self.update.shape if isinstance(self.update, Widened) else None
+
+    @property
+    def needs_merged(self) -> str | None:
+        """Why no side path can do it, or None if one can."""
+        if self.widened is not None:
+            return f"it gives {self.target.path} more inputs than the model was built with"
+        return (
+            None
+            if self.target.beside
+            else f"it changes {self.key}, which is no layer that a side path could stand beside"
+        )
 
     def change(self, weight: Tensor, total: Tensor, strength: float) -> None:
         """Add the change of the pristine ``weight`` to ``total``: itself changed by others, or zeros."""
-        start, length = self.rows or (0, weight.shape[0])
-        part = weight[start : start + length]
-        changed = total[start : start + length]
+        part, changed = weight, total
+        if self.rows is not None:
+            start, length = self.rows
+            part, changed = weight[start : start + length], total[start : start + length]
         self.update.change(part, changed, strength)
         if not _is_finite(changed) and _is_finite(part):
             raise IncompatibleAdapterError(
@@ -140,7 +156,7 @@ def match_lora(
             if module.component not in skipped:
                 found.unmatched.append(Unmatched(module, None))
             continue
-        places = table.names.get(module.name, ())
+        places = table.spelled.get(module.stem) or table.names.get(module.name, ())
         if not places:
             # only the first is shown, and one look-up of a similar name costs as much as placing the whole file
             nearest = None if searched else _nearest(module.name, table)
@@ -149,7 +165,7 @@ def match_lora(
             found.left_out.append(LeftOut(module.stem, NO_PLACE, nearest))
             continue
         for place in places:
-            found.add(module, place, table.targets[place.path], weights.name)
+            found.add(module, place, table.targets[place.path], sources_of(places), widens=table.widens)
     if found.misfits and partial == "allow" and found.matches:
         found.misfits.clear()
     _refuse(weights, tables, found, partial)
@@ -169,13 +185,18 @@ class _Found:
     widened: list[str]
     left_out: list[LeftOut]
 
-    def add(self, module: LoRAModule, place: Place, target: Target, file: str) -> None:
+    def add(self, module: LoRAModule, place: Place, target: Target, rows: int | None, *, widens: bool) -> None:
+        """``rows``: how many the file's layer must have, None for as many as the model's."""
+        if place.parameter == "bias" and module.bias is not None:
+            self.left_out.append(LeftOut(module.stem, NO_BIAS))
         for update in _matches(module, place, target):
             shape = _shape(update)
+            if widens:
+                update = replace(update, update=_wider(update, shape))
             if update.parameter == "bias" and not target.has_bias:
                 if not update.update.multiplies:
                     self.left_out.append(LeftOut(module.stem, NO_BIAS))
-            elif update.update.fits(shape):
+            elif update.update.fits(shape) and _has_rows(module, update.parameter, rows):
                 own = update.update.on(shape)
                 self.matches.append(replace(update, update=Lookup(own) if target.is_embedding else own))
             else:
@@ -194,8 +215,21 @@ def _is_finite(tensor: Tensor) -> bool:
     )
 
 
+def sources_of(places: tuple[Place, ...]) -> int | None:
+    """Rows of the file's layer behind these places, None where each takes all of it."""
+    ends = [place.rows.source + place.rows.length for place in places if place.rows is not None]
+    return max(ends, default=None)
+
+
+def _has_rows(module: LoRAModule, parameter: Parameter, rows: int | None) -> bool:
+    update = module.weight if parameter == "weight" else module.bias
+    return rows is None or update is None or update.weight_shape[0] in (None, rows)
+
+
 def _matches(module: LoRAModule, place: Place, target: Target) -> Iterable[TargetMatch]:
     parameters: tuple[tuple[Parameter, Update | None], ...] = (("weight", module.weight), ("bias", module.bias))
+    if place.parameter == "bias":
+        parameters = (("bias", module.weight),)
     for parameter, update in parameters:
         if update is None:
             continue
@@ -219,12 +253,31 @@ def _widens(match: TargetMatch) -> bool:
     return first and len(rest) == 1 and match.update.fits((rows, 2 * rest[0]))
 
 
+MOST_WIDER = 16
+"""Times the inputs of a layer that a file may ask for: Flux Fill has six times those of Flux."""
+
+
+def _wider(match: TargetMatch, shape: tuple[int, ...]) -> Update:
+    """The update as one that widens its layer's inputs, if it does; else as it is, for a weight of the layer's own shape."""
+    update = match.update
+    if isinstance(update, Widened):
+        wider = len(update.shape) == len(shape) > 1 and update.shape[0] == shape[0] and update.shape[2:] == shape[2:]
+        if not wider or not shape[1] <= update.shape[1] <= MOST_WIDER * shape[1]:
+            return update
+        return update if update.shape != shape else update.inner
+    if match.parameter == "weight" and not update.fits(shape) and _widens(match):
+        return Widened(update, (shape[0], 2 * shape[1]))
+    return update
+
+
 def _source_rows(update: Update, start: int, length: int) -> Update:
     return update if start == 0 and update.weight_shape[0] == length else update.rows(start, length)
 
 
 def _shape(match: TargetMatch) -> tuple[int, ...]:
     shape = match.target.shape
+    if match.rows is None and match.parameter == "weight":
+        return shape
     rows = shape[0] if match.rows is None else match.rows[1]
     return (rows,) if match.parameter == "bias" else (rows, *shape[1:])
 

@@ -27,7 +27,10 @@ class Prefix(NamedTuple):
 PREFIXES: tuple[Prefix, ...] = (
     Prefix("lycoris_", "denoiser", "SimpleTuner (LyCORIS)"),
     Prefix("lora_transformer_", "denoiser", "OneTrainer"),
+    Prefix("lora_unet__", "denoiser", "kohya"),  # Wan-Fun's
     Prefix("lora_unet_", "denoiser", "kohya"),
+    Prefix("lora_prior_unet_", "denoiser", "kohya"),  # Stable Cascade's stage C
+    Prefix("lora_prior_te_", "te1", "kohya"),
     Prefix("lora_te1_", "te1", "kohya"),
     Prefix("lora_te2_", "te2", "kohya"),
     Prefix("lora_te3_", "te3", "kohya"),
@@ -51,7 +54,7 @@ PREFIXES: tuple[Prefix, ...] = (
     Prefix("model.diffusion_model.", "denoiser"),
     Prefix("diffusion_model.", "denoiser"),
 )
-"""None begins with another, so that their order decides one thing: the first one in a file names its key format."""
+"""One that begins with another comes before it. Beyond that their order decides one thing: the first in a file names its key format."""
 
 _WRAPPERS = ("base_model.model.", "module.", "lora.base_model.model.")
 """What PEFT and distributed training put in front of a model's names, and the Anima adapter in front of PEFT's."""

@@ -29,7 +29,7 @@ class Key:
     ``pattern`` is what follows the module's name, ``part`` a text that every such key has, ``role`` the tensor's name (with
     ``\\1`` for the pattern's group). All algorithms share one namespace of roles, as a module's algorithm is told by its roles
     alone; two that name the same one are refused (``grouping.check_algorithms``), so begin it with the algorithm's name.
-    ``number``: it is a single number, of any type. ``beside``: it is taken only where the module has a tensor of this role
+    ``number``: it is a single number, of any type. ``sizes``: it is a shape, in whole numbers. ``beside``: it is taken only where the module has a tensor of this role
     too. ``peft``: PEFT alone writes it.
     """
 
@@ -39,11 +39,21 @@ class Key:
     number: bool = False
     beside: str = ""
     peft: bool = False
+    sizes: bool = False
 
 
-def key(part: str, pattern: str, role: str, *, number: bool = False, beside: str = "", peft: bool = False) -> Key:
+def key(
+    part: str,
+    pattern: str,
+    role: str,
+    *,
+    number: bool = False,
+    beside: str = "",
+    peft: bool = False,
+    sizes: bool = False,
+) -> Key:
     """A ``Key`` from the pattern's text."""
-    return Key(part, re.compile(pattern), role, number, beside, peft)
+    return Key(part, re.compile(pattern), role, number, beside, peft, sizes)
 
 
 class Parts:
@@ -123,10 +133,23 @@ class Parts:
         return CorruptFileError(f"{self.file}: the factors of {quoted(self.stem)} do not multiply: {shapes}")
 
 
-def checked(file: str, stem: str, role: str, tensor: Tensor, *, number: bool) -> Tensor:
+MOST_AXES = 5
+"""Of a weight: rows, columns and a kernel of three sizes."""
+
+
+def checked(file: str, stem: str, role: str, tensor: Tensor, *, number: bool, sizes: bool = False) -> Tensor:
     """The tensor, if it holds real, finite numbers that a LoRA can have; float8 as bfloat16, which holds it exactly."""
     if tensor.numel() == 0:
         raise CorruptFileError(f"{file}: the {role} of {quoted(stem)} is empty (shape {list(tensor.shape)})")
+    if sizes:
+        whole = (
+            tensor.ndim == 1 and len(tensor) <= MOST_AXES and not (tensor.is_floating_point() or tensor.is_complex())
+        )
+        if not whole or (not tensor.is_meta and int(tensor.min()) < 1):
+            raise CorruptFileError(
+                f"{file}: the {role} of {quoted(stem)} is no shape of a weight, which is at most {MOST_AXES} whole numbers from 1"
+            )
+        return tensor
     if number and not tensor.is_complex() and tensor.numel() == 1:
         if not tensor.is_meta and not math.isfinite(float(tensor.double().reshape(()))):
             raise CorruptFileError(

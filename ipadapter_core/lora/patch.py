@@ -13,7 +13,9 @@ from ..errors import InvalidInputError
 from ..images.pictures import Picture
 from .matching import MatchedLoRA, TargetMatch
 from .selector import Selector
-from .weights import Component
+from .weights import Component, LeftOut
+
+NEEDS_MERGED = "changes that only the merged mode can do, at one strength for all steps and the whole picture"
 
 Mode = Literal["auto", "merged", "live"]
 MODES: tuple[Mode, ...] = ("auto", "merged", "live")
@@ -64,6 +66,17 @@ class LoRAPatch:
             return "the negative prompt has a strength of its own"
         return None
 
+    @property
+    def needs_merged(self) -> str | None:
+        """Why it cannot run beside the layers, or None if it can."""
+        return next((why for match, _ in self.acting("denoiser") if (why := match.needs_merged)), None)
+
+    def beside_layers(self) -> LoRAPatch:
+        """The same without what only a merge can do, which is told as left out."""
+        kept = tuple(match for match in self.matched.matches if not match.needs_merged)
+        lost = tuple(LeftOut(m.key, NEEDS_MERGED) for m in self.matched.matches if m.needs_merged)
+        return replace(self, matched=replace(self.matched, matches=kept, left_out=(*self.matched.left_out, *lost)))
+
     def strength_for(self, component: Component) -> float:
         """Strength in one part, before selector and window."""
         return self.strength if component == "denoiser" or self.text_strength is None else self.text_strength
@@ -106,10 +119,19 @@ def choose_mode(
         if reasons:
             raise InvalidInputError(f"mode 'merged' is not possible: {reasons[0]}; choose 'live' or 'auto'")
         return Choice("merged", "asked for")
+    merges = [reason for patch in patches if (reason := patch.needs_merged)]
+    if merges and (reasons or mode == "live"):
+        raise InvalidInputError(
+            f"{reasons[0] if reasons else 'mode live was asked for'}, which needs side paths, but {patches[0].name} needs a merge: "
+            f"{merges[0]}; use one strength for all steps and the whole picture with mode 'auto', or set partial to 'allow' to leave "
+            "that out"
+        )
     if mode == "live":
         return Choice("live", "asked for")
     if reasons:
         return Choice("live", reasons[0])
+    if merges:
+        return Choice("merged", merges[0])
     if quantised:
         return Choice("live", "the base weights are quantised: a merge would round the change to them")
     if offloaded:

@@ -30,7 +30,7 @@ class Part:
     @property
     def joins(self) -> bool:
         """Whether it is a product of two matrices on the weight."""
-        return self.match.update.joins and self.match.parameter == "weight"
+        return self.match.update.joins and self.match.parameter == "weight" and not self.match.target.grouped
 
 
 class Acting(NamedTuple):

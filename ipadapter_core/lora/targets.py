@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -22,6 +22,8 @@ class Target:
 
     ``words`` are what the selector calls it. ``parts`` are rows of a fused layer that are layers in the other form of the model,
     with words of their own. ``stream`` is what tokens it sees, None where that is not known.
+    ``bare``: a parameter of no layer, whose name is the path. ``beside``: whether a side path can stand beside it; else only
+    a merge can change it. ``grouped``: a convolution whose channels are in groups, so that no two smaller ones stand for it.
     """
 
     path: str
@@ -34,16 +36,25 @@ class Target:
     words: frozenset[str] = frozenset()
     parts: tuple[LayerPart, ...] = ()
     stream: Stream | None = None
+    bare: bool = False
+    grouped: bool = False
+    beside: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetTable:
-    """All layers of one component of a model by path, and all names that lead to them."""
+    """All layers of one component of a model by path, and all names that lead to them.
+
+    ``spelled``: names as files spell them, prefix included, where two prefixes give one name to two layers. ``widens``:
+    whether the model takes a layer with more inputs than it was built with.
+    """
 
     component: Component
     family: str
     targets: Mapping[str, Target]
     names: Mapping[str, tuple[Place, ...]]
+    spelled: Mapping[str, tuple[Place, ...]] = field(default_factory=dict[str, tuple[Place, ...]])
+    widens: bool = False
 
 
 def targets_of(model: nn.Module, component: Component = "denoiser") -> TargetTable:
@@ -55,7 +66,7 @@ def targets_of(model: nn.Module, component: Component = "denoiser") -> TargetTab
     streams = streams_of(model)
     targets = {
         path: replace(
-            _target(path, module, "denoiser", named.labels.get(path, path), named.blocks[path], named),
+            target_of(path, module, "denoiser", named.labels.get(path, path), named.blocks[path], named),
             stream=None if streams is None else streams.of(path),
         )
         for path, module in layers.items()
@@ -85,7 +96,7 @@ def _text_encoder(model: nn.Module, component: Component) -> TargetTable:
             if not prefixes or not path.startswith(prefixes[0]):
                 continue
             inner = path.removeprefix(prefixes[0])
-        targets[path] = _target(path, module, component, inner, component)
+        targets[path] = target_of(path, module, component, inner, component)
         short = inner.removeprefix("text_model.")
         for name in (inner, short, f"text_model.{short}"):
             names[underscored(name)] = (Place(path),)
@@ -101,11 +112,13 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _target(
+def target_of(
     path: str, module: nn.Module, component: Component, label: str, block: str, named: LayerNames | None = None
 ) -> Target:
+    """A module with a weight; one of no known kind has no side path."""
     layer = Layer(module)
-    has_bias = getattr(module, "bias", None) is not None
+    bias, kind = getattr(module, "bias", None), layer.kind
+    has_bias = bias is not None and tuple(bias.shape) == layer.shape[:1]
     words = None if named is None else named.words.get(path)
     return Target(
         path,
@@ -114,7 +127,9 @@ def _target(
         block,
         layer.shape,
         has_bias,
-        layer.kind == "embedding",
+        kind == "embedding",
         common_words(label) if words is None else words,
         () if named is None else named.parts.get(path, ()),
+        grouped=layer.groups > 1,
+        beside=kind != "other",
     )

@@ -268,8 +268,8 @@ def shape_text(shape: tuple[int | None, ...]) -> str:
 
 
 def flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a weight: kernels count as columns, a vector is one column."""
-    return shape[0], torch.Size(shape[1:]).numel()
+    """Rows and columns of a weight: kernels count as columns, a vector is one column, a number one of one."""
+    return (shape or (1,))[0], torch.Size(shape[1:]).numel()
 
 
 def product_norm(a: Tensor | None, b: Tensor | None) -> float:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+Parameter = Literal["weight", "bias"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every layer's weight by the layer's path, in the model's order."""
@@ -25,10 +28,11 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a name of a file leads: a layer, or some rows of it."""
+    """Where a name of a file leads: a layer, or some rows of it; seldom to its bias alone."""
 
     path: str
     rows: Rows | None = None
+    parameter: Parameter = "weight"
 
 
 Names = dict[str, tuple[Place, ...]]

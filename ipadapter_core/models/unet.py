@@ -103,7 +103,10 @@ def _res_block(diffusers: str, ldm: str, level: int) -> Iterator[Part]:
 
 def _parts_of(model: nn.Module) -> dict[str, Part] | None:
     """The parts of a diffusers or LDM UNet by their path in it; None for another model."""
-    if hasattr(model, "down_blocks"):
+    blocks: Any = getattr(model, "down_blocks", None)
+    if blocks is not None and all(
+        hasattr(block, "resnets") for block in blocks
+    ):  # Stable Cascade has others of this name
         down, up = (_levels(model, *names) for names in (("down_blocks", "downsamplers"), ("up_blocks", "upsamplers")))
         return {part.diffusers: part for part in _parts(down, up)}
     if hasattr(model, "input_blocks"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
+import comfy.lora
+import comfy.lora_convert
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -20,7 +22,9 @@ from ...ipadapter_core.backends.comfy import lora as backend
 from ...ipadapter_core.backends.comfy.doors import comfy_layout
 from ...ipadapter_core.entries import some
 from ...ipadapter_core.errors import quoted
-from ...ipadapter_core.lora import LoRAWeights, Partial, load_lora
+from ...ipadapter_core.files.state_dict import open_state_dict
+from ...ipadapter_core.lora import LoRAWeights, Partial, load_lora, parse_lora
+from ...ipadapter_core.lora.algorithms.widening import padded
 from ...ipadapter_core.lora.patch import LoRAPatch, Mode, choose_mode
 from ...ipadapter_core.lora.unfused import UnfusedStack
 from . import files
@@ -67,8 +71,20 @@ def apply_inside(
         return model, "strength 0: the model is as it was"
     check_adapter(weights, comfy_layout(model))
     lora = weights.loadable_lora(cross_attention=cross_attention)
-    matched = backend.place(load_lora(lora, name=weights.name), model)  # refuses what the host would leave out unsaid
+    matched = backend.place(
+        load_lora(lora, name=weights.name), model, names=names(model)
+    )  # refuses what the host would leave out unsaid
     return apply_by_host(model, lora, strength), "\n".join((matched.summary(), *matched.report()))
+
+
+def names(model: Any, clip: Any = None) -> backend.HostNames:
+    """Every name of a module in LoRA files that the host knows of this MODEL and CLIP, and where it leads."""
+    found: dict[str, Any] = {}
+    if model is not None:
+        found = comfy.lora.model_lora_keys_unet(model.model, found)
+    if clip is not None:
+        found = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, found)
+    return found
 
 
 _LORAS: WeakValueDictionary[files.Version, LoadedLoRA] = WeakValueDictionary()
@@ -79,8 +95,18 @@ def load(file: str) -> LoadedLoRA:
     key = path, *_ = files.version("loras", file)
     found = _LORAS.get(key)
     if found is None:
-        found = _LORAS[key] = LoadedLoRA(load_lora(path, name=file))
+        found = _LORAS[key] = LoadedLoRA(read(path, file))
     return found
+
+
+def read(path: str, name: str) -> LoRAWeights:
+    """A file as the host's own loader reads it: renamed first where the host knows its kind (BFL's control LoRAs, Wan-Fun's, USO's)."""
+    file = open_state_dict(path, name=name)
+    try:
+        tensors = comfy.lora_convert.convert_lora(dict(file.tensors))
+    except Exception:  # damaged so that the host's conversion fails: our own reading says how
+        tensors = file.tensors
+    return parse_lora(replace(file, tensors=tensors), path)
 
 
 class MergedUpdates(comfy.weight_adapter.WeightAdapterBase):
@@ -100,6 +126,10 @@ class MergedUpdates(comfy.weight_adapter.WeightAdapterBase):
     def parts(self) -> tuple[backend.Part, ...]:
         return self.weights
 
+    def calculate_shape(self, key: str) -> tuple[int, ...] | None:
+        """For hosts that make room for a weight before they patch it."""
+        return backend.widest(self.parts)
+
     def calculate_weight(
         self,
         weight: Tensor,
@@ -112,6 +142,8 @@ class MergedUpdates(comfy.weight_adapter.WeightAdapterBase):
         original_weight: object = None,
     ) -> Tensor:
         change = backend.merge_parts(weight.to(intermediate_dtype), self.parts)
+        if change.shape != weight.shape:
+            weight = padded(weight, tuple(change.shape))
         weight += function(change if strength == 1 else strength * change).to(weight.dtype)
         return weight
 
@@ -153,8 +185,12 @@ def apply(
 
     ``settings`` are those of LoRAPatch.
     """
-    matched = backend.place(loaded.weights, model, None if clip is None else clip.cond_stage_model, partial)
+    clip_model = None if clip is None else clip.cond_stage_model
+    matched = backend.place(loaded.weights, model, clip_model, partial, names(model, clip))
     patch = LoRAPatch(matched, **settings)
+    if partial == "allow" and model is not None and patch.strength != 0 and (mode == "live" or patch.needs_unfused):
+        patch = patch.beside_layers()
+        matched = patch.matched
     lines = [matched.summary(), *matched.report()]
     shown = "\n".join(lines)
     if model is not None and patch.strength != 0:
@@ -176,7 +212,7 @@ def apply(
             )
     if clip is not None and patch.strength_for("te1") != 0:
         clip = clip.clone()
-        clip.patcher = backend.apply_merged(clip.patcher, patch, ("te1", "te2", "te3"), MergedUpdates.of)
+        clip.patcher = backend.apply_merged(clip.patcher, patch, backend.TEXT, MergedUpdates.of)
     return model, clip, "\n".join(lines), shown
 
 

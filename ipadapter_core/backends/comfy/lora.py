@@ -27,6 +27,7 @@ from ...lora.weights import Component, LoRAWeights
 from ...models.sites import ModelLayout, Site
 from ..calls import Calls, Hooks, eagerly, uncompiled, watch_hooks
 from .doors import comfy_layout, door_of
+from .lora_names import KNOWN_ENCODERS, HostNames, encoders_of, with_host_names
 from .marks import marked
 from .notes import KEY, Attention, Executor, Options, PatcherLike, call_of, denoiser, install_notes, noted
 from .unet import AttentionHook, Occupant, UNetDoor, key_part, occupant_of, torch_attention
@@ -46,15 +47,22 @@ class LoRAPatcherLike(PatcherLike, Protocol):
     ) -> object: ...
 
 
-def tables_of(model: LoRAPatcherLike | None, clip_model: nn.Module | None = None) -> dict[Component, TargetTable]:
-    """The parts of a MODEL and of a CLIP's ``cond_stage_model``."""
+TEXT: tuple[Component, ...] = ("te1", "te2", "te3")
+
+
+def tables_of(
+    model: LoRAPatcherLike | None, clip_model: nn.Module | None = None, names: HostNames | None = None
+) -> dict[Component, TargetTable]:
+    """The parts of a MODEL and of a CLIP's ``cond_stage_model``; ``names`` are those that the host knows of both."""
     tables: dict[Component, TargetTable] = {}
-    if model is not None:
-        tables["denoiser"] = targets_of(denoiser(model))
+    unet = None if model is None else denoiser(model)
+    if unet is not None:
+        tables["denoiser"] = replace(targets_of(unet), widens=True)
     if clip_model is not None:
-        parts: tuple[Component, ...] = ("te1", "te2", "te3")
+        inside = encoders_of(clip_model).items()
+        parts: Sequence[Component] = [part for name, part in inside if name in KNOWN_ENCODERS] if inside else TEXT
         tables |= {part: table for part in parts if (table := targets_of(clip_model, part)).targets}
-    return tables
+    return with_host_names(tables, names or {}, unet, clip_model)
 
 
 def place(
@@ -62,10 +70,11 @@ def place(
     model: LoRAPatcherLike | None,
     clip_model: nn.Module | None = None,
     partial: Partial = "refuse",
+    names: HostNames | None = None,
 ) -> MatchedLoRA:
     """A LoRA on a MODEL and a CLIP; the parts of what is None are left out. Raises as ``match_lora`` does."""
-    tables = tables_of(model, clip_model)
-    text: tuple[Component, ...] = ("te1", "te2", "te3") if clip_model is None else ()
+    tables = tables_of(model, clip_model, names)
+    text = TEXT if clip_model is None else ()
     first: tuple[Component, ...] = ("denoiser",) if model is None else ()
     return match_lora(weights, tables, (*first, *text), partial)
 
@@ -279,9 +288,18 @@ def apply_merged(
 
 
 def merge_parts(weight: Tensor, parts: Sequence[Part]) -> Tensor:
-    """The change of one weight by several LoRAs, each from the weight as given; in float32 or wider."""
+    """The change of one weight by several LoRAs, each from the weight as given; in float32 or wider.
+
+    It has the weight's shape, or that of the one that gives it the most inputs.
+    """
     pristine = wide(weight)
-    total = torch.zeros_like(pristine)
+    total = pristine.new_zeros(widest(parts) or weight.shape)
     for match, strength in parts:
-        match.change(pristine, total, strength)
+        inputs = (match.widened or tuple(weight.shape))[1:2]
+        match.change(pristine, total.narrow(1, 0, *inputs) if inputs else total, strength)
     return total
+
+
+def widest(parts: Sequence[Part]) -> tuple[int, ...] | None:
+    """The shape of a weight after a merge that gives it more inputs; None if none does."""
+    return max((shape for match, _ in parts if (shape := match.widened)), default=None)

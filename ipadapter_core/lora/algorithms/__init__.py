@@ -17,6 +17,7 @@ from .low_rank import LowRank
 from .orthogonal import Orthogonal
 from .reflections import Reflections
 from .replacement import Replacement
+from .widening import Widened
 
 ALGORITHMS: tuple[type[Update], ...] = (
     LowRank,
@@ -32,6 +33,7 @@ ALGORITHMS: tuple[type[Update], ...] = (
     Difference,
     Replacement,
     Decomposed,
+    Widened,
 )
 """A module of a file is of the first one that claims it. Reading, training, the config and the nodes ask this tuple."""
 

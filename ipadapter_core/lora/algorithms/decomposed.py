@@ -52,7 +52,7 @@ class Decomposed(Wrapper):
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         axis = 0 if self.axis == "out" else 1
-        return self.inner.fits(shape) and len(shape) > axis and self.magnitude.shape[0] == shape[axis]
+        return self.inner.fits(shape) and len(shape) > 1 and self.magnitude.shape[0] == shape[axis]
 
     def on(self, shape: tuple[int, ...]) -> Update:
         return replace(self, inner=self.inner.on(shape))

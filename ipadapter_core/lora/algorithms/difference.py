@@ -30,7 +30,7 @@ class Difference(Update):
     diff: Tensor
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return self.diff.ndim > 0 and flat(tuple(self.diff.shape)) == flat(shape)
+        return flat(tuple(self.diff.shape)) == flat(shape)
 
     @property
     def weight_shape(self) -> tuple[int | None, ...]:
@@ -50,7 +50,7 @@ class Difference(Update):
 
     @classmethod
     def from_parts(cls, parts: Parts) -> Update:
-        return cls(parts.matrix("diff" if "diff" in parts else "w_norm", 1))
+        return cls(parts["diff" if "diff" in parts else "w_norm"])
 
     @classmethod
     def bias_from_parts(cls, parts: Parts) -> Update | None:

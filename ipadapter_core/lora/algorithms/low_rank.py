@@ -68,7 +68,14 @@ class LowRank(Update):
     def fits(self, shape: tuple[int, ...]) -> bool:
         columns = self.down.flatten(1).shape[1] * (1 if self.mid is None else self.mid[0, 0].numel())
         kernel = self.mid is None or tuple(self.mid.shape[2:]) == shape[2:]
-        return len(shape) > 1 and kernel and (self.up.shape[0], columns) == flat(shape)
+        return kernel and (self.up.shape[0], columns) == flat(shape)
+
+    def on(self, shape: tuple[int, ...]) -> Update:
+        """A vector's is no product any more."""
+        if len(shape) > 1:
+            return self
+        up, down = alike(self.up.flatten(1), self.down.flatten(1))
+        return Difference((up @ down).flatten() * self.scale)
 
     @property
     def weight_shape(self) -> tuple[int | None, ...]:
@@ -95,6 +102,8 @@ class LowRank(Update):
         return (down if layer.kind == "conv" else down.flatten(1)), up
 
     def unfused(self, layer: Layer, like: Tensor) -> Change:
+        if layer.groups > 1:
+            return Update.unfused(self, layer, like)
         down, up = self.products(layer, like)
         return lambda x, y, s: layer.pointwise(layer.apply(x, down), up) * s
 

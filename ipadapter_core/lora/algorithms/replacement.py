@@ -21,7 +21,10 @@ class Replacement(Update):
 
     algorithm: ClassVar[str] = "set"
     reads_weight: ClassVar[bool] = True
-    keys: ClassVar[tuple[Key, ...]] = (key(".set_weight", r"\.set_weight$", "set_weight"),)
+    keys: ClassVar[tuple[Key, ...]] = (
+        key(".set_weight", r"\.set_weight$", "set_weight"),
+        key("_norm.scale", r"(?<=_norm)\.scale$", "set_weight"),  # BFL's control LoRAs hold the norms whole
+    )
     marks: ClassVar[tuple[str, ...]] = ("set_weight", "saved_weight")
     new: Tensor
 
