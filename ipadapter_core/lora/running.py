@@ -79,25 +79,25 @@ def _make_rows(mask: RegionMask, y: Tensor, call: Running, stream: Stream, chann
         )
     batch = model.batch or int(y.shape[0])
     latents = batch // len(model.branches)
-    in_a_row = y.ndim == 2 and stream.sees != "text" and y.shape[0] > batch and y.shape[0] % batch == 0
+    tokens = stream.sees not in ("text", "texts")
+    in_a_row = y.ndim == 2 and tokens and y.shape[0] > batch and y.shape[0] % batch == 0
     dims = (int(y.shape[0]) // batch,) if in_a_row else _token_dims(y, channels_first)
-    if stream.sees == "text" or not dims:
+    if not tokens or not dims:
         dims = (1,) * (y.ndim - 2)
-        whole = stream.of.tokens.grid(model.seen, sys.maxsize) or TokenGrid(
-            *model.seen, 1
-        )  # the same share as beside tokens
+        # the same share as beside tokens
+        whole = stream.of.tokens.grid(model.seen, sys.maxsize) or TokenGrid(*model.seen, 1)
         rows = token_rows(mask, replace(model, times=1), whole, y, latents).mean(1, keepdim=True)
     else:
         grid, front, behind = _places(dims, channels_first, call, stream)
         rows = token_rows(mask, model, grid, y, latents, front=front, behind=behind)
     if in_a_row:  # all latents' tokens one after the other, in the place of the batch
         return rows.expand(batch, -1, -1).reshape(-1, 1)
-    if rows.shape[0] not in (
-        1,
-        y.shape[0],
-    ):  # modulations may come twice, for reference pictures too, and a text once for all
+    if rows.shape[0] not in (1, y.shape[0]):
         more, rest = divmod(int(y.shape[0]), rows.shape[0])
-        rows = rows.repeat(more, 1, 1) if not rest else rows.mean(0, keepdim=True)
+        if rest or not more or stream.sees == "texts":
+            rows = rows.mean(0, keepdim=True)
+        else:  # for reference pictures again, or for every moment of a video
+            rows = rows.repeat(more, 1, 1) if stream.of.again else rows.repeat_interleave(more, 0)
     return rows.reshape(-1, *((1, *dims) if channels_first else (*dims, 1)))
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..device_cache import DeviceCache
-from ..errors import IncompatibleAdapterError
+from ..errors import IncompatibleAdapterError, InvalidInputError
+from ..models.streams import Stream
 from .layer import Layer, RowsOf, add_rows, rows_of
 from .patch import LoRAPatch
 from .products import Acting, Part, Products
@@ -77,15 +78,20 @@ class UnfusedLayer:
     def _strengths(self, part: Part, y: Tensor, running: Running) -> tuple[float, ...]:
         if self.prompt and running.patches[part.index].mask is not None and running.region != part.index:
             return (0.0,)
-        strengths, batch = running.strengths(part.index), running.model.batch
-        if len(strengths) > 1 and batch and self.twice(y, batch):
-            strengths *= y.shape[0] // batch
+        strengths = running.strengths(part.index)
+        if len(strengths) > 1 and self.stream is not None:
+            strengths *= self._times(self.stream, y, running.model.batch)
         return strengths if part.factor == 1 else tuple(s * part.factor for s in strengths)
 
-    def twice(self, y: Tensor, batch: int) -> bool:
-        """Whether modulations come for the picture, then for its reference pictures."""
-        text = self.stream is not None and self.stream.sees == "text"
-        return text and y.shape[0] > batch and y.shape[0] % batch == 0
+    def _times(self, stream: Stream, y: Tensor, batch: int | None) -> int:
+        """How often all chunks of the batch come one behind the other."""
+        if stream.sees == "texts":
+            raise InvalidInputError(
+                f"{self.path} reads the texts of all latents in one row, so a LoRA there cannot have another strength for the negative "
+                f"prompt; leave the layer out with the selector, *{self.path.split('.')[0]}*: 0"
+            )
+        more, rest = divmod(int(y.shape[0]), batch) if batch else (1, 0)
+        return more if stream.sees == "text" and stream.of.again and more > 1 and not rest else 1
 
     def _mask(self, part: Part, layer: Layer, y: Tensor, running: Running) -> Tensor | None:
         if self.prompt or self.stream is None or running.patches[part.index].mask is None:

@@ -49,9 +49,11 @@ def layout_of(model: nn.Module) -> ModelLayout:
 
 
 def family_of(model: nn.Module) -> BaseModel:
-    """The family of a model; one without a name, and with what most have, where its family has no walk, as no UNet is."""
+    """The family of a model; one without a name, and with what most have, where none is known."""
     layout = _walked(model)
-    return BaseModel(name="") if layout is None else layout.model
+    if layout is not None:
+        return layout.model
+    return next((base for base in BASE_MODELS if base.streams and base.streams(model)), BaseModel(name=""))
 
 
 def _walked(model: nn.Module) -> ModelLayout | None:

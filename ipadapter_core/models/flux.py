@@ -104,11 +104,21 @@ pictures follow the picture's own."""
 
 
 def streams(model: nn.Module) -> Streams | None:
+    """What the layers of FLUX.1 and Chroma see; None for another model."""
+    return None if shares_modulations(model) else streams_of_blocks(model)
+
+
+def shares_modulations(model: nn.Module) -> bool:
+    """Whether all blocks have the same modulations, as in FLUX.2."""
+    return hasattr(model, "double_stream_modulation_img")
+
+
+def streams_of_blocks(model: nn.Module) -> Streams | None:
     """What the layers of a model of double and single blocks see; None for another model. diffusers packs 2 by 2 latents."""
     if not text_width(model):
         return None
     if hasattr(model, "txt_in"):
-        return Streams(Patches(int(getattr(model, "patch_size", 2))), _LAYERS, text="txt_in")
+        return Streams(Patches(int(getattr(model, "patch_size", 2))), _LAYERS, text="txt_in", again=True)
     return Streams(Patches(), _LAYERS, text="context_embedder")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from .flux import ATTENTION, INPUTS, OUTPUTS
+from torch import nn
+
+from .flux import ATTENTION, INPUTS, OUTPUTS, shares_modulations, streams_of_blocks
 from .naming import Blocks, Naming, Row, Signs, layer
 from .sites import BaseModel
+from .streams import Streams
 
 _FEED_FORWARD = (
     layer("img_mlp.0", "ff.linear_in", "img ff", "ff.net.0.proj", ratio=6),
@@ -52,4 +55,11 @@ NAMES = Naming(
     ),
     widths=(3072, 4096, 6144),
 )
-FLUX2 = BaseModel(name="Flux.2", naming=NAMES)
+
+
+def streams(model: nn.Module) -> Streams | None:
+    """What the layers of FLUX.2 see; None for another model."""
+    return streams_of_blocks(model) if shares_modulations(model) else None
+
+
+FLUX2 = BaseModel(name="Flux.2", naming=NAMES, streams=streams, negative="apart")

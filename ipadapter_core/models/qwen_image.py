@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+from .grids import Patches
 from .naming import Blocks, Naming, Signs, layer
 from .sites import BaseModel
+from .streams import Streams
 
 _BLOCK = tuple(
     layer(name, name, words)
@@ -45,4 +49,25 @@ NAMES = Naming(
     ),
     widths=(3072,),
 )
-QWEN_IMAGE = BaseModel(name="Qwen-Image", naming=NAMES)
+_STREAMS = Streams(
+    tokens=Patches(),
+    layers=(
+        (r"time_text_embed\b|norm_out\b|.*\.(img|txt)_mod\b", "text"),
+        (r"img_in\b|proj_out\b", "picture"),
+        (r"txt_(in|norm)\b", "text"),
+        (r"transformer_blocks\.\d+\.(img_mlp|attn\.(to_[qkv]|to_qkv|to_out|norm_[qk]))\b", "picture"),
+        (r"transformer_blocks\.\d+\.(txt_mlp|attn\.(add|to_add|norm_added)_\w+)\b", "text"),
+    ),
+    again=True,
+)
+
+
+def streams(model: nn.Module) -> Streams | None:
+    """What the layers of Qwen-Image see; None for another model. Pictures to edit follow the picture's own tokens."""
+    blocks = getattr(model, "transformer_blocks", None)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks) or not hasattr(model, "txt_in"):
+        return None
+    return _STREAMS if hasattr(blocks[0], "img_mod") and hasattr(model, "time_text_embed") else None
+
+
+QWEN_IMAGE = BaseModel(name="Qwen-Image", naming=NAMES, streams=streams, negative="apart")

@@ -46,7 +46,7 @@ class Roles:
         return "composition" if site.order in self.composition else "style" if site.order in self.style else ""
 
 
-Clock = Literal["steps", "sigma"]
+Clock = Literal["steps", "sigma", "signal"]
 """What diffusers' pipelines call a model with to say how noisy the latents are."""
 Negative = Literal["batched", "apart"]
 """How diffusers' pipelines run the negative prompt: in one batch, before the positive one, or in a call of its own after it."""
@@ -92,7 +92,7 @@ class BaseModel:
     names the family. Without it image prompts cannot act yet. ``roles`` is None where nobody knows which sites carry style
     or composition. ``tokens`` lays out a site's image tokens. ``reference_width`` is the width of the widest attention, by
     which the channel penalty divides. ``clock`` is what diffusers' pipelines call the model with:
-    the noise ``steps`` of training, 0..999, or ``sigma``, times 1000 or not; ``negative`` how they run the negative prompt.
+    the noise ``steps`` of training, 0..999, ``sigma``, times 1000 or not, or the ``signal``, 1 - sigma; ``negative`` how they run the negative prompt.
 
     For LoRAs: ``naming`` is the table of a transformer's layers. Where no table says it all, ``layers`` names the layers of a
     model, given the shapes of their weights, and gives None for a model of another kind, and ``marks`` is found in underscored

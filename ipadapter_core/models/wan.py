@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+from .grids import Patches
 from .naming import Blocks, Naming, Row, Signs, layer
 from .sites import BaseModel
+from .streams import Streams
 
 
 def _attention(name: str, short: str, words: str) -> tuple[Row, ...]:
@@ -52,4 +56,37 @@ NAMES = Naming(
     ),
     widths=(1536, 3072, 5120),
 )
-WAN = BaseModel(name="Wan", naming=NAMES)
+_STREAMS = Streams(
+    tokens=Patches(),
+    layers=(
+        (r"(time_embedding|time_projection|text_embedding|img_emb|condition_embedder)\b", "text"),
+        (r"(patch_embedding|head|proj_out)\b", "picture"),
+        (r"blocks\.\d+\.cross_attn\.(k|v|norm_k)(_img)?\b", "text"),
+        (r"blocks\.\d+\.attn2\.(to_[kv]|add_[kv]_proj|norm_k|norm_added_k)\b", "text"),
+        (r"blocks\.\d+\.", "picture"),
+    ),
+)
+_PARTS = frozenset(
+    (
+        *(
+            "patch_embedding",
+            "text_embedding",
+            "time_embedding",
+            "time_projection",
+            "blocks",
+            "head",
+            "rope_embedder",
+            "img_emb",
+        ),
+        *("rope", "condition_embedder", "norm_out", "proj_out"),
+    )
+)
+
+
+def streams(model: nn.Module) -> Streams | None:
+    """What the layers of Wan see; None for another model, also for its variants that add tokens of another kind."""
+    names = {name for name, _ in model.named_children()}
+    return _STREAMS if {"patch_embedding", "blocks"} <= names <= _PARTS else None
+
+
+WAN = BaseModel(name="Wan", naming=NAMES, streams=streams)

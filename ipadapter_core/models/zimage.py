@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torch import nn
+
+from .grids import Patches
 from .naming import Blocks, Naming, Row, Signs, fused, layer
 from .sites import BaseModel
+from .streams import Streams
 
 
 def _block(*, modulated: bool) -> tuple[Row, ...]:
@@ -39,4 +45,36 @@ NAMES = Naming(
     ),
     widths=(3840,),
 )
-ZIMAGE = BaseModel(name="Z-Image", naming=NAMES)
+_VECTORS = r"(t_embedder|clip_text_pooled_proj|time_text_embed)\b|.*\badaLN_modulation\b"
+_ORIGINAL = Streams(
+    tokens=Patches(),
+    layers=(
+        (_VECTORS, "text"),
+        (r"(cap_embedder|context_refiner)\b", "text"),
+        (r"x_embedder\b", "picture"),
+        (r"(noise_refiner|layers|final_layer)\b", "picture last"),
+    ),
+    again=True,
+)
+_DIFFUSERS = Streams(
+    tokens=Patches(),
+    layers=(
+        (_VECTORS, "text"),
+        (r"cap_embedder\b", "texts"),
+        (r"context_refiner\b", "text"),
+        (r"(all_x_embedder|noise_refiner|layers|all_final_layer)\b", "picture"),
+    ),
+)
+"""The original puts the text in front of the picture, diffusers behind it."""
+
+
+def streams(model: nn.Module) -> Streams | None:
+    """What the layers of Z-Image see, and of Lumina 2 as ComfyUI builds it; None for another model."""
+    if not all(hasattr(model, name) for name in ("noise_refiner", "context_refiner", "cap_embedder", "layers")):
+        return None
+    if hasattr(model, "all_x_embedder"):
+        return _DIFFUSERS
+    return replace(_ORIGINAL, multiple=int(getattr(model, "pad_tokens_multiple", None) or 1))
+
+
+ZIMAGE = BaseModel(name="Z-Image", naming=NAMES, streams=streams, clock="signal")

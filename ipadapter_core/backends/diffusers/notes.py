@@ -20,6 +20,7 @@ from ...errors import InvalidInputError
 from ...models import family_of
 from ...models.grids import Size
 from ...models.sites import BaseModel, Clock
+from ...narrowing import is_row
 from ..calls import Calls, eagerly, watch_hooks
 
 Branch = Literal["uncond", "cond"]
@@ -94,7 +95,8 @@ class Step:
             given = self.called_with
             value = float(given.flatten()[0]) if isinstance(given, Tensor) else float(given)
             whole = not given.is_floating_point() if isinstance(given, Tensor) else isinstance(given, int)
-            value = value * 1000 if self.clock == "sigma" and not whole and value <= 1.0 else value
+            value = 1 - value if self.clock == "signal" else value
+            value = value * 1000 if self.clock != "steps" and not whole and value <= 1.0 else value
             rounded = isinstance(given, Tensor) and given.dtype.itemsize < 4
             self._timestep = self.flow.exact(value) if rounded else value
         return self._timestep
@@ -125,9 +127,12 @@ class Beginning:
     ) -> None:
         self.family = family
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        sample = given.get("hidden_states", given.get("sample", args[0] if args else None))
-        self.sample: Tensor | None = sample if isinstance(sample, Tensor) else None
-        timestep = given.get("timestep", args[1] if len(args) > 1 else None)
+        sample = given.get("hidden_states", given.get("sample", given.get("x", args[0] if args else None)))
+        apart = [one for one in sample if isinstance(one, Tensor)] if is_row(sample) else []
+        self.sample: Tensor | None = sample if isinstance(sample, Tensor) else apart[0][None] if apart else None
+        """The latents; where they come apart, as in Z-Image, the first."""
+        self.batch = len(apart) if apart else 1 if self.sample is None else int(self.sample.shape[0])
+        timestep = given.get("timestep", given.get("t", args[1] if len(args) > 1 else None))
         self.timestep = timestep if isinstance(timestep, (Tensor, float, int)) else None
         text = given.get("encoder_hidden_states")
         self.text: Tensor | None = text if isinstance(text, Tensor) else None
@@ -135,12 +140,13 @@ class Beginning:
         """Whether it is a third pass, with the positive prompt and without some blocks (SD3's skip layer guidance)."""
         places = given.get("img_ids")
         self._places: Tensor | None = places if isinstance(places, Tensor) else None
+        self._shapes = _first_shape(given.get("img_shapes"))
         self._described: dict[tuple[object, ...], ModelCall] = {}
 
     @property
     def packed(self) -> Size | None:
         """Rows and columns of the picture's tokens where the latent comes as tokens with their places; None where not."""
-        return None if self._places is None else raster(self._places)
+        return self._shapes if self._places is None else raster(self._places)
 
     @property
     def latent(self) -> Size | None:
@@ -161,8 +167,7 @@ class Beginning:
         return found
 
     def _describe(self, names: tuple[Branch, ...], flow: Flow) -> ModelCall:
-        sample, timestep = self.sample, self.timestep
-        batch = 1 if sample is None else int(sample.shape[0])
+        sample, timestep, batch = self.sample, self.timestep, self.batch
         if batch % len(names):
             raise InvalidInputError(
                 f"the model got a batch of {batch}, which cannot hold the branches {names} in equal parts; "
@@ -171,11 +176,22 @@ class Beginning:
         step = Step(0.0 if timestep is None else timestep, self.family.clock, flow)
         numbers = tuple(_NUMBERS[name] for name in names)
         if self._places is None or sample is None:
-            return ModelCall(numbers, step.percent, step.timestep, self.latent, batch=batch)
+            times = 1 if sample is None or sample.ndim != 5 else int(sample.shape[2])
+            return ModelCall(numbers, step.percent, step.timestep, self.latent, times=times, batch=batch)
         packed = self.packed
         picture = None if packed is None or packed[0] * packed[1] >= sample.shape[1] else packed[0] * packed[1]
         text = 0 if self.text is None else int(self.text.shape[1])
         return ModelCall(numbers, step.percent, step.timestep, self.latent, text=text, picture=picture, batch=batch)
+
+
+def _first_shape(shapes: object) -> Size | None:
+    """Rows and columns of the first picture, the sampled one, of what Qwen-Image is told of every latent's pictures."""
+    while is_row(shapes) and len(shapes) and not isinstance(shapes[0], int):
+        shapes = shapes[0]
+    if not is_row(shapes):
+        return None
+    sizes = [size for size in shapes if isinstance(size, int)]
+    return (sizes[1], sizes[2]) if len(sizes) == len(shapes) == 3 else None
 
 
 _RASTERS: MutableMapping[Tensor, Size | None] = WeakTensorKeyDictionary()

@@ -95,7 +95,7 @@ class Asked:
     def flow(self, call: Beginning) -> Flow:
         """How the pipeline's scheduler spaces the noise of a call."""
         scheduler = getattr(self._pipeline, "scheduler", None)
-        if call.family.clock != "sigma" or not hasattr(scheduler, "config"):
+        if call.family.clock == "steps" or not hasattr(scheduler, "config"):
             return STRAIGHT
         timesteps, index = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None)
         shift = shift_of(scheduler, call)
