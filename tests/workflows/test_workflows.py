@@ -96,7 +96,6 @@ TRAINING = ("50 Train an IP-Adapter", "51 Train a LoRA")  # run by tests/host/te
 IMAGES = {"21 A reference for each picture": 3} | dict.fromkeys(
     (
         "28 What an adapter is",
-        "29 Where did the image act",
         "26 Save an image prompt",
         "43 What a LoRA is",
         "44 Convert or shrink a LoRA",
