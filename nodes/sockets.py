@@ -51,8 +51,12 @@ def combine_input(default: str = "concat") -> io.Input:
 
 SELECTOR_TOOLTIP = (
     "Where it acts and how much, later entries win: 'all: 0, out3-5: 0.8', 'attn2 k: 0', 'in4: 1.2', 'ff: 0.5', 'te: 0', "
-    "'*proj_in: 1'. Blocks in0-11, mid, out0-11, double*, single*; types attn1, attn2, q, k, v, out, ff, proj, resnet, "
-    "conv, or a glob of the whole name: '*.attn2.to_k'. Also a block vector (12, 17, 20, 21, 26, 27, 58 numbers) or a preset such as SD-OUTALL. Empty: everywhere 1."
+    "'*proj_in: 1'. Blocks of UNets in0-11, mid, out0-11; Flux, Flux.2, Chroma double0-18, single*; SD3 joint0; Z-Image "
+    "layers0-29, noise_refiner*, context_refiner*; Qwen-Image, Wan, Anima block3; base is what is in none. Types attn, q, k, v, "
+    "out, ff, mod, proj, resnet, conv; attn1 or self and attn2 or cross where there are two attentions; img and txt where "
+    "picture and text have layers of their own. In fused layers q, k, v act on their own rows. Or a glob of the whole name: "
+    "'*.attn2.to_k'. Also a block vector (12, 17, 20, 21, 26, 27, 58 numbers; for other transformers BASE and one for each "
+    "block) or a preset such as SD-OUTALL. Empty: everywhere 1."
 )
 STRENGTH_TOOLTIP = "0: exactly the plain model, 1: as trained, below 0: the opposite, above 1: exaggerated."
 MODE_TOOLTIP = (

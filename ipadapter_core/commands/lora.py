@@ -113,7 +113,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_heatmap(args: argparse.Namespace) -> None:
     heat = heat_map(_loaded(args.file))
-    out = args.out or args.file.with_suffix(".heatmap.png")
+    out = args.out or _beside(args.file)
     draw_heat_map(heat, args.file.name).save(out)
     if args.json:
         print(
@@ -121,6 +121,13 @@ def run_heatmap(args: argparse.Namespace) -> None:
         )
     else:
         print(f"{heat.text()}\n{out}")
+
+
+def _beside(file: Path) -> Path:
+    """The picture beside a file; of one that this package came with, in the current folder."""
+    own = Path(__file__).resolve().parents[1]
+    beside = file.with_suffix(".heatmap.png")
+    return Path(beside.name) if beside.resolve().is_relative_to(own) else beside
 
 
 def _plain(values: Iterable[Iterable[float]]) -> list[list[float | None]]:

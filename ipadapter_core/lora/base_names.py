@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from functools import cache
 
+from ..models import BASE_MODELS
 from ..models.layers import underscored
+from ..models.naming import Found, Naming
 from ..models.unet import UNETS, full_size_layers
+from .weights import families_in
 
 
 @cache
@@ -20,6 +23,17 @@ def unet_paths(family: str) -> tuple[tuple[str, str], ...]:
 def by_name(family: str) -> dict[str, tuple[str, str]]:
     """(diffusers, LDM) path by either underscored name."""
     return {underscored(name): pair for pair in unet_paths(family) for name in pair}
+
+
+def _namings() -> tuple[Naming, ...]:
+    return tuple(base.naming for base in BASE_MODELS if base.naming)
+
+
+def found_in(name: str, base_model: str) -> Found | None:
+    """What an underscored name stands for in the tables of these families (``Flux or Chroma``); None if in none of them."""
+    families = families_in(base_model)
+    found = (naming.find(name) for naming in _namings() if naming.family in families)
+    return next((one for one in found if one is not None), None)
 
 
 _TEXT = re.compile(r"^(?:text_model_)?encoder_layers_(\d+)_(self_attn_(?:[qkv]|out)_proj|mlp_fc[12])$")
@@ -36,14 +50,15 @@ def text_path(name: str) -> str | None:
 
 @cache
 def _word() -> re.Pattern[str]:
-    """Words with an underscore inside; all other underscores of a UNet's name stand for dots."""
+    """Words with an underscore inside; all other underscores of a name stand for dots."""
     words = {word for unet in UNETS for pair in unet_paths(unet.name) for path in pair for word in path.split(".")}
+    words |= {word for naming in _namings() for path in naming.paths() for word in path.split(".")}
     inside = sorted((word for word in words if "_" in word), key=len, reverse=True)
     return re.compile("(?:^|(?<=_))(" + "|".join(inside) + ")(?=_|$)")
 
 
 def dotted(name: str) -> str:
-    """The path of a UNet layer from its underscored name, for models that are in no table."""
+    """The path of a layer from its underscored name, for models that are in no table."""
     return _word().sub(lambda word: word[0].replace("_", "\0"), name).replace("_", ".").replace("\0", "_")
 
 

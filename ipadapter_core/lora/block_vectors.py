@@ -1,7 +1,7 @@
 """Block vectors that people share (``1,0,0,1,…``) as selectors, by name: a file that lacks blocks shifts nothing.
 
-Orders: kohya's svd_merge_lora.py (12, 17, 20, 26) and Inspire's lbw-preset.txt (21, 27, Flux). The text encoders and all
-that is in no block follow BASE. What else people paste beside the numbers is that of ltdrdata's Inspire pack and of hako-mikan's
+Orders: kohya's svd_merge_lora.py (12, 17, 20, 26) and Inspire's lbw-preset.txt (21, 27, Flux). Nobody shares any for other
+transformers yet: BASE and their blocks in execution order. The text encoders, refiners and all that is in no block follow BASE. What else people paste beside the numbers is that of ltdrdata's Inspire pack and of hako-mikan's
 sd-webui-lora-block-weight: ``NAME:`` before them, letters for numbers, several numbers in one entry, ``%default=…``.
 """
 
@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from ..entries import at_most, halves, number, plain
 from ..errors import InvalidInputError, quoted
-from .selector import Rule, Selector, parse_selector
+from ..models import BASE_MODELS
+from .selector import BLOCK_WORDS, Rule, Selector, parse_selector
+from .weights import families_in
 
 
 def _numbered(name: str, numbers: Sequence[int]) -> tuple[str, ...]:
@@ -19,7 +21,7 @@ def _numbered(name: str, numbers: Sequence[int]) -> tuple[str, ...]:
 
 
 _MIDDLE = ("mid0", "mid1", "mid2")
-LAYOUTS: Mapping[str, tuple[str, ...]] = {
+_SHARED: Mapping[str, tuple[str, ...]] = {
     "SD1.5 17": ("base", *_numbered("in", (1, 2, 4, 5, 7, 8)), "mid", *_numbered("out", range(3, 12))),
     "SD1.5 26": ("base", *_numbered("in", range(12)), "mid", *_numbered("out", range(12))),
     "SD1.5 27": ("base", *_numbered("in", range(1, 12)), *_MIDDLE, *_numbered("out", range(12))),
@@ -29,7 +31,24 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "Flux 20": ("base", *_numbered("double", range(19))),
     "Flux 58": ("base", *_numbered("double", range(19)), *_numbered("single", range(38))),
 }
-"""Blocks in the order of each kind of vector."""
+"""Blocks in the order of each kind of vector that people share."""
+
+
+def _own_layouts() -> dict[str, tuple[str, ...]]:
+    """BASE and every block of each published model of a family that has a table."""
+    found: dict[str, tuple[str, ...]] = {}
+    for base in BASE_MODELS:
+        counted = [blocks for blocks in base.naming.lists if blocks.counts] if base.naming else []
+        for numbers in zip(*(blocks.counts for blocks in counted), strict=True):
+            names = [_numbered(b.word, range(n)) for b, n in zip(counted, numbers, strict=True)]
+            blocks = ("base", *(name for one in names for name in one))
+            found[f"{base.name} {len(blocks)}"] = blocks
+    return found
+
+
+SHARED = frozenset(_SHARED)
+LAYOUTS: Mapping[str, tuple[str, ...]] = {**_SHARED, "Chroma 20": _SHARED["Flux 20"], **_own_layouts()}
+"""All of them, by family and number of entries; those of ``SHARED`` count where nothing is known of the file."""
 
 
 def _preset(layout: str, base: float, *on: tuple[str, float]) -> tuple[str, tuple[float, ...]]:
@@ -87,13 +106,15 @@ _SHORT = (18, 55)
 """Lengths of Inspire's vectors for Flux, which end before the model does: the last number is that of all blocks behind."""
 
 _WIDGETS, _RANDOM = frozenset("AaBb"), frozenset("RrUu")
-_KINDS = ("in", "mid", "out", "double", "single")
+_MAIN = (blocks.word for base in BASE_MODELS if base.naming for blocks in base.naming.lists if blocks.counts)
+_KINDS = tuple(dict.fromkeys(("in", "mid", "out", *_MAIN)))
+"""What the blocks are called that vectors have entries for."""
 
 
 def block_vector(text: str, layout: str | None = None, *, base_model: str | None = None) -> Selector:
     """A vector ``1,0,0.5,…`` or a preset's name as a selector; every block that the vector names not gets 0.
 
-    ``layout`` is one of LAYOUTS; None: by the number of entries, where 20 needs ``base_model`` (``SDXL`` or ``Flux``).
+    ``layout`` is one of LAYOUTS; None: by the number of entries, where some need ``base_model`` (20: ``SDXL`` or ``Flux``).
     Presets may be written in any case, with ``_`` or blanks for ``-``; one without its first part (``OUTALL``) is that of the
     base model. Raises InvalidInputError.
     """
@@ -103,7 +124,7 @@ def block_vector(text: str, layout: str | None = None, *, base_model: str | None
         layout, values = PRESETS[preset]
     else:
         values = _values(text, layout)
-        if layout is None and len(values) in _SHORT:
+        if layout is None and len(values) in _SHORT and not _others(base_model, "Flux", "Chroma"):
             layout, values = "Flux 58", values + values[-1:] * (58 - len(values))
         layout = layout or _layout_of(len(values), base_model)
     if layout not in LAYOUTS:
@@ -111,9 +132,10 @@ def block_vector(text: str, layout: str | None = None, *, base_model: str | None
     blocks = LAYOUTS[layout]
     if len(values) != len(blocks):
         raise InvalidInputError(f"the block layout {layout!r} has {len(blocks)} entries, the vector has {len(values)}")
-    rest = (Rule(f"unet {kind}*", 0.0) for kind in _KINDS)
+    rest = [Rule(f"unet {kind}*", 0.0) for kind in _KINDS]
+    outside = [Rule(f"unet {word}*", values[0]) for word in BLOCK_WORDS if word not in _KINDS]
     rules = (Rule(block, value) for block, value in zip(blocks, values, strict=True))
-    return Selector((*rest, *rules))
+    return Selector((*rest, *outside, *rules))
 
 
 def parse_where(text: str, base_model: str | None = None) -> Selector:
@@ -149,7 +171,8 @@ def _preset_name(text: str, base_model: str | None) -> str | None:
     if not 0 < len(text) <= 40:
         return None
     name = "-".join(text.upper().replace("_", " ").replace("-", " ").split())
-    family = "SDXL-" if (base_model or "").startswith("SDXL") else "FLUX-" if base_model == "Flux" else "SD-"
+    known = families_in(base_model)
+    family = "SDXL-" if (base_model or "").startswith("SDXL") else "FLUX-" if {"Flux", "Chroma"} & known else "SD-"
     candidates = (name, family + name, "SD-" + name)
     letters = next((_WITH_LETTERS[c] for c in candidates if c in _WITH_LETTERS), None)
     if letters:
@@ -223,22 +246,34 @@ def _letters(word: str) -> str:
     return "X is a number beside the vector in the web UI (x=); write the numbers"
 
 
-def _lengths(layout: str | None = None) -> str:
+def _lengths(layout: str | None = None, base_model: str | None = None) -> str:
     if layout is not None and layout in LAYOUTS:
         return f"the block layout {layout!r} has {len(LAYOUTS[layout])}"
-    *most, last = sorted({len(blocks) for blocks in LAYOUTS.values()})
-    return f"vectors have {', '.join(map(str, most))} or {last}"
+    own = families_in(base_model)
+    names = [name for name in LAYOUTS if name.rpartition(" ")[0] in own] or list(SHARED)
+    *most, last = sorted({len(LAYOUTS[name]) for name in names})
+    return f"vectors{' of ' + (base_model or '') if own else ''} have {', '.join(map(str, most))}{' or ' * bool(most)}{last}"
+
+
+def _others(base_model: str | None, *families: str) -> bool:
+    """Whether a file is for other families than these."""
+    known = families_in(base_model)
+    return bool(known) and not known & set(families)
 
 
 def _layout_of(entries: int, base_model: str | None) -> str:
     found = [name for name in LAYOUTS if name.endswith(f" {entries}")]
-    if len(found) > 1 and base_model is not None:
-        found = [name for name in found if name.startswith(base_model)]
-    if len(found) == 1:
+    own = [name for name in found if name.rpartition(" ")[0] in families_in(base_model)]
+    found = own or [name for name in found if name in SHARED] or found
+    if len({LAYOUTS[name] for name in found}) == 1:
         return found[0]
     raise InvalidInputError(
         f"a block vector of {entries} number{'s' * (entries != 1)} is "
-        + (f"ambiguous: say which of {', '.join(found)}" if found else f"of no known kind: {_lengths()}")
+        + (
+            f"ambiguous: say which of {', '.join(found)}"
+            if found
+            else f"of no known kind: {_lengths(base_model=base_model)}; name blocks in a selector, such as 'all: 0, block3: 0.5'"
+        )
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -15,30 +17,26 @@ from numpy.typing import NDArray
 from ..errors import CorruptFileError, quoted
 from ..files.state_dict import Source
 from ..files.text import as_table, parse_json
-from .base_names import by_name, unet_paths
+from ..models import block_of
+from ..models.layers import LayerPart, common_words
+from ..models.unet import block_word
+from .base_names import by_name, dotted, found_in, text_path, unet_paths
 from .formats import describe_lora, load_lora
-from .selector import TYPES
+from .names import part_and_path
+from .selector import block_order
 from .targets import Target
 from .weights import LoRAModule, LoRAWeights, left_out_lines
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
+_LETTERS = ("q", "k", "v", "qkv", "out")
 COLUMNS = (
-    "attn1 q",
-    "attn1 k",
-    "attn1 v",
-    "attn1 out",
-    "attn2 q",
-    "attn2 k",
-    "attn2 v",
-    "attn2 out",
-    "ff",
-    "proj",
-    "resnet",
-    "sampler",
+    *(f"{stream}{letter}" for stream in ("attn1 ", "attn2 ", "img ", "txt ", "") for letter in _LETTERS),
+    *("img ff", "txt ff", "ff", "img mod", "txt mod", "mod", "proj", "resnet", "sampler"),
 )
-"""Columns of the heat map, in the selector's words; the last one is all else."""
+"""Columns of the heat map, in the selector's words, of which those are shown that a file has; all else is ``other``. ``qkv`` is a fused
+layer whose change cannot be told apart."""
 
 
 class ModuleFacts(TypedDict):
@@ -228,19 +226,28 @@ def _module_lines(modules: Sequence[ModuleFacts]) -> list[str]:
 
 def target_of(module: LoRAModule, base_model: str) -> Target:
     """The layer that a module stands for, from its name alone, for the selector's words."""
-    pair = by_name(base_model).get(module.name) if module.component == "denoiser" else None
-    label = pair[0] if pair else module.name
-    block = module.component if module.component != "denoiser" else _block(pair[1] if pair else module.name)
     shape = () if module.weight is None else tuple(size or 1 for size in module.weight.weight_shape)
-    return Target(label, module.component, label, block, shape, True)
-
-
-def _block(ldm: str) -> str:
-    parts = ldm.replace(".", "_").split("_")
-    kinds = {"input": "in", "middle": "mid", "output": "out", "double": "double", "single": "single", "joint": "joint"}
-    if len(parts) > 2 and parts[0] in kinds and parts[2].isdigit():
-        return f"{kinds[parts[0]]}{parts[2]}"
-    return "base"
+    if module.component != "denoiser":
+        path = text_path(module.name) or dotted(module.name)
+        words = common_words(path) - {"attn1", "attn2"}
+        return Target(path, module.component, path, module.component, shape, True, words=words)
+    found = found_in(module.name, base_model)
+    if found is not None:
+        parts: tuple[LayerPart, ...] = ()
+        if not found.parts and len(found.row.words) > 1 and shape:
+            lengths = found.row.lengths(shape)
+            starts = accumulate(lengths, initial=0)
+            parts = tuple(
+                LayerPart(found.original, start, length, found.words_of(words))
+                for start, length, words in zip(starts, lengths, found.row.words, strict=False)
+            )
+        label = found.diffusers[0] if len(found.diffusers) == 1 else found.original
+        return Target(label, "denoiser", label, found.block, shape, True, words=found.words, parts=parts)
+    pair = by_name(base_model).get(module.name)
+    path = part_and_path(module.stem)[1]
+    label = pair[0] if pair else path if "." in path else dotted(module.name)
+    block = block_word(pair[1]) if pair else block_of(label)
+    return Target(label, "denoiser", label, block, shape, True, words=common_words(label))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,9 +260,11 @@ class HeatMap:
 
     def text(self) -> str:
         """A table of the numbers."""
-        head = f"{'':<8}" + "".join(f"{c:>11}" for c in self.columns)
+        width = max((len(block) for block in self.blocks), default=0) + 1
+        width = max(width, 8)
+        head = f"{'':<{width}}" + "".join(f"{c:>11}" for c in self.columns)
         rows = (
-            f"{block:<8}" + "".join(f"{'-' if math.isnan(v) else f'{v:.2e}':>11}" for v in row)
+            f"{block:<{width}}" + "".join(f"{'-' if math.isnan(v) else f'{v:.2e}':>11}" for v in row)
             for block, row in zip(self.blocks, self.values, strict=True)
         )
         return "\n".join((head, *rows))
@@ -264,19 +273,13 @@ class HeatMap:
 def heat_map(weights: LoRAWeights) -> HeatMap:
     """How strongly each block and kind of layer is changed, at strength 1. Updates that depend on the weight are left out."""
     base = weights.base_model
-    tests = [(column, [TYPES[word] for word in column.split()]) for column in COLUMNS]
     sums: dict[tuple[str, str], list[float]] = {}
     for module in weights.modules:
-        norm = None if module.weight is None else module.weight.norm()
-        if norm is None or module.weight is None:
-            continue
-        target = target_of(module, base)
-        column = next((name for name, words in tests if all(word(target) for word in words)), "other")
-        numel = math.prod(size or 1 for size in module.weight.weight_shape)
-        cell = sums.setdefault((target.block, column), [0.0, 0.0])
-        cell[0] += norm**2
-        cell[1] += numel
-    blocks = sorted({block for block, _ in sums}, key=_order)
+        for place, norm, numel in _norms(module, base):
+            cell = sums.setdefault(place, [0.0, 0.0])
+            cell[0] += norm**2
+            cell[1] += numel
+    blocks = sorted({block for block, _ in sums}, key=block_order)
     rows = {block: row for row, block in enumerate(blocks)}
     columns = [c for c in (*COLUMNS, "other") if any(column == c for _, column in sums)]
     values = np.full((len(blocks), len(columns)), math.nan)
@@ -285,12 +288,35 @@ def heat_map(weights: LoRAWeights) -> HeatMap:
     return HeatMap(tuple(blocks), tuple(columns), values)
 
 
-def _order(block: str) -> tuple[int, int]:
-    kinds = ["te1", "te2", "te3", "base", "in", "mid", "out", "joint", "double", "single"]
-    if block in kinds:
-        return kinds.index(block), 0
-    kind = block.rstrip("0123456789")
-    return kinds.index(kind) if kind in kinds else len(kinds), int(block[len(kind) :] or 0)
+def _norms(module: LoRAModule, base_model: str) -> list[tuple[tuple[str, str], float, int]]:
+    """Block and column, norm and numbers of a module, of every part of a fused layer where they can be told apart."""
+    norm = None if module.weight is None else module.weight.norm()
+    if norm is None or module.weight is None:
+        return []
+    target = target_of(module, base_model)
+    found = found_in(module.name, base_model)
+    around = (
+        set[str]() if found is None or found.blocks is None else {*found.blocks.words.split()}
+    )  # the map's row says it
+    if target.parts:
+        parts = [
+            (part.words - around, part.length, module.weight.rows(part.start, part.length).norm())
+            for part in target.parts
+        ]
+        if all(own is not None for _, _, own in parts):
+            columns = math.prod(target.shape[1:])
+            return [((target.block, _column(words)), own or 0.0, rows * columns) for words, rows, own in parts]
+    return [((target.block, _column(target.words - around)), norm, math.prod(target.shape))]
+
+
+_COLUMNS = tuple((column, frozenset(column.split())) for column in COLUMNS)
+
+
+def _column(words: frozenset[str]) -> str:
+    """The first column whose words a layer has."""
+    if len(words & {"q", "k", "v"}) > 1:
+        words = words - {"q", "k", "v", "out", "ff"} | {"qkv"}
+    return next((column for column, needed in _COLUMNS if needed <= words), "other")
 
 
 MAX_ROWS = 300
@@ -302,17 +328,19 @@ def draw_heat_map(heat: HeatMap, title: str, cell: tuple[int, int] = (74, 22)) -
     from PIL import Image, ImageDraw
 
     width, height = cell
-    left, top = 64, 46
     if len(heat.blocks) > MAX_ROWS:
         heat = HeatMap(heat.blocks[:MAX_ROWS], heat.columns, heat.values[:MAX_ROWS])
-    picture = Image.new("RGB", (left + width * len(heat.columns) + 8, top + height * len(heat.blocks) + 8), "white")
+    text = f"{title[:200]}: RMS of ΔW × 1000"
+    left = 18 + max((_text_width(block) for block in heat.blocks), default=0)
+    top, right = 46, max(left + width * len(heat.columns), 6 + _text_width(text)) + 8
+    picture = Image.new("RGB", (right, top + height * len(heat.blocks) + 8), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((6, 4), f"{title[:200]}: RMS of ΔW × 1000".encode("latin-1", "replace").decode("latin-1"), fill="black")
+    _write(draw, (6, 6), text, "black")
     top_value = float(np.nanmax(heat.values)) if heat.values.size and not np.isnan(heat.values).all() else 1.0
     for x, column in enumerate(heat.columns):
-        draw.text((left + x * width + 4, top - 16), column, fill="black")
+        _write(draw, (left + x * width + 4, top - 18), column, "black")
     for y, block in enumerate(heat.blocks):
-        draw.text((6, top + y * height + 5), block, fill="black")
+        _write(draw, (6, top + y * height + 4), block, "black")
         for x in range(len(heat.columns)):
             value = float(heat.values[y, x])
             box = (left + x * width, top + y * height, left + (x + 1) * width - 2, top + (y + 1) * height - 2)
@@ -321,8 +349,44 @@ def draw_heat_map(heat: HeatMap, title: str, cell: tuple[int, int] = (74, 22)) -
                 continue
             share = value / top_value if top_value > 0 else 0.0
             draw.rectangle(box, fill=(int(30 + 225 * share), int(25 + 190 * share**2), int(90 * (1 - share)) + 20))
-            draw.text((box[0] + 5, box[1] + 4), f"{1000 * value:.3g}", fill="black" if share > 0.55 else "white")
+            _write(draw, (box[0] + 5, box[1] + 4), f"{1000 * value:.3g}", "black" if share > 0.55 else "white")
     return picture
+
+
+_FONT_SIZE = 12
+_DRAWN = {"Δ": (11, ((1, 10, 5, 1), (5, 1, 9, 10), (9, 10, 1, 10))), "×": (7, ((1, 4, 6, 9), (6, 4, 1, 9)))}
+"""Width and lines of the letters that Pillow's own font, the only one on every machine, does not have."""
+
+
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, fill: str) -> None:
+    """Text in Pillow's own font; letters that it does not have as lines or question marks."""
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(_FONT_SIZE)
+    x, y = at
+    for run in _runs(text):
+        if run in _DRAWN:
+            wide, lines = _DRAWN[run]
+            for x0, y0, x1, y1 in lines:
+                draw.line((x + x0, y + y0, x + x1, y + y1), fill=fill, width=1)
+            x += wide
+        else:
+            draw.text((x, y), run, fill=fill, font=font)
+            x += round(font.getlength(run))
+
+
+def _text_width(text: str) -> int:
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(_FONT_SIZE)
+    return sum(_DRAWN[run][0] if run in _DRAWN else round(font.getlength(run)) for run in _runs(text))
+
+
+def _runs(text: str) -> list[str]:
+    """A text as letters that are drawn and what is between them, in letters that the font has."""
+    pieces = re.split(f"([{''.join(_DRAWN)}])", text)
+    plain = (piece if piece in _DRAWN else piece.encode("ascii", "replace").decode("ascii") for piece in pieces)
+    return [piece for piece in plain if piece]
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
@@ -347,11 +411,15 @@ def verify(source: Source) -> Verdict:
     remarks: list[str] = []
     base = weights.base_model
     known = by_name(base)
+    lost: list[str] = []
     if unet_paths(base):
         lost = [m.stem for m in weights.modules if m.component == "denoiser" and m.name not in known]
         lost = [stem for stem in lost if not stem.split(".")[0].isdigit() and "ip_adapter" not in stem]
-        if lost:
-            problems.append(f"{len(lost)} modules are no layers of {base}, such as {quoted(lost[0])}")
+    elif base != "unknown":
+        named = (m for m in weights.modules if m.component == "denoiser")
+        lost = [m.stem for m in named if found_in(m.name, base) is None]
+    if lost:
+        problems.append(f"{len(lost)} modules are no layers of {base}, such as {quoted(lost[0])}")
     if base == "unknown":
         remarks.append("the base model cannot be told from the names")
     remarks += [f"not applied: {line}" for line in left_out_lines(weights.left_out)]

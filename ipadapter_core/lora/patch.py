@@ -11,6 +11,7 @@ from ..attention.masks import RegionMask
 from ..attention.schedule import Window
 from ..errors import InvalidInputError
 from ..images.pictures import Picture
+from .by_rows import at_rows, within
 from .matching import MatchedLoRA, TargetMatch
 from .selector import Selector
 from .weights import Component, LeftOut
@@ -82,10 +83,18 @@ class LoRAPatch:
         return self.strength if component == "denoiser" or self.text_strength is None else self.text_strength
 
     def acting(self, component: Component) -> tuple[tuple[TargetMatch, float], ...]:
-        """Every placement in one part with the selector's factor, those with factor 0 left out."""
+        """Every placement in one part with the selector's factor, those with factor 0 left out.
+
+        Where the selector has several factors for the parts of a fused layer, they are in the update.
+        """
         matches = self.matched.of(component)
-        factors = self.selector.factors(p.target for p in matches)
-        return tuple((p, factor) for p, factor in zip(matches, factors, strict=True) if factor != 0)
+        found: list[tuple[TargetMatch, float]] = []
+        for match, shares in zip(matches, self.selector.shares(p.target for p in matches), strict=True):
+            own = shares if match.rows is None else within(shares, *match.rows)
+            update, factor = at_rows(match.update, own)
+            if factor != 0:
+                found.append((match if update is match.update else replace(match, update=update), factor))
+        return tuple(found)
 
     def with_strength(self, strength: float) -> LoRAPatch:
         """The same at another strength everywhere."""

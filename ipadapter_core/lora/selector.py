@@ -2,11 +2,18 @@
 
 One language for strength and for what is trained. An entry names layers by one or more terms, all of which must hold:
 
-- blocks ``in4``, ``in1-3``, ``mid``, ``mid0``, ``out*``, ``double*``, ``single3-7``, ``joint0``, ``base`` (what is in no block);
-- layer types ``attn``, ``attn1`` (self), ``attn2`` (cross), ``q``, ``k``, ``v``, ``out`` (the projection), ``ff``, ``proj``
-  (in and out of a transformer), ``resnet``, ``conv``, ``linear``, ``norm``, ``sampler``;
+- blocks, with a number, a range, ``*`` or nothing for all of them. UNets: ``in4``, ``in1-3``, ``mid``, ``mid0``, ``out*``. Flux,
+  Flux.2, Chroma: ``double0-18``, ``single*`` (Chroma also ``guidance0``). SD3: ``joint0``. Z-Image: ``layers0-29``, ``noise_refiner0``,
+  ``context_refiner*``, ``siglip_refiner*``. Qwen-Image, Wan, Anima: ``block3`` (Wan also ``vace0``, Anima ``adapter0``). Unknown
+  models: ``block3``. ``base`` is what is in no block;
+- layer types ``attn``, ``q``, ``k``, ``v``, ``out`` (the projection), ``ff``, ``mod`` (modulations of transformers), ``proj`` (in and out of
+  a transformer), ``resnet``, ``conv``, ``linear``, ``norm``, ``sampler``; where there are two attentions ``attn1`` or ``self``, ``attn2`` or
+  ``cross`` (UNets, Wan, Anima); where picture and text have layers of their own ``img``, ``txt`` (SD3, Flux and its relatives,
+  Qwen-Image, refiners of Z-Image);
 - parts ``denoiser`` or ``unet`` (the same), ``te``, ``te1``, ``te2``, ``te3``; ``all``;
 - a glob of the whole name of a layer, in diffusers or in its own model: ``*.attn2.to_k``, ``*proj_in``, ``up_blocks.?.resnets.*``.
+
+A fused layer (``attn.qkv``, Flux's ``linear1``) is what the other form of the model keeps apart: ``k: 0`` acts on its own rows.
 
 ``re:…`` of older graphs is read as the globs that it means; a graph may hold no other regular expression.
 """
@@ -21,6 +28,8 @@ from functools import lru_cache
 
 from ..entries import MOST, entries, halves, number
 from ..errors import InvalidInputError, quoted
+from ..models import block_words, type_words
+from .by_rows import Share
 from .globs import Glob, globs_of
 from .targets import Target
 
@@ -28,20 +37,18 @@ Test = Callable[[Target], bool]
 MOST_GLOBS = 32
 """Globs of one selector: each is compared with every name of a model."""
 
-_BLOCK = re.compile(r"(in|mid|out|double|single|joint|block)(?:(\*)|([0-9]{1,4})(?:-([0-9]{1,4}))?)?")
-_FUSED = (".qkv", ".linear1")
+BLOCK_WORDS = block_words()
+"""What blocks are called, before their numbers."""
+_BLOCK = re.compile(
+    rf"({'|'.join(sorted(BLOCK_WORDS, key=len, reverse=True))})(?:(\*)|([0-9]{{1,4}})(?:-([0-9]{{1,4}}))?)?"
+)
 
 
-def _has(target: Target, *parts: str) -> bool:
-    return any(part in f".{target.label}." for part in parts)
+_EXAMPLES = ", ".join(f"{word}*" for word in BLOCK_WORDS if word not in ("in", "mid", "out"))
 
 
-def _ends(target: Target, *names: str) -> bool:
-    return target.label.rsplit(".", 1)[-1] in names
-
-
-def _attention(target: Target) -> bool:
-    return _has(target, ".attn.", ".attn1.", ".attn2.", ".self_attn.", ".img_attn.", ".txt_attn.", "_block.attn")
+def _has_word(word: str) -> Test:
+    return lambda target: word in target.words
 
 
 TYPES: dict[str, Test] = {
@@ -53,21 +60,12 @@ TYPES: dict[str, Test] = {
     "te2": lambda t: t.component == "te2",
     "te3": lambda t: t.component == "te3",
     "base": lambda t: t.block == "base" or t.component != "denoiser",
-    "attn": _attention,
-    "attn1": lambda t: _has(t, ".attn1."),
-    "attn2": lambda t: _has(t, ".attn2."),
-    "q": lambda t: _attention(t) and (_ends(t, "to_q", "q_proj", "add_q_proj") or t.label.endswith(_FUSED)),
-    "k": lambda t: _attention(t) and (_ends(t, "to_k", "k_proj", "add_k_proj") or t.label.endswith(_FUSED)),
-    "v": lambda t: _attention(t) and (_ends(t, "to_v", "v_proj", "add_v_proj") or t.label.endswith(_FUSED)),
-    "out": lambda t: _attention(t) and (_has(t, ".to_out.0.", ".to_add_out.") or _ends(t, "out_proj", "proj")),
-    "ff": lambda t: _has(t, ".ff.", ".ff_context.", ".mlp.", ".img_mlp.", ".txt_mlp.", ".proj_mlp."),
-    "proj": lambda t: _ends(t, "proj_in", "proj_out"),
-    "resnet": lambda t: _has(t, ".resnets."),
-    "sampler": lambda t: _has(t, ".downsamplers.", ".upsamplers."),
+    **{word: _has_word(word) for word in type_words()},
     "conv": lambda t: len(t.shape) > 2,
     "linear": lambda t: len(t.shape) == 2,
     "norm": lambda t: len(t.shape) == 1,
 }
+"""What every word asks of a layer; those of a layer's kind are said by the model's family (``models/``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +98,25 @@ class Selector:
         return self.factors((target,))[0]
 
     def factors(self, targets: Iterable[Target]) -> list[float]:
-        """Factors of many layers, in their order."""
+        """Factors of many layers, in their order; of a fused one the largest that a part has."""
+        return [max((share.factor for share in shares), key=abs) for shares in self.shares(targets)]
+
+    def shares(self, targets: Iterable[Target]) -> list[tuple[Share, ...]]:
+        """Factors by rows: one share of all rows, or one for every part of a fused layer whose parts have different ones."""
         tests, rules = _tests(self.rules), [(_words(rule), rule.factor) for rule in reversed(self.rules)]
-        return [
-            next((factor for words, factor in rules if all(map(seen, words))), 1.0)
-            for seen in (_Seen(tests, target) for target in targets)
-        ]
+
+        def of(target: Target) -> float:
+            seen = _Seen(tests, target)
+            return next((factor for words, factor in rules if all(map(seen, words))), 1.0)
+
+        found: list[tuple[Share, ...]] = []
+        for target in targets:
+            rows = target.shape[0] if target.shape else 1
+            apart = [Share(part.start, part.length, of(piece)) for part, piece in target.apart()]
+            same = len({share.factor for share in apart}) < 2
+            whole = apart[0].factor if apart else None
+            found.append((Share(0, rows, of(target) if whole is None else whole),) if same else tuple(apart))
+        return found
 
     def chosen(self, targets: Iterable[Target]) -> list[Target]:
         """Those with a factor other than 0: what a training with this selector trains."""
@@ -115,21 +126,26 @@ class Selector:
     def unmatched(self, targets: Iterable[Target]) -> list[str]:
         """Rules that match no layer, for a warning: most often a block that this model does not have."""
         tests, lost = _tests(self.rules), [(_words(rule), rule.where) for rule in self.rules]
-        for seen in (_Seen(tests, target) for target in targets):
-            lost = [(words, where) for words, where in lost if not all(map(seen, words))]
+        for target in targets:
+            for piece in [piece for _, piece in target.apart()] or [target]:
+                seen = _Seen(tests, piece)
+                lost = [(words, where) for words, where in lost if not all(map(seen, words))]
         return [where for _, where in lost]
 
     def table(self, targets: Iterable[Target]) -> str:
-        """What it resolves to: one line per block, with the layers of every factor counted."""
+        """What it resolves to: one line per block, with the layers of every factor counted, parts of fused layers as layers."""
         listed = list(targets)
         blocks: dict[str, dict[float, int]] = {}
-        for target, factor in zip(listed, self.factors(listed), strict=True):
+        for target, shares in zip(listed, self.shares(listed), strict=True):
             counts = blocks.setdefault(target.block, {})
-            counts[factor] = counts.get(factor, 0) + 1
-        lines = [f"  {'block':<10} factor × layers"]
-        for block in sorted(blocks, key=_block_order):
+            for share in shares:
+                counts[share.factor] = counts.get(share.factor, 0) + 1
+        width = max((len(block) for block in blocks), default=0)
+        width = max(width, 10)
+        lines = [f"  {'block':<{width}} factor × layers"]
+        for block in sorted(blocks, key=block_order):
             cells = ", ".join(f"{factor:g} × {count}" for factor, count in sorted(blocks[block].items(), reverse=True))
-            lines.append(f"  {block:<10} {cells}")
+            lines.append(f"  {block:<{width}} {cells}")
         return "\n".join(lines)
 
 
@@ -199,8 +215,8 @@ def _test(word: str, where: str) -> Test:
             "'in4: 0.5'"
         )
     raise InvalidInputError(
-        f"unknown word {quoted(word)} in the selector entry {quoted(where)}; use blocks (in4, mid, out3-5, double*, single7, "
-        f"joint0), types ({', '.join(TYPES)}) or a glob of a layer's name such as *proj_in"
+        f"unknown word {quoted(word)} in the selector entry {quoted(where)}; use blocks (in4, mid, out3-5 in UNets, "
+        f"{_EXAMPLES} in transformers), types ({', '.join(TYPES)}) or a glob of a layer's name such as *proj_in"
     )
 
 
@@ -245,7 +261,19 @@ def _split_block(block: str) -> tuple[str, int | None]:
     return kind, int(block[len(kind) :]) if len(kind) < len(block) else None
 
 
-def _block_order(block: str) -> tuple[int, int]:
-    order = ["base", "te1", "te2", "te3", "in", "mid", "out", "joint", "double", "single", "block"]
+def block_order(block: str) -> tuple[int, int]:
+    """What blocks are sorted by."""
+    order = (
+        "base",
+        "te1",
+        "te2",
+        "te3",
+        "in",
+        "down",
+        "mid",
+        "out",
+        "up",
+        *BLOCK_WORDS,
+    )  # down, up: UNets of unknown size
     kind, at = (block, None) if block in order else _split_block(block)
     return (order.index(kind) if kind in order else len(order), at or 0)

@@ -40,6 +40,12 @@ class Target:
     grouped: bool = False
     beside: bool = True
 
+    def apart(self) -> Iterator[tuple[LayerPart, Target]]:
+        """Every part of a fused layer as a layer of its own; none of another."""
+        for part in self.parts:
+            shape = (part.length, *self.shape[1:])
+            yield part, replace(self, label=part.label, shape=shape, words=part.words, parts=())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetTable:
@@ -120,6 +126,8 @@ def target_of(
     bias, kind = getattr(module, "bias", None), layer.kind
     has_bias = bias is not None and tuple(bias.shape) == layer.shape[:1]
     words = None if named is None else named.words.get(path)
+    if words is None:
+        words = common_words(label) if component == "denoiser" else common_words(label) - {"attn1", "attn2"}
     return Target(
         path,
         component,
@@ -128,7 +136,7 @@ def target_of(
         layer.shape,
         has_bias,
         kind == "embedding",
-        common_words(label) if words is None else words,
+        words,
         () if named is None else named.parts.get(path, ()),
         grouped=layer.groups > 1,
         beside=kind != "other",

@@ -103,3 +103,8 @@ def guess_base_model(modules: tuple[LoRAModule, ...]) -> str:
     if SDXL in possible or any(module.component == "te2" for module in modules):
         return SDXL.name
     return " or ".join(base.name for base in possible) or "unknown"
+
+
+def families_in(base_model: str | None) -> set[str]:
+    """The families that a file may be for; none if that is unknown."""
+    return set() if base_model in (None, "unknown") else set(base_model.split(" or "))

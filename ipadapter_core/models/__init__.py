@@ -12,13 +12,13 @@ from .anima import ANIMA
 from .chroma import CHROMA
 from .flux import FLUX
 from .flux2 import FLUX2
-from .layers import LayerNames, Shapes, numbered_blocks, own_names
+from .layers import COMMON_WORDS, LayerNames, Shapes, numbered_block, numbered_blocks, own_names
 from .naming import Naming
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .sites import BaseModel, ModelLayout
 from .streams import Streams
-from .unet import SD2, SD15, SDXL
+from .unet import BLOCK_WORDS, SD2, SD15, SDXL, SHORT
 from .wan import WAN
 from .zimage import ZIMAGE
 
@@ -120,6 +120,27 @@ def names_of_layers(model: nn.Module, shapes: Shapes) -> LayerNames:
         if named is not None:
             return named
     return LayerNames("unknown", own_names(shapes), {}, numbered_blocks(shapes, _words_of_lists()))
+
+
+def block_words() -> tuple[str, ...]:
+    """What blocks are called before their numbers, in the order of tables: UNets', those of all transformers, of unknown models."""
+    named = [blocks.word for base in BASE_MODELS if base.naming for blocks in base.naming.lists]
+    return tuple(dict.fromkeys((*BLOCK_WORDS, *named, "block")))
+
+
+def type_words() -> tuple[str, ...]:
+    """What layers are called, whatever block they are in."""
+    lists = [(rows.rows, rows.words) for base in BASE_MODELS if base.naming for rows in base.naming.lists]
+    lists += [(base.naming.ends, "") for base in BASE_MODELS if base.naming]
+    named = [word for rows, more in lists for row in rows for words in (*row.words, more) for word in words.split()]
+    return tuple(dict.fromkeys((*COMMON_WORDS, *named)))
+
+
+def block_of(path: str) -> str:
+    """Short name of the block of a layer whose model is not at hand: that of ComfyUI's UNets, ``down1`` of others', ``double3``."""
+    if path.partition(".")[0] == "mid_block":
+        return "mid"
+    return numbered_block(path, {**_words_of_lists(), **SHORT, "down_blocks": "down", "up_blocks": "up"})
 
 
 def _words_of_lists() -> dict[str, str]:

@@ -95,7 +95,7 @@ NAMES = Naming(
     lists=(
         Blocks("blocks", "transformer_blocks", "block", _BLOCK, counts=(28,)),
         # a model of its own beside diffusers' transformer
-        Blocks("llm_adapter.blocks", "text_conditioner.blocks", "adapter", _ADAPTER, "txt", counts=(6,)),
+        Blocks("llm_adapter.blocks", "text_conditioner.blocks", "adapter", _ADAPTER, "txt"),
     ),
     ends=(
         layer("x_embedder.proj.1", "patch_embed.proj", "img"),

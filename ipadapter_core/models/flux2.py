@@ -39,7 +39,7 @@ NAMES = Naming(
     original=Signs(("double_blocks.0.img_attn.qkv", "double_stream_modulation_img.lin")),
     diffusers=Signs(("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_qkv_mlp_proj")),
     lists=(
-        Blocks("double_blocks", "transformer_blocks", "double", (*ATTENTION, *_FEED_FORWARD), counts=(5, 8)),
+        Blocks("double_blocks", "transformer_blocks", "double", (*ATTENTION, *_FEED_FORWARD), counts=(5, 8, 8)),
         Blocks("single_blocks", "single_transformer_blocks", "single", _SINGLE, counts=(20, 24, 48)),
     ),
     ends=(

@@ -81,14 +81,20 @@ def own_names(shapes: Shapes) -> Names:
 
 def numbered_blocks(shapes: Shapes, words: Mapping[str, str]) -> dict[str, str]:
     """``double3`` for the layers of ``double_blocks.3``; ``words`` has the word for a list of blocks."""
-    blocks: dict[str, str] = {}
-    for path in shapes:
-        parts = path.split(".")
-        inside = len(parts) > 2 and parts[1].isdigit()
-        blocks[path] = f"{words.get(parts[0], 'block')}{parts[1]}" if inside else "base"
-    return blocks
+    return {path: numbered_block(path, words) for path in shapes}
 
 
+def numbered_block(path: str, words: Mapping[str, str]) -> str:
+    """The word for the outermost list that a layer is in, and its number there; ``base`` if it is in none."""
+    *parts, _ = path.split(".")
+    at = next((i for i, part in enumerate(parts) if i and part.isdecimal() and len(part) < 5), None)
+    return "base" if at is None else f"{words.get('.'.join(parts[:at]), 'block')}{parts[at]}"
+
+
+COMMON_WORDS = (
+    "attn", "attn1", "self", "attn2", "cross", "q", "k", "v", "out", "ff", "mod", "proj", "resnet", "sampler", "img", "txt",
+)  # fmt: skip
+"""What layers are called in every family that has such layers."""
 _ATTENTIONS = {"attn1": "attn1 self", "attn2": "attn2 cross", "self_attn": "attn1 self", "cross_attn": "attn2 cross"}
 _ATTENTION = frozenset(("attn", "attention", "img_attn", "txt_attn", *_ATTENTIONS))
 _LAST = {

@@ -71,7 +71,8 @@ def fused(original: str, diffusers: str, words: str, *aliases: str, parts: str =
 class Blocks:
     """A list of blocks, by its path in each form. ``word`` is what a block is called before its number; ``words`` are those of all its layers.
 
-    ``counts`` are the numbers of blocks of published models.
+    ``counts`` are the numbers of blocks of published models, those of the lists that make them up in one order; block vectors have
+    entries for these.
     """
 
     original: str
@@ -173,6 +174,12 @@ class Naming:
             for number in sorted(numbers):
                 yield from (Found(row, blocks, number) for row in blocks.rows)
         yield from (Found(row, None, 0) for row in self.ends)
+
+    def paths(self) -> Iterator[str]:
+        """Every name in the table: of lists of blocks, and of layers in them or outside."""
+        yield from (name for blocks in self.lists for name in (blocks.original, blocks.diffusers))
+        rows = [row for blocks in self.lists for row in blocks.rows]
+        yield from (name for row in (*rows, *self.ends) for name, _ in _spellings(row))
 
     def find(self, name: str) -> Found | None:
         """What an underscored name of either form stands for; None if it is of no layer of the family."""

@@ -272,7 +272,7 @@ def name_layers(model: nn.Module, shapes: Shapes) -> LayerNames | None:
             part, rest = parts[stem], path[len(stem) :]
             spellings += [part.diffusers + rest, part.ldm + rest]
             labels[path] = spellings[1]
-        blocks[path] = _block_word(spellings[-1])
+        blocks[path] = block_word(spellings[-1])
         names |= {underscored(name): (Place(path),) for name in spellings}
     by_label = {label: path for path, label in labels.items()}
     attentions = [label for label in by_label if label.endswith((".attn1.to_q", ".attn2.to_q"))]
@@ -286,9 +286,15 @@ def name_layers(model: nn.Module, shapes: Shapes) -> LayerNames | None:
     return LayerNames("unknown" if family is None else family.name, names, labels, blocks)
 
 
-def _block_word(ldm: str) -> str:
+SHORT = {"input_blocks": "in", "middle_block": "mid", "output_blocks": "out"}
+BLOCK_WORDS = tuple(SHORT.values())
+"""What blocks of UNets are called before their numbers."""
+
+
+def block_word(ldm: str) -> str:
+    """Short name of the block of a layer, by its LDM path."""
     block, *rest = ldm.split(".")
-    short = {"input_blocks": "in", "middle_block": "mid", "output_blocks": "out"}.get(block)
+    short = SHORT.get(block)
     return "base" if short is None else f"{short}{rest[0]}"
 
 

@@ -38,7 +38,7 @@ NAMES = Naming(
     diffusers=Signs(("blocks.0.attn1.to_q", "blocks.0.attn2.to_q", "blocks.0.ffn.net.2")),
     lists=(
         Blocks("blocks", "blocks", "block", _BLOCK, counts=(30, 40)),
-        Blocks("vace_blocks", "vace_blocks", "vace", _VACE, counts=(8, 15)),
+        Blocks("vace_blocks", "vace_blocks", "vace", _VACE),
     ),
     ends=(
         layer("patch_embedding", "patch_embedding", "img"),

@@ -31,9 +31,9 @@ NAMES = Naming(
     diffusers=Signs(("layers.0.attention.to_q",)),
     lists=(
         Blocks("layers", "layers", "layers", _block(modulated=True), counts=(30,)),
-        Blocks("noise_refiner", "noise_refiner", "noise_refiner", _block(modulated=True), "img", counts=(2,)),
-        Blocks("context_refiner", "context_refiner", "context_refiner", _block(modulated=False), "txt", counts=(2,)),
-        Blocks("siglip_refiner", "siglip_refiner", "siglip_refiner", _block(modulated=False), counts=(2,)),
+        Blocks("noise_refiner", "noise_refiner", "noise_refiner", _block(modulated=True), "img"),
+        Blocks("context_refiner", "context_refiner", "context_refiner", _block(modulated=False), "txt"),
+        Blocks("siglip_refiner", "siglip_refiner", "siglip_refiner", _block(modulated=False)),
     ),
     ends=(
         layer("x_embedder", "all_x_embedder.2-1", "img"),

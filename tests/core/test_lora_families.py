@@ -5,19 +5,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ipadapter_core.backends.diffusers import lora as backend
+from ipadapter_core.commands.cli import main
 from ipadapter_core.errors import IncompatibleAdapterError
-from ipadapter_core.lora import load_lora, match_lora, targets_of
+from ipadapter_core.lora import inspection, load_lora, match_lora, parse_selector, targets_of
+from ipadapter_core.lora import selector as language
+from ipadapter_core.lora.inspection import draw_heat_map, heat_map
 from ipadapter_core.models import BASE_MODELS
 from tiny_families import FAMILIES, Tiny, Tree, Weights
+from tiny_loras import MAKERS
 from tiny_models import noise
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
@@ -57,9 +64,10 @@ def kohya(shapes: Mapping[str, tuple[int, ...]], stem: Callable[[str], str]) -> 
     return found
 
 
-def merged(model: nn.Module, file: Weights) -> Weights:
+def merged(model: nn.Module, file: Weights, selector: str = "") -> Weights:
     """The model's weights with the file merged in, as a state dict."""
-    with torch.no_grad(), backend.merge(model, backend.place(model, load_lora(file))):
+    patch = replace(backend.place(model, load_lora(file)), selector=parse_selector(selector))
+    with torch.no_grad(), backend.merge(model, patch):
         return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
 
 
@@ -178,3 +186,160 @@ def test_further_names_that_hosts_accept(family: str, alias: str, path: str | No
     assert change.count_nonzero() == rows * columns
     if "text" not in alias:
         assert_same(merged(model, file), converted(family, merged(original, file)))
+
+
+# --- selectors -------------------------------------------------------------------------------------------------------
+
+LETTERS = (
+    "k: 0",
+    "all: 0, q: 1",
+    "v: 0.25, k: -0.5",
+    "attn out: 0, attn q: 2",
+    "ff: 0",
+    "mod: 0.5",
+    "proj: 0, base: 0.5",
+)
+WORDS = {
+    "Flux": ("double1 img: 0", "txt q: 0.5, single* ff: 0", "double0-1 mod: 0, single1 v: 0"),
+    "Chroma": ("double1 img: 0", "txt q: 0.5, single* ff: 0", "guidance*: 0.5"),
+    "Flux.2": ("double1 img: 0", "txt q: 0.5, single* ff: 0", "img mod: 0, single1 v: 0"),
+    "Z-Image": ("layers0-1: 0.5", "noise_refiner0: 0, layers1 k: 0", "context_refiner* q: 0, txt v: 0.5"),
+    "Qwen-Image": ("block1 img: 0", "txt q: 0.5, block0 ff: 0"),
+    "Wan": ("self k: 0, cross v: 0.5", "attn1: 0, block1: 1", "attn2 out: 0"),
+    "Anima": ("self k: 0, cross v: 0.5", "attn1: 0, block1: 1", "block0 mod: 0"),
+}
+
+
+@EVERY
+def test_a_selector_means_the_same_on_both_forms_of_a_model(family: str) -> None:
+    """Also where one fuses q, k and v: the words act on their rows. Whichever form the file was made for."""
+    _, original, model = tiny(family)
+    for named in (original, model):
+        file = peft(linear(named))
+        everything = merged(model, file)
+        for selector in (*LETTERS, *WORDS[family]):
+            first, second = converted(family, merged(original, file, selector)), merged(model, file, selector)
+            assert_same(first, second)
+            assert any(not torch.equal(tensor, everything[key]) for key, tensor in second.items()), selector
+
+
+@EVERY
+def test_every_layer_that_is_trained_has_a_word(family: str) -> None:
+    """And every word of a family's table is one that the selector knows and its documentation has."""
+    _, original, model = tiny(family)
+    for named in (original, model):
+        for target in targets_of(named).targets.values():
+            pieces = [piece for _, piece in target.apart()] or [target]
+            for piece in pieces:
+                assert piece.words <= language.TYPES.keys()
+                assert piece.block == "base" or piece.words & {"attn", "ff", "mod"} or len(piece.shape) == 1, piece
+            assert parse_selector(f"all: 0, {target.block}: 1").factor(target) == 1
+    words = {blocks.word for base in BASE_MODELS if base.naming for blocks in base.naming.lists}
+    for word in words:
+        assert word in (language.__doc__ or ""), word
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA out", "DoRA in", "LoHa", "LoKr", "OFT", "BOFT", "full"])
+def test_rows_of_a_fused_layer_have_factors_of_their_own(kind: str) -> None:
+    """They are what the layer is at the strength times its factor, merged and live, whatever the algorithm reads."""
+    block: Any = nn.Module()
+    block.attention = nn.Module()
+    block.attention.qkv = nn.Linear(8, 24)
+
+    class ZImage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([block])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return block.attention.qkv(x)
+
+    torch.manual_seed(0)
+    model, x = ZImage(), noise(2, 5, 8)
+    assert targets_of(model).family == "Z-Image"
+    boft = {"oft_blocks": noise(2, 6, 4, 4), "alpha": torch.tensor(0.0)}
+    tensors = boft if kind == "BOFT" else MAKERS[kind]((24, 8), 2, 0)
+    file = {f"diffusion_model.layers.0.attention.qkv.{key}": t for key, t in tensors.items()}
+    patch = replace(backend.place(model, load_lora(file)), strength=0.7)
+    chosen = replace(patch, selector=parse_selector("k: 0, v: -0.5"))
+    with torch.no_grad():
+        plain, weight = model(x), block.attention.qkv.weight.clone()
+        rows = [weight[:8], weight[8:16], weight[16:]]
+        for i, factor in ((0, 1.0), (2, -0.5)):
+            with backend.merge(model, patch.with_strength(0.7 * factor)):
+                rows[i] = block.attention.qkv.weight[8 * i : 8 * i + 8].clone()
+        with backend.merge(model, chosen):
+            expected = model(x)
+            assert_close(block.attention.qkv.weight, torch.cat(rows), rtol=1e-5, atol=1e-6)
+        with backend.apply(model, chosen):
+            live = model(x)
+    assert_close(live, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(live[..., 8:16], plain[..., 8:16])
+    assert (live - plain).abs().max() > 0.01
+
+
+# --- inspection ------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_a_heat_map_has_the_family_s_blocks_and_columns(family: str) -> None:
+    """From names alone, with the selector's words; none for kinds of layers that the family lacks."""
+    _, original, model = tiny(family)
+    maps = [heat_map(load_lora(peft(linear(named)))) for named in (original, model)]
+    blocks = {target.block for target in targets_of(original).targets.values() if len(target.shape) == 2}
+    for heat in maps:
+        assert set(heat.blocks) == blocks
+        two = {"Wan", "Anima"}
+        assert ("attn1 q" in heat.columns) == ("attn2 out" in heat.columns) == (family in two)
+        assert (
+            ("img q" in heat.columns)
+            == ("txt out" in heat.columns)
+            == (family in {"Flux", "Flux.2", "Chroma", "Qwen-Image"})
+        )
+        assert {"ff", "proj"} & set(heat.columns) or family == "Qwen-Image"
+        assert not np.isnan(heat.values).all(axis=0).any()
+    assert maps[0].columns == maps[1].columns
+
+
+def test_a_fused_layer_is_three_cells() -> None:
+    file = peft({"layers.1.attention.qkv": (72, 24)}, "diffusion_model.")
+    down, up = pair("layers.1.attention.qkv", (72, 24))
+    apart: Weights = {}
+    for part, rows in zip("qkv", up.split(24), strict=True):
+        stem = f"transformer.layers.1.attention.to_{part}"
+        apart |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": rows}
+    first, second = heat_map(load_lora(file)), heat_map(load_lora(apart))
+    assert (first.blocks, first.columns) == (("layers1",), ("q", "k", "v"))
+    np.testing.assert_allclose(first.values, second.values, rtol=1e-5)
+    loha = {f"diffusion_model.layers.1.attention.qkv.{key}": t for key, t in MAKERS["LoHa"]((72, 24), 2, 0).items()}
+    assert set(heat_map(load_lora(loha)).columns) <= {"q", "k", "v", "qkv"}
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_"])
+def test_the_map_of_an_unknown_model_has_rows_by_its_names(prefix: str) -> None:
+    paths = ("stages.3.self_attn.to_q", "stages.3.mlp.fc1", "stages.12.self_attn.out_proj", "head.x")
+    names = {path if prefix.endswith(".") else path.replace(".", "_"): (8, 8) for path in paths}
+    heat = heat_map(load_lora(peft(names, prefix)))
+    assert heat.blocks == ("base", "block3", "block12")
+    assert heat.columns == ("attn1 q", "attn1 out", "ff", "other")
+
+
+def test_the_title_is_drawn_whole_and_without_letters_that_no_font_has() -> None:
+    heat = heat_map(load_lora(peft({"layers.1.attention.to_q": (8, 8)})))
+    wide, short = draw_heat_map(heat, "a long name of a file " * 4), draw_heat_map(heat, "x")
+    assert wide.width > 500
+    assert short.width > 120
+    letters = [piece for piece in inspection._runs("x: RMS of ΔW × 1000, détail") if not piece.isascii()]  # pyright: ignore[reportPrivateUsage]
+    assert letters == ["Δ", "×"]
+    with_sign = np.asarray(draw_heat_map(heat, "Δ×").convert("L"))[:20]
+    assert (with_sign < 128).sum() > (np.asarray(draw_heat_map(heat, "").convert("L"))[:20] < 128).sum() + 20
+
+
+def test_the_picture_of_a_file_of_the_package_is_not_written_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = Path(inspection.__file__).parents[1] / "demo/world/loras/style-lora.safetensors"
+    assert main(["lora", "heatmap", str(shipped)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["style-lora.heatmap.png"]
+    assert not list(shipped.parent.glob("*.png"))

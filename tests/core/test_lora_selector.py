@@ -11,10 +11,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.lora.block_vectors import LAYOUTS, PRESETS, block_vector, parse_where
+from ipadapter_core.lora.block_vectors import LAYOUTS, PRESETS, SHARED, block_vector, parse_where
 from ipadapter_core.lora.globs import Glob, globs_of
 from ipadapter_core.lora.selector import TYPES, Rule, Selector, parse_selector
 from ipadapter_core.lora.targets import Target, targets_of
+from tiny_families import FAMILIES
 from tiny_models import SD15, SDXL, tiny_unet
 
 
@@ -196,9 +197,34 @@ def test_factors_must_be_finite() -> None:
 
 
 def test_lengths_are_those_people_share() -> None:
-    assert {name: len(blocks) for name, blocks in LAYOUTS.items()} == {
+    assert {name: len(LAYOUTS[name]) for name in SHARED} == {
         "SD1.5 17": 17, "SD1.5 26": 26, "SD1.5 27": 27, "SDXL 12": 12, "SDXL 20": 20, "SDXL 21": 21, "Flux 20": 20, "Flux 58": 58,
     }  # fmt: skip
+
+
+def test_other_transformers_have_base_and_their_blocks_in_order() -> None:
+    """Where no vectors are shared; the blocks that make up the published model, refiners and the like following BASE."""
+    own = {name: len(blocks) for name, blocks in LAYOUTS.items() if name not in SHARED}
+    assert own == {
+        "Chroma 20": 20, "Chroma 58": 58, "SD3 25": 25, "SD3 39": 39, "Anima 29": 29, "Flux.2 26": 26, "Flux.2 33": 33, "Flux.2 57": 57,
+        "Qwen-Image 61": 61, "Z-Image 31": 31, "Wan 31": 31, "Wan 41": 41,
+    }  # fmt: skip
+    selector = parse_where(",".join(str(n / 100) for n in range(31)), "Z-Image")
+    family = FAMILIES["Z-Image"]
+    targets = list(targets_of(family.original()).targets.values())
+    factors = {t.block: factor for t, factor in zip(targets, selector.factors(targets), strict=True)}
+    assert factors == {"base": 0, "layers0": 0.01, "layers1": 0.02, "noise_refiner0": 0, "context_refiner0": 0}
+    assert parse_where(",".join(["1"] * 61)).rules[-1].where == "block59", "one family alone has as many"
+    with pytest.raises(InvalidInputError, match=r"31 numbers is ambiguous: say which of Z-Image 31, Wan 31"):
+        parse_where(",".join(["1"] * 31))
+    with pytest.raises(
+        InvalidInputError, match=r"30 numbers is of no known kind: vectors of Wan have 31 or 41; name blocks"
+    ):
+        parse_where(",".join(["1"] * 30), "Wan")
+    for base, last in (("Flux or Chroma", "double18"), ("Chroma", "double18"), ("SDXL", "out8")):
+        assert parse_where(",".join(["1"] * 20), base).rules[-1].where == last
+    for base, last in (("Flux.2", "single19"), (None, "out11"), ("unknown", "out11"), ("SD1.5", "out11")):
+        assert parse_where(",".join(["1"] * 26), base).rules[-1].where == last
 
 
 # Inspire's lbw-preset.txt, read 2026-11
