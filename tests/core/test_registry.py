@@ -40,7 +40,7 @@ def test_the_name_is_one_that_the_registry_takes() -> None:
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", name)
     assert "comfyui" not in name
     extras = [need for needs in PROJECT["project"]["optional-dependencies"].values() for need in needs]
-    assert {need.split("[")[0] for need in extras if "[" in need} == {name}
+    assert {need.split("[")[0] for need in extras if "[" in need and not need.startswith("mkdocstrings")} == {name}
 
 
 def test_one_version() -> None:
@@ -83,7 +83,8 @@ def test_the_archive_holds_what_users_need(left_out: set[Path]) -> None:
         "README.md",
         "LICENSE",
     ):
-        assert not [path for path in left_out if path.as_posix().startswith(needed)], needed
+        missing = {path.as_posix() for path in left_out if path.as_posix().startswith(needed)}
+        assert missing <= {"nodes/web/mkdocs.yml"}, needed
 
 
 def test_no_requirement_is_installed_for_the_nodes() -> None:
