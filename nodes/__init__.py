@@ -21,6 +21,7 @@ from .load_face_model import LoadFaceModel
 from .load_image_encoder import LoadImageEncoder
 from .load_image_prompt import LoadImagePrompt
 from .load_ip_adapter import LoadIPAdapter
+from .lora_rows import LoRARows
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
 from .noise_image import NoiseImage
@@ -51,6 +52,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyFaceLoRA,
     LoRAStrength,
     LoRAStack,
+    LoRARows,
     InspectLoRA,
     SaveLoRA,
     ExtractLoRA,

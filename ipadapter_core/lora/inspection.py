@@ -136,13 +136,15 @@ TRAINING_KEYS = (
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """What the author says to write in the prompt: modelspec's phrase, else the names of kohya's image folders."""
-    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
-    if phrase:
-        return [word.strip() for word in phrase.split(",") if word.strip()]
-    folders = _table(metadata.get("ss_tag_frequency"))
-    names = (folder.partition("_")[2] for folder in folders if folder.split("_")[0].isdigit())
-    return [name for name in dict.fromkeys(names) if name]
+    """What the author says to write in the prompt: modelspec's phrase, else the names of kohya's image folders.
+
+    At most 100, each on one line and at most 200 characters long.
+    """
+    words = [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",")]
+    if not any(words):
+        folders = _table(metadata.get("ss_tag_frequency"))
+        words = [folder.partition("_")[2] for folder in folders if folder.split("_")[0].isdigit()]
+    return [_shown(word, 200) for word in list(dict.fromkeys(filter(None, words)))[:100]]
 
 
 def training_tags(metadata: Mapping[str, str], count: int) -> list[tuple[str, int]]:
@@ -184,7 +186,7 @@ def describe_facts(facts: LoRAFacts) -> str:
     ]
     words = facts["trigger_words"]
     if words:
-        lines.append(f"  trigger words  {_shown(', '.join(words[:50]))}")
+        lines.append(f"  trigger words  {_shown(', '.join(words))}")
     tags = facts["tags"]
     if tags:
         lines.append(f"  training tags  {', '.join(f'{_shown(tag, 60)} ({n})' for tag, n in list(tags.items())[:12])}")

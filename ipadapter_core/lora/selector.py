@@ -262,7 +262,7 @@ def _split_block(block: str) -> tuple[str, int | None]:
 
 
 def block_order(block: str) -> tuple[int, int]:
-    """What blocks are sorted by."""
+    """What blocks are sorted by: parts of no block first, then as the model runs."""
     order = (
         "base",
         "te1",

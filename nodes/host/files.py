@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
 import folder_paths
@@ -47,6 +48,11 @@ def _register(kind: Kind, known: set[str]) -> None:
     folder_paths.folder_names_and_paths[kind] = (paths, set(extensions) | known)
 
 
+def user_file(name: str) -> Path:
+    """A file of the user's own, below ComfyUI's user folder, which no graph can write."""
+    return Path(folder_paths.get_user_directory(), name)
+
+
 def folder_of(kind: Kind) -> str:
     """Where files of a kind belong: the first folder of its name."""
     return folder_paths.get_folder_paths(kind)[0]
@@ -68,6 +74,22 @@ def input_names(extensions: tuple[str, ...]) -> list[str]:
 def path(kind: Kind, name: str) -> str:
     """The path of a file that ``names`` offers. Raises InvalidInputError for another."""
     return readable(name, "file") if kind == "image_prompts" and marked(name) else listed(kind, name)
+
+
+def named(kind: Kind, text: str) -> str:
+    """The name on the list of a kind that a text from another pack or system means, else the text itself.
+
+    It may have the other kind of slashes, or be the whole path of a listed file, as LoRA stackers give them.
+    """
+    listed = folder_paths.get_filename_list(kind)
+    texts = [text]
+    for folder in folder_paths.get_folder_paths(kind) if os.path.isabs(text) else ():
+        texts.append(os.path.relpath(text, folder))
+    return next((name for wanted in texts for name in listed if _slashed(name) == _slashed(wanted)), text)
+
+
+def _slashed(name: str) -> str:
+    return name.replace("\\", "/")
 
 
 def version(kind: Kind, name: str) -> Version:

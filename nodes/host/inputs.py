@@ -38,7 +38,8 @@ _CLASSES = {
     "IMAGE_PROMPT_RECORDING": Recording,
 }
 _PLAIN = {
-    "IPADAPTER": Mapping, "IPADAPTER_PARAMS": dict, "WEIGHTS_STRATEGY": dict, "CONDITIONING": list, "LATENT": dict
+    "IPADAPTER": Mapping, "IPADAPTER_PARAMS": dict, "WEIGHTS_STRATEGY": dict, "CONDITIONING": list, "LATENT": dict,
+    "LORA_STACK": (list, tuple),
 }  # fmt: skip
 """Sockets of old packs whose values are plain Python; the nodes look at what is inside."""
 

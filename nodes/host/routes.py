@@ -17,7 +17,9 @@ from server import PromptServer
 
 from ...ipadapter_core import InvalidInputError
 from ...ipadapter_core.errors import AdapterError, one_line, quoted
-from ...ipadapter_core.lora import load_lora
+from ...ipadapter_core.files.text import read_text
+from ...ipadapter_core.lora import LoRAWeights, describe_lora, load_lora, parse_where
+from ...ipadapter_core.lora.blocks import block_shares, parse_presets, presets_for
 from ...ipadapter_core.lora.inspection import draw_heat_map, heat_map, lora_facts
 from . import files
 
@@ -28,8 +30,9 @@ MOST_BYTES = 2 * 2**30
 """Of a file whose numbers are all read for one answer; the largest LoRAs that people share have half of it."""
 KEPT = 64
 """Answers of a kind that are kept; they are of a file as it was, and asked for anew when it has changed."""
-MOST_WORDS = 100
-"""Trigger words in an answer."""
+
+LORA_PRESETS = "image_prompt/lora_presets.txt"
+"""Block presets of the user, below ComfyUI's user folder: ``NAME: 1,0,0.5,…`` or ``NAME: all: 0, in4: 1``, one a line."""
 
 Query = Mapping[str, str]
 Answer = Mapping[str, object] | bytes
@@ -62,7 +65,7 @@ def _facts(version: files.Version, name: str) -> Answer:
         "parameters": facts["parameters"],
         "not_applied": facts["not_applied"],
         "notes": facts["notes"],
-        "trigger_words": [one_line(word, 200) for word in facts["trigger_words"][:MOST_WORDS]],
+        "trigger_words": facts["trigger_words"],
         "tags": {one_line(tag): count for tag, count in facts["tags"].items()},
         "training": {key: one_line(value, 300) for key, value in facts["training"].items()},
     }
@@ -86,6 +89,30 @@ def _heat_map(version: files.Version, name: str) -> Answer:
     return picture.getvalue()
 
 
+def blocks_of_lora(query: Query) -> Answer:
+    """``?file=&selector=``: the blocks of a LoRA's layers, the factors that a selector gives them, and its rules one by one."""
+    weights = _described(files.version("loras", _asked(query, "file")), query["file"])
+    selector = parse_where(query.get("selector", ""), weights.base_model)
+    shares = block_shares(weights, selector)
+    return {
+        "base_model": weights.base_model,
+        "blocks": [{"block": s.block, "layers": s.layers, "low": s.low, "high": s.high} for s in shares],
+        "rules": [{"where": rule.where, "factor": rule.factor} for rule in selector.rules],
+    }
+
+
+@lru_cache(8)
+def _described(version: files.Version, name: str) -> LoRAWeights:
+    return describe_lora(version[0], name=name)
+
+
+def presets_of_lora(query: Query) -> Answer:
+    """``?base_model=``: names of the block presets for it, and those in the user's file, with what they mean."""
+    own = files.user_file(LORA_PRESETS)
+    found = parse_presets(read_text(own)) if own.is_file() else {}
+    return {"presets": presets_for(_asked(query, "base_model")), "own": found, "file": f"user/{LORA_PRESETS}"}
+
+
 def _asked(query: Query, name: str) -> str:
     """A value of the query. Raises InvalidInputError where it is missing, too long or no text."""
     value = query.get(name, "")
@@ -97,8 +124,10 @@ def _asked(query: Query, name: str) -> str:
 
 
 ROUTES: tuple[Route, ...] = (
+    Route("lora/blocks", blocks_of_lora),
     Route("lora/facts", facts_of_lora),
     Route("lora/heatmap", heat_map_of_lora),
+    Route("lora/presets", presets_of_lora),
 )
 
 

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from host.comfy_server import ComfyServer, ExecutionFailed, Graph, Link, Node
+from host.comfy_server import ComfyServer, ExecutionFailed, Graph, GraphRejected, Link, Node
 from host.shrunk import WIDTH
 from host.shrunk_transformers import POOLED, TEXT, build_transformer, build_transformer_loras
 from host.steering import Steering
-from host.tiny_lora_files import build_lora
+from host.tiny_lora_files import build_lora, lora_tensors
 from ipadapter_core.training import parse_config
 from ipadapter_core.training.config import LoRAConfig
 from ipadapter_core.training.lora_adapter import fresh_lora
@@ -222,6 +222,61 @@ def test_chains_stacks_and_others_loras(scene: Callable[..., Scene]) -> None:
     out = s.compare(chained=s.sample(chained), stacked=s.sample(stacked), mixed=s.sample(mixed), host=s.sample(host))
     for name in ("chained", "stacked", "mixed"):
         same(out[name], out["host"])
+
+
+def test_rows_are_a_chain_and_a_stack_for_other_packs(scene: Callable[..., Scene]) -> None:
+    """Rows by name, by whole path and with the other slashes; as a LORA_STACK out of one node and into the next."""
+    s = scene()
+    first, second = s.file(seed=1), s.file(seed=2)
+    beside = s.server.add_model("loras", s.server.models("loras") / second, f"below/{second}")
+    rows = [
+        {"file": str(s.server.models("loras") / first), "strength": 0.5, "text_strength": 0.25},
+        {"file": beside.replace("/", "\\"), "selector": "attn2: 0"},
+        {"file": "gone.safetensors", "on": False},
+        {"file": second, "strength": 0, "text_strength": 0},
+    ]
+    inputs = {"mode": "merged", "rows": json.dumps(rows)}
+    whole = s.graph.add("ImagePromptLoRARows", model=s.model, **inputs)
+    stacker = s.graph.add("ImagePromptLoRARows", **(inputs | {"rows": json.dumps(rows[:1])}))
+    chained = s.graph.add(
+        "ImagePromptLoRARows", model=s.model, lora_stack=stacker[2], mode="merged", rows=json.dumps(rows[1:])
+    )
+    nothing = s.graph.add("ImagePromptLoRARows", model=s.model, mode="auto", rows="")
+    stack = s.graph.add("PreviewAny", source=whole[2])
+    report = s.graph.add("PreviewAny", source=stacker[4])
+    by_hand = s.lora(s.lora(seed=1, strength=0.5), seed=2, selector="attn2: 0", mode="merged")
+    samples = {"whole": whole, "chained": chained, "by_hand": by_hand, "nothing": nothing, "plain": s.model}
+    nodes = {name: s.sample(model) for name, model in samples.items()}
+    result = s.run()
+    out = {name: result.tensor(node) for name, node in nodes.items()}
+    assert np.array_equal(out["nothing"], out["plain"])
+    assert np.array_equal(out["whole"], out["chained"])
+    same(out["whole"], out["by_hand"])
+    assert apart(out["whole"], out["plain"]) > EFFECT
+    assert json.loads(
+        result.text(stack)[0].replace("(", "[").replace(")", "]").replace("'", '"').replace("\\\\", "/")
+    ) == [
+        [str(s.server.models("loras") / first), 0.5, 0.25],
+        [beside, 1.0, 1.0],
+    ]
+    assert result.text(report) == ["nothing to apply them to is connected"]
+
+
+def test_rows_say_their_trigger_words_and_what_is_wrong_with_them(server: ComfyServer) -> None:
+    for name, words in (("a.safetensors", "ink, sks"), ("b.safetensors", "sks, paper")):
+        save_file(
+            lora_tensors("sd15_small"), server.models("loras") / name, metadata={"modelspec.trigger_phrase": words}
+        )
+    graph = Graph()
+    rows = graph.add("ImagePromptLoRARows", mode="auto", rows='[{"file": "a.safetensors"}, {"file": "b.safetensors"}]')
+    words = graph.add("PreviewAny", source=rows[3])
+    assert server.run(graph).text(words) == ["ink, sks, paper"]
+    graph[rows.id]["inputs"]["rows"] = '[{"file": "a.safetensors", "strength": "much"}]'
+    with pytest.raises(GraphRejected, match=r"row 1 has strength: 'much'; a number in -20\.\.20 was expected"):
+        server.run(graph)
+    graph[rows.id]["inputs"]["rows"] = '[{"file": "../secret.safetensors"}]'
+    with pytest.raises(ExecutionFailed, match="none of the files in models/loras"):
+        server.run(graph)
 
 
 def test_schedules_and_selectors(scene: Callable[..., Scene]) -> None:

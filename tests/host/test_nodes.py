@@ -22,6 +22,7 @@ from tiny_towers import pe_core
 SOCKETS = {
     "IMAGE_PROMPT_ADAPTER",
     "IMAGE_PROMPT",
+    "LORA_STACK",
     "IMAGE_PROMPT_SCHEDULE",
     "IMAGE_PROMPT_FACE_MODEL",
     "IMAGE_PROMPT_RECORDING",
@@ -46,6 +47,10 @@ OUTPUTS = {
     "ImagePromptApplyFaceLoRA": (["MODEL"], ["model"]),
     "ImagePromptLoRAStrength": (["MODEL", "CLIP", "STRING"], ["model", "clip", "report"]),
     "ImagePromptLoRAStack": (["MODEL", "CLIP", "STRING"], ["model", "clip", "report"]),
+    "ImagePromptLoRARows": (
+        ["MODEL", "CLIP", "LORA_STACK", "STRING", "STRING"],
+        ["model", "clip", "lora_stack", "trigger_words", "report"],
+    ),
     "ImagePromptLoRAInspect": (["STRING", "IMAGE"], ["text", "heat_map"]),
     "ImagePromptLoRASave": (["STRING"], ["path"]),
     "ImagePromptLoRAExtract": (["STRING"], ["path"]),

@@ -59,6 +59,27 @@ def test_facts_of_a_lora(server: ComfyServer, lora: str) -> None:
     assert facts["not_applied"] == []
 
 
+def test_blocks_of_a_lora_and_what_a_selector_gives_them(server: ComfyServer, lora: str) -> None:
+    found = table(server, "lora/blocks", file=lora, selector="in*: 0, in1 attn2: 0.5")
+    shares = {block["block"]: (block["low"], block["high"]) for block in found["blocks"]}
+    assert shares["in1"] == (0.0, 0.5)
+    assert shares["in2"] == (0.0, 0.0)
+    assert shares["mid1"] == (1.0, 1.0)
+    assert found["rules"] == [{"where": "in*", "factor": 0.0}, {"where": "in1 attn2", "factor": 0.5}]
+    assert "nonsense" in table(server, "lora/blocks", 400, file=lora, selector="nonsense: 1")["error"]
+
+
+def test_presets_are_ours_and_the_users(server: ComfyServer) -> None:
+    assert "SD-OUTALL" in table(server, "lora/presets", base_model="SD1.5")["presets"]
+    file = server.base / "user/image_prompt/lora_presets.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("FACE: in*: 0\n")
+    assert table(server, "lora/presets", base_model="SDXL")["own"] == {"FACE": "in*: 0"}
+    file.write_text("FACE\n")
+    assert "line 1" in table(server, "lora/presets", 400, base_model="SDXL")["error"]
+    file.unlink()
+
+
 def test_a_changed_file_is_read_again(server: ComfyServer, lora: str) -> None:
     path = server.models("loras") / "changes.safetensors"
     for rank in (2, 3):
@@ -77,7 +98,7 @@ def test_the_heat_map_is_a_picture(server: ComfyServer, lora: str) -> None:
 HOSTILE = ("", "../../secret.safetensors", "/etc/passwd", "..\\secret", "a\0b", "x" * 1001, "no.safetensors", "\ud800")
 
 
-@pytest.mark.parametrize("path", ["lora/facts", "lora/heatmap"])
+@pytest.mark.parametrize("path", ["lora/facts", "lora/heatmap", "lora/blocks"])
 def test_other_names_are_refused_in_a_sentence(server: ComfyServer, path: str, tmp_path: Path) -> None:
     (server.models("loras").parent / "secret.safetensors").write_bytes(b"secret")
     broken = server.models("loras") / "broken.safetensors"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, Response, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Response, sync_playwright
 
 from host.comfy_server import ComfyServer
 
@@ -58,6 +58,15 @@ FIT = """() => {
   app.canvas.setDirty(true, true);
 }"""
 
+EMPTY: Mapping[str, Any] = {
+    "last_node_id": 0,
+    "last_link_id": 0,
+    "nodes": [],
+    "links": [],
+    "groups": [],
+    "version": 0.4,
+}
+
 TITLE = 30
 """Height of a node's title, which lies above its position."""
 
@@ -75,7 +84,7 @@ class Editor:
         self.page.on("response", self._answered)
         self.page.goto(server.url)
         self.page.wait_for_function(READY, timeout=120_000)
-        self.load({"nodes": [], "links": [], "version": 0.4})
+        self.load(EMPTY)
         self.errors.clear()  # those of the host's own start
 
     def _heard(self, message: ConsoleMessage) -> None:
@@ -108,7 +117,7 @@ class Editor:
 
     def add(self, kind: str) -> int | str:
         """Open a graph of one node with the widgets that it begins with; returns the node's id."""
-        self.load({"nodes": [], "links": [], "version": 0.4})
+        self.load(EMPTY)
         made = self.page.evaluate(
             "kind => { const node = LiteGraph.createNode(kind); app.graph.add(node); node.pos = [0, 0]; return node.id }",
             kind,
@@ -132,6 +141,32 @@ class Editor:
         """What Run would send: inputs of every node, by its id."""
         sent = self.page.evaluate("async () => (await app.graphToPrompt()).output")
         return {number: node["inputs"] for number, node in sent.items()}
+
+    def saved(self) -> dict[str, Any]:
+        """The open graph as ComfyUI's menu would save it."""
+        return self.page.evaluate("async () => (await app.graphToPrompt()).workflow")
+
+    def set_text(self, node: int | str, name: str, text: str) -> None:
+        """Give a widget a value from elsewhere, as a loaded graph does."""
+        self.page.evaluate(
+            "([id, name, text]) => { app.graph.getNodeById(id).widgets.find(w => w.name === name).value = text }",
+            [node, name, text],
+        )
+        self.settle()
+
+    def drag(
+        self, what: Locator, *, by: tuple[float, float] = (0, 0), to: Locator | None = None, down: float = 0.5
+    ) -> None:
+        """Press in the middle of an element (``down``: at this part of its height), move, let go."""
+        start, end = what.bounding_box(), (to or what).bounding_box()
+        assert start, f"{what} is not seen"
+        assert end, f"{to} is not seen"
+        mouse = self.page.mouse
+        mouse.move(start["x"] + start["width"] / 2, start["y"] + start["height"] * down)
+        mouse.down()
+        mouse.move(end["x"] + end["width"] / 2 + by[0], end["y"] + end["height"] * down + by[1], steps=8)
+        mouse.up()
+        self.settle()
 
     def shot(self, name: str) -> None:
         """Write what is seen to the folder for pictures, if there is one."""

@@ -3,6 +3,8 @@
 One file, so that each host's server and browser start once; a new check is a function that takes ``editor``.
 """
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import json
@@ -10,7 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+from safetensors.torch import save_file
+
 from host.comfy_server import ComfyServer
+from host.tiny_lora_files import lora_tensors
 
 if TYPE_CHECKING:
     from web.browser import Editor
@@ -52,3 +58,82 @@ def grouped(workflow: Mapping[str, Any]) -> list[tuple[int, list[float]]]:
             if left <= x <= left + width and top <= y <= top + height:
                 found.append((node["id"], group["bounding"]))
     return found
+
+
+def test_lora_rows_are_added_dragged_ordered_and_sent(editor: Editor, lora_files: list[str]) -> None:
+    ink, paper = lora_files
+    page = editor.page
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        node = editor.add("ImagePromptLoRARows")
+        with editor.quiet(f"LoRA Rows, {renderer}"):
+            for words in ("paper water", "ink"):
+                page.get_by_role("button", name="add a LoRA").click()
+                page.get_by_role("combobox", name="add a LoRA").fill(words)
+                page.get_by_role("option").first.click()
+            editor.settle()
+            assert rows_of(editor, node) == [{"on": True, "file": f, "strength": 1} for f in (paper, ink)]
+
+            editor.drag(page.get_by_role("spinbutton", name="strength", exact=True).nth(0), by=(-40, 0))
+            page.get_by_role("spinbutton", name="strength on the text encoders").nth(1).fill("0.25")
+            page.get_by_role("switch").nth(1).click()
+            editor.drag(page.get_by_role("button", name="reorder").nth(1), by=(0, -60))
+            assert rows_of(editor, node) == [
+                {"on": False, "file": ink, "strength": 1, "text_strength": 0.25},
+                {"on": True, "file": paper, "strength": 0.6},
+            ]
+
+            page.get_by_role("button", name="strength by block").nth(1).click()
+            bars = page.get_by_role("slider")
+            bars.nth(3).wait_for()
+            editor.drag(bars.nth(0), to=bars.nth(2), down=0.9)
+            bars.nth(3).press("0")
+            editor.shot(f"LoRA Rows blocks {renderer}")
+            selector = rows_of(editor, node)[1]["selector"]
+            names = [(bar.get_attribute("aria-label") or "").split()[0] for bar in bars.all()[:4]]
+            assert [entry.split(": ")[0] for entry in selector.split(", ")] == names
+            assert selector.endswith(f"{names[3]}: 0")
+            page.get_by_role("combobox", name="preset").select_option("SD-OUTALL")
+            assert rows_of(editor, node)[1]["selector"] == "SD-OUTALL"
+
+            page.get_by_role("button", name="what this LoRA is").nth(0).click()
+            page.get_by_role("button", name="copy <img src=x onerror=window.hacked=1>").wait_for()
+            assert page.evaluate("() => window.hacked") is None
+            page.get_by_role("img", name="heat map of").wait_for()
+            editor.shot(f"LoRA Rows facts {renderer}")
+
+            page.get_by_role("checkbox", name="all LoRAs on").click()
+            assert [row["on"] for row in rows_of(editor, node)] == [True, True]
+            page.get_by_role("button", name="remove").nth(0).click()
+            assert [row["file"] for row in rows_of(editor, node)] == [paper]
+            saved = editor.saved()
+            editor.load(saved)
+            assert [row["file"] for row in rows_of(editor, node)] == [paper]
+
+
+def test_rows_that_are_no_list_stay_as_they_were_written(editor: Editor) -> None:
+    node = editor.add("ImagePromptLoRARows")
+    editor.set_text(node, "rows", "[{oops")
+    assert editor.prompt()[str(node)]["rows"] == "[{oops"
+    assert "no list of rows" in editor.page.locator(".image-prompt-error").inner_text()
+    editor.page.get_by_role("textbox", name="rows as JSON").fill('[{"lora": "x", "strengthTwo": 0.5}]')
+    editor.page.keyboard.press("Tab")
+    assert not editor.page.locator(".image-prompt-error").is_visible()
+    assert rows_of(editor, node) == [{"lora": "x", "strengthTwo": 0.5}]
+
+
+def rows_of(editor: Editor, node: int | str) -> list[dict[str, Any]]:
+    """What the server would get."""
+    return json.loads(editor.prompt()[str(node)]["rows"])
+
+
+@pytest.fixture(scope="module")
+def lora_files(server: ComfyServer) -> list[str]:
+    """Two LoRAs whose author is not a friend."""
+    words = {"modelspec.trigger_phrase": "<img src=x onerror=window.hacked=1>, ink"}
+    names = ["ink <b>drawing.safetensors", "styles/watercolour & paper.safetensors"]
+    for name in names:
+        path = server.models("loras") / name
+        path.parent.mkdir(exist_ok=True)
+        save_file(lora_tensors("sd15_small"), path, metadata=words)
+    return names

@@ -1,0 +1,100 @@
+// The selector of a LoRA as sliders: a bar for each block of the file, presets, and the text itself.
+
+import { barsOf } from "./bars.js";
+import { ask, button, copy, h } from "./shared.js";
+
+/**
+ * An element that shows and changes `selector()` for `file()`; `change(text)` is called with every new one. `refresh()`
+ * draws what they are now.
+ */
+export function blockSliders({ file, selector, change }) {
+  const text = h("input", {
+    class: "image-prompt-fill", type: "text", "aria-label": "selector", spellcheck: "false",
+    placeholder: "everywhere 1; or 'all: 0, out3-5: 0.8', a block vector, a preset's name",
+    onchange: () => write(text.value),
+  });
+  const presets = h("select", {
+    "aria-label": "preset",
+    onchange: () => presets.value && write(presets.value),
+  });
+  const body = h("div", {});
+  let rules = [];
+  let asked = 0;
+
+  const write = (next) => {
+    change(next);
+    refresh();
+  };
+  const written = () => rules.map(({ where, factor }) => `${where}: ${factor}`).join(", ");
+  const setRules = (wheres, pairs) => {
+    rules = rules.filter(({ where }) => !wheres.has(where));
+    for (const [where, factor] of pairs) rules.push({ where, factor });
+    text.value = written();
+    change(text.value);
+  };
+
+  async function refresh() {
+    const turn = ++asked;
+    text.value = selector();
+    if (!file()) return body.replaceChildren(h("div", { class: "image-prompt-note" }, "choose a file first"));
+    try {
+      const found = await ask("lora/blocks", { file: file(), selector: selector() });
+      if (turn !== asked) return;
+      rules = found.rules;
+      const groups = grouped(found.blocks);
+      body.replaceChildren(
+        barsOf(groups, {
+          change: (values) => setRules(new Set(values.keys()), values),
+          done: refresh,
+          setGroup(name, factor) {
+            const members = groups.find((group) => group.name === name).bars.map((bar) => bar.key);
+            setRules(new Set([...members, `${name}*`]), [[`${name}*`, factor]]);
+            refresh();
+          },
+        }),
+      );
+      await offer(found.base_model, turn);
+    } catch (error) {
+      if (turn === asked) body.replaceChildren(h("div", { class: "image-prompt-error", role: "alert" }, error.message));
+    }
+  }
+
+  async function offer(baseModel, turn) {
+    const found = await ask("lora/presets", { base_model: baseModel });
+    if (turn !== asked) return;
+    const option = (name, value) => h("option", { value, title: value }, name);
+    presets.replaceChildren(
+      option("preset…", ""),
+      h("optgroup", { label: `for ${baseModel}` }, ...found.presets.map((name) => option(name, name))),
+      h("optgroup", { label: `yours (${found.file})` }, ...Object.entries(found.own).map(([name, value]) => option(name, value))),
+    );
+    presets.value = [...presets.options].some((entry) => entry.value === selector()) ? selector() : "";
+  }
+
+  const element = h(
+    "div",
+    {},
+    h(
+      "div",
+      { class: "image-prompt-line" },
+      presets,
+      text,
+      button("copy", "copy the selector", () => copy(text.value)),
+      button("reset", "everywhere 1", () => write("")),
+    ),
+    body,
+  );
+  return { element, refresh };
+}
+
+/** Blocks such as in4 by what they begin with; what has no number is a group of its own. */
+function grouped(blocks) {
+  const groups = new Map();
+  for (const { block, layers, low, high } of blocks) {
+    const [, name, number] = block.match(/^(.*?)(\d*)$/);
+    const group = number && !name.startsWith("te") ? name : block;
+    if (!groups.has(group)) groups.set(group, []);
+    groups.get(group).push({ key: block, label: `${block} (${layers} layers)`, low, high });
+  }
+  return [...groups].map(([name, bars]) => ({ name, bars }));
+}
