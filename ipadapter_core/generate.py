@@ -1,6 +1,6 @@
 """Headless generation: a pipeline of diffusers, adapters and reference images to pictures."""
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from .backends.diffusers.doors import apply_to_pipeline
 from .backends.diffusers.pipelines import model_of
 from .bake import bake, check_adapter
 from .checkpoints import AdapterWeights
-from .errors import InvalidInputError
+from .errors import AdapterError, InvalidInputError, quoted, reason
 from .features import ImageEncoder
 from .files.text import read_bytes
 from .files.whole import written_whole
@@ -32,6 +34,8 @@ from .images.files import MAX_FILE, decode_grey, read_picture, to_tensor
 from .models import family_of, layout_of
 from .prompt.encode import encode_image_prompt
 from .prompt.options import EncodeOptions
+from .quiet import quietly
+from .recipe import CHUNK, PARAMETERS
 
 Encoder = TransformersImageEncoder | TowerEncoder
 """An image encoder that was read from files."""
@@ -86,6 +90,21 @@ def prepare_patch(
     return bake(adapter, encode_image_prompt(adapter, encoder, images, options), layout, schedule, mask)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Beginning:
+    """A picture to begin with, ``y x 3`` in 0..1, how much of it is drawn anew (1: all), and in which region (``y x``, white)."""
+
+    picture: Tensor
+    denoise: float = 0.75
+    inpaint: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.denoise <= 1:
+            raise InvalidInputError(
+                f"denoise is {self.denoise:g}; it is the share of the steps that are sampled, above 0 and at most 1"
+            )
+
+
 def generate(
     pipeline: Any,
     patches: Sequence[AdapterPatch],
@@ -98,24 +117,41 @@ def generate(
     seeds: Sequence[int],
     height: int | None = None,
     width: int | None = None,
+    beginning: Beginning | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """One picture per prompt and seed (same length), ``b y x 3`` in 0..1. The pipeline is as before afterwards.
 
     Some models are distilled: ``guidance`` is one of their inputs (FLUX.1), and the negative prompt acts only with a
-    ``true_guidance`` above 1, which runs every step twice. Elsewhere ``guidance`` is true already.
+    ``true_guidance`` above 1, which runs every step twice. Elsewhere ``guidance`` is true already. With a ``beginning`` the
+    pictures are as large as it, unless sizes are given, and outside of its region they are it, pixel for pixel.
     Raises InvalidInputError where one of these would do nothing.
     """
     if len(prompts) != len(seeds) or not seeds:
         raise InvalidInputError(
             f"generate() needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds"
         )
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise InvalidInputError(f"the seed {quoted(seed)} is no number from 0 to {2**63 - 1}")
+    pipeline = _task(pipeline, beginning)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    sampled, begun, more, kept = steps, dict[str, Tensor](), dict[str, object](), None
+    if beginning is not None:
+        height, width = size_for(pipeline, beginning.picture, height, width)
+        begun, more = _resized(beginning, height, width, len(seeds)), {"strength": beginning.denoise}
+        if "mask_image" in begun and "Inpaint" not in type(pipeline).__name__:
+            kept = _Kept(pipeline, begun["image"], begun["mask_image"], seeds)
+        sampled = min(int(steps * beginning.denoise), steps)
+        if sampled < 1:
+            raise InvalidInputError(
+                f"denoise {beginning.denoise:g} of {steps} steps leaves none to sample: raise one of the two"
+            )
 
-    def report(_: object, step: int, __: object, values: dict[str, object]) -> dict[str, object]:
+    def report(_: object, step: int, timestep: object, values: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
-            progress(step + 1, steps)
-        return values
+            progress(step + 1, sampled)
+        return values if kept is None else {**values, "latents": kept.around(values["latents"], timestep)}
 
     given = _guidance(pipeline, len(prompts), negative, guidance, true_guidance)
     pipeline.set_progress_bar_config(disable=True)
@@ -125,16 +161,145 @@ def generate(
             prompt=list(prompts),
             num_inference_steps=steps,
             generator=generators,
-            height=height,
-            width=width,
             output_type="pt",
             callback_on_step_end=report,
+            **_taken(pipeline, height=height, width=width, **begun, **more),
             **given,
         )
+    except (AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise InvalidInputError(f"diffusers' {type(pipeline).__name__} cannot do this ({reason(error)})") from error
     finally:
         if applied is not None:
             applied.remove()
-    return out.images.float().permute(0, 2, 3, 1).clamp(0, 1).cpu()
+    made = out.images.float().permute(0, 2, 3, 1).clamp(0, 1).cpu()
+    if beginning is None or beginning.inpaint is None:
+        return made
+    before, inside = begun["image"].permute(0, 2, 3, 1), begun["mask_image"].permute(0, 2, 3, 1)
+    return torch.where(inside > 0, made * inside + before * (1 - inside), before)
+
+
+def _task(pipeline: Any, beginning: Beginning | None) -> Any:
+    """The pipeline of the same parts that does what is asked."""
+    name = type(pipeline).__name__
+    if beginning is None:
+        if "mask_image" in inspect.signature(type(pipeline).__call__).parameters:
+            raise InvalidInputError(
+                f"a {name} paints into a picture: give one with --init, and a region with --inpaint-mask"
+            )
+        return pipeline
+    import diffusers
+
+    # diffusers' inpainting pipelines know UNets of 4 and 9 channels; what is to stay is kept here for all but the latter
+    inside = beginning.inpaint is not None and (not hasattr(pipeline, "unet") or _reads_masks(pipeline))
+    stem = name.removesuffix("Pipeline").removesuffix("Img2Img").removesuffix("Inpaint")
+    wanted = f"{stem}{'Inpaint' if inside else 'Img2Img'}Pipeline"
+    kind: Any = getattr(diffusers, wanted, None)
+    if kind is None:
+        raise InvalidInputError(
+            f"diffusers {diffusers.__version__} has no {wanted}, so a {name} cannot begin with a picture: leave --init out, or "
+            "choose a model that can (SD1.5, SDXL, SD3.5, FLUX.1)"
+        )
+    if beginning.inpaint is None and _reads_masks(pipeline):
+        raise InvalidInputError(f"the UNet of this {name} reads a region: give one with --inpaint-mask")
+    known = inspect.signature(kind.__init__).parameters
+    parts = {part: value for part, value in pipeline.components.items() if part in known}
+    if "requires_safety_checker" in known:
+        parts["requires_safety_checker"] = False
+    with quietly("diffusers"):
+        return pipeline if type(pipeline) is kind else kind(**parts)
+
+
+def _reads_masks(pipeline: Any) -> bool:
+    """Whether a UNet was trained for inpainting: it has more channels than the latents."""
+    return hasattr(pipeline, "unet") and pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels
+
+
+class _Kept:
+    """What lies outside of the region, which every step finds as the picture with the noise of that step (latent blending)."""
+
+    def __init__(self, pipeline: Any, image: Tensor, inside: Tensor, seeds: Sequence[int]) -> None:
+        self._scheduler = pipeline.scheduler
+        self._latents = _encoded(pipeline.vae, image[:1] * 2 - 1)
+        self._inside = F.interpolate((inside[:1] > 0).float(), self._latents.shape[-2:], mode="nearest")
+        draws = [
+            torch.randn(self._latents.shape[1:], generator=torch.Generator().manual_seed(seed ^ 1)) for seed in seeds
+        ]
+        self._noise = torch.stack(draws)
+
+    def around(self, latents: Tensor, timestep: Any) -> Tensor:
+        """The latents ``b c y x`` behind the step of a timestep, outside of the region replaced."""
+        scheduler, before = self._scheduler, self._latents.to(latents)
+        times, at = scheduler.timesteps, getattr(scheduler, "step_index", None)
+        if not isinstance(at, int):  # DDIM counts no steps
+            at = int((times == timestep).nonzero()[-1]) + 1
+        if at < len(times):
+            before = scheduler.add_noise(before, self._noise.to(latents), times[at : at + 1])
+        return torch.where(self._inside.to(latents.device) > 0, latents, before)
+
+
+@torch.no_grad()
+def _encoded(vae: Any, pixels: Tensor) -> Tensor:
+    """Pixels ``1 3 y x`` in -1..1 as scaled latents. SDXL's autoencoder overflows in half precision."""
+    overflows = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if overflows:
+        vae.to(dtype=torch.float32)
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    if overflows:
+        vae.to(dtype=torch.float16)
+    mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (mean.float() - shift) * vae.config.scaling_factor
+
+
+def _taken(pipeline: Any, **values: object) -> dict[str, object]:
+    """Those of the values that a pipeline's call takes: img2img pipelines of UNets are as large as their picture."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    return {name: value for name, value in values.items() if name in known}
+
+
+def size_for(pipeline: Any, picture: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
+    """The size of what is drawn over a picture: as given, else the picture's proportions with at most the model's own pixels.
+
+    Sides are multiples of what the pipeline's latents and patches stand for.
+    """
+    patch: int = getattr(getattr(pipeline, "transformer", None), "config", {}).get("patch_size", 1) or 1
+    vae = getattr(pipeline, "vae_scale_factor", 8)
+    step = max(vae * (2 if type(pipeline).__name__.startswith("Flux") else patch), 1)
+    h, w = (int(side) for side in picture.shape[:2])
+    own = getattr(pipeline, "default_sample_size", None)
+    if not isinstance(own, int):
+        own = getattr(model_of(pipeline), "config", {}).get("sample_size")
+    most = own * vae if isinstance(own, int) else 1024
+    scale = min(1.0, math.sqrt(most * most / (h * w)))
+    fitted = [max(step, round(side * scale / step) * step) for side in (h, w)]
+    return (height or fitted[0]), (width or fitted[1])
+
+
+def _resized(beginning: Beginning, height: int, width: int, count: int) -> dict[str, Tensor]:
+    """Picture and region as the pipelines take them, ``b c y x``: cut to the proportions, then resized."""
+    given = {"image": beginning.picture.permute(2, 0, 1)[None, :3]}
+    if beginning.inpaint is not None:
+        if beginning.inpaint.shape[-2:] != beginning.picture.shape[:2]:
+            raise InvalidInputError(
+                f"the inpainting mask is {beginning.inpaint.shape[-1]}x{beginning.inpaint.shape[-2]} and the picture "
+                f"{beginning.picture.shape[1]}x{beginning.picture.shape[0]} (width x height); they must have one size"
+            )
+        given["mask_image"] = beginning.inpaint[None, None]
+    return {name: _cover(pixels.float(), height, width).expand(count, -1, -1, -1) for name, pixels in given.items()}
+
+
+def _cover(pixels: Tensor, height: int, width: int) -> Tensor:
+    """``1 c y x`` at another size, its middle where the proportions differ."""
+    h, w = pixels.shape[-2:]
+    if (h, w) == (height, width):
+        return pixels
+    scale = max(height / h, width / w)
+    size = max(height, round(h * scale)), max(width, round(w * scale))
+    pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return pixels[..., top : top + height, left : left + width]
 
 
 def _guidance(pipeline: Any, count: int, negative: str, guidance: float, true_guidance: float) -> dict[str, object]:
@@ -173,12 +338,22 @@ def to_pillow(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().to(torch.uint8).numpy())
 
 
-def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object]) -> None:
-    """Write a PNG with its facts as JSON in the text chunk ``ipadapter``; the file appears whole or not at all."""
+def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object], parameters: str = "") -> None:
+    """Write a PNG with its facts as JSON in the text chunk ``ipadapter``, and ``parameters`` as web UIs have them.
+
+    The file appears whole or not at all. Raises InvalidInputError where it cannot be written.
+    """
     chunk = PngImagePlugin.PngInfo()
-    chunk.add_text("ipadapter", json.dumps(facts))
-    with written_whole(path) as place:
-        image.save(place, format="PNG", pnginfo=chunk)
+    if parameters:
+        chunk.add_text(PARAMETERS, parameters)
+    chunk.add_text(CHUNK, json.dumps(facts))
+    try:
+        with written_whole(path) as place:
+            image.save(place, format="PNG", pnginfo=chunk)
+    except OSError as error:
+        raise InvalidInputError(
+            f"{quoted(path)} cannot be written ({error.strerror or error}): choose another place, or make room"
+        ) from error
 
 
 def grid_of(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from .errors import InvalidInputError, quoted, reason
+from .images.files import EXTENSIONS
 from .quiet import quietly
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -118,42 +121,79 @@ def model_on_disk(source: str | os.PathLike[str]) -> Path:
     place = _place_of(source)
     if place is None:
         return Path(source)
-    if place.path:
-        return _fetched(place)
+    return _fetched(place) if place.path else _pipeline(place)
+
+
+def described(source: str | os.PathLike[str]) -> Path:
+    """A folder that describes a model in one file: of ``owner/name`` configs and tokenizers, and what that file has not.
+
+    Files of UNets hold text encoders and autoencoders, those of transformers do not. Raises as ``file_on_disk``.
+    """
+    place = _place_of(source)
+    if place is None:
+        return Path(source)
+    import huggingface_hub
+
+    def folder(**arguments: Any) -> str:
+        found: str = huggingface_hub.snapshot_download(
+            place.repository, revision=place.revision, allow_patterns=[*DESCRIPTIONS], **arguments
+        )
+        if not Path(found, "model_index.json").is_file():
+            raise FileNotFoundError("no model_index.json")
+        return found
+
+    home = Path(_local_first(place, folder))
+    return _pipeline(place, transformer=None) if (home / "transformer").is_dir() else home
+
+
+def _pipeline(place: HubPlace, **without: None) -> Path:
+    """A pipeline's files, chosen by diffusers, but for the parts ``without``."""
     from diffusers import DiffusionPipeline
+
+    made: Any = DiffusionPipeline
 
     def folder(**arguments: Any) -> str:
         with quietly("diffusers"):
             found = Path(
-                DiffusionPipeline.download(place.repository, revision=place.revision, use_safetensors=True, **arguments)
+                made.download(place.repository, revision=place.revision, use_safetensors=True, **without, **arguments)
             )
-        if not any(any((found / part).glob("*.safetensors")) for part in ("unet", "transformer")):
-            raise FileNotFoundError("no weights of a unet or transformer in safetensors")
+        heavy = [part for part in ("unet", "transformer", "vae") if part not in without and (found / part).is_dir()]
+        if not heavy or not all(any((found / part).glob("*.safetensors")) for part in heavy):
+            raise FileNotFoundError("no weights of all its parts in safetensors")
         return str(found)
 
     return Path(_local_first(place, folder))
 
 
-def descriptions_of(repository: str) -> Path:
-    """The configs and tokenizers of a repository's model, without weights. Raises as ``file_on_disk``."""
-    import huggingface_hub
+def is_on_hub(source: str | os.PathLike[str]) -> bool:
+    """Whether a source names a repository of the Hub, or a place in one, and nothing on this machine."""
+    return _place_of(source) is not None
 
-    place = HubPlace(repository)
 
-    def folder(**arguments: Any) -> str:
-        found: str = huggingface_hub.snapshot_download(repository, allow_patterns=[*DESCRIPTIONS], **arguments)
-        if not Path(found, "model_index.json").is_file():
-            raise FileNotFoundError("no model_index.json")
-        return found
+@contextmanager
+def nothing_fetched() -> Generator[None]:
+    """Inside, the cache alone is asked, whatever is named: for names that come from strangers' files."""
+    before = _FETCHING.set(False)
+    try:
+        yield
+    finally:
+        _FETCHING.reset(before)
 
-    return Path(_local_first(place, folder))
+
+_FETCHING: ContextVar[bool] = ContextVar("fetching", default=True)
 
 
 def _place_of(source: str | os.PathLike[str]) -> HubPlace | None:
     text = os.fspath(source)
     if os.path.exists(text):
         return None
-    return HubPlace.read(text.replace(os.sep, "/"))
+    place = HubPlace.read(text.replace(os.sep, "/"))
+    missing = place is not None and not place.path and Path(place.repository).suffix.lower() in _FILES
+    return None if missing else place
+
+
+_FILES = {".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth", ".onnx", *EXTENSIONS}
+"""What ends a path with one slash that is no repository, but a file that is not there."""
 
 
 def _local_first(place: HubPlace, get: Callable[..., str], fetch: bool = True, **arguments: Any) -> str:
@@ -170,6 +210,11 @@ def _local_first(place: HubPlace, get: Callable[..., str], fetch: bool = True, *
             enable_progress_bars()
         if not fetch:
             raise FileNotFoundError(str(place))
+        if not _FETCHING.get():
+            raise InvalidInputError(
+                f"{quoted(str(place), 200)} is not on this machine, and what a picture names is not fetched unasked; fetch it with: "
+                f"hf download {place.repository}{' ' + place.path if place.is_file else ''}"
+            )
         try:
             _find_host()
             return get(**arguments)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from .errors import (
     quoted,
     reason,
 )
-from .files.state_dict import StoredTensors
+from .files.state_dict import StoredTensors, describe_state_dict
 from .files.text import read_json, regular_file
 from .models import layout_of
 from .models.sites import ModelLayout
+from .models.unet import unet_of_width
 from .narrowing import is_row, is_table
 from .quiet import quietly
 
@@ -169,6 +171,24 @@ def _denoiser(home: Path) -> tuple[str, Any]:
     raise InvalidInputError(
         f"{home} is a pipeline without a unet or transformer of diffusers, so there is nothing in which an image prompt could act"
     )
+
+
+def denoiser_of(home: Path) -> str:
+    """``unet`` or ``transformer``: the part of a model folder in which image prompts act. Raises InvalidInputError."""
+    return _denoiser(home)[0]
+
+
+def published_as(path: Path) -> str | None:
+    """The repository with the configs of a UNet's model in one file, told by its shapes; None for any other file."""
+    if path.suffix not in (".safetensors", ".sft"):
+        return None
+    tensors = describe_state_dict(path).tensors
+    width = next((int(t.shape[1]) for key, t in tensors.items() if _TEXT.search(key)), 0)
+    known = unet_of_width(width)
+    return None if known is None or known.published is None else known.published.repository
+
+
+_TEXT = re.compile(r"^model\.diffusion_model\..*attn2\.to_k\.weight$")
 
 
 def layout_in(model: str | Path, config: str | Path | None = None) -> ModelLayout:

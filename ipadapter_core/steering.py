@@ -126,13 +126,16 @@ def prompt_patch(
     faces: Source | FaceAnalyzer | None = None,
     options: EncodeOptions | None = None,
     home: Path | None = None,
+    device: torch.device | None = None,
 ) -> AdapterPatch:
     """What ``image_prompt`` applies. Everything is checked before an encoder runs; weights that were read go with the call.
 
-    ``home`` is a model folder whose ``image_encoder`` may serve, beside the places where ``image_prompt`` looks.
+    ``home`` is a model folder whose ``image_encoder`` may serve, beside the places where ``image_prompt`` looks. Encoders and
+    adapters run on ``device``; None: where the pipeline does.
     """
     model = model_of(pipeline)
-    layout, (device, dtype) = layout_of(model), _works_in(pipeline, model)
+    layout, (where, dtype) = layout_of(model), _works_in(pipeline, model)
+    device = device or where
     if isinstance(adapter, AdapterWeights):
         weights, source = adapter, None
     else:

@@ -143,13 +143,13 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "quiet", "features", "downloads", "console", "device_cache", "narrowing"),
-    ("files", "compatibility", "models"),
-    ("entries", "images", "checkpoints", "model_folders", "hub"),
-    ("attention", "known_files"),
+    ("files", "compatibility", "models", "devices"),
+    ("entries", "images", "checkpoints", "model_folders"),
+    ("attention", "known_files", "hub"),
     ("lora", "prompt", "legacy"),
     ("bake", "backends.calls"),
     ("backends.comfy", "backends.diffusers"),
-    ("report", "steering", "backends.diffusers_lora"),
+    ("report", "recipe", "steering", "backends.diffusers_lora"),
     ("generate",),
     ("training",),
     ("demo",),

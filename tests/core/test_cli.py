@@ -63,7 +63,7 @@ def test_generate_writes_pictures_grid_and_facts(
     assert [Path(file).name for file in facts["files"]] == ["seed-000000.png", "seed-000001.png"]
     first = Image.open(facts["files"][0])
     assert first.size == (32, 32)
-    assert json.loads(first.text["ipadapter"])["seed"] == 0
+    assert [json.loads(first.text["ipadapter"])[name] for name in ("seed", "only")] == [[0, 1], 0]
     assert json.loads((tmp_path / "facts.json").read_text()) == facts
     assert Image.open(tmp_path / "grid.png").size == (68, 32)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -107,7 +107,22 @@ def test_inspect(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--image", "{adapter}", "--adapter", "{adapter}"], "cannot be read as a picture"),
         (["--image", "{a}"], "needs --adapter"),
         (["--image", "{a}", "--adapter", "{a}"], "a.png"),
-        (["--steps", "0"], "--steps is 0"),
+        (["--adapter", "{adapter}"], "has no picture: give --image behind it"),
+        (["--device", "cuda:99"], "the device 'cuda:99' cannot be used"),
+        (["--device", "nonsense"], "the device 'nonsense' cannot be used"),
+        (["--device", "meta"], "the device 'meta' cannot be used"),
+        (["--denoise", "0.5"], "give it with --init"),
+        (["--init", "{a}", "--denoise", "1.5"], "denoise is 1.5"),
+        (["--init", "{a}", "--denoise", "0.3"], "leaves none to sample"),
+        (["--init", "{a}", "--inpaint-mask", "{mask}"], "they must have one size"),
+        (["--seed", "1", "2", "3"], "got 3 seeds for 2 pictures"),
+        (["--seed", "-1"], "the seed '-1' is no number"),
+        (["--seed", str(2**64)], "is no number from 0"),
+        (["--lora", "{a}"], "a.png"),
+        (["--lora", "missing.safetensors:0.5"], "missing.safetensors does not exist"),
+        (["--out", "{a}"], "cannot be the folder for pictures (File exists)"),
+        (["--from", "{a}"], "holds no settings"),
+        (["--from", "missing.png"], "'missing.png' does not exist"),
         (["--sites", "everywhere"], "cannot read 'everywhere'"),
         (["--image", "{a}", "--adapter", "{adapter}", "--sites", "t99: 1"], "'t99' matches no site"),
         (["--curve", "0:1, x"], "cannot read 'x'"),
@@ -118,7 +133,10 @@ def test_inspect(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_mistakes_are_one_line_and_exit_code_1(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    filled = [a.format(adapter=model_folder / "adapter.safetensors", a=model_folder / "a.png") for a in arguments]
+    files = {name: model_folder / f"{name}.png" for name in ("a", "mask")} | {
+        "adapter": model_folder / "adapter.safetensors"
+    }
+    filled = [argument.format(**files) for argument in arguments]
     assert run(model_folder, tmp_path / "out", *filled) == 1
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("ipadapter: ")]
@@ -127,10 +145,24 @@ def test_mistakes_are_one_line_and_exit_code_1(
     assert not (tmp_path / "out").exists(), "nothing may be left behind"
 
 
-def test_usage_errors_exit_with_2() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--preset", "no such preset"],
+        ["generate", "--steps", "0"],
+        ["generate", "--width", "1000000"],
+        ["generate", "--lora", "a.safetensors:much"],
+        ["generate", "--no-such-option"],
+        ["no such command"],
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["generate", "--preset", "no such preset"])
+        main(arguments)
     assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.rstrip().endswith("--help)")
 
 
 # --- consoles, pipes and names ------------------------------------------------------------------------------------------------
@@ -213,8 +245,34 @@ def test_memory_that_runs_out_and_system_errors_are_one_line(
         assert main(["inspect", "x"]) == 1
         assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr("ipadapter_core.commands.cli.describe_adapter", Mock(side_effect=RuntimeError("a bug")))
+    assert main(["inspect", "x"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "RuntimeError: a bug" in said
+    monkeypatch.setenv("IPADAPTER_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="a bug"):
         main(["inspect", "x"])
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_picture(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Image.Image, place: Path, **_: object) -> None:
+        Path(place).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run(model_folder, tmp_path) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("cannot be written (No space left on device): choose another place, or make room")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert f"torch {torch.__version__.split('+')[0]}" in capsys.readouterr().out
 
 
 def test_home_is_a_tilde_in_arguments(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

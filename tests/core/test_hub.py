@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ipadapter_core import image_prompt
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.hub import HubPlace, descriptions_of, file_on_disk, folder_on_disk, model_on_disk
+from ipadapter_core.hub import HubPlace, described, file_on_disk, folder_on_disk, model_on_disk, nothing_fetched
 from ipadapter_core.model_folders import load_pipeline
 from tiny_folder import sd15_folder
 
@@ -49,7 +49,7 @@ class FakeHub:
         return str(found)
 
     def snapshot_download(
-        self, repo_id: str, allow_patterns: list[str], revision: Any = None, local_files_only: bool = False
+        self, repo_id: str, *, allow_patterns: list[str], revision: Any = None, local_files_only: bool = False
     ) -> str:
         from fnmatch import fnmatch
 
@@ -200,9 +200,38 @@ def test_a_pipeline_is_fetched_by_diffusers_own_rule(hub: FakeHub, folder: Path,
 
 def test_descriptions_have_no_weights(hub: FakeHub, folder: Path) -> None:
     shutil.copytree(folder, hub.there / "maker/model")
-    found = descriptions_of("maker/model")
+    found = described("maker/model")
     assert (found / "model_index.json").is_file()
     assert not list(found.rglob("*.safetensors"))
+
+
+def test_a_transformers_file_is_described_with_all_but_the_transformer(
+    hub: FakeHub, folder: Path, monkeypatch: Any
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    shutil.copytree(folder, hub.there / "maker/model")
+    (hub.there / "maker/model/unet").rename(hub.there / "maker/model/transformer")
+    calls: list[dict[str, Any]] = []
+
+    def download(name: str, **arguments: Any) -> str:
+        calls.append(arguments)
+        return str(hub.there / name)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    assert described("maker/model") == hub.there / "maker/model"
+    assert all(call["transformer"] is None for call in calls)
+
+
+def test_what_strangers_name_is_not_fetched(hub: FakeHub) -> None:
+    (hub.there / "me/adapters").mkdir(parents=True)
+    (hub.there / "me/adapters/a.bin").write_bytes(b"")
+    with nothing_fetched(), pytest.raises(InvalidInputError, match="not fetched unasked"):
+        file_on_disk("me/adapters:a.bin")
+    assert hub.asked == []
+    file_on_disk("me/adapters:a.bin")
+    with nothing_fetched():
+        assert file_on_disk("me/adapters:a.bin").is_file()
 
 
 def test_a_name_that_leads_nowhere_is_told_at_once(hub: FakeHub, monkeypatch: Any) -> None:
