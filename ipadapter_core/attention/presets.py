@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..entries import MOST, entries, halves, number, some
 from ..errors import InvalidInputError, quoted
-from ..models.sites import ModelLayout, Roles, Site
+from ..models.sites import BaseModel, ModelLayout, Roles, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,41 @@ PRESETS: dict[str, Callable[[PresetContext], SiteWeight]] = {
     "strong style and composition": _strong_style_and_composition,
 }
 """Weight of a site by preset name; the first fifteen are the public names."""
+
+MEANINGS: dict[str, str] = {
+    "linear": "everywhere, as trained",
+    "ease in": "strong in the first layers, weak in the last",
+    "ease out": "weak in the first layers, strong in the last",
+    "ease in-out": "strong in the middle of the model, weak at both ends",
+    "reverse in-out": "weak in the middle of the model, strong at both ends",
+    "weak input": "a fifth of the strength in the input blocks",
+    "weak output": "a fifth of the strength in the output blocks",
+    "weak middle": "a fifth of the strength in the middle block",
+    "strong middle": "a fifth of the strength everywhere but in the middle block",
+    "style transfer": "only in the layers that carry colours, strokes and mood",
+    "composition": "only in the layers that carry the arrangement",
+    "strong style transfer": "everywhere but in the layers that carry the arrangement",
+    "style and composition": "in the layers of both, each with a strength of its own",
+    "style transfer precise": "style, and the reference's arrangement is pushed away",
+    "composition precise": "arrangement, and the reference's style is pushed away",
+    "strong style and composition": "everywhere, arrangement with a strength of its own",
+}
+"""What a preset does, in a few words."""
+
+
+def preset_facts() -> list[dict[str, object]]:
+    """Every preset as plain values for JSON: ``name``, ``meaning``, and what it ``needs`` of a model, nothing for most."""
+    return [{"name": name, "meaning": MEANINGS[name], "needs": _needs(name)} for name in PRESETS]
+
+
+def _needs(preset: str) -> str:
+    """What a model must have for a preset: one with no blocks of a known kind lacks it."""
+    bare = ModelLayout(BaseModel(name="none"), 0, (site := Site("", "", 0, 0, 0, 0, 0),))
+    try:
+        PRESETS[preset](PresetContext(site, bare, 1.0, 1.0, 1.0))
+    except _Lacking as needed:
+        return str(needed)
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from functools import lru_cache
 from aiohttp import web
 from server import PromptServer
 
-from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core import COMPATIBILITIES, SCALINGS, InvalidInputError, describe_adapter, describe_spec, spec_facts
+from ...ipadapter_core.attention.presets import preset_facts
 from ...ipadapter_core.errors import AdapterError, one_line, quoted
 from ...ipadapter_core.files.text import read_text
 from ...ipadapter_core.lora import LoRAWeights, describe_lora, load_lora, parse_where
@@ -45,6 +46,28 @@ class Route:
 
     path: str
     answer: Callable[[Query], Answer]
+
+
+def facts_of_adapter(query: Query) -> Answer:
+    """``?file=``: what an adapter file of ``models/ipadapter`` is, and which encoder it needs. Of a safetensors file the header is read."""
+    return _adapter(files.version("ipadapter", _asked(query, "file")), query["file"])
+
+
+@lru_cache(KEPT)
+def _adapter(version: files.Version, name: str) -> Answer:
+    if version[2] > MOST_BYTES and not name.lower().endswith(".safetensors"):  # pickles are read whole
+        raise InvalidInputError(
+            f"{quoted(name)} has {version[2] / 1e9:.1f} GB; files up to {MOST_BYTES / 1e9:.1f} GB are read here, use the node Inspect Adapter"
+        )
+    spec = describe_adapter(version[0], name=name)
+    facts = {key: one_line(value, 300) if isinstance(value, str) else value for key, value in spec_facts(spec).items()}
+    left_out = {one_line(group): count for group, count in spec.left_out.items()}
+    return {"name": name, **facts, "left_out": left_out, "text": describe_spec(spec, name)}
+
+
+def presets(query: Query) -> Answer:
+    """Nothing asked: the weight presets and scalings that apply nodes offer, what each does and what of a model it needs."""
+    return {"presets": preset_facts(), "scalings": list(SCALINGS), "compatibilities": list(COMPATIBILITIES)}
 
 
 def facts_of_lora(query: Query) -> Answer:
@@ -124,6 +147,8 @@ def _asked(query: Query, name: str) -> str:
 
 
 ROUTES: tuple[Route, ...] = (
+    Route("inspect", facts_of_adapter),
+    Route("presets", presets),
     Route("lora/blocks", blocks_of_lora),
     Route("lora/facts", facts_of_lora),
     Route("lora/heatmap", heat_map_of_lora),

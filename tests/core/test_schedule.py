@@ -4,6 +4,8 @@ The golden weights are written out from the published semantics (B.2 of the refe
 SD1.5 and 11 on SDXL), not from the code: explicit numbers for each transformer.
 """
 
+# pyright: basic, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math
@@ -16,7 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipadapter_core.attention.presets import PRESETS, SiteRule, SiteWeights, parse_layers, parse_site_factors
+from ipadapter_core.attention.presets import (
+    MEANINGS,
+    PRESETS,
+    SiteRule,
+    SiteWeights,
+    parse_layers,
+    parse_site_factors,
+    preset_facts,
+)
 from ipadapter_core.attention.schedule import WeightSchedule, Window, parse_curve, parse_numbers
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.legacy.frame_weights import WeightsStrategy
@@ -475,3 +485,12 @@ def test_any_text_is_read_or_refused(text: str, times: int) -> None:
             refusal = str(error)
         assert len(refusal) < 600
         assert refusal.isprintable()
+
+
+def test_every_preset_says_what_it_does_and_needs() -> None:
+    facts = {str(fact["name"]): fact for fact in preset_facts()}
+    assert list(facts) == list(PRESETS) == list(MEANINGS)
+    assert len({fact["meaning"] for fact in facts.values()}) == len(PRESETS)
+    assert {name for name, fact in facts.items() if not fact["needs"]} == {
+        "linear", "ease in", "ease out", "ease in-out", "reverse in-out"
+    }  # fmt: skip

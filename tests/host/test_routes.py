@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from host.comfy_server import ComfyServer
+from host.tiny_adapters import build_adapter
 from host.tiny_lora_files import lora_tensors
 
 
@@ -95,13 +96,61 @@ def test_the_heat_map_is_a_picture(server: ComfyServer, lora: str) -> None:
         assert picture.height > 100
 
 
+# --- adapters and presets ---------------------------------------------------------------------------------------------
+
+
+def test_facts_of_an_adapter(server: ComfyServer, tmp_path: Path) -> None:
+    file = build_adapter("plus", "sd15_small", tmp_path)
+    name = "faces/a & b=ü#?.safetensors"
+    path = server.models("ipadapter") / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(file.read_bytes())
+    facts = table(server, "inspect", file=name.replace("/", os.sep))
+    assert (facts["family"], facts["feature"]) == ("plus", "penultimate")
+    assert facts["feature_dim"] == 32
+    assert "family" in facts["text"]
+    path.write_bytes(build_adapter("base", "sd15_small", tmp_path).read_bytes())
+    assert table(server, "inspect", file=name.replace("/", os.sep))["family"] == "base", "a changed file is read again"
+
+
+def test_a_pickle_of_an_adapter_runs_nothing(server: ComfyServer, tmp_path: Path) -> None:
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (server.models("ipadapter") / "evil.bin").write_bytes(pickle.dumps({"image_proj": Evil()}))
+    assert table(server, "inspect", 400, file="evil.bin")["error"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_presets(server: ComfyServer) -> None:
+    found = table(server, "presets")
+    names = [preset["name"] for preset in found["presets"]]
+    node = server.object_info("ImagePromptApply")["input"]["required"]
+    offered = node["preset"][0] if isinstance(node["preset"][0], list) else node["preset"][1]["options"]
+    assert names == list(offered)
+    assert len(names) == 16
+    assert all(len(preset["meaning"]) > 10 for preset in found["presets"])
+    needs = {preset["name"]: preset["needs"] for preset in found["presets"]}
+    assert needs["linear"] == ""
+    assert needs["weak middle"] == "middle blocks"
+    assert "style and composition" in needs["style transfer"]
+    assert "V only" in found["scalings"]
+    assert "IPAdapter_plus" in found["compatibilities"]
+
+
 HOSTILE = ("", "../../secret.safetensors", "/etc/passwd", "..\\secret", "a\0b", "x" * 1001, "no.safetensors", "\ud800")
 
 
-@pytest.mark.parametrize("path", ["lora/facts", "lora/heatmap", "lora/blocks"])
-def test_other_names_are_refused_in_a_sentence(server: ComfyServer, path: str, tmp_path: Path) -> None:
-    (server.models("loras").parent / "secret.safetensors").write_bytes(b"secret")
-    broken = server.models("loras") / "broken.safetensors"
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("lora/facts", "loras"), ("lora/heatmap", "loras"), ("lora/blocks", "loras"), ("inspect", "ipadapter")],
+)
+def test_other_names_are_refused_in_a_sentence(server: ComfyServer, path: str, kind: str) -> None:
+    (server.models(kind).parent / "secret.safetensors").write_bytes(b"secret")
+    broken = server.models(kind) / "broken.safetensors"
     broken.write_bytes(b"no tensors")
     for name in (*HOSTILE, "broken.safetensors"):
         error = table(server, path, 400, file=name.encode("utf-8", "surrogatepass").decode("latin-1"))["error"]
