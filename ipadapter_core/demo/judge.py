@@ -8,11 +8,13 @@ silhouette), what colours it has (a histogram) and where they are (a coarse grid
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pictures import BACKGROUNDS, colour_table
+from .pictures import BACKGROUNDS, colour_table, recolour
 
 GRID = 8
 BINS = 4
@@ -63,6 +65,13 @@ def similarity(results: Tensor, references: Tensor) -> Tensor:
     """Similarity of every result to every reference, ``r s`` in about -1..1; a mirrored subject counts as the same."""
     described = describe(references)
     return torch.maximum(describe(results) @ described.T, describe(results.flip(-1)) @ described.T)
+
+
+def with_decoys(references: Tensor) -> Tensor:
+    """References ``r 3 y x`` and behind them the same ones in two wrong hues each, ``3r 3 y x``."""
+    opaque = torch.cat([references, torch.ones_like(references[:, :1])], 1)
+    turns = [torch.full((len(references),), turn * 2 * math.pi / 3) for turn in (1, 2)]
+    return torch.cat([references, *(recolour(opaque, turn)[:, :3] for turn in turns)])
 
 
 def background_names(images: Tensor) -> list[str]:

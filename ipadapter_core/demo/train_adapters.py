@@ -46,7 +46,7 @@ from ..training.processors import IPAttnProcessor
 from ..training.state import ResultFiles, RunFolder
 from ..training.trainee import Parts, Shown
 from ..training.watch import Validator
-from .measure import measure
+from .measure import STYLE, measure
 from .pictures import (
     BACKGROUNDS,
     SIZE,
@@ -316,7 +316,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     if args.sampling_steps:
         world = load_world(args.world, {args.family: file})
         with torch.no_grad():
-            found = measure(world, args.family, steps=args.sampling_steps)
+            found = measure(world, args.family, steps=args.sampling_steps, style=args.world / "loras" / STYLE.name)
         print(found.table())
         with written_whole(file.with_name("figures.json")) as place:
             place.write_bytes(json.dumps(found.as_dict(), indent=1).encode())

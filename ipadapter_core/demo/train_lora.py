@@ -1,7 +1,6 @@
 """Train the demo world's style LoRA: ``python -m ipadapter_core.demo.train_lora --pictures node_modules --work …``.
 
-The style is a poster: four shades of blue ink on cream paper, in coarse dots. Pillow prints it from scenes of the world's own
-pictures; the captions are the world's, without a trigger word, so strength alone switches the style on.
+The style is ``poster``'s. Pillow prints it from scenes of the world's own pictures; the captions are the world's, without a trigger word, so strength alone switches the style on.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..files.whole import written_whole
@@ -21,22 +19,11 @@ from ..training.config import RunConfig, parse_config
 from ..training.order import seeded
 from ..training.run import train
 from .pictures import BACKGROUNDS, Pictures, caption, colour_table, load_pictures, on_background, place
+from .poster import as_poster
 from .world import FOLDER
 
 SEED = 11
-PAPER, INK = (252, 238, 205), (24, 36, 104)
-"""What light and dark become."""
-TONES, BLOCK = 4, 2
-"""Shades between ink and paper, and the side of a print's dots in pixels."""
-FILE = "style-lora.safetensors"
-
-
-def as_poster(image: Image.Image) -> Image.Image:
-    """A picture as a print of a few shades of one ink, in coarse dots."""
-    size = image.width // BLOCK, image.height // BLOCK
-    grey = ImageOps.autocontrast(image.convert("L").resize(size, Image.Resampling.BOX), cutoff=1)
-    shades = grey.point([round(value * (TONES - 1) / 255) * 255 // (TONES - 1) for value in range(256)])
-    return ImageOps.colorize(shades, INK, PAPER).resize(image.size, Image.Resampling.NEAREST)
+FILE = "demo-world-style.safetensors"
 
 
 def save_scenes(pictures: Pictures, folder: Path, count: int) -> Path:
@@ -75,7 +62,7 @@ def settings(work: Path, world: Path, pictures: Path, steps: int, batch: int, ra
                 "sample_prompts": ["", "emoji"],
             },
             "output": {
-                "folder": str(work / "style-lora"), "name": "style-lora", "state_every": 100, "save_every": 0,
+                "folder": str(work / "demo-world-style"), "name": "demo-world-style", "state_every": 100, "save_every": 0,
                 "key_format": "kohya", "dtype": "float16",
             },
         },
@@ -107,7 +94,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser.add_argument("--install", action="store_true", help="copy the LoRA into the world's loras folder")
     args = parser.parse_args(argv if argv is None else list(argv))
     if args.start_over:
-        for name in ("style-lora", "posters", "cache"):
+        for name in ("demo-world-style", "posters", "cache"):
             shutil.rmtree(args.work / name, ignore_errors=True)
     args.work.mkdir(parents=True, exist_ok=True)
     file = train_style(

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ipadapter_core.demo import train_lora
+from ipadapter_core.demo import poster, train_lora
 from ipadapter_core.demo.pictures import Pictures
-from ipadapter_core.demo.sheet import ROWS, STYLE_STRENGTHS, draw_style
+from ipadapter_core.demo.sheet import LABELS, STYLE_ROWS, STYLE_STRENGTHS, draw_style
 from ipadapter_core.demo.world import FOLDER, load_world
 from ipadapter_core.lora import load_lora
 
@@ -28,9 +28,9 @@ def test_posters_have_few_shades_in_coarse_dots(tmp_path: Path) -> None:
     for file in sorted(folder.glob("*.png")):
         pixels = np.asarray(Image.open(file))
         assert pixels.shape == (64, 64, 3)
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) <= train_lora.TONES
-        dots = pixels[:: train_lora.BLOCK, :: train_lora.BLOCK]
-        assert np.array_equal(dots.repeat(train_lora.BLOCK, 0).repeat(train_lora.BLOCK, 1), pixels)
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) <= poster.TONES
+        dots = pixels[:: poster.BLOCK, :: poster.BLOCK]
+        assert np.array_equal(dots.repeat(poster.BLOCK, 0).repeat(poster.BLOCK, 1), pixels)
         words = file.with_suffix(".txt").read_text()
         assert words.split()[0] in "abcde", "named by the world's grammar, and never one that is held out"
         assert "style" not in words
@@ -45,5 +45,5 @@ def test_the_trainer_makes_a_small_file_that_the_demo_shows(tmp_path: Path) -> N
     assert load_lora(file).components == ("denoiser",)
     world = load_world()
     sheet = draw_style(world, "base", 1, file)
-    assert sheet.size == (128 + (1 + 2 * len(STYLE_STRENGTHS)) * 136, 74 + ROWS * 136)
+    assert sheet.size == (LABELS + (1 + 2 * len(STYLE_STRENGTHS)) * 136, 74 + STYLE_ROWS * 136)
     assert not any(module._forward_hooks for module in world.pipeline.unet.modules()), "nothing stays behind"

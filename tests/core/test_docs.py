@@ -28,7 +28,7 @@ DOCUMENTS = [
 FILES = {
     "ip-adapter_sd15.safetensors": "adapters/ip-adapter-base.safetensors",
     "ip-adapter-plus_sd15.safetensors": "adapters/ip-adapter-plus.safetensors",
-    "style.safetensors": "loras/style-lora.safetensors",
+    "style.safetensors": "loras/demo-world-style.safetensors",
     "image_encoder": "image_encoder",
     "cat.png": "../references/leopard.png",
 }

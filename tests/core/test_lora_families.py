@@ -339,7 +339,7 @@ def test_the_picture_of_a_file_of_the_package_is_not_written_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shipped = Path(inspection.__file__).parents[1] / "demo/world/loras/style-lora.safetensors"
+    shipped = Path(inspection.__file__).parents[1] / "demo/world/loras/demo-world-style.safetensors"
     assert main(["lora", "heatmap", str(shipped)]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["style-lora.heatmap.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-world-style.heatmap.png"]
     assert not list(shipped.parent.glob("*.png"))

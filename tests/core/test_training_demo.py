@@ -52,11 +52,11 @@ def test_one_command_trains_from_nothing_and_measures(
 ) -> None:
     monkeypatch.setattr(train_adapters, "load_pictures", lambda folder: pictures)
     monkeypatch.setattr(train_adapters, "settings", lambda family, work, *rest: quick(work, 2, family))
-    monkeypatch.setattr(train_adapters, "measure", partial(measure, seeds=(0,), strengths=(1.0,)))
+    monkeypatch.setattr(train_adapters, "measure", partial(measure, strengths=()))
     train_adapters.main(["plus", "--pictures", "none", "--work", str(tmp_path), "--sampling-steps", "1"])
-    assert "right of 16" in capsys.readouterr().out
+    assert "right of 72" in capsys.readouterr().out
     folder = tmp_path / "adapter-plus"
     assert load_adapter(folder / "ip-adapter-plus.safetensors").spec.num_tokens == 16
-    assert set(json.loads((folder / "figures.json").read_text())["right_reference_of_16"]) == {"1.0"}
+    assert set(json.loads((folder / "figures.json").read_text())["right_reference_of_72"]) == {"0.0", "1.0"}
     assert set(curves(folder / "progress.jsonl")) == {"loss", "validation", "image_gain"}, "one picture has no other's"
     assert (folder / "loss.png").is_file()
