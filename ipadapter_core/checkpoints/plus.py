@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import torch
 from torch import nn
 
+from ..errors import InvalidInputError
 from ..features import ENCODERS, PENULTIMATE
-from ..files.state_dict import TensorFile
+from ..files.state_dict import StateDict, TensorFile
 from ..models.unet import SDXL
-from .format import AdapterSpec, EncoderSizes, Format, FreshSizes, resampler_depth, shape_of
+from .format import AdapterSpec, AdapterWeights, EncoderSizes, Format, FreshSizes, resampler_depth, shape_of
 from .projectors import RESAMPLER_KEYS, Operations, Resampler
 
 KOLORS_ENCODER = ENCODERS["ViT-L/14-336"]
@@ -53,3 +55,28 @@ class Plus(Format):
 
 
 FORMAT = Plus()
+
+
+def deepened(adapter: AdapterWeights, depth: int) -> StateDict:
+    """The tensors of a plus adapter with a deeper resampler that does the same: added layers whose outputs are zero.
+
+    Every layer adds to the tokens what its attention and its feed-forward give. diffusers' own loader makes a resampler of 4
+    layers, whatever is in a file (loaders/ip_adapter.py and unet_loader_utils of 0.31 to 0.42), and reads heads of 64.
+    Raises InvalidInputError for an adapter of another family or with more layers.
+    """
+    spec = adapter.spec
+    if spec.family != FORMAT.name or spec.options["depth"] > depth:
+        raise InvalidInputError(
+            f"{adapter.name} is a {spec.family} adapter"
+            + (f" with {spec.options['depth']} layers" if spec.family == FORMAT.name else "")
+            + f"; plus adapters with at most {depth} layers can get as many"
+        )
+    state = {**adapter.module.checkpoint_state(), **adapter.lora}
+    first = "image_proj.layers.0."
+    for layer in range(spec.options["depth"], depth):
+        for key, tensor in list(state.items()):
+            if key.startswith(first):
+                name = key.removeprefix(first)
+                whole = name.endswith(("norm1.weight", "norm2.weight", "1.0.weight"))
+                state[f"image_proj.layers.{layer}.{name}"] = (torch.ones_like if whole else torch.zeros_like)(tensor)
+    return state

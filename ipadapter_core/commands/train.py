@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ..console import complain, file_argument
-from ..errors import InvalidInputError, reason
+from ..errors import InvalidInputError, quoted, reason
 from ..lora.convert import KEY_FORMATS
 from ..lora.formats import load_lora
 from ..lora.saving import save_lora
@@ -54,6 +54,25 @@ def add_training(commands: Commands) -> None:
     p.add_argument(
         "--key-format", "--spelling", choices=KEY_FORMATS, default=None, help="write the keys of a LoRA in this way"
     )
+    p.add_argument(
+        "--for",
+        dest="reader",
+        choices=("diffusers",),
+        default=None,
+        help="a plus adapter as diffusers' own load_ip_adapter reads it: with 4 layers, added ones doing nothing",
+    )
+    p.add_argument(
+        "--card", action="store_true", help="write a model card (README.md) beside it, of the facts in the file"
+    )
+    p.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        default="",
+        help="put it into this repository of the Hugging Face Hub, with a card",
+    )
+    p.add_argument("--public", action="store_true", help="with --push: a new repository is public; default: private")
+    p.add_argument("--base-model", metavar="OWNER/NAME", default="", help="for the card: the base model's repository")
+    p.add_argument("--license", default="", help="for the card, such as apache-2.0")
     p.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -125,22 +144,44 @@ def run_cache(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    import torch
-
-    from ..checkpoints import EXTENSIONS, load_adapter, save_adapter
+    from ..sharing import CARD, Card, model_card, push_to_hub
 
     if args.key_format is not None:
         facts = save_lora(
             load_lora(args.source), args.target, key_format=args.key_format, dtype=args.dtype or "keep", overwrite=True
         )
-        print(
-            json.dumps(facts)
-            if args.json
-            else f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
-        )
-        return
+        text = f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
+    else:
+        path = _export_adapter(args)
+        size = path.stat().st_size
+        facts, text = {"file": str(path), "bytes": size}, f"{path} ({size / 1e6:.1f} MB)"
+    told = Card(args.base_model, args.license)
+    if args.card:
+        card = args.target.with_name(CARD)
+        if card.exists():
+            raise InvalidInputError(f"{quoted(card)} is there already, and is left as it is")
+        card.write_text(model_card(args.target, args.push, told), encoding="utf-8")
+        facts, text = {**facts, "card": str(card)}, f"{text}\n{card}"
+    if args.push:
+        address = push_to_hub(args.target, args.push, told=told, private=not args.public)
+        facts, text = {**facts, "address": address}, f"{text}\n{address}"
+    print(json.dumps(facts) if args.json else text)
+
+
+def _export_adapter(args: argparse.Namespace) -> Path:
+    import torch
+
+    from ..checkpoints import EXTENSIONS, load_adapter, save_adapter
+    from ..checkpoints.plus import deepened
+
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     layout = "nested" if args.target.suffix.lower() in EXTENSIONS["nested"] else "flat"
-    path = save_adapter(load_adapter(args.source, dtype=dtype), args.target, layout=layout)
-    size = path.stat().st_size
-    print(json.dumps({"file": str(path), "bytes": size}) if args.json else f"{path} ({size / 1e6:.1f} MB)")
+    adapter = load_adapter(args.source, dtype=dtype)
+    if args.reader is None:
+        return save_adapter(adapter, args.target, layout=layout)
+    made = load_adapter(deepened(adapter, DIFFUSERS_DEPTH), name=adapter.name)
+    return save_adapter(made, args.target, layout=layout, metadata=adapter.metadata)
+
+
+DIFFUSERS_DEPTH = 4
+"""Layers of every resampler that diffusers makes for a plus adapter."""

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..checkpoints import trainable_families
@@ -568,3 +568,19 @@ def _check(config: RunConfig) -> None:
         check: Callable[[RunConfig], None] | None = getattr(getattr(config, section.name), "check", None)
         if check is not None:
             check(config)
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a finished file may tell them to anybody: of an absolute path the last part alone."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: told(one) for key, one in cast("dict[str, Any]", value).items()}
+        if isinstance(value, (list, tuple)):
+            return [told(one) for one in cast("Sequence[Any]", value)]
+        absolute = isinstance(value, str) and (
+            PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+        )
+        return PureWindowsPath(value).name if absolute else value
+
+    return told(dict(settings))

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..lora.algorithms import trainings
 from ..models.unet import SD2, unet_of_width
 from .collection import Sample
-from .config import RunConfig
+from .config import RunConfig, without_places
 from .frozen import FrozenBase
 from .objectives import Objective
 
@@ -32,7 +32,7 @@ def describe_training(
     text_rate = (lora.text_learning_rate or train.lr) if lora.text_encoders else 0
     facts: dict[str, object] = {
         "trained_by": "ipadapter train",
-        "settings": json.dumps(settings),
+        "settings": json.dumps(without_places(settings)),
         "ss_base_model_version": version,
         "ss_v2": model is SD2,
         "ss_sd_model_name": Path(base.folder).name,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..lora import Component
 from .batches import Batch, Nothing
 from .collection import Sample
-from .config import RunConfig
+from .config import RunConfig, without_places
 from .encode import CacheSettings, TargetEncoders, target_settings
 from .frozen import FrozenBase
 from .objectives import Objective
@@ -139,7 +139,7 @@ class Trainee(ABC):
         return {
             "trained_by": "ipadapter train",
             "prediction": objective.prediction,
-            "base_files": self.base.folder,
+            "base_files": Path(self.base.folder).name,
             "pictures": "a stream" if samples is None else str(len(samples)),
-            "settings": json.dumps(settings),
+            "settings": json.dumps(without_places(settings)),
         }

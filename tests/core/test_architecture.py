@@ -150,7 +150,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bake", "backends.calls"),
     ("backends.comfy", "backends.diffusers"),
     ("report", "recipe", "steering", "backends.diffusers_lora"),
-    ("generate",),
+    ("generate", "sharing"),
     ("training",),
     ("demo",),
     ("commands",),
@@ -271,7 +271,7 @@ def test_graphs_cannot_reach_the_network() -> None:
     assert offenders(sources(NODES), *core("hub", "steering", "generate", "commands")) == []
     knowing = {room_of(dotted(p)) for p in sources(CORE) if offenders([p], *core("hub"))} - {None}
     assert "steering" in knowing, "the rule sees nothing"
-    assert knowing <= {"hub", "steering", "generate", "commands", "publish"}
+    assert knowing <= {"hub", "steering", "generate", "commands", "sharing"}
 
 
 def test_only_the_host_room_asks_comfyui() -> None:

@@ -1,5 +1,7 @@
 """LoRA trainings on a tiny model: one step against a plain rewriting, files that others read, resumption, what stays frozen."""
 
+# pyright: basic, reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import json
@@ -469,6 +471,7 @@ def test_a_file_says_how_it_was_made_and_is_trained_on(
     assert told["modelspec.trigger_phrase"] == "in tiny style"
     assert json.loads(told["ss_tag_frequency"])["style"]["cat on red background"] >= 1
     assert json.loads(told["settings"])["lora"]["algorithm"] == "lokr"
+    assert str(tmp_path.parent) not in json.dumps(told), "a file that is shared tells nobody where it was made"
     assert first.file.stat().st_size < 60_000, "only the LoRA is in it"
     on = lora_config(
         model, pictures, tmp_path / "b", lora__rank=0, lora__start_from=str(first.file), train__steps=1, train__lr=1e-9,

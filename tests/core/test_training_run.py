@@ -1,5 +1,7 @@
 """Whole trainings on a tiny model: losses with and without a cache, resumption after any death, files, guards."""
 
+# pyright: basic, reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import json
@@ -116,6 +118,8 @@ def test_what_is_frozen_stays_and_the_file_says_what_it_is(model: Path, pictures
     assert (told["family"], told["feature"], told["unconditional"]) == ("base", "image_embeds", "zero_embeds")
     assert (told["num_tokens"], told["prediction"], told["encoder_size"], told["steps"]) == ("4", "epsilon", "28", "6")
     assert json.loads(told["settings"])["train"]["lr"] == 1e-3
+    assert (told["base_files"], json.loads(told["settings"])["model"]["base"]) == (model.name, model.name)
+    assert str(tmp_path.parent) not in json.dumps(told), "a file that is shared tells nobody where it was made"
     assert outcome.file.stat().st_size < 2 * 3680 + 10_000, "only the adapter is in it"
 
 
