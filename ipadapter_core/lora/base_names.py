@@ -36,6 +36,11 @@ def found_in(name: str, base_model: str) -> Found | None:
     return next((one for one in found if one is not None), None)
 
 
+def in_any_table(name: str) -> bool:
+    """Whether some family of transformers has a layer of this underscored name."""
+    return any(naming.find(name) is not None for naming in _namings())
+
+
 _TEXT = re.compile(r"^(?:text_model_)?encoder_layers_(\d+)_(self_attn_(?:[qkv]|out)_proj|mlp_fc[12])$")
 
 

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInputError, quoted
+from ..models.layers import underscored
+from ..models.naming import Form
 from .base_names import by_name, dotted, is_ldm, text_path
+from .forms import in_form, path_in
 from .weights import Component, LoRAModule, LoRAWeights
 
 KeyFormat = Literal["kohya", "diffusers", "generic"]
@@ -30,6 +33,11 @@ _GENERIC: Mapping[Component, str] = {
     "te2": "text_encoders.clip_g.transformer.",
     "te3": "text_encoders.t5xxl.transformer.",
 }
+_TRANSFORMER: Mapping[KeyFormat, str] = {
+    "kohya": _KOHYA["denoiser"],
+    "diffusers": "transformer.",
+    "generic": _GENERIC["denoiser"],
+}
 
 
 def to_tensors(
@@ -39,7 +47,8 @@ def to_tensors(
 
     ``kohya`` and ``generic`` carry every algorithm and keep alpha as a tensor. ``diffusers`` is PEFT's, with the scale
     multiplied into ``lora_B``, so that readers who know no alpha get it right; it carries LoRA and row-wise DoRA.
-    Raises InvalidInputError for what a key format cannot say.
+    Of transformers ``kohya`` and ``generic`` have the original's layers (ComfyUI's), ``diffusers`` those of diffusers: fused ones are
+    cut, parts put together (``forms.py``). Raises InvalidInputError for what a key format cannot say.
     """
     if key_format not in KEY_FORMATS:
         raise InvalidInputError(f"unknown key format {quoted(key_format)}; choose one of: {', '.join(KEY_FORMATS)}")
@@ -47,9 +56,14 @@ def to_tensors(
     known = by_name(weights.base_model)
     if any(m.component == "denoiser" and m.name not in known for m in weights.modules):
         known = {}  # a pruned or unknown model: its blocks are numbered otherwise, so each name stays what it is
-    for module in weights.modules:
+    form: Form = "diffusers" if key_format == "diffusers" else "original"
+    for module in in_form(weights.modules, weights.base_model, form):
         pair = known.get(module.name) if module.component == "denoiser" else None
-        stem = stem_of(module, pair, key_format, sdxl="te2" in weights.components or weights.base_model == "SDXL")
+        path = path_in(module, weights.base_model, form)
+        if path is not None:
+            stem = _TRANSFORMER[key_format] + (underscored(path) if key_format == "kohya" else path)
+        else:
+            stem = stem_of(module, pair, key_format, sdxl="te2" in weights.components or weights.base_model == "SDXL")
         parts = _peft(module) if key_format == "diffusers" else _parts(module)
         for role, tensor in parts.items():
             keep = dtype is None or role == ".alpha" or not tensor.is_floating_point()

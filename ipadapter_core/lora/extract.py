@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import CorruptFileError, IncompatibleAdapterError, quoted
 from ..files.state_dict import Source, StoredTensors
-from .base_names import text_path
+from .base_names import in_any_table, text_path
 from .factors import Smaller, decompose, low_rank_module
 from .names import to_name
 from .update import alike
@@ -21,7 +21,7 @@ CHECKPOINT_PREFIXES: tuple[tuple[str, Component], ...] = (
     ("cond_stage_model.transformer.", "te1"),
     ("conditioner.embedders.0.transformer.", "te1"),
 )
-"""Prefixes of checkpoints; files of a diffusers UNet have none."""
+"""Prefixes of checkpoints; files of a UNet or transformer alone have none."""
 
 
 def extract(
@@ -44,14 +44,15 @@ def extract(
         key
         for key, t in first.tensors.items()
         if key.endswith(".weight")
-        and t.ndim in (2, 4)
+        and t.ndim in (2, 4, 5)
         and t.numel()
         and key in second.tensors
         and _module(key) is not None
     ]
     if not keys:
         raise IncompatibleAdapterError(
-            f"{first.name} and {second.name} have no layer of a UNet in common; give two checkpoints of the same kind"
+            f"{first.name} and {second.name} have no layer of a UNet in common, nor of a transformer; give two checkpoints of the same kind "
+            "and in the same form (both ComfyUI's or both diffusers')"
         )
     modules: list[LoRAModule] = []
     errors: dict[str, float] = {}
@@ -96,6 +97,7 @@ def _module(key: str) -> LoRAModule | None:
             if component != "denoiser" and text_path(to_name(path)) is None:
                 return None
             return LoRAModule(stem, component, to_name(path), None)
-    if stem.startswith(("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")):
+    unet = stem.startswith(("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding."))
+    if unet or in_any_table(to_name(stem)):
         return LoRAModule(stem, "denoiser", to_name(stem), None)
     return None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import InvalidInputError, quoted, reason
 from .algorithms.low_rank import LowRank
+from .forms import in_form
 from .weights import LoRAModule, LoRAWeights
 
 MAX_STRENGTH = 1000.0
@@ -105,6 +106,13 @@ def resize(weights: LoRAWeights, smaller: Smaller) -> tuple[LoRAWeights, dict[st
     return replace(weights, modules=tuple(modules)), errors
 
 
+def _alike_named(loras: Sequence[LoRAWeights]) -> list[Sequence[LoRAModule]]:
+    """Their modules; in diffusers' form if they are not all in one, since there what others fuse is apart."""
+    named = [{module.name for module in lora.modules} for lora in loras]
+    one = all(a <= b or b <= a for a in named for b in named)
+    return [lora.modules if one else in_form(lora.modules, lora.base_model, "diffusers") for lora in loras]
+
+
 def combine(
     loras: Sequence[LoRAWeights], strengths: Sequence[float], smaller: Smaller | None = None
 ) -> tuple[LoRAWeights, dict[str, float]]:
@@ -121,8 +129,8 @@ def combine(
         if not abs(strength) <= MAX_STRENGTH:
             raise InvalidInputError(f"a strength is {strength:g}; at most ±{MAX_STRENGTH:g} can be used")
     grouped: dict[tuple[str, str], list[tuple[LoRAModule, float]]] = {}
-    for lora, strength in zip(loras, strengths, strict=True):
-        for module in lora.modules:
+    for named, strength in zip(_alike_named(loras), strengths, strict=True):
+        for module in named:
             grouped.setdefault((module.component, module.name), []).append((module, strength))
     modules: list[LoRAModule] = []
     errors: dict[str, float] = {}

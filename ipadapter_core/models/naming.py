@@ -85,12 +85,16 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a name stands for: a row, the block that it is in and its number, and which of the row's parts; all of it without any."""
+    """What a name stands for: a row, the block that it is in and its number, and which of the row's parts; all of it without any.
+
+    ``name`` is the name as the table has it, without block and number.
+    """
 
     row: Row
     blocks: Blocks | None
     number: int
     parts: tuple[int, ...] = ()
+    name: str = ""
 
     @property
     def block(self) -> str:
@@ -185,21 +189,21 @@ class Naming:
         """What an underscored name of either form stands for; None if it is of no layer of the family."""
         found = self._outside.get(name)
         if found is not None:
-            return Found(found[0], None, 0, found[1])
+            return Found(found[0], None, 0, *found[1:])
         for start, blocks, rows in self._inside:
             if name.startswith(start):
                 number, _, rest = name[len(start) :].partition("_")
                 inner = rows.get(rest) if number.isdecimal() and len(number) < 5 else None
                 if inner is not None:
-                    return Found(inner[0], blocks, int(number), inner[1])
+                    return Found(inner[0], blocks, int(number), *inner[1:])
         return None
 
     @cached_property
-    def _outside(self) -> dict[str, tuple[Row, tuple[int, ...]]]:
+    def _outside(self) -> dict[str, _Named]:
         return _by_name(self.ends)
 
     @cached_property
-    def _inside(self) -> tuple[tuple[str, Blocks, dict[str, tuple[Row, tuple[int, ...]]]], ...]:
+    def _inside(self) -> tuple[tuple[str, Blocks, dict[str, _Named]], ...]:
         pairs = [
             (f"{underscored(name)}_", blocks, _by_name(blocks.rows))
             for blocks in self.lists
@@ -208,13 +212,16 @@ class Naming:
         return tuple(sorted(pairs, key=lambda pair: -len(pair[0])))
 
 
-def _by_name(rows: tuple[Row, ...]) -> dict[str, tuple[Row, tuple[int, ...]]]:
-    """Rows and parts by every underscored name."""
-    found: dict[str, tuple[Row, tuple[int, ...]]] = {}
+_Named = tuple[Row, tuple[int, ...], str]
+
+
+def _by_name(rows: tuple[Row, ...]) -> dict[str, _Named]:
+    """Row, parts and name in the table by every underscored name."""
+    found: dict[str, _Named] = {}
     for row in rows:
         for name, parts in _spellings(row):
             for spelled in spellings(name):
-                found.setdefault(spelled, (row, parts))
+                found.setdefault(spelled, (row, parts, name))
     return found
 
 

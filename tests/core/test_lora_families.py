@@ -18,10 +18,15 @@ from torch.testing import assert_close
 
 from ipadapter_core.backends.diffusers import lora as backend
 from ipadapter_core.commands.cli import main
-from ipadapter_core.errors import IncompatibleAdapterError
+from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.lora import inspection, load_lora, match_lora, parse_selector, targets_of
 from ipadapter_core.lora import selector as language
+from ipadapter_core.lora.convert import KEY_FORMATS, to_tensors
+from ipadapter_core.lora.extract import extract
+from ipadapter_core.lora.factors import Smaller, combine, resize
+from ipadapter_core.lora.forms import in_form
 from ipadapter_core.lora.inspection import draw_heat_map, heat_map
+from ipadapter_core.lora.names import to_name
 from ipadapter_core.models import BASE_MODELS
 from tiny_families import FAMILIES, Tiny, Tree, Weights
 from tiny_loras import MAKERS
@@ -343,3 +348,139 @@ def test_the_picture_of_a_file_of_the_package_is_not_written_beside_it(
     assert main(["lora", "heatmap", str(shipped)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["demo-world-style.heatmap.png"]
     assert not list(shipped.parent.glob("*.png"))
+
+
+# --- convert, merge, extract -----------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("key_format", KEY_FORMATS)
+def test_a_converted_file_changes_the_same(family: str, key_format: Any) -> None:
+    """From the names of either form to those that the key format has, fused layers cut and put together."""
+    _, original, model = tiny(family)
+    wanted = {"kohya": original, "generic": original, "diffusers": model}[key_format]
+    for named in (original, model):
+        file = kohya(linear(named), lambda path: f"diffusion_model.{path}")
+        tensors, _ = to_tensors(load_lora(file), key_format)
+        assert_same(merged(model, tensors), merged(model, file))
+        assert_same(merged(original, tensors), merged(original, file))
+        stems = {key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in tensors}
+        prefix = {"kohya": "lora_unet_", "generic": "diffusion_model.", "diffusers": "transformer."}[key_format]
+        paths = linear(wanted)
+        assert stems == {prefix + (path.replace(".", "_") if key_format == "kohya" else path) for path in paths}
+
+
+def test_parts_of_one_fused_layer_get_back_what_they_were() -> None:
+    down, up = pair("qkv", (72, 24))
+    file = {
+        "lora_unet_layers_0_attention_qkv.lora_down.weight": down,
+        "lora_unet_layers_0_attention_qkv.lora_up.weight": up,
+    }
+    apart, _ = to_tensors(load_lora(file), "diffusers")
+    assert apart["transformer.layers.0.attention.to_k.lora_A.weight"].shape == (2, 24)
+    again, _ = to_tensors(load_lora(apart), "kohya")
+    assert torch.equal(again["lora_unet_layers_0_attention_qkv.lora_down.weight"], down)
+    assert torch.equal(again["lora_unet_layers_0_attention_qkv.lora_up.weight"], up)
+    two = {key: tensor for key, tensor in apart.items() if "to_v" not in key}
+    two["transformer.layers.0.attention.to_k.lora_A.weight"] = 2 * down
+    (module,) = load_lora(to_tensors(load_lora(two), "generic")[0]).modules
+    assert module.weight is not None
+    assert (module.weight.rank, module.weight.weight_shape) == (4, (72, 24))
+    assert_close(
+        module.weight.delta(torch.zeros(72, 24)),
+        torch.cat([up[:24] @ down, up[24:48] @ (2 * down), torch.zeros(24, 24)]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "stem", "shape", "key_format", "message"),
+    [
+        (
+            "LoKr",
+            "diffusion_model.layers.0.attention.qkv",
+            (72, 24),
+            "diffusers",
+            "on a fused layer, which cannot be cut",
+        ),
+        (
+            "DoRA in",
+            "diffusion_model.layers.0.attention.qkv",
+            (72, 24),
+            "diffusers",
+            "on a fused layer, which cannot be cut",
+        ),
+        (
+            "DoRA out",
+            "transformer.layers.0.attention.to_q",
+            (24, 24),
+            "kohya",
+            "only products of matrices can be put together",
+        ),
+        (
+            "LoKr",
+            "transformer.layers.0.attention.to_q",
+            (24, 24),
+            "generic",
+            "only products of matrices can be put together",
+        ),
+        ("LoRA", "transformer.single_transformer_blocks.0.proj_mlp", (50, 24), "kohya", "another variant of the model"),
+    ],
+)
+def test_what_algebra_does_not_allow_is_said(
+    kind: str, stem: str, shape: tuple[int, int], key_format: Any, message: str
+) -> None:
+    weights = load_lora({f"{stem}.{key}": tensor for key, tensor in MAKERS[kind](shape, 2, 0).items()})
+    with pytest.raises(InvalidInputError, match=message):
+        to_tensors(weights, key_format)
+
+
+@pytest.mark.parametrize("kind", ["DoRA out", "LoHa", "full"])
+def test_what_can_be_cut_by_rows_is(kind: str) -> None:
+    """And whole differences are put together again."""
+    stem = "diffusion_model.layers.0.attention.qkv"
+    file = {f"{stem}.{key}": tensor for key, tensor in MAKERS[kind]((72, 24), 2, 0).items()}
+    weight = noise(72, 24)
+    (whole,) = load_lora(file).modules
+    parts = in_form(load_lora(file).modules, "Z-Image", "diffusers")
+    changes = [m.weight.delta(weight[24 * i : 24 * i + 24]) for i, m in enumerate(parts) if m.weight is not None]
+    assert whole.weight is not None
+    assert_close(torch.cat(changes), whole.weight.delta(weight), rtol=1e-5, atol=1e-5)
+    if kind != "DoRA out":
+        (again,) = in_form(parts, "Z-Image", "original")
+        assert again.weight is not None
+        assert_close(again.weight.delta(weight), whole.weight.delta(weight), rtol=1e-5, atol=1e-5)
+        if whole.bias is not None:
+            assert again.bias is not None
+            assert torch.equal(again.bias.delta(weight[:, 0]), whole.bias.delta(weight[:, 0]))
+
+
+@EVERY
+def test_a_merge_of_fused_layers_and_parts_is_the_sum(family: str) -> None:
+    _, original, model = tiny(family)
+    fused, apart = peft(linear(original), "diffusion_model."), peft(linear(model))
+    both, _ = combine([load_lora(fused), load_lora(apart)], [1.0, -0.5])
+    plain = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    first, second = merged(model, fused), merged(model, apart)
+    expected = {key: first[key] - 0.5 * (second[key] - tensor) for key, tensor in plain.items()}
+    for key_format in KEY_FORMATS:
+        assert_same(merged(model, to_tensors(both, key_format)[0]), expected)
+    smaller, errors = resize(both, Smaller(rank=1))
+    assert all(m.weight is None or m.weight.rank == 1 for m in smaller.modules)
+    assert max(errors.values()) > 0
+
+
+@EVERY
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_lora_out_of_two_checkpoints_in_either_form(family: str, prefix: str) -> None:
+    _, original, model = tiny(family)
+    for named in (original, model) if not prefix else (original,):
+        base = {f"{prefix}{key}": tensor.detach() for key, tensor in named.state_dict().items()}
+        changed = merged(named, peft(linear(named), "diffusion_model."))
+        tuned = {f"{prefix}{key}": tensor for key, tensor in changed.items()}
+        found, errors = extract(tuned, base, Smaller(rank=2))
+        assert max(errors.values()) < 1e-3
+        assert {m.name for m in found.modules} == {to_name(path) for path in linear(named)}
+        assert found.base_model == family
+        again = merged(named, to_tensors(found, "generic")[0])
+        for key, tensor in changed.items():
+            assert_close(again[key], tensor, rtol=1e-3, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
