@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 import tiny_families
 from benchmarks.attention_cost import Cost, cost_of
+from by_hand import Sequences, by_hand, in_front, of_a_video, text_apart
 from ipadapter_core import WeightSchedule, Window, bake
 from ipadapter_core.attention.call import COND, UNCOND, ModelCall
 from ipadapter_core.backends.comfy import doors as comfy_prompts
@@ -43,24 +44,7 @@ from tiny_models import TINY, TOKEN_DIM, FakePatcher, Guider, HostModel, conditi
 TEXT = 7
 PROMPT = noise(2, TEXT, TOKEN_DIM, seed=10)
 Run = Callable[..., Tensor]
-Sequences = Callable[..., Sequence[Tensor]]
-"""Regions of the sequences that a model has, of the picture's tokens, of what takes the share, and of so many other tokens behind."""
-
-
-def text_apart(picture: Tensor, share: Tensor, others: int = 0, text: int = TEXT) -> Sequence[Tensor]:
-    behind, front = share.expand(others), share.expand(text)
-    return picture, front, torch.cat([picture, behind]), torch.cat([front, picture, behind])
-
-
-def padded(picture: Tensor, share: Tensor, others: int = 0, text: int = 40) -> Sequence[Tensor]:
-    """30 tokens of a picture and 40 of a text, each filled up to a multiple of 32; the picture comes first."""
-    return [torch.cat([picture, share.expand(count)]) for count in (2, 2 + 64)]
-
-
-def of_a_video(picture: Tensor, share: Tensor, others: int = 0, text: int = TEXT) -> Sequence[Tensor]:
-    return [picture.repeat(2)]
-
-
+BESIDE_TEXT: Sequences = partial(text_apart, text=TEXT)
 # --- models of diffusers, called as pipelines do -----------------------------------------------------------------------
 
 
@@ -120,7 +104,7 @@ class Form:
     """Of latents, in front of height and width."""
     words: tuple[int, int] = (TEXT, TOKEN_DIM)
     """Of texts: how many, and how wide."""
-    sequences: Sequences = text_apart
+    sequences: Sequences = BESIDE_TEXT
 
     @property
     def size(self) -> tuple[int, int]:
@@ -208,8 +192,12 @@ def forms() -> dict[str, Form]:
 
     found["flux2, diffusers"] = newer(tiny_families.FLUX2, call_flux2, shape=(2,), words=(TEXT, 12))
     found["qwen_image, diffusers"] = newer(tiny_families.QWEN_IMAGE, call_qwen_image, shape=(2,), words=(TEXT, 12))
-    found["zimage, diffusers"] = newer(tiny_families.ZIMAGE, call_zimage, words=(40, 16), sequences=padded)
-    found["wan, diffusers"] = newer(tiny_families.WAN, call_wan, shape=(4, 2), words=(TEXT, 8), sequences=of_a_video)
+    found["zimage, diffusers"] = newer(
+        tiny_families.ZIMAGE, call_zimage, words=(40, 16), sequences=partial(in_front, filled=2, text=64)
+    )
+    found["wan, diffusers"] = newer(
+        tiny_families.WAN, call_wan, shape=(4, 2), words=(TEXT, 8), sequences=partial(of_a_video, moments=2)
+    )
     return found
 
 
@@ -236,56 +224,6 @@ def assert_near(ours: Tensor, expected: Tensor) -> None:
     assert_close(ours, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
-def of_tokens(mask: Tensor) -> Tensor:
-    """The mean of a mask over the latents of every token, ``y x``; those at odd ends are of fewer."""
-    rows = [torch.stack([part.mean() for part in strip.split(2, 1)]) for strip in mask.split(2, 0)]
-    return torch.stack(rows)
-
-
-def blended(y: Tensor, mask: Tensor, sequences: Sequences, others: int = 0) -> Tensor:
-    """How much of an output belongs to a region, told by its size alone."""
-    grid = of_tokens(mask)
-    share = grid.mean()
-    lengths = {len(row): row for row in sequences(grid.flatten(), share, others)}
-    if y.ndim >= 4:  # of convolutions, or of tokens with their places
-        return grid[..., None] if y.shape[-3:-1] == grid.shape else grid
-    if y.ndim == 3 and y.shape[1] in lengths:
-        return lengths[int(y.shape[1])][None, :, None]
-    if y.ndim == 2 and y.shape[0] // 2 in lengths:  # the tokens of both latents in a row
-        return lengths[y.shape[0] // 2].repeat(2)[:, None]
-    return share
-
-
-@contextmanager
-def by_hand(form: Form, model: nn.Module, patches: Sequence[LoRAPatch], *, text: int = TEXT, others: int = 0) -> Generator[None]:  # fmt: skip
-    """Every layer gives its own output and what each LoRA's merged weight changes of it, blended by region."""
-    merged: dict[str, list[tuple[nn.Module, Tensor]]] = {}
-    for patch in patches:
-        assert patch.mask is not None
-        for match, factor in patch.acting("denoiser"):
-            module = copy.deepcopy(model.get_submodule(match.target.path))
-            parameter: Tensor = getattr(module, match.parameter)
-            total = parameter.detach().clone()
-            match.change(parameter.detach(), total, patch.strength * factor)
-            parameter.data = total
-            merged.setdefault(match.target.path, []).append((module, patch.mask.values[0]))
-
-    sequences = partial(form.sequences, text=text)
-
-    def hook(path: str) -> Callable[..., Tensor]:
-        def blend(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            return y + sum((module(*args) - y) * blended(y, mask, sequences, others) for module, mask in merged[path])
-
-        return blend
-
-    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in merged]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def halves(form: Form, model: nn.Module, *algorithms: str) -> list[LoRAPatch]:
     """LoRAs on every layer, in the two halves of the picture."""
     return [
@@ -310,7 +248,7 @@ def only(patch: LoRAPatch, *paths: str) -> LoRAPatch:
 def test_two_halves_are_the_blend_by_hand(form: Form, model: nn.Module, algorithms: tuple[str, ...]) -> None:
     patches = halves(form, model, *algorithms)
     ours, plain = form.run(model, *patches), form.run(model)
-    with by_hand(form, model, patches):
+    with by_hand(model, patches, form.sequences):
         assert_near(ours, form.run(model))
     assert (ours - plain).abs().max() > 0.05
 
@@ -517,7 +455,7 @@ def test_reference_pictures_take_the_share() -> None:
     model.reference = noise(1, 4, 8, 6, seed=5)
     patches = halves(form, model, "LoRA", "LoRA")
     ours = form.run(model, *patches)
-    with by_hand(form, model, patches, others=12):
+    with by_hand(model, patches, partial(text_apart, text=TEXT, others=12)):
         assert_near(ours, form.run(model))
 
 
@@ -528,7 +466,7 @@ def test_texts_are_measured_in_every_call() -> None:
     for length in (TEXT, 4, 12):
         text = noise(1, length, TOKEN_DIM, seed=length)
         ours = form.run(model, *patches, text=text)
-        with by_hand(form, model, patches, text=length):
+        with by_hand(model, patches, partial(text_apart, text=length)):
             assert_near(ours, form.run(model, text=text))
 
 
