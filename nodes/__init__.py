@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..ipadapter_core import AdapterError
 from ..ipadapter_core.legacy.migrate import REPLACEMENTS
 from . import host
 from .apply_adapter_to_model import ApplyAdapterToModel
@@ -77,6 +78,7 @@ class ImagePromptExtension(ComfyExtension):
 
 def comfy_entrypoint() -> ImagePromptExtension:
     host.files.register_folders()
+    host.frontend.name_errors_shortly([AdapterError])
     host.routes.register()
     if host.frontend.wants_old_names():
         host.frontend.register_nodes(LEGACY_NODES)

@@ -85,6 +85,10 @@ class EncodeImagePrompt(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, strengths: str | None = None) -> bool | str:
+        return host.inputs.valid((parse_numbers, strengths))
+
+    @classmethod
     def execute(
         cls,
         adapter: host.adapters.ManagedAdapter,

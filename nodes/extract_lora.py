@@ -18,7 +18,7 @@ from .sockets import LORA_CATEGORY
 class ExtractLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = host.files.names("checkpoints")
+        files = host.files.choices("checkpoints")
         return schema(
             node_id="ImagePromptLoRAExtract",
             display_name="Extract LoRA",

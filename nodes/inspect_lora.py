@@ -31,7 +31,7 @@ class InspectLoRA(io.ComfyNode):
             "strongly it changes each block and kind of layer.",
             inputs=[
                 io.Combo.Input(
-                    "file", options=host.files.names("loras"), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
+                    "file", options=host.files.choices("loras"), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
                 )
             ],
             outputs=[io.String.Output(display_name="text"), io.Image.Output(display_name="heat_map")],

@@ -31,7 +31,7 @@ class LoadImageEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.files.names("clip_vision"),
+                    options=host.files.choices("clip_vision"),
                     tooltip="The file that Inspect Adapter names; of Hugging Face repositories their model.safetensors, under a name "
                     "of your own.",
                 )

@@ -24,7 +24,7 @@ class LoadImagePrompt(io.ComfyNode):
                 adapter_input(),
                 io.Combo.Input(
                     "file",
-                    options=host.files.names("image_prompts"),
+                    options=host.files.choices("image_prompts"),
                     tooltip="A file of Save Image Prompt, of IPAdapter Save Embeds or of diffusers (.safetensors, .ipadpt).",
                 ),
                 io.Boolean.Input(

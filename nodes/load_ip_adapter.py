@@ -31,7 +31,7 @@ class LoadIPAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.files.names("ipadapter"),
+                    options=host.files.choices("ipadapter"),
                     tooltip="An IP-Adapter for the SD1.5, SD2 or SDXL family (.safetensors, .bin, .pt, .pth, .ckpt).",
                 )
             ],

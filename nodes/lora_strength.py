@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ipadapter_core import RegionMask, WeightSchedule, Window
 from ..ipadapter_core.lora import Partial
-from ..ipadapter_core.lora.block_vectors import parse_where
+from ..ipadapter_core.lora.block_vectors import check_where, parse_where
 from ..ipadapter_core.lora.patch import MODES, Mode
 from . import host
 from .host.schema import advanced, schema
@@ -49,7 +49,7 @@ class LoRAStrength(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2, SDXL; Flux and SD3 without masks."),
                 io.Combo.Input(
-                    "file", options=host.files.names("loras"), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
+                    "file", options=host.files.choices("loras"), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
                 ),
                 strength_input("strength", "On the model."),
                 strength_input("text_strength", "On the text encoders, if clip is connected."),
@@ -84,6 +84,10 @@ class LoRAStrength(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, selector: str | None = None) -> bool | str:
+        return host.inputs.valid((check_where, selector))
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **inputs: object) -> str:

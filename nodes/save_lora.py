@@ -25,7 +25,7 @@ class SaveLoRA(io.ComfyNode):
             search_aliases=["convert lora", "resize lora", "lora rank", "kohya", "diffusers", "peft"],
             description="Writes a LoRA in another key format, type or rank to output/loras, where LoRA lists find it.",
             inputs=[
-                io.Combo.Input("file", options=host.files.names("loras"), tooltip="The LoRA to convert."),
+                io.Combo.Input("file", options=host.files.choices("loras"), tooltip="The LoRA to convert."),
                 io.String.Input(
                     "filename_prefix", default="converted", tooltip="Name under output/loras; a number is added."
                 ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ipadapter_core import WeightSchedule, parse_curve, parse_site_factors
+from . import host
 from .host.schema import advanced, schema
 from .sockets import CATEGORY, Schedule
 
@@ -75,6 +76,10 @@ class AdapterSchedule(io.ComfyNode):
             ],
             outputs=[Schedule.Output(display_name="schedule")],
         )
+
+    @classmethod
+    def validate_inputs(cls, curve: str | None = None, sites: str | None = None) -> bool | str:
+        return host.inputs.valid((parse_curve, curve), (parse_site_factors, sites))
 
     @classmethod
     def execute(

@@ -39,7 +39,7 @@ def name_inputs(default: str) -> list[io.Input]:
         ),
         io.Combo.Input(
             "base_model",
-            options=list(host.training.base_models()),
+            options=list(host.training.base_models()) or [host.files.none_yet("checkpoints")],
             tooltip="An SD1.5 or SDXL checkpoint, or a diffusers folder of an SD1.5, SD2 or SDXL model in models/diffusers.",
         ),
     ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..ipadapter_core.lora import parse_selector
 from ..ipadapter_core.lora.algorithms import trainings
 from . import host
 from .host.schema import advanced
@@ -90,6 +91,10 @@ class TrainLoRA(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, targets: str | None = None) -> bool | str:
+        return host.inputs.valid((parse_selector, targets))
 
     @classmethod
     def execute(

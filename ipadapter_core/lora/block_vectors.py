@@ -159,6 +159,19 @@ def parse_where(text: str, base_model: str | None = None) -> Selector:
     return parse_selector(plain_text)
 
 
+def check_where(text: str) -> None:
+    """Raise InvalidInputError for a text that ``parse_where`` can read for no base model: before a file tells which it is."""
+    refusals: list[InvalidInputError] = []
+    for base_model in (None, "SDXL", "Flux"):
+        try:
+            parse_where(text, base_model)
+        except InvalidInputError as error:
+            refusals.append(error)
+        else:
+            return
+    raise refusals[0]
+
+
 def _bare(text: str) -> str:
     """Without comments, empty lines, quotes or brackets around it, and ``lbw=``; commas for semicolons."""
     lines = (line.split("#", 1)[0].strip() for line in text.replace(";", ",").splitlines())

@@ -8,6 +8,8 @@ from typing import Literal
 
 import folder_paths
 
+from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core.downloads import DOWNLOADS
 from .access import listed, marked, readable
 
 Kind = Literal["checkpoints", "clip_vision", "image_prompts", "ipadapter", "loras"]
@@ -64,6 +66,25 @@ def names(kind: Kind) -> list[str]:
     return [*folder_paths.get_filename_list(kind), *(name + IN_INPUT for name in loose)]
 
 
+EXAMPLES: dict[Kind, str] = {
+    "checkpoints": DOWNLOADS["v1-5-pruned-emaonly.safetensors"].where,
+    "clip_vision": DOWNLOADS["CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"].where,
+    "image_prompts": "what Save Image Prompt writes is found in output/image_prompts too",
+    "ipadapter": DOWNLOADS["ip-adapter_sd15.safetensors"].where,
+    "loras": "a LoRA of any format for your model",
+}
+"""What to put into a folder that is empty, for messages."""
+
+
+def choices(kind: Kind) -> list[str]:
+    """``names`` for a widget: without files one entry that says so, where an empty list would be drawn as 'undefined'."""
+    return names(kind) or [none_yet(kind)]
+
+
+def none_yet(kind: str) -> str:
+    return f"no file in models/{kind} yet"
+
+
 def input_names(extensions: tuple[str, ...]) -> list[str]:
     """Files of these extensions anywhere below the input folder."""
     root = folder_paths.get_input_directory()
@@ -72,7 +93,11 @@ def input_names(extensions: tuple[str, ...]) -> list[str]:
 
 
 def path(kind: Kind, name: str) -> str:
-    """The path of a file that ``names`` offers. Raises InvalidInputError for another."""
+    """The path of a file that ``names`` offers. Raises InvalidInputError for another, and for the entry that says there is none."""
+    if name == none_yet(kind):
+        raise InvalidInputError(
+            f"there is no file in {folder_of(kind)} yet: put one there ({EXAMPLES[kind]}), press R in ComfyUI's editor and choose it"
+        )
     return readable(name, "file") if kind == "image_prompts" and marked(name) else listed(kind, name)
 
 
@@ -101,4 +126,5 @@ def version(kind: Kind, name: str) -> Version:
 
 def fingerprint(kind: Kind, *names: str) -> str:
     """Text that changes with the files, for ComfyUI's caching of nodes."""
-    return " ".join(f"{name} {changed} {size}" for name in names for _, changed, size in [version(kind, name)])
+    there = [name for name in names if name != none_yet(kind)]
+    return " ".join(f"{name} {changed} {size}" for name in there for _, changed, size in [version(kind, name)])

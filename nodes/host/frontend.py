@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.utils
 from comfy_api.latest import ComfyAPI, io
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
@@ -48,6 +49,23 @@ def show_in_node(text: str, node_id: str) -> None:
     """Let the frontend write ``text`` into the node: of the ui output it shows texts of a few core nodes only."""
     # texts of files may hold halves of characters, which cannot be sent
     PromptServer.instance.send_progress_text(text.encode("utf-8", "replace").decode(), node_id)
+
+
+def show_in_running_node(text: str) -> None:
+    """``show_in_node`` for the node that the host is running; nowhere outside a graph."""
+    running = get_executing_context()
+    if running is not None:
+        show_in_node(text, running.node_id)
+
+
+def name_errors_shortly(kinds: Iterable[type[BaseException]]) -> None:
+    """Let ComfyUI write ``InvalidInputError`` before our sentence, where it writes the path of this folder else.
+
+    It leaves the module away of Python's own exceptions only. Of ``kinds`` and all that are derived from them.
+    """
+    for kind in kinds:
+        kind.__module__ = "builtins"
+        name_errors_shortly(kind.__subclasses__())
 
 
 OLD_NAMES = "IMAGE_PROMPT_OLD_NAMES"

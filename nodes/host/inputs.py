@@ -15,11 +15,12 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from ...ipadapter_core import ImagePrompt, InvalidInputError, WeightSchedule
+from ...ipadapter_core import AdapterError, ImagePrompt, InvalidInputError, WeightSchedule
 from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.files.text import check_length
 from .adapters import ManagedAdapter
 from .recording import Recording
+from .frontend import show_in_running_node
 
 LINE, TEXT = 10_000, 100_000
 """Most characters of a text widget of one line, and of several."""
@@ -46,8 +47,25 @@ _PLAIN = {
 Node = TypeVar("Node", bound=type)
 
 
+def valid(*checks: tuple[Callable[[str], object], object]) -> bool | str:
+    """What ``validate_inputs`` of a node answers: True, or the sentence of the first text that its reader refuses.
+
+    Before anything runs; a text that a link brings is None here, and is read when the node runs.
+    """
+    for read, text in checks:
+        if isinstance(text, str):
+            try:
+                read(text)
+            except InvalidInputError as error:
+                return str(error)
+    return True
+
+
 def check_inputs(node: Node, method: str) -> Node:
-    """Let a node's method look at its arguments first; returns the class. Signatures stay as they are."""
+    """Let a node's method look at its arguments first, and write into the node what it refuses; returns the class.
+
+    Signatures stay as they are.
+    """
     owner = next(base for base in node.__mro__ if method in base.__dict__)
     found: Any = owner.__dict__[method]
     of_class = isinstance(found, classmethod)  # as those of our nodes; those of the old ones are of objects
@@ -63,8 +81,12 @@ def check_inputs(node: Node, method: str) -> Node:
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
         # our nodes take what their lists offer; the old ones have options by other names, and know them themselves
-        check_values(self.INPUT_TYPES(), given, strict=of_class)
-        return function(self, *args, **kwargs)
+        try:
+            check_values(self.INPUT_TYPES(), given, strict=of_class)
+            return function(self, *args, **kwargs)
+        except AdapterError as error:
+            show_in_running_node(str(error))
+            raise
 
     setattr(owner, method, classmethod(checked) if of_class else checked)
     return node

@@ -31,6 +31,7 @@ from ...ipadapter_core.training.job import run_job
 from ...ipadapter_core.training.limits import graph_settings
 from ...ipadapter_core.training.model_configs import write_model_configs
 from ...ipadapter_core.training.results import publish, set_aside
+from . import files
 from .access import readable, readable_folders, writable
 from .frontend import show_in_node
 
@@ -87,6 +88,8 @@ def make_model_section(name: str, folder: Path) -> dict[str, str]:
 
 def _chosen(models: dict[str, Path], name: str, what: str) -> Path:
     """A model by a name of its list, which a link may not have given. Raises InvalidInputError."""
+    if name == files.none_yet("checkpoints"):
+        files.path("checkpoints", name)
     if name not in models:
         raise InvalidInputError(f"{what} is {quoted(name)}, which is none of the models that the list offers")
     return models[name]

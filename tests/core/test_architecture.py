@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE, NODES = ROOT / "ipadapter_core", ROOT / "nodes"
-HOST_MODULES = {"comfy", "nodes", "folder_paths", "comfy_api", "comfy_extras", "execution", "server"}
+HOST_MODULES = {"comfy", "nodes", "folder_paths", "comfy_api", "comfy_extras", "comfy_execution", "execution", "server"}
 
 
 def sources(folder: Path) -> list[Path]:
