@@ -18,7 +18,7 @@ from .attention.masks import RegionMask
 from .attention.maths import split_heads
 from .attention.patch import AdapterPatch, resolve_weights
 from .attention.schedule import WeightSchedule
-from .checkpoints import AdapterWeights, Format
+from .checkpoints import AdapterSpec, AdapterWeights, Format
 from .compatibility import CORRECT, Rules
 from .errors import IncompatibleAdapterError
 from .images.pictures import Picture
@@ -142,7 +142,11 @@ def _project(
 
 def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
     """Raise IncompatibleAdapterError unless the adapter's layers fit the sites that it names one by one."""
-    spec = adapter.spec
+    check_spec(adapter.spec, adapter.name, layout)
+
+
+def check_spec(spec: AdapterSpec, name: str, layout: ModelLayout) -> None:
+    """``check_adapter`` by what is known of a file without its numbers."""
     reach = spec.format.reach
     reached = reach.sites(layout)
     if (reach.text_wide and spec.token_dim != layout.token_dim) or len(spec.layer_channels) != len(reached):
@@ -150,7 +154,7 @@ def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
         if not reach.text_wide:  # the text's width says nothing of whether they fit, the attentions' does
             wide = max(spec.layer_channels, default=0), max((site.channels for site in layout.sites), default=0)
         raise IncompatibleAdapterError(
-            f"{adapter.name!r} is an adapter for {spec.base_model} ({len(spec.layer_channels)} attention layers, "
+            f"{name!r} is an adapter for {spec.base_model} ({len(spec.layer_channels)} attention layers, "
             f"{wide[0]} wide); the model is {layout.name} ({len(reached)} layers, {wide[1]} wide). "
             f"Load an adapter made for this model, or a {spec.base_model} model"
         )
@@ -158,6 +162,6 @@ def check_adapter(adapter: AdapterWeights, layout: ModelLayout) -> None:
         site, channels = layout.sites[index], spec.layer_channels[layer]
         if channels != site.channels:
             raise IncompatibleAdapterError(
-                f"{adapter.name!r} has {channels} channels in layer {spec.format.keys.number(layer)}, but {layout.label(site)} of "
+                f"{name!r} has {channels} channels in layer {spec.format.keys.number(layer)}, but {layout.label(site)} of "
                 f"{layout.name} has {site.channels}; the adapter was made for another variant of this model"
             )

@@ -142,7 +142,7 @@ class EncoderSpec:
     """A published image encoder: its widths, what its pixels must look like, and the file names people have.
 
     ``projection_dim`` is 0 where it gives no image_embeds, ``tokens`` count a class token. ``serves`` is what adapters read of it:
-    a width is looked up among those alone; ``gives`` is all that one can ask it for.
+    a width is looked up among those alone; ``gives`` is all that one can ask it for. ``public`` is the file to download, in the names of DOWNLOADS.
     """
 
     name: str
@@ -155,6 +155,7 @@ class EncoderSpec:
     files: tuple[str, ...]
     serves: tuple[Encoded, ...] = ("image_embeds", "penultimate")
     gives: tuple[Encoded, ...] = ("image_embeds", "penultimate", "pooled", "last")
+    public: str = ""
 
     def width(self, encoded: Encoded) -> int:
         """Length of one feature vector: of image_embeds, or of each token; 0: it gives none."""
@@ -167,20 +168,20 @@ ENCODERS: dict[str, EncoderSpec] = {
         EncoderSpec("ViT-H/14", 1280, 1024, 257, 224, CLIP_MEAN, CLIP_STD, (
             "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", "models/image_encoder of h94/IP-Adapter",
             "InvokeAI/ip_adapter_sd_image_encoder",
-        )),
+        ), public="CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"),
         EncoderSpec("ViT-bigG/14", 1664, 1280, 257, 224, CLIP_MEAN, CLIP_STD, (
             "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors", "sdxl_models/image_encoder of h94/IP-Adapter",
-        )),
+        ), public="CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors"),
         EncoderSpec("ViT-L/14", 1024, 768, 257, 224, CLIP_MEAN, CLIP_STD, (
             "openai/clip-vit-large-patch14", "InvokeAI/clip-vit-large-patch14",
-        )),
+        ), public="clip-vit-large-patch14.safetensors"),
         EncoderSpec("ViT-L/14-336", 1024, 768, 577, 336, CLIP_MEAN, CLIP_STD, (
             "clip-vit-large-patch14-336.bin (Kolors)", "openai/clip-vit-large-patch14-336",
-        )),
+        ), public="clip-vit-large-patch14-336.bin"),
         EncoderSpec("SigLIP so400m/14-384", 1152, 0, 729, 384, HALF, HALF, (
             "sigclip_vision_patch14_384.safetensors", "google/siglip-so400m-patch14-384",
-        ), ("penultimate", "pooled")),
-        EncoderSpec("SigLIP2 base/16-512", 768, 0, 1024, 512, HALF, HALF, ("model.safetensors of google/siglip2-base-patch16-512",), ("last",)),
+        ), ("penultimate", "pooled"), public="siglip-so400m-patch14-384.safetensors"),
+        EncoderSpec("SigLIP2 base/16-512", 768, 0, 1024, 512, HALF, HALF, ("model.safetensors of google/siglip2-base-patch16-512",), ("last",), public="siglip2-base-patch16-512.safetensors"),
         EncoderSpec("DINOv2 giant/14", 1536, 0, 1370, 518, IMAGENET_MEAN, IMAGENET_STD, ("model.safetensors of facebook/dinov2-giant",), (),
             ("penultimate", "last")),
         EncoderSpec("PE-Core L/14-336", 1024, 0, 577, 336, HALF, HALF, ("PE-Core-L14-336.pt of facebook/PE-Core-L14-336",), (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from .checkpoints import AdapterSpec
+from .checkpoints import AdapterSpec, format_named
 from .downloads import DOWNLOADS, Download
 from .errors import InvalidInputError, quoted
 from .features import ENCODERS
@@ -32,6 +32,11 @@ class KnownFile:
     family: str
     encoder: str = "ViT-H/14"
     lora: str = ""
+
+    @property
+    def serves(self) -> tuple[tuple[str, int], ...]:
+        """What it is good for, where that is not what its family is: see ``Format.serves``."""
+        return SERVES.get(self.preset) or format_named(self.family).serves
 
     @property
     def download(self) -> Download:
@@ -60,6 +65,18 @@ def old_mark(spec: AdapterSpec) -> str | None:
     told = spec.family, spec.options.get("version")
     return next((mark for mark, (*known, _) in OLD_MARKS.items() if tuple(known) == told), None)
 
+
+SERVES: dict[str, tuple[tuple[str, int], ...]] = {
+    "LIGHT": (("light", 3), ("general", 1)),
+    "VIT-G": (("general", 2), ("light", 1), ("style", 1)),
+    "PLUS FACE": (("face", 3),),
+    "COMPOSITION": (("composition", 3),),
+    "FACEID": (("faceid", 2),),
+    "FACEID PLUS": (("faceid", 1),),
+    "FACEID PLUS V2": (("faceid", 3),),
+    "FACEID PORTRAIT": (("portrait", 2),),
+}
+"""Of files that have the shape of others and were trained for something else."""
 
 KNOWN_FILES: tuple[KnownFile, ...] = (
     KnownFile("LIGHT", "sd15", (r"sd15.light.v11", r"sd15.light"), "ip-adapter_sd15_light_v11.bin", "base"),
@@ -138,6 +155,14 @@ def known_file(preset: str, base: str) -> KnownFile:
             f"{' and '.join(titles[entry.base] for entry in found)}; choose another preset or model"
         )
     return chosen
+
+
+def recognise(name: str, spec: AdapterSpec) -> KnownFile | None:
+    """The released adapter that a file is by its name and its content; None for another."""
+    for entry in KNOWN_FILES:
+        if entry.fits(spec, named=True) and any(_named([name], pattern) for pattern in entry.patterns):
+            return entry
+    return None
 
 
 def choose_file(entry: KnownFile, files: Sequence[str], describe: Callable[[str], AdapterSpec | None]) -> str | None:

@@ -22,6 +22,7 @@ from .load_face_model import LoadFaceModel
 from .load_image_encoder import LoadImageEncoder
 from .load_image_prompt import LoadImagePrompt
 from .load_ip_adapter import LoadIPAdapter
+from .load_models import LoadImagePromptModels
 from .lora_rows import LoRARows
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
@@ -60,6 +61,7 @@ NODES: list[type[io.ComfyNode]] = [
     TrainIPAdapter,
     TrainLoRA,
     LoadImageEncoder,
+    LoadImagePromptModels,
 ]
 
 for node in NODES:

@@ -47,6 +47,8 @@ METADATA = {
 class AnimaCharacter(AnimaFormat):
     name = "anima-character"
     label = "Anima Character Reference (all tokens of SigLIP2, gates, a LoRA for the whole model)"
+    serves = (("general", 3), ("character", 3), ("style", 1))
+    public = ("Anima", "ip_adapter-Character_Reference-10.safetensors")
     feature = LAST
     unconditional = "off"
     framing = "fit"

@@ -30,6 +30,7 @@ USUAL_HEADS = 8
 class AnimaPE(AnimaFormat):
     name = "anima-pe"
     label = "Anima PE (PE-Core, resampler, a gate for every block)"
+    serves = (("general", 1),)
     feature = LAST
     unconditional = "same"
     framing = "shapes"

@@ -15,6 +15,7 @@ from .projectors import TORCH, ImageProjModel, Operations
 class Base(Format):
     name = "base"
     label = "base (linear projector)"
+    serves = (("general", 2), ("light", 2), ("style", 1))
     feature = IMAGE_EMBEDS
     unconditional = "zero_embeds"
     anchor = "proj.weight"

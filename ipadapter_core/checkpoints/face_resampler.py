@@ -35,6 +35,7 @@ class InstantID(Plus):
 class PortraitUnnorm(InstantID):
     name = "faceid-unnorm"
     label = "FaceID portrait unnorm (raw face embedding)"
+    serves = (("portrait", 3),)
     before = ("instantid", "plus")
 
     def marks(self, file: TensorFile) -> bool:

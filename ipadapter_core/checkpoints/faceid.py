@@ -19,6 +19,7 @@ MLP_KEYS = r"proj\.[02]\.(weight|bias)|norm\.(weight|bias)"
 class FaceID(CarriesLoRA):
     name = "faceid"
     label = "FaceID (face embedding; 16 tokens: portrait)"
+    serves = (("faceid", 1),)
     feature = FACE
     unconditional = "zero_embeds"
     anchor = "proj.2.weight"

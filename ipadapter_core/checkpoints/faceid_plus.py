@@ -29,6 +29,7 @@ KOLORS_TEXT_DIM, KOLORS_TOKEN_DIM = 4096, SDXL.text_width
 class FaceIDPlus(CarriesLoRA):
     name = "faceid-plus"
     label = "FaceID Plus (face embedding and picture of the face)"
+    serves = (("faceid", 3),)
     feature = FACE_TOKENS
     unconditional = "zero_pixels"
     anchor = "perceiver_resampler.proj_in.weight"

@@ -81,6 +81,11 @@ class AdapterSpec:
         return "text_dim" in self.options
 
     @property
+    def face_model(self) -> str:
+        """The pack of the face model that its training read: antelopev2 for Kolors, else buffalo_l."""
+        return "antelopev2" if self.base_model == "Kolors" else "buffalo_l"
+
+    @property
     def face_side(self) -> int:
         """Side in pixels of the aligned face that its training looked at: 224 for SD1.5, 256 for SDXL, 336 for Kolors."""
         if self.base_model == "Kolors":
@@ -143,6 +148,10 @@ class Format(ABC):
     """Families of base models that its files were trained for, where they fit others by their shapes too."""
     released: ClassVar[tuple[str, ...]] = ()
     """Files of it that people have, and where from."""
+    serves: ClassVar[tuple[tuple[str, int], ...]] = ()
+    """What its files are good for, in the words of ``wishes.WISHES``, and how well: the highest number is taken first."""
+    public: ClassVar[tuple[str, str] | None] = None
+    """A file of it to download: the name of the base model that it is for, and its name in DOWNLOADS."""
     advice: ClassVar[str] = ""
     """Strengths and settings that people use, in a sentence or two; nothing for those that everybody knows."""
     trains: ClassVar[bool] = False

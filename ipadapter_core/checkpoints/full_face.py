@@ -15,6 +15,7 @@ from .projectors import MLPProjModel, Operations
 class FullFace(Format):
     name = "full-face"
     label = "full-face (MLP, every encoder token)"
+    serves = (("face", 2),)
     feature = PENULTIMATE
     unconditional = "zero_pixels"
     anchor = "proj.3.weight"

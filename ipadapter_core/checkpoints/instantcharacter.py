@@ -32,6 +32,8 @@ EPSILON = 1e-6
 class InstantCharacter(FluxFormat):
     name = "instantcharacter"
     label = "InstantCharacter for FLUX (SigLIP and DINOv2, tokens that follow the timestep)"
+    serves = (("character", 3), ("general", 1))
+    public = ("Flux", "instantcharacter_ip-adapter.bin")
     feature = CHARACTER
     unconditional = "same"
     framing = "subject"

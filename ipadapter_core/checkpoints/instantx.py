@@ -44,6 +44,8 @@ class InstantXLayers(FluxFormat):
 class InstantX(InstantXLayers):
     name = "instantx"
     label = "InstantX' FLUX adapter (pooled SigLIP vector, all blocks)"
+    serves = (("general", 3), ("plus", 3), ("style", 2))
+    public = ("Flux", "flux-instantx-ip-adapter.bin")
     feature = POOLED
     released = ("ip-adapter.bin from https://huggingface.co/InstantX/FLUX.1-dev-IP-Adapter",)
     anchor = "proj.2.weight"
@@ -80,6 +82,7 @@ AS_SHAKKER = AsShakker()
 class InstantXResampler(InstantXLayers, Plus):
     name = "instantx-resampler"
     label = "FLUX adapter in InstantX' layout with a resampler (hidden states of SigLIP, all blocks)"
+    serves = (("general", 3), ("plus", 2), ("style", 2))
     feature = PENULTIMATE
     unconditional = "zero_pixels"
     trains = False

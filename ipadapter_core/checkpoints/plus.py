@@ -21,6 +21,7 @@ KOLORS_ENCODER = ENCODERS["ViT-L/14-336"]
 class Plus(Format):
     name = "plus"
     label = "plus (Resampler); plus-face and composition adapters have the same shape"
+    serves = (("general", 3), ("plus", 3), ("style", 2), ("composition", 1))
     feature = PENULTIMATE
     unconditional = "zero_pixels"
     anchor = "latents"

@@ -30,6 +30,8 @@ EPSILON = 1e-6
 class SD35(Format):
     name = "sd3.5"
     label = "InstantX' SD3.5 Large adapter (resampler that follows the timestep)"
+    serves = (("general", 3), ("plus", 3), ("style", 2))
+    public = ("SD3", "sd35-large-ip-adapter.bin")
     feature = PENULTIMATE
     unconditional = "zero_embeds"
     framing = "stretch"

@@ -23,6 +23,8 @@ from .projectors import ImageProjModel, Operations
 class XLabs(FluxFormat):
     name = "xlabs"
     label = "XLabs' FLUX adapter, v1 (4 tokens) or v2 (16 tokens): linear projector, double blocks"
+    serves = (("general", 2), ("light", 2), ("style", 3))
+    public = ("Flux", "flux-ip-adapter-v2.safetensors")
     feature = IMAGE_EMBEDS
     unconditional = "black_picture"
     keys = Keys(
@@ -63,6 +65,7 @@ class XLabs(FluxFormat):
 class Converted(XLabs):
     name = "xlabs-diffusers"
     label = "XLabs' FLUX adapter, v1 (4 tokens) or v2 (16 tokens), in diffusers' keys"
+    serves = (("general", 2), ("light", 2), ("style", 3))
     released = ("diffusers' saves of XLabs' files",)
     keys = numbered("to_k_ip", "to_v_ip")
     layer_keys = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,4})\.to_[kv]_ip\.(weight|bias)")

@@ -6,6 +6,7 @@ Used by the names of its parts: ``host.adapters.apply(...)``, ``host.files.names
 from . import (
     access,
     adapters,
+    by_need,
     clip_vision,
     faces,
     files,
@@ -22,6 +23,7 @@ from . import (
 __all__ = [
     "access",
     "adapters",
+    "by_need",
     "clip_vision",
     "faces",
     "files",

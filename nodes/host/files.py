@@ -117,6 +117,11 @@ def _slashed(name: str) -> str:
     return name.replace("\\", "/")
 
 
+def listing(*kinds: Kind) -> str:
+    """Text that changes with what lies in these folders, for ComfyUI's caching of nodes that choose by themselves."""
+    return "\n".join(fingerprint(kind, *names(kind)) for kind in kinds)
+
+
 def version(kind: Kind, name: str) -> Version:
     """Path, time of change and size of a file: what is loaded from it is shared under this key."""
     found = path(kind, name)

@@ -19,8 +19,8 @@ from ...ipadapter_core import AdapterError, ImagePrompt, InvalidInputError, Weig
 from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.files.text import check_length
 from .adapters import ManagedAdapter
-from .recording import Recording
 from .frontend import show_in_running_node
+from .recording import Recording
 
 LINE, TEXT = 10_000, 100_000
 """Most characters of a text widget of one line, and of several."""

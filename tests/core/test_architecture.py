@@ -149,7 +149,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lora", "prompt", "legacy"),
     ("bake", "backends.calls"),
     ("backends.comfy", "backends.diffusers"),
-    ("report", "recipe", "steering", "backends.diffusers_lora"),
+    ("report", "recipe", "steering", "wishes", "backends.diffusers_lora"),
     ("generate", "sharing"),
     ("training",),
     ("demo",),

@@ -57,6 +57,10 @@ OUTPUTS = {
     "ImagePromptTrain": (["IMAGE_PROMPT_ADAPTER", "IMAGE", "IMAGE"], ["adapter", "loss_plot", "samples"]),
     "ImagePromptTrainLoRA": (["STRING", "IMAGE", "IMAGE"], ["path", "loss_plot", "samples"]),
     "ImagePromptLoadEncoder": (["CLIP_VISION"], ["clip_vision"]),
+    "ImagePromptLoadModels": (
+        ["MODEL", "IMAGE_PROMPT_ADAPTER", "CLIP_VISION", "CLIP_VISION", "IMAGE_PROMPT_FACE_MODEL", "STRING"],
+        ["model", "adapter", "clip_vision", "clip_vision_2", "face_model", "report"],
+    ),
 }
 OUTPUT_NODES = {
     "ImagePromptAttentionMaps",

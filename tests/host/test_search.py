@@ -7,7 +7,14 @@ from typing import Any
 from host.comfy_server import ComfyServer
 
 WORDS = {
-    "ipadapter": {"ImagePromptLoadAdapter", "ImagePromptApply", "ImagePromptApplyImage", "ImagePromptEncode"},
+    "unified loader": {"ImagePromptLoadModels"},
+    "ipadapter": {
+        "ImagePromptLoadModels",
+        "ImagePromptLoadAdapter",
+        "ImagePromptApply",
+        "ImagePromptApplyImage",
+        "ImagePromptEncode",
+    },
     "ip adapter": {"ImagePromptLoadAdapter", "ImagePromptApply"},
     "style transfer": {"ImagePromptApply", "ImagePromptApplyImage"},
     "composition": {"ImagePromptApply", "ImagePromptSchedule"},

@@ -137,3 +137,52 @@ def lora_files(server: ComfyServer) -> list[str]:
         path.parent.mkdir(exist_ok=True)
         save_file(lora_tensors("sd15_small"), path, metadata=words)
     return names
+
+
+NOTHING_THERE = "there is no file in"
+TYPO = "cannot read 'half: 0.3' in the curve"
+
+
+def test_what_is_wrong_is_read_where_it_happened(editor: Editor) -> None:
+    """In the toast, or the dialog of older hosts, and in the node; gone with the next run."""
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        loader = editor.add("ImagePromptLoadAdapter")
+        editor.page.evaluate(
+            """() => { const shown = LiteGraph.createNode('ImagePromptInspect'); app.graph.add(shown);
+                       app.graph.nodes[0].connect(0, shown, 0);
+                       app.graph.nodes[0].widgets[0].value = 'no file in models/ipadapter yet' }"""
+        )
+        editor.page.evaluate("() => app.queuePrompt(0, 1)")
+        said = f"""node => app.graph.getNodeById(node).widgets.some(
+                     widget => widget.name === '$$node-text-preview' && widget.value.startsWith('{NOTHING_THERE}'))"""
+        editor.page.wait_for_function(said, arg=loader, timeout=20_000)
+        read(editor, NOTHING_THERE)
+        editor.shot(f"error {renderer}")
+        editor.page.keyboard.press("Escape")
+        schedule = editor.add("ImagePromptSchedule")
+        editor.page.evaluate(
+            """node => { const shown = LiteGraph.createNode('PreviewAny'); app.graph.add(shown);
+                         const from = app.graph.getNodeById(node); from.connect(0, shown, 0);
+                         from.widgets.find(widget => widget.name === 'curve').value = '0: 1, half: 0.3' }""",
+            schedule,
+        )
+        editor.page.evaluate("() => app.queuePrompt(0, 1)")
+        read(editor, TYPO)
+        editor.shot(f"typo {renderer}")
+        editor.page.keyboard.press("Escape")
+        editor.page.wait_for_function(
+            "text => [...document.querySelectorAll('.p-toast-detail')].every(e => !e.innerText.includes(text))",
+            arg=NOTHING_THERE,
+            timeout=20_000,
+        )
+
+
+def read(editor: Editor, sentence: str) -> None:
+    """Wait until a toast, or a dialog of hosts with the classic renderer alone, says a sentence."""
+    place = ".p-toast-detail" if len(editor.renderers) > 1 else ".p-dialog"
+    editor.page.wait_for_function(
+        "([place, text]) => [...document.querySelectorAll(place)].some(e => e.innerText.includes(text))",
+        arg=[place, sentence],
+        timeout=20_000,
+    )

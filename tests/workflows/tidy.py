@@ -17,7 +17,6 @@ from ipadapter_core.downloads import DOWNLOADS, TWINS, Download, find_download
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "workflows"
-INFO: dict[str, Any] = json.loads((REPOSITORY / "tests/core/object_info.json").read_text("utf-8"))
 VERSION: str = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 
 CORE, OURS = ("comfy-core", "0.3.64"), ("ipadapter-studio", VERSION)
@@ -105,6 +104,8 @@ def tidied(workflow: Json) -> Json:
             node["properties"] = {}
             continue
         name, version = OURS if is_ours(node) else CORE
+        if is_ours(node):  # of the version that it was written for
+            version = node["properties"].get("ver", version)
         offered = [file for file in downloads(node) if file.name.endswith(OFFERED)]
         kept = {k: v for k, v in node["properties"].items() if k not in ("models", "cnr_id", "ver")}
         models = [{"name": file.name, "url": file.url, "directory": file.folder} for file in dict.fromkeys(offered)]
