@@ -45,6 +45,11 @@ class Layer:
         return "other"
 
     @property
+    def is_rms_norm(self) -> bool:
+        """Whether it is a norm that subtracts no mean."""
+        return self.kind == "norm" and any("RMSNorm" in kind.__name__ for kind in type(self._module).__mro__)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight; from the layer's sizes where a quantiser packs the weight itself."""
         module = self._module
@@ -131,7 +136,7 @@ class Layer:
         module = self._module
         if hasattr(module, "num_groups"):
             return F.group_norm(x, module.num_groups, None, None, module.eps)
-        if any("RMSNorm" in kind.__name__ for kind in type(module).__mro__):
+        if self.is_rms_norm:
             return F.rms_norm(x, tuple(module.normalized_shape), None, module.eps)
         return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
 

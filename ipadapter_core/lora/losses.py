@@ -18,7 +18,7 @@ LOST_SHARE = 0.06
 Module = tuple[Component, str]
 """Part and name, as ``names.canonical`` gives them."""
 
-_IN_BLOCK = re.compile(r"^.*(?:blocks?|attentions|resnets|layers)_\d+_")
+_IN_BLOCK = re.compile(r"^.*(?:blocks?|attentions|resnets|layers|refiner|encoders|injector)_\d+_")
 
 
 def kind_of(name: str) -> str | None:

@@ -110,8 +110,14 @@ class MatchedLoRA:
 
     def report(self) -> list[str]:
         """Lines about what is not applied and how the file was read; none if all is as usual."""
-        lines = left_out_lines(self.left_out)
-        return [*([f"not applied: {line}" for line in lines]), *self.weights.notes]
+        lines = [f"not applied: {line}" for line in left_out_lines(self.left_out)]
+        for match in self.matches:
+            if match.widened is not None:
+                lines.append(
+                    f"{match.target.path} takes {match.widened[1]} inputs instead of {match.target.shape[1]}: the conditioning has to "
+                    "bring a control picture (InstructPixToPixConditioning)"
+                )
+        return [*lines, *self.weights.notes]
 
 
 Partial = Literal["refuse", "allow"]
@@ -191,8 +197,7 @@ class _Found:
             self.left_out.append(LeftOut(module.stem, NO_BIAS))
         for update in _matches(module, place, target):
             shape = _shape(update)
-            if widens:
-                update = replace(update, update=_wider(update, shape))
+            update = replace(update, update=_for_shape(update, shape, widens=widens))
             if update.parameter == "bias" and not target.has_bias:
                 if not update.update.multiplies:
                     self.left_out.append(LeftOut(module.stem, NO_BIAS))
@@ -253,19 +258,12 @@ def _widens(match: TargetMatch) -> bool:
     return first and len(rest) == 1 and match.update.fits((rows, 2 * rest[0]))
 
 
-MOST_WIDER = 16
-"""Times the inputs of a layer that a file may ask for: Flux Fill has six times those of Flux."""
-
-
-def _wider(match: TargetMatch, shape: tuple[int, ...]) -> Update:
-    """The update as one that widens its layer's inputs, if it does; else as it is, for a weight of the layer's own shape."""
+def _for_shape(match: TargetMatch, shape: tuple[int, ...], *, widens: bool) -> Update:
+    """The update as one that widens its layer's inputs, where the model takes that; else as it is for the layer's own shape."""
     update = match.update
     if isinstance(update, Widened):
-        wider = len(update.shape) == len(shape) > 1 and update.shape[0] == shape[0] and update.shape[2:] == shape[2:]
-        if not wider or not shape[1] <= update.shape[1] <= MOST_WIDER * shape[1]:
-            return update
-        return update if update.shape != shape else update.inner
-    if match.parameter == "weight" and not update.fits(shape) and _widens(match):
+        return update if widens and update.fits(shape) else update.inner
+    if widens and match.parameter == "weight" and not update.fits(shape) and _widens(match):
         return Widened(update, (shape[0], 2 * shape[1]))
     return update
 

@@ -39,6 +39,7 @@ PREFIXES: tuple[Prefix, ...] = (
     Prefix("text_encoders.clip_h.", "te1"),
     Prefix("text_encoders.clip_g.", "te2"),
     Prefix("text_encoders.t5xxl.", "te3"),
+    Prefix("text_encoders.", "te1"),  # others, by names of their own
     Prefix("text_encoder_2.", "te2"),
     Prefix("text_encoder_3.", "te3"),
     Prefix("text_encoder.", "te1"),

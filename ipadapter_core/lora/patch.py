@@ -70,7 +70,8 @@ class LoRAPatch:
     @property
     def needs_merged(self) -> str | None:
         """Why it cannot run beside the layers, or None if it can."""
-        return next((why for match, _ in self.acting("denoiser") if (why := match.needs_merged)), None)
+        found = [(match.widened is None, why) for match, _ in self.acting("denoiser") if (why := match.needs_merged)]
+        return min(found)[1] if found else None
 
     def beside_layers(self) -> LoRAPatch:
         """The same without what only a merge can do, which is told as left out."""

@@ -37,7 +37,7 @@ FLUX: Config = {
     "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [], "yak_mlp": False, "txt_norm": False,
 }  # fmt: skip
 CHROMA: Config = {k: v for k, v in FLUX.items() if k not in {"guidance_embed", "yak_mlp", "txt_norm"}} | {
-    "image_model": "chroma", "in_channels": 16, "out_channels": 16, "in_dim": 16, "out_dim": 32, "hidden_dim": 24, "n_layers": 2,
+    "image_model": "chroma", "in_channels": 16, "out_channels": 16, "in_dim": 64, "out_dim": 32, "hidden_dim": 24, "n_layers": 2,
     "vec_in_dim": None,
 }  # fmt: skip
 HUNYUAN: Config = {
@@ -51,7 +51,15 @@ LUMINA: Config = {
     "n_heads": 4, "n_kv_heads": 4, "axes_dims": [2, 2, 4], "axes_lens": [30, 32, 32], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3,
     "multiple_of": 16,
 }  # fmt: skip
-ZIMAGE: Config = LUMINA | {"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 8}
+ZIMAGE: Config = LUMINA | {
+    "dim": 256,
+    "axes_dims": [16, 24, 24],
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": 8,
+}
 WAN: Config = {
     "image_model": "wan2.1", "model_type": "t2v", "dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "patch_size": (1, 2, 2),
     "freq_dim": 32, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "in_dim": 4, "out_dim": 4,
@@ -132,11 +140,11 @@ MODELS: dict[str, Config] = {
     },
     "AuraFlow": {"dim": 32, "n_layers": 3, "n_double_layers": 1, "n_heads": 4, "cond_seq_dim": 40, "max_seq": 64, "global_conddim": 32},
     "PixArtAlpha": {
-        "image_model": "pixart_alpha", "num_heads": 4, "patch_size": 2, "hidden_size": 32, "in_channels": 4, "depth": 2, "input_size": 8,
+        "image_model": "pixart_alpha", "num_heads": 4, "patch_size": 2, "hidden_size": 32, "in_channels": 4, "depth": 2, "input_size": 32,
         "pe_interpolation": 1, "micro_condition": True, "caption_channels": 40,
     },
     "PixArtSigma": {
-        "image_model": "pixart_sigma", "num_heads": 4, "patch_size": 2, "hidden_size": 32, "in_channels": 4, "depth": 2, "input_size": 8,
+        "image_model": "pixart_sigma", "num_heads": 4, "patch_size": 2, "hidden_size": 32, "in_channels": 4, "depth": 2, "input_size": 32,
         "pe_interpolation": 1, "micro_condition": False, "caption_channels": 40,
     },
     "HunyuanDiT": {
@@ -175,7 +183,7 @@ MODELS: dict[str, Config] = {
     "GenmoMochi": {
         "image_model": "mochi_preview", "depth": 2, "patch_size": 2, "num_heads": 2, "hidden_size_x": 32, "hidden_size_y": 24, "mlp_ratio_x": 384.0,
         "mlp_ratio_y": 256.0, "learn_sigma": False, "in_channels": 4, "qk_norm": True, "qkv_bias": False, "out_bias": True, "attn_drop": 0.0,
-        "patch_embed_bias": True, "posenc_preserve_area": True, "timestep_mlp_bias": True, "t5_feat_dim": 40, "t5_token_length": 8,
+        "patch_embed_bias": True, "posenc_preserve_area": True, "timestep_mlp_bias": True, "t5_feat_dim": 40, "t5_token_length": 8, "use_t5": True,
         "rope_theta": 10000.0,
     },
     "LTXV": LTX,
@@ -363,10 +371,10 @@ def model_of(name: str, config: Config) -> Any:
     raise AssertionError(name)
 
 
-def build(name: str) -> Any:
-    """The host's model around its own class, with random weights in float32."""
+def build(name: str, sizes: Config) -> Any:
+    """The host's model around its own class, with random weights in float32; ``sizes`` instead of those of the table."""
     with smaller_parts():
-        model = model_of(name, MODELS[name])
+        model = model_of(name, MODELS[name] | sizes)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.diffusion_model.state_dict().values():

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import IncompatibleAdapterError
+from ...lora.layer import Layer
 from ...lora.matching import MatchedLoRA, Partial, TargetMatch, match_lora
 from ...lora.patch import LoRAPatch
 from ...lora.running import Running
-from ...lora.targets import TargetTable, targets_of
+from ...lora.targets import Target, TargetTable, targets_of
 from ...lora.unfused import UnfusedLayer, UnfusedStack
 from ...lora.update import wide
 from ...lora.weights import Component, LoRAWeights
@@ -57,12 +58,21 @@ def tables_of(
     tables: dict[Component, TargetTable] = {}
     unet = None if model is None else denoiser(model)
     if unet is not None:
-        tables["denoiser"] = replace(targets_of(unet), widens=True)
+        table = targets_of(unet)
+        tables["denoiser"] = replace(table, targets=_hooked(unet, table.targets), widens=True)
     if clip_model is not None:
         inside = encoders_of(clip_model).items()
         parts: Sequence[Component] = [part for name, part in inside if name in KNOWN_ENCODERS] if inside else TEXT
         tables |= {part: table for part in parts if (table := targets_of(clip_model, part)).targets}
     return with_host_names(tables, names or {}, unet, clip_model)
+
+
+def _hooked(unet: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The targets, of which RMS norms can only be merged: the host hands their weights to kernels and does not call them."""
+    return {
+        path: replace(target, beside=False) if Layer(unet.get_submodule(path)).is_rms_norm else target
+        for path, target in targets.items()
+    }
 
 
 def place(

@@ -150,7 +150,8 @@ def _too_long(entries: Iterable[object], parts: Mapping[str, _Part]) -> set[obje
 
     Lumina 2's keys and values are narrower than its queries, which the host's map for Z-Image does not know.
     """
-    return {_key(to) for to in entries if isinstance(to, tuple) and to[1] is not None and not _places(to, parts)}
+    cuts = (to for to in entries if isinstance(to, tuple) and to[1] is not None and to[1][0] == 0)
+    return {_key(to) for to in cuts if not _places(to, parts)}
 
 
 def _same(some: tuple[Place, ...], others: tuple[Place, ...]) -> bool:

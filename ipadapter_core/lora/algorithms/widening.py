@@ -18,6 +18,9 @@ from ...errors import CorruptFileError, quoted
 from ..parts import Key, Parts, key
 from ..update import Update, Wrapper, shape_text
 
+MOST_WIDER = 16
+"""Times the inputs of a layer that a file may ask for: Flux Fill has six times those of Flux."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Widened(Wrapper):
@@ -36,7 +39,10 @@ class Widened(Wrapper):
         """``shape`` is that of the model's narrower weight."""
         if len(shape) < 2 or len(shape) != len(self.shape):
             return False
-        return shape[1] < self.shape[1] and (shape[0], *shape[2:]) == (self.shape[0], *self.shape[2:])
+        return shape[1] < self.shape[1] <= MOST_WIDER * shape[1] and (shape[0], *shape[2:]) == (
+            self.shape[0],
+            *self.shape[2:],
+        )
 
     def on(self, shape: tuple[int, ...]) -> Update:
         return replace(self, inner=self.inner.on(self.shape))
