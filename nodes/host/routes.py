@@ -1,4 +1,4 @@
-"""What other programs and the widgets of this pack may ask over HTTP: ``GET /image_prompt/…``, one table of routes.
+"""What other programs and the widgets of this pack may ask over HTTP below ``/image_prompt/``, one table of routes.
 
 Answers are about files that ComfyUI's lists offer, by the names on these lists, and read nothing else. An error of ours is
 400 with its sentence: ``{"error": "…"}``. A new route is a function and a line in ``ROUTES``.
@@ -10,7 +10,7 @@ import asyncio
 import io
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from aiohttp import web
 from server import PromptServer
@@ -18,10 +18,13 @@ from server import PromptServer
 from ...ipadapter_core import COMPATIBILITIES, SCALINGS, InvalidInputError, describe_adapter, describe_spec, spec_facts
 from ...ipadapter_core.attention.presets import preset_facts
 from ...ipadapter_core.errors import AdapterError, one_line, quoted
-from ...ipadapter_core.files.text import read_text
+from ...ipadapter_core.files.text import as_table, parse_json, read_text
+from ...ipadapter_core.legacy.migrate import migrate_graph
+from ...ipadapter_core.legacy.migrate.names import OLD_TYPES
 from ...ipadapter_core.lora import LoRAWeights, describe_lora, load_lora, parse_where
 from ...ipadapter_core.lora.blocks import block_shares, parse_presets, presets_for
 from ...ipadapter_core.lora.inspection import draw_heat_map, heat_map, lora_facts
+from ...ipadapter_core.narrowing import is_row
 from . import files
 
 PREFIX = "/image_prompt/"
@@ -29,6 +32,8 @@ LONGEST = 1000
 """Most characters of a name that is asked for."""
 MOST_BYTES = 2 * 2**30
 """Of a file whose numbers are all read for one answer; the largest LoRAs that people share have half of it."""
+MOST_POSTED = 32 * 2**20
+"""Bytes of a body; a large workflow has one or two million."""
 KEPT = 64
 """Answers of a kind that are kept; they are of a file as it was, and asked for anew when it has changed."""
 
@@ -46,6 +51,14 @@ class Route:
 
     path: str
     answer: Callable[[Query], Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """``POST /image_prompt/<path>``: ``answer`` gets the body, at most ``MOST_POSTED`` bytes, likewise."""
+
+    path: str
+    answer: Callable[[bytes], Answer]
 
 
 def facts_of_adapter(query: Query) -> Answer:
@@ -146,7 +159,26 @@ def _asked(query: Query, name: str) -> str:
     return value
 
 
-ROUTES: tuple[Route, ...] = (
+def migrated(body: bytes) -> Answer:
+    """``{"workflow": …, "nodes": [numbers]}``: a graph of old nodes with ours, as ``ipadapter migrate`` writes it, and what changed.
+
+    ``nodes`` are those that shall change, all without it. Nothing is read but the body, nothing written.
+    """
+    asked = as_table(parse_json(body, "the workflow", constants=True))
+    nodes = asked.get("nodes")
+    only = [node for node in nodes if isinstance(node, (int, str))] if is_row(nodes) else None
+    made = migrate_graph(asked.get("workflow"), only=only)
+    return {"workflow": made.graph, "report": made.report, "found": made.found, "rewritten": made.rewritten}
+
+
+def old_types(query: Query) -> Answer:
+    """Nothing asked: class types of other packs that ``migrate`` knows."""
+    return {"types": sorted(OLD_TYPES)}
+
+
+ROUTES: tuple[Route | Posted, ...] = (
+    Posted("migrate", migrated),
+    Route("migrate", old_types),
     Route("inspect", facts_of_adapter),
     Route("presets", presets),
     Route("lora/blocks", blocks_of_lora),
@@ -158,20 +190,35 @@ ROUTES: tuple[Route, ...] = (
 
 def register() -> None:
     """Make the routes known to ComfyUI's server, which serves them below ``/api`` too."""
-    one_at_a_time = asyncio.Lock()
+    one_at_a_time, routes = asyncio.Lock(), PromptServer.instance.routes
     for route in ROUTES:
-        PromptServer.instance.routes.get(PREFIX + route.path)(_handler(route, one_at_a_time))
+        at = routes.get if isinstance(route, Route) else routes.post
+        at(PREFIX + route.path)(_handler(route, one_at_a_time))
 
 
-def _handler(route: Route, one_at_a_time: asyncio.Lock) -> Callable[[web.Request], Awaitable[web.Response]]:
+def _handler(route: Route | Posted, one_at_a_time: asyncio.Lock) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
-        async with one_at_a_time:
-            try:
-                answer = await asyncio.to_thread(route.answer, request.query)
-            except (AdapterError, OSError) as error:
-                return web.json_response({"error": str(error)}, status=400)
+        try:
+            if isinstance(route, Route):
+                ask: Callable[[], Answer] = partial(route.answer, request.query)
+            else:
+                ask = partial(route.answer, await _body(request))
+            async with one_at_a_time:
+                answer = await asyncio.to_thread(ask)
+        except (AdapterError, OSError) as error:
+            return web.json_response({"error": str(error)}, status=400)
         if isinstance(answer, bytes):
             return web.Response(body=answer, content_type="image/png")
         return web.json_response(answer)
 
     return handle
+
+
+async def _body(request: web.Request) -> bytes:
+    """What was posted. Raises InvalidInputError beyond the limit, before more of it is read."""
+    body = bytearray()
+    async for part in request.content.iter_chunked(2**16):
+        body += part
+        if len(body) > MOST_POSTED:
+            raise InvalidInputError(f"more than {MOST_POSTED >> 20} MiB were sent; no workflow is as large")
+    return bytes(body)

@@ -335,6 +335,42 @@ def test_chained_unified_loaders_load_on_their_own() -> None:
         assert len([line for line in report if "stays" in line]) == (0 if second == "IPAdapter" else 2)
 
 
+def test_one_node_changes_with_what_it_cannot_change_without() -> None:
+    """Two checkpoints, loaders and apply nodes side by side: of one pair the other stays as it was, to the last value."""
+    one, other = workflow(), workflow()
+    for entry in other["nodes"]:
+        entry["id"] += 10
+        for socket in entry["inputs"]:
+            socket["link"] += 10
+    other["links"] = [[n + 10, a + 10, slot, b + 10, to, kind] for n, a, slot, b, to, kind in other["links"]]
+    both = {**one, "nodes": one["nodes"] + other["nodes"], "links": one["links"] + other["links"]}
+    for asked in (
+        4,
+        2,
+        "4",
+    ):  # the node, or the loader that it shares its adapter with; newer editors have texts for numbers
+        made = migrate_graph(both, only=[asked])
+        types = {n["id"]: n["type"] for n in made.graph["nodes"]}
+        assert types[4] == "ImagePromptApply"
+        assert "IPAdapterUnifiedLoader" not in {kind for number, kind in types.items() if number < 10}
+        kept = [(n["type"], n["widgets_values"], n["inputs"]) for n in made.graph["nodes"] if n["id"] in range(11, 16)]
+        assert kept == [(n["type"], n["widgets_values"], n["inputs"]) for n in other["nodes"]]
+        assert (made.found, made.rewritten) == (4, 2)
+        assert not any("(node 12)" in line or "(node 14)" in line for line in made.report)
+    assert migrate_graph(both, only=[]).rewritten == 0
+    assert migrate_graph(both, only=[1, 99, "x"]).rewritten == 0
+    everything = migrate_graph(both)
+    assert everything.rewritten == 4
+    assert migrate_graph(migrate_graph(both, only=[4]).graph, only=[14]).rewritten == 2
+
+
+def test_a_node_that_cannot_change_says_why_only_if_it_is_asked_for() -> None:
+    old = workflow(widgets=["0.8x", "ease in", "average", 0.1, 0.9, "K+V"])
+    told = [line for line in migrate_graph(old, only=[4]).report if "stays" in line]
+    assert told
+    assert [line for line in migrate_graph(old, only=[5]).report if "stays" in line] == []
+
+
 def test_what_has_no_counterpart_stays_with_its_loader() -> None:
     old = workflow("IPAdapterClipVisionEnhancer")
     made, report = migrate(old)

@@ -158,3 +158,57 @@ def test_other_names_are_refused_in_a_sentence(server: ComfyServer, path: str, k
         assert "secret" not in error.replace(name, "")
         assert str(server.base) not in error
     assert "file=" in table(server, path, 400)["error"]
+
+
+# --- old graphs -------------------------------------------------------------------------------------------------------
+
+
+def post(server: ComfyServer, path: str, body: bytes, status: int = 200) -> dict[str, Any]:
+    request = urllib.request.Request(f"{server.url}/image_prompt/{path}", body, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        found, text = error.code, error.read()
+    assert found == status, text
+    return json.loads(text)
+
+
+def old_graph() -> dict[str, Any]:
+    """A noise node of the old pack: the smallest thing that can be converted."""
+    nodes = [
+        {
+            "id": i,
+            "type": "IPAdapterNoise",
+            "pos": [0, 0],
+            "widgets_values": ["fade", 1, 2],
+            "inputs": [],
+            "outputs": [],
+        }
+        for i in (1, 2)
+    ]
+    return {"nodes": nodes, "links": [], "version": 0.4}
+
+
+def test_a_posted_graph_is_converted(server: ComfyServer) -> None:
+    assert "IPAdapterNoise" in table(server, "migrate")["types"]
+    for nodes, expected in ((None, 2), ([2], 1), ([], 0)):
+        body = {"workflow": old_graph()} | ({} if nodes is None else {"nodes": nodes})
+        made = post(server, "migrate", json.dumps(body).encode())
+        assert (made["found"], made["rewritten"]) == (2, expected)
+        assert sum(node["type"] == "ImagePromptNoise" for node in made["workflow"]["nodes"]) == expected
+        assert made["report"]
+
+
+def test_what_is_posted_has_limits(server: ComfyServer) -> None:
+    many = {"nodes": [{"id": i, "type": "A"} for i in range(20_001)], "links": []}
+    for body, told in (
+        (b"", "JSON"),
+        (b"{}", "no workflow"),
+        (b"\xff\xfe{", "encoding"),
+        (b"[" * 5000, "nested"),
+        (b'{"workflow": 3}', "no workflow"),
+        (json.dumps({"workflow": many}).encode(), "20,001 nodes"),
+        (b'{"workflow": "' + b"x" * (33 * 2**20) + b'"}', "more than 32 MiB"),
+    ):
+        assert told in post(server, "migrate", body, 400)["error"]

@@ -186,3 +186,64 @@ def read(editor: Editor, sentence: str) -> None:
         arg=[place, sentence],
         timeout=20_000,
     )
+
+
+# --- old nodes --------------------------------------------------------------------------------------------------------
+
+OLD: dict[str, Any] = {
+    "last_node_id": 3,
+    "last_link_id": 1,
+    "nodes": [
+        {
+            "id": number, "type": "IPAdapterNoise", "pos": [60 + 400 * i, 60], "size": [300, 130], "flags": {}, "order": i, "mode": 0,
+            "inputs": [{"name": "image_optional", "type": "IMAGE", "link": link}],
+            "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": links}],
+            "properties": {}, "widgets_values": ["fade", 0.5, 3],
+        }
+        for i, (number, link, links) in enumerate([(1, None, [1]), (3, 1, list[int]())])
+    ],
+    "links": [[1, 1, 0, 3, 0, "IMAGE"]],
+    "groups": [],
+    "version": 0.4,
+}  # fmt: skip
+
+
+def test_old_nodes_are_converted_one_by_one_or_all_and_back(editor: Editor) -> None:
+    page = editor.page
+
+    def types() -> list[str]:
+        return [node["type"] for node in sorted(editor.saved()["nodes"], key=lambda node: node["id"])]
+
+    def choose(where: tuple[float, float], item: str) -> None:
+        x, y = page.evaluate("at => app.canvas.ds.convertOffsetToCanvas(at)", list(where))
+        box = page.evaluate("() => { const b = app.canvas.canvas.getBoundingClientRect(); return [b.x, b.y] }")
+        page.mouse.click(box[0] + x, box[1] + y, button="right")
+        entry = page.get_by_text(item, exact=True).first
+        entry.wait_for(timeout=10_000)
+        editor.shot(f"convert menu {item} {renderer}")
+        entry.click()
+        told = page.get_by_role("dialog", name="old nodes converted")
+        told.wait_for()
+        editor.shot(f"converted {item} {renderer}")
+        told.get_by_role("button", name="Close").click()
+        editor.settle()
+
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        with editor.quiet(f"conversion, {renderer}"):
+            editor.load(OLD)
+            assert types() == ["IPAdapterNoise"] * 2
+            choose((200, 45), "Convert to IP-Adapter Studio")
+            assert types() == ["ImagePromptNoise", "IPAdapterNoise"]
+            node = editor.saved()["nodes"][0]
+            assert (node["widgets_values"], node["pos"]) == (["fade", 0.5, 3], [60, 60])
+            choose((300, 400), "Convert all old image prompt nodes")
+            assert types() == ["ImagePromptNoise"] * 2
+            assert editor.saved()["links"] == OLD["links"]
+            for expected in (["ImagePromptNoise", "IPAdapterNoise"], ["IPAdapterNoise"] * 2):
+                page.evaluate("() => app.extensionManager.command.execute('Comfy.Undo')")
+                editor.settle()
+                assert types() == expected
+            page.evaluate("() => app.extensionManager.command.execute('Comfy.Redo')")
+            editor.settle()
+            assert types() == ["ImagePromptNoise", "IPAdapterNoise"]

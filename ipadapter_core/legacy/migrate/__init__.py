@@ -9,7 +9,7 @@ stays as it is, is named with the reason, and runs under its old name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ...errors import InvalidInputError, quoted
@@ -58,42 +58,43 @@ def migrate(workflow: Mapping[str, object], base: str | None = None) -> tuple[Js
     return made.graph, made.report
 
 
-def migrate_graph(graph: object, base: str | None = None) -> Migrated:
+def migrate_graph(graph: object, base: str | None = None, only: Collection[NodeId] | None = None) -> Migrated:
     """A workflow (as saved, or as exported for the API) with our nodes; ``graph`` itself stays as it is.
 
     ``base`` (sd15 or sdxl) tells which files unified loaders mean; by default the names of checkpoints do, and where these
-    do not tell, such loaders stay. Raises InvalidInputError for what is no workflow, and never anything else.
+    do not tell, such loaders stay. ``only`` are numbers of nodes that shall change (of the graph itself, not of subgraphs), with
+    those that cannot change without each other: a loader and what it feeds. Raises InvalidInputError for what is no workflow, and never anything else.
     """
     raw = table(graph)
     for wrapper in ("workflow", "prompt"):  # what was sent to ComfyUI, or kept beside a picture
         inner = table(raw.get(wrapper))
         if "nodes" not in raw and (is_row(inner.get("nodes")) or is_prompt(inner)):
-            made = migrate_graph(inner, base)
+            made = migrate_graph(inner, base, only)
             return Migrated({**raw, wrapper: made.graph}, made.report, made.found, made.rewritten)
     if not is_row(raw.get("nodes")) and is_prompt(raw):
         _check_size(len(raw))
-        return _migrate_prompt(raw, base)
+        return _migrate_prompt(raw, base, only)
     if not is_row(raw.get("nodes")):
         raise InvalidInputError(
             "this is no workflow: neither as ComfyUI's menu saves it (nodes and links) nor exported as API (a table of nodes "
             "with class_type); load it in ComfyUI and save it"
         )
-    return _migrate_saved(raw, base)
+    return _migrate_saved(raw, base, only)
 
 
 # --- the two formats --------------------------------------------------------------------------------------------------
 
 
-def _migrate_prompt(raw: Json, base: str | None) -> Migrated:
+def _migrate_prompt(raw: Json, base: str | None, only: Collection[NodeId] | None) -> Migrated:
     read = Prompt(raw)
     numbers = Numbers()
     numbers.last_node = max((number for number in read.nodes if isinstance(number, int)), default=0)
     bases = Bases(base, read.nodes.values())
-    made = _rewrite(read, numbers.node, bases)
+    made = _rewrite(read, numbers.node, bases, only)
     return _told([made], read.written(made), made.report, 0, 0)
 
 
-def _migrate_saved(raw: Json, base: str | None) -> Migrated:
+def _migrate_saved(raw: Json, base: str | None, only: Collection[NodeId] | None) -> Migrated:
     """The graph itself and every subgraph that it defines, wherever that is; group nodes are told and stay."""
     graphs = list(_graphs(raw, "", 0))
     _check_size(sum(len(row(graph.get("nodes"))) for _, graph in graphs))
@@ -107,7 +108,7 @@ def _migrate_saved(raw: Json, base: str | None) -> Migrated:
     made: list[Migration] = []
     written: dict[int, Json] = {}
     for (_, graph), one in zip(graphs, read, strict=True):
-        change = _rewrite(one, numbers.node, bases)
+        change = _rewrite(one, numbers.node, bases, only if only is None or graph is raw else ())
         made.append(change)
         title = graph.get("name")
         where = f"in the subgraph {quoted(title or graph.get('id'))}: " if graph is not raw else ""
@@ -192,7 +193,9 @@ def _group_nodes(raw: Json) -> tuple[int, list[str]]:
 # --- rewriting --------------------------------------------------------------------------------------------------------
 
 
-def _rewrite(read: Saved | Prompt, fresh: Callable[[], NodeId], bases: Bases) -> Migration:
+def _rewrite(
+    read: Saved | Prompt, fresh: Callable[[], NodeId], bases: Bases, only: Collection[NodeId] | None
+) -> Migration:
     """Change what can change in one graph."""
     told: dict[NodeId, tuple[str, str]] = {}
 
@@ -202,7 +205,7 @@ def _rewrite(read: Saved | Prompt, fresh: Callable[[], NodeId], bases: Bases) ->
         return told[number]
 
     made = Migration(dict(read.nodes), read.edges, fresh, base_for)
-    groups, kept = _kept(made)
+    groups, kept = _kept(made, only)
     old = {n: node.type for n, node in made.nodes.items() if node.type in OLD_TYPES and n not in kept}
     made.report += [
         f"{shown([name])} of {made.nodes[number].type} (node {label(number)}) comes from a node that is not there"
@@ -226,18 +229,19 @@ def _rewrite(read: Saved | Prompt, fresh: Callable[[], NodeId], bases: Bases) ->
     if seen_by:
         made.report += samplers_told(made)
     made.follow_reroutes()
-    made.report += [f"{made.nodes[n].type} (node {label(n)}) stays: {reason}" for n, reason in kept.items()]
+    made.report += [f"{made.nodes[n].type} (node {label(n)}) stays: {reason}" for n, reason in kept.items() if reason]
     return made
 
 
-def _kept(made: Migration) -> tuple[list[list[NodeId]], dict[NodeId, str]]:
-    """Groups of nodes that hand embeds to one another, and the old nodes that stay, each with the reason.
+def _kept(made: Migration, only: Collection[NodeId] | None) -> tuple[list[list[NodeId]], dict[NodeId, str]]:
+    """Groups of nodes that hand embeds to one another, and the old nodes that stay, each with the reason, none if nobody asked for it.
 
     A loader stays with what it feeds, and what it feeds with it.
     """
     reasons: dict[NodeId, str] = {}
     groups = components(embed_pairs(made))
     pairs = [(group[0], number) for group in groups for number in group]
+    chained: list[tuple[NodeId, NodeId]] = []
     for group in groups:
         reason = embeds_obstacle(made, set(group))
         if reason:
@@ -269,6 +273,7 @@ def _kept(made: Migration) -> tuple[list[list[NodeId]], dict[NodeId, str]]:
             slot, socket = 1 if kind in UNIFIED else 0, "insightface" if kind in FACE_MODELS else "ipadapter"
             for target, name in made.uses(number, slot):
                 if is_chained(made, (target, name)):
+                    chained.append((number, target))
                     continue
                 if name == socket and (made.type_of(target) in WIDGETS or made.type_of(target) in EMBEDS):
                     pairs.append((number, target))
@@ -281,6 +286,11 @@ def _kept(made: Migration) -> tuple[list[list[NodeId]], dict[NodeId, str]]:
                 feeds = kind in LOADERS or kind in FACE_MODELS or kind in PICTURE_LOADERS
                 told = "something that stays is fed by it" if feeds else "its loader feeds nodes that stay"
                 reasons.setdefault(number, "something connected with it stays" if kind in EMBEDS else told)
+    if only is not None:
+        asked = {number for number in map(number_of, only) if number is not None}
+        for together in components([*pairs, *chained]):
+            asked |= set(together) if asked & set(together) else set()
+        reasons |= {number: "" for number, _ in old if number not in asked}
     return groups, {number: reasons[number] for number, _ in old if number in reasons}
 
 

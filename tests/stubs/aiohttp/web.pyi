@@ -1,7 +1,11 @@
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+class StreamReader:
+    def iter_chunked(self, n: int) -> AsyncIterator[bytes]: ...
+
 class Request:
+    content: StreamReader
     query: Mapping[str, str]
     headers: Mapping[str, str]
 
@@ -20,6 +24,9 @@ class Response(StreamResponse):
 
 class RouteTableDef:
     def get(
+        self, path: str
+    ) -> Callable[[Callable[[Request], Awaitable[Response]]], Callable[[Request], Awaitable[Response]]]: ...
+    def post(
         self, path: str
     ) -> Callable[[Callable[[Request], Awaitable[Response]]], Callable[[Request], Awaitable[Response]]]: ...
 
