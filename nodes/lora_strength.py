@@ -47,7 +47,11 @@ class LoRAStrength(io.ComfyNode):
             description="Applies a LoRA of any format, exactly: by block and layer, over the steps, in a region. Chain the node for "
             "several; order does not matter.",
             inputs=[
-                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL; Flux and SD3 without masks."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that it acts on: any that ComfyUI loads. Masks work on UNets (SD1.5, SD2, SDXL), FLUX.1, FLUX.2, "
+                    "Chroma, SD3, Qwen-Image, Z-Image, Lumina 2, Anima and Wan.",
+                ),
                 io.Combo.Input(
                     "file", options=host.files.choices("loras"), tooltip="A LoRA, LyCORIS or PEFT file in models/loras."
                 ),
@@ -59,7 +63,12 @@ class LoRAStrength(io.ComfyNode):
                 io.Clip.Input(
                     "clip", optional=True, tooltip="The text encoders; they are merged, as a prompt is encoded once."
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="Where in the picture it acts (white); live only."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture it acts (white); live only. On transformers, tokens of text take as much of it as of the "
+                    "picture is white.",
+                ),
                 Schedule.Input(
                     "schedule", optional=True, tooltip="From Adapter Schedule: its curve over the steps; live only."
                 ),

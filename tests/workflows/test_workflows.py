@@ -24,6 +24,7 @@ from host.shrunk_transformers import (
     build_siglip,
     build_transformer,
     build_transformer_adapter,
+    build_transformer_loras,
 )
 from host.tiny_adapters import build_adapter, build_prompt
 from host.tiny_lora_files import build_lora
@@ -84,6 +85,7 @@ NEEDED = {
     "43 What a LoRA is",
     "44 Convert or shrink a LoRA",
     "45 LoRA out of two checkpoints",
+    "46 FLUX.1, LoRAs by region",
     "50 Train an IP-Adapter",
     "51 Train a LoRA",
 }
@@ -193,7 +195,11 @@ class Shrunk:
             for name in [name for name in inputs if kind.startswith("ImagePromptLoRA") and name.startswith("file")]:
                 if name != "filename_prefix" and inputs[name] != "none":
                     seed = sum(inputs[name].encode())
-                    inputs[name] = self.server.add_model("loras", build_lora(self.unet, self.adapters, seed=seed))
+                    if self.transformer:
+                        lora = [*build_transformer_loras(self.transformer, self.adapters).values()][seed % 3]
+                    else:
+                        lora = build_lora(self.unet, self.adapters, seed=seed)
+                    inputs[name] = self.server.add_model("loras", lora)
             for name in [name for name in inputs if kind in STEERING and name.startswith("strength")]:
                 inputs[name] = inputs[name] if strength is None else strength
             for name in ("width", "height", "x", "y", "expand"):
