@@ -247,3 +247,31 @@ def test_old_nodes_are_converted_one_by_one_or_all_and_back(editor: Editor) -> N
             page.evaluate("() => app.extensionManager.command.execute('Comfy.Redo')")
             editor.settle()
             assert types() == ["ImagePromptNoise", "IPAdapterNoise"]
+
+
+def test_the_blueprint_opens_as_one_node_and_sends_three(editor: Editor) -> None:
+    """ComfyUI offers what lies in subgraphs/ beside its own; older ones know none."""
+    if len(editor.renderers) == 1:
+        return
+    offered = editor.server.get("/global_subgraphs").values()
+    ours = [entry["name"] for entry in offered if entry["info"]["node_pack"] == "custom_nodes.ipadapter-studio"]
+    assert ours == ["Image prompt"]
+    blueprint = json.loads((WORKFLOWS[0].parents[1] / "subgraphs/Image prompt.json").read_text())
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        with editor.quiet("blueprint"):
+            editor.load(blueprint)
+        editor.shot(f"blueprint {renderer}")
+        (node,) = editor.nodes().values()
+        assert node.title == "Image prompt"
+        editor.page.evaluate(
+            "() => { for (const widget of app.graph.nodes[0].widgets) if (widget.name === 'need') widget.value = 'style' }"
+        )
+        sent = list(editor.prompt().values())
+        load, encode, apply = (next(s for s in sent if name in s) for name in ("need", "combine", "preset"))
+        assert load["need"] == "style"
+        number = apply["model"][0]
+        assert apply["model"] == [number, 0]
+        assert apply["adapter"] == encode["adapter"] == [number, 1]
+        assert (encode["clip_vision"], encode["clip_vision_2"]) == ([number, 2], [number, 3])
+        assert apply["strength"] == 0.8
