@@ -441,7 +441,7 @@ def test_the_demo_world_draws_from_the_current_folder(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     shutil.copy(REFERENCES / "owl.png", "owl.png")
     shutil.copy(REFERENCES / "leopard.png", "leopard.png")
-    lora = FOLDER / "loras" / "style-lora.safetensors"
+    lora = FOLDER / "loras" / "demo-world-style.safetensors"
     mask = np.zeros((64, 64), np.uint8)
     mask[:, 32:] = 255
     Image.fromarray(mask).save("right.png")

@@ -21,7 +21,7 @@ from ipadapter_core.sharing import Card, model_card, push_to_hub
 from tiny import tiny_state
 
 BASE, PLUS = (FOLDER / "adapters" / f"ip-adapter-{name}.safetensors" for name in ("base", "plus"))
-STYLE = FOLDER / "loras" / "style-lora.safetensors"
+STYLE = FOLDER / "loras" / "demo-world-style.safetensors"
 
 
 class FakeApi:
