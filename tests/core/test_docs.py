@@ -31,6 +31,8 @@ FILES = {
     "style.safetensors": "loras/demo-world-style.safetensors",
     "image_encoder": "image_encoder",
     "cat.png": "../references/leopard.png",
+    "ink.png": "../references/owl.png",
+    "mask.png": "../references/snail.png",
 }
 """Files that snippets name, and what of the demo world stands for them."""
 
