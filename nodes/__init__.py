@@ -12,6 +12,7 @@ from .apply_face_lora import ApplyFaceLoRA
 from .apply_image_to_model import ApplyImageToModel
 from .apply_tiled_image import ApplyTiledImageToModel
 from .combine_image_prompts import CombineImagePrompts
+from .demo_world import DemoWorld
 from .encode_face_prompt import EncodeFacePrompt
 from .encode_image_prompt import EncodeImagePrompt
 from .extract_lora import ExtractLoRA
@@ -62,6 +63,7 @@ NODES: list[type[io.ComfyNode]] = [
     TrainLoRA,
     LoadImageEncoder,
     LoadImagePromptModels,
+    DemoWorld,
 ]
 
 for node in NODES:
@@ -81,6 +83,7 @@ class ImagePromptExtension(ComfyExtension):
 def comfy_entrypoint() -> ImagePromptExtension:
     host.files.register_folders()
     host.frontend.name_errors_shortly([AdapterError])
+    host.demo.register_style()
     host.routes.register()
     if host.frontend.wants_old_names():
         host.frontend.register_nodes(LEGACY_NODES)

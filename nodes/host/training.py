@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...ipadapter_core import InvalidInputError
 from ...ipadapter_core.checkpoints import format_named
+from ...ipadapter_core.demo.world import FOLDER
 from ...ipadapter_core.errors import quoted
 from ...ipadapter_core.files.access import plain_name
 from ...ipadapter_core.files.text import check_length
@@ -37,6 +38,7 @@ from .frontend import show_in_node
 
 FAMILIES = {name: format_named(name).summary for name in choices_of(Family)}
 PRECISIONS = sorted(get_args(Precision))  # bf16 is what the node begins with
+DEMO_WORLD = "demo world (no download)"
 INSIDE = "inside the base model's folder"
 FOLDERS = {"ipadapter": "ipadapter_training", "loras": "lora_training"}
 """By the folder below output that takes results: the one that keeps the states of trainings, which no loader lists."""
@@ -67,7 +69,8 @@ def model_files(kind: str) -> dict[str, Path]:
 
 
 def base_models() -> dict[str, Path]:
-    return model_files("checkpoints") | model_folders("model_index.json", "diffusers")
+    found = model_files("checkpoints") | model_folders("model_index.json", "diffusers")
+    return found | {DEMO_WORLD: FOLDER}
 
 
 def image_encoders() -> dict[str, Path]:

@@ -27,7 +27,20 @@ SOCKETS = {
     "IMAGE_PROMPT_FACE_MODEL",
     "IMAGE_PROMPT_RECORDING",
 }
-HOST_TYPES = {"MODEL", "CLIP", "CLIP_VISION", "LATENT", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
+HOST_TYPES = {
+    "MODEL",
+    "CLIP",
+    "VAE",
+    "CLIP_VISION",
+    "LATENT",
+    "IMAGE",
+    "MASK",
+    "STRING",
+    "INT",
+    "FLOAT",
+    "BOOLEAN",
+    "COMBO",
+}
 OUTPUTS = {
     "ImagePromptLoadAdapter": (["IMAGE_PROMPT_ADAPTER"], ["adapter"]),
     "ImagePromptEncode": (["IMAGE_PROMPT"], ["image_prompt"]),
@@ -60,6 +73,10 @@ OUTPUTS = {
     "ImagePromptLoadModels": (
         ["MODEL", "IMAGE_PROMPT_ADAPTER", "CLIP_VISION", "CLIP_VISION", "IMAGE_PROMPT_FACE_MODEL", "STRING"],
         ["model", "adapter", "clip_vision", "clip_vision_2", "face_model", "report"],
+    ),
+    "ImagePromptDemoWorld": (
+        ["MODEL", "CLIP", "VAE", "CLIP_VISION", "IMAGE_PROMPT_ADAPTER", "IMAGE"],
+        ["model", "clip", "vae", "clip_vision", "adapter", "image"],
     ),
 }
 OUTPUT_NODES = {

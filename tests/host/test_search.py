@@ -39,6 +39,8 @@ WORDS = {
     "ipadapter save embeds": {"ImagePromptSave"},
     "ipadapter noise": {"ImagePromptNoise"},
     "ipadapter tiled": {"ImagePromptApplyTiled"},
+    "try": {"ImagePromptDemoWorld"},
+    "example": {"ImagePromptDemoWorld"},
     "trigger words": {"ImagePromptLoRAInspect"},
 }
 """What somebody types, and the nodes that must then be offered, whatever else is."""

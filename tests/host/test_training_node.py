@@ -154,6 +154,21 @@ def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> Non
         server.run(training(server, model, "none", "ImagePromptTrainLoRA", images=None)[0])
 
 
+def test_the_workflow_without_downloads_trains_as_it_is(server: ComfyServer) -> None:
+    """On the shipped world and its pictures; only the steps are fewer."""
+    workflow = json.loads((REPOSITORY / "workflows/3 Train an adapter, no download.json").read_text("utf-8"))
+    graph = to_prompt(workflow, server.object_info())
+    for node in graph.values():
+        if node["class_type"] == "ImagePromptTrain":
+            node["inputs"] |= {"steps": 2, "batch": 2, "sample_every": 2, "settings": "watch.sample_steps=1"}
+        elif node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    result = server.run(graph)
+    saved = next(i for i, node in graph.items() if node["class_type"] == "SaveImage")
+    assert result.images(saved)[0].shape == (384, 384, 3)
+    assert load_adapter(server.base / "output/ipadapter/demo-world-adapter.safetensors").spec.num_tokens == 4
+
+
 @pytest.mark.parametrize("file", ["50 Train an IP-Adapter", "51 Train a LoRA"])
 def test_the_workflow_trains(server: ComfyServer, model: str, file: str) -> None:
     workflow = json.loads((REPOSITORY / f"workflows/{file}.json").read_text("utf-8"))

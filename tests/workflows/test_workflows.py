@@ -53,6 +53,9 @@ TELLING = frozenset({
     "ImagePromptInspect", "ImagePromptSave", "ImagePromptLoRAInspect", "ImagePromptLoRASave", "ImagePromptLoRAExtract"
 })  # fmt: skip
 NEEDED = {
+    "1 Try it, no download",
+    "2 Try a style LoRA, no download",
+    "3 Train an adapter, no download",
     "10 Image prompt, SD1.5",
     "11 Image prompt, SDXL",
     "12 Closer to the reference",
@@ -94,7 +97,11 @@ FAMILIES = {
 }  # fmt: skip
 """Of adapters for transformers, by a part of the file's name."""
 MISSING = {"flux": "this ComfyUI takes every Flux to be 3072 wide", "anima": "this ComfyUI has no Anima"}
-TRAINING = ("50 Train an IP-Adapter", "51 Train a LoRA")  # run by tests/host/test_training_node.py
+TRAINING = (
+    "3 Train an adapter, no download",
+    "50 Train an IP-Adapter",
+    "51 Train a LoRA",
+)  # run by tests/host/test_training_node.py
 IMAGES = {"21 A reference for each picture": 3} | dict.fromkeys(
     (
         "28 What an adapter is",
@@ -123,6 +130,9 @@ class Shrunk:
         self.transformer = next(
             (kind for kind in ("flux", "sd3", "anima") if loaded and loaded[0].startswith(kind)), ""
         )
+        self.demo = any(n["type"] == "ImagePromptDemoWorld" for n in workflow["nodes"])
+        self.side = 384 if self.demo else SIDE
+        """Of the saved pictures; those of the demo world are small enough as they are, and enlarged by the graph."""
         self.scale = (1024 if self.unet == "sdxl" or self.transformer else 512) // SIDE
 
     def prompt(self, *, strength: float | None = None, bypass: bool = False) -> tuple[Graph, list[str]]:
@@ -135,6 +145,8 @@ class Shrunk:
         for node_id, node in [*graph.items()]:
             kind, inputs = node["class_type"], node["inputs"]
             match kind:
+                case _ if self.demo:
+                    inputs |= {"steps": STEPS} if kind == "KSampler" else {}
                 case "UNETLoader" if self.transformer == "anima":
                     node["class_type"], node["inputs"] = "TestAnima", {}
                 case "CheckpointLoaderSimple" | "UNETLoader" if self.transformer:
@@ -192,7 +204,11 @@ class Shrunk:
                         file = build_checkpoint("sd15_small", self.models, seed=seed)
                         inputs[name] = self.server.add_model("checkpoints", file)
                     inputs["rank"] = 2
-            for name in [name for name in inputs if kind.startswith("ImagePromptLoRA") and name.startswith("file")]:
+            for name in [
+                name
+                for name in inputs
+                if not self.demo and kind.startswith("ImagePromptLoRA") and name.startswith("file")
+            ]:
                 if name != "filename_prefix" and inputs[name] != "none":
                     seed = sum(inputs[name].encode())
                     if self.transformer:
@@ -203,7 +219,7 @@ class Shrunk:
             for name in [name for name in inputs if kind in STEERING and name.startswith("strength")]:
                 inputs[name] = inputs[name] if strength is None else strength
             for name in ("width", "height", "x", "y", "expand"):
-                if isinstance(inputs.get(name), int):
+                if isinstance(inputs.get(name), int) and not self.demo:
                     inputs[name] = inputs[name] // self.scale
         for source in vaes:  # of a whole checkpoint
             stand_in = graph.add("TestVAE")
@@ -254,14 +270,14 @@ def test_workflow_runs_and_follows_its_image(
     for node_id, node in graph.items():
         if node["class_type"] == "SaveImage":
             pictures = result.images(node_id)
-            assert [p.shape for p in pictures] == [(SIDE, SIDE, 3)] * expected
+            assert [p.shape for p in pictures] == [(shrunk.side, shrunk.side, 3)] * expected
             assert all(p.std() > 5 for p in pictures), "a flat picture"
     if server.host != HOSTS[0]:
         return  # strength 0 on every host is tests/host/test_nodes.py's; here it is three samplings for one
     _, _, at_zero = run(strength=0.0)
     _, _, without = run(bypass=True)
     for image, zero, plain in zip(steered, at_zero, without, strict=True):
-        assert image.shape == (expected, SIDE, SIDE, 3)
+        assert image.shape == (expected, shrunk.side, shrunk.side, 3)
         assert np.array_equal(zero, plain), "strength 0 is not the plain model"
         difference = np.abs(image - plain).reshape(expected, -1).mean(1)
         assert (difference > 0.002).all(), f"the image prompt changes next to nothing: {difference}"
@@ -324,7 +340,11 @@ def test_models_are_those_that_the_widgets_name() -> None:
                 assert f"[{model['name']}]({model['url']}) in models/{model['directory']}" in text
                 seen.add(model["name"])
             for value in node.get("widgets_values") or ():
-                if isinstance(value, str) and value.endswith((".safetensors", ".bin")) and "my_" not in value:
+                if (
+                    isinstance(value, str)
+                    and value.endswith((".safetensors", ".bin"))
+                    and not value.startswith(("my_", "demo-world"))
+                ):
                     assert f"[{value}](https://" in text, f"{file.name} has no link for {value}"
     assert len(seen) > 15, "next to nothing can be downloaded"
 

@@ -13,6 +13,8 @@ class ClipVisionModel:
     image_size: int
     image_mean: list[float]
     image_std: list[float]
+    def __init__(self, json_config: str) -> None: ...
+    def load_sd(self, sd: dict[str, torch.Tensor]) -> Any: ...
 
 def clip_preprocess(
     image: torch.Tensor, size: int, mean: list[float], std: list[float], crop: bool = True

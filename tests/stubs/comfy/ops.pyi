@@ -1,3 +1,4 @@
 from typing import Any
 
 manual_cast: Any
+disable_weight_init: Any

@@ -23,6 +23,7 @@ class _Socket:
 Model = _Socket
 Clip = _Socket
 ClipVision = _Socket
+Vae = _Socket
 Image = _Socket
 Latent = _Socket
 Mask = _Socket

@@ -1,0 +1,3 @@
+class LatentFormat:
+    latent_channels: int
+    scale_factor: float
