@@ -28,7 +28,7 @@ from host.shrunk_transformers import (
 )
 from host.tiny_adapters import build_adapter, build_prompt
 from host.tiny_lora_files import build_lora
-from workflows import tidy
+from workflows import thumbnails, tidy
 from workflows.graph import ALWAYS, FRONTEND_ONLY, Workflow, WorkflowError, to_prompt
 
 # SDXL last: the server keeps a checkpoint only as long as the next prompt uses it
@@ -324,6 +324,17 @@ def test_workflow_says_where_its_files_are(file: Path) -> None:
     assert file.read_text("utf-8") == tidy.text_of(tidy.tidied(load(file))), (
         f"run python tests/workflows/tidy.py: {file.name} holds something else"
     )
+
+
+def test_every_workflow_has_the_picture_that_the_demo_world_drew() -> None:
+    """512 pixels, a few kilobytes, where both hosts' template browsers look; no picture is left of a workflow that is gone."""
+    wanted = thumbnails.drawn()
+    assert set(wanted) == set((REPOSITORY / "workflows").glob("*.jpg")), "run python tests/workflows/thumbnails.py"
+    for file, picture in wanted.items():
+        with Image.open(file) as found:
+            difference = np.abs(np.asarray(found, np.float32) - np.asarray(picture, np.float32)).mean()
+        assert difference < 6, f"{file.name} is not what the sheet shows: run python tests/workflows/thumbnails.py"
+        assert file.stat().st_size < 50_000
 
 
 def test_models_are_those_that_the_widgets_name() -> None:
