@@ -40,6 +40,7 @@ from ipadapter_core.models.sd3 import walk_sd3
 from ipadapter_core.models.sites import Walk
 from tiny_loras import tiny_lora
 from tiny_models import TINY, TOKEN_DIM, FakePatcher, Guider, HostModel, conditioning, noise, tiny_adapter, tiny_prompt
+from tiny_pipelines import chroma_pipeline, flux_pipeline, sd3_pipeline
 
 TEXT = 7
 PROMPT = noise(2, TEXT, TOKEN_DIM, seed=10)
@@ -507,3 +508,46 @@ def test_a_layer_of_which_nothing_is_known_is_named() -> None:
     with pytest.raises(IncompatibleAdapterError, match=r"new_layer, of which this pack does not know .* selector"):
         form.run(model, masked(patch, form.left))
     form.run(model, masked(replace(patch, selector=parse_selector("*new_layer: 0")), form.left))
+
+
+# --- compiled, and in pipelines --------------------------------------------------------------------------------------
+
+
+def test_compiled_models_predict_the_same() -> None:
+    """Few layers, as code breaks at each; the text's length is measured in compiled code too."""
+    form = FORMS["flux, comfy"]
+    model = form.build()
+    layers = ("double_blocks.0.img_attn.qkv", "single_blocks.1.linear1")
+    patches = [only(patch, *layers) for patch in halves(form, model, "LoRA", "LoRA")]
+    plain, expected = form.run(model), form.run(model, *patches)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="aot_eager", dynamic=False)
+    try:
+        for _ in range(2):
+            assert_near(form.run(compiled), plain)
+            assert_near(form.run(compiled, *patches), expected)
+    finally:
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("build", [flux_pipeline, sd3_pipeline, chroma_pipeline])
+def test_pipelines_tell_the_latent_s_size(build: Callable[[], Any]) -> None:
+    pipeline = build()
+    pipeline.set_progress_bar_config(disable=True)
+    form = FORMS["flux, diffusers"]
+    patch = form.placed(pipeline.transformer, strength=0.8)
+    left = torch.zeros(12, 20)
+    left[:, :7] = 1
+
+    def picture(*patches: LoRAPatch) -> Tensor:
+        with ExitStack() as stack:
+            if patches:
+                stack.enter_context(diffusers.apply(pipeline, *patches))
+            return pipeline(
+                "a red circle", height=24, width=40, num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0)
+            ).images  # fmt: skip
+
+    plain, whole = picture(), picture(patch)
+    assert_near(picture(masked(patch, left), masked(patch, 1 - left)), whole)
+    assert torch.equal(picture(masked(patch, torch.zeros(4, 4))), plain)
+    assert not torch.equal(picture(masked(patch, left)), whole)
