@@ -116,7 +116,10 @@ class UnfusedLayer:
         found = self._changes.get(key)
         if found is None:
             update, rows = part.match.update, part.match.rows
-            make = update.unfused if part.match.parameter == "weight" else update.unfused_bias
+            if part.match.parameter == "bias":
+                make = update.unfused_bias
+            else:
+                make = update.unfused_in_groups if part.match.target.grouped else update.unfused
             found = self._changes.keep(key, make(layer if rows is None else RowsOf(layer.module, *rows), like))
         return found
 

@@ -115,6 +115,19 @@ class Update(ABC):
         delta = self.delta(layer.ghost(like))
         return lambda x, y, s: layer.apply(x, delta) * s
 
+    def unfused_in_groups(self, layer: Layer, like: Tensor) -> Change:
+        """The side path of a convolution whose channels are in groups: the change as a kernel, which is small there."""
+        if not self.reads_weight:
+            return Update.unfused(self, layer, like)
+        weight = layer.weight(like.device, torch.promote_types(like.dtype, torch.float32))
+
+        def change(x: Tensor, y: Tensor, s: float) -> Tensor:
+            total = torch.zeros_like(weight)
+            self.change(weight, total, s)
+            return layer.apply(x, near(total, like))
+
+        return change
+
     def unfused_bias(self, layer: Layer, like: Tensor) -> Change:
         """The side path of a change of the bias."""
         vector = self.delta(layer.bias_vector(like))

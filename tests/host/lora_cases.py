@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import comfy.clip_model
+import comfy.lora
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
@@ -161,6 +162,12 @@ def apply_file(patcher: Any, lora: Weights, folder: Path) -> object:
     return host_lora.apply(patcher, None, read(lora, folder), "merged", strength=1.0)
 
 
+def room(model: Any, plain: Weights, key: str) -> list[int] | None:
+    """The shape for which newer hosts make room before they patch a weight; None for others."""
+    asked = getattr(comfy.lora, "calculate_shape", None)
+    return None if asked is None else list(asked(model.patches[key], plain[key], key))
+
+
 def control(folder: Path) -> Iterator[Case]:
     """Layers with more inputs: as the host's loader makes them, merged alone, and gone with the patch."""
     patcher = patcher_of("Flux")
@@ -181,7 +188,7 @@ def control(folder: Path) -> Iterator[Case]:
     window = Window(0.0, 0.5)
     yield {
         "case": "control", "keys": len(ours), "same keys": set(ours) == set(theirs), "difference": max(largest(ours, theirs), largest(half, half_theirs)),
-        "shape": list(ours["diffusion_model.img_in.weight"].shape), "text": text, "shown": shown,
+        "shape": list(ours["diffusion_model.img_in.weight"].shape), "room": room(model, plain, "diffusion_model.img_in.weight"), "text": text, "shown": shown,
         "predicted": float((predicted - predict(by_host(patcher, lora, 1.0), inputs)).abs().max() / predicted.abs().max()),
         "zero": not host_lora.apply(patcher, None, loaded, "auto", strength=0.0)[0].patches,
         "gone": bool(torch.equal(before, predict(patcher, INPUTS["Flux"]))),

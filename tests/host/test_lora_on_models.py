@@ -93,6 +93,7 @@ def test_control_loras_widen_the_layer_as_the_host_s_loader_does(output: Output)
     row = rows["control"]
     assert row["same keys"]
     assert row["shape"] == [32, 32], "16 inputs were 32 × 16"
+    assert row["room"] in (None, [32, 32])
     assert row["predicted"] <= 1e-6
     assert row["zero"]
     assert row["gone"]
@@ -130,7 +131,7 @@ def test_a_lora_of_another_family_is_refused(output: Output) -> None:
         if " on " in name and "said" in row and not name.startswith("hostile")
     }
     families = {name.split(" on ")[0] for name in rows}
-    assert len(families) >= 9
+    assert len(families) >= 8
     assert len(rows) == len(families) * (len(families) - 1)
     for name, row in rows.items():
         assert row["said"].startswith("IncompatibleAdapterError"), f"{name}: {row['said']}"

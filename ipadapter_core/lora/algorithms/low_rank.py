@@ -102,8 +102,6 @@ class LowRank(Update):
         return (down if layer.kind == "conv" else down.flatten(1)), up
 
     def unfused(self, layer: Layer, like: Tensor) -> Change:
-        if layer.groups > 1:
-            return Update.unfused(self, layer, like)
         down, up = self.products(layer, like)
         return lambda x, y, s: layer.pointwise(layer.apply(x, down), up) * s
 
