@@ -54,7 +54,7 @@ def combine_input(default: str = "concat") -> io.Input:
 SELECTOR_TOOLTIP = (
     "Where it acts and how much, later entries win: 'all: 0, out3-5: 0.8', 'attn2 k: 0', 'in4: 1.2', 'ff: 0.5', 'te: 0', "
     "'*proj_in: 1'. Blocks of UNets in0-11, mid, out0-11; Flux, Flux.2, Chroma double0-18, single*; SD3 joint0; Z-Image "
-    "layers0-29, noise_refiner*, context_refiner*; Qwen-Image, Wan, Anima block3; base is what is in none. Types attn, q, k, v, "
+    "layers0-29, noise_refiner*, context_refiner*; Qwen-Image, Wan, Anima and others block3; base is what is in none. Types attn, q, k, v, "
     "out, ff, mod, proj, resnet, conv; attn1 or self and attn2 or cross where there are two attentions; img and txt where "
     "picture and text have layers of their own. In fused layers q, k, v act on their own rows. Or a glob of the whole name: "
     "'*.attn2.to_k'. Also a block vector (12, 17, 20, 21, 26, 27, 58 numbers; for other transformers BASE and one for each "

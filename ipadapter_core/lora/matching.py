@@ -285,15 +285,15 @@ def _nearest(name: str, table: TargetTable) -> str | None:
 
 
 def _refuse(weights: LoRAWeights, tables: Mapping[Component, TargetTable], found: _Found, partial: Partial) -> None:
-    if found.widened and len(found.widened) == len(found.misfits):
+    base, denoiser = weights.base_model, tables.get("denoiser")
+    model = denoiser.family if denoiser is not None else "unknown"
+    foreign = "unknown" not in (base, model) and model not in base.split(" or ")
+    if found.widened and not foreign and len(found.widened) == len(found.misfits):
         raise IncompatibleAdapterError(
             f"{weights.name} is a control LoRA (Flux Canny or Depth): it gives {found.widened[0]} twice its inputs, which takes a "
             "wider layer and a control picture beside the latent. Load it with the host's own loader (ComfyUI: LoraLoader and "
             "InstructPixToPixConditioning; diffusers: FluxControlPipeline.load_lora_weights)"
         )
-    base, denoiser = weights.base_model, tables.get("denoiser")
-    model = denoiser.family if denoiser is not None else "unknown"
-    foreign = "unknown" not in (base, model) and model not in base.split(" or ")
     diagnosis = f"this is a LoRA for {base}, the model is {model}" if foreign else ""
     if found.misfits:
         total = len(found.misfits) + len(found.matches)

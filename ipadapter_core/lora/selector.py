@@ -2,14 +2,22 @@
 
 One language for strength and for what is trained. An entry names layers by one or more terms, all of which must hold:
 
-- blocks, with a number, a range, ``*`` or nothing for all of them. UNets: ``in4``, ``in1-3``, ``mid``, ``mid0``, ``out*``. Flux,
-  Flux.2, Chroma: ``double0-18``, ``single*`` (Chroma also ``guidance0``). SD3: ``joint0``. Z-Image: ``layers0-29``, ``noise_refiner0``,
-  ``context_refiner*``, ``siglip_refiner*``. Qwen-Image, Wan, Anima: ``block3`` (Wan also ``vace0``, Anima ``adapter0``). Unknown
-  models: ``block3``. ``base`` is what is in no block;
+- blocks, with a number, a range, ``*`` or nothing for all of them; ``base`` is what is in none.
+
+  | model | blocks |
+  |---|---|
+  | UNets | ``in4``, ``in1-3``, ``mid``, ``mid0``, ``out*`` |
+  | Flux, Flux.2, Chroma, HunyuanVideo, AuraFlow, HiDream | ``double0-18``, ``single*`` |
+  | SD3 | ``joint0`` |
+  | Z-Image, Lumina 2 | ``layers0-29``, ``noise_refiner0``, ``context_refiner*`` (Z-Image also ``siglip_refiner*``) |
+  | Qwen-Image, Wan, Anima, Krea 2, PixArt, LTX-Video, unknown ones | ``block3`` |
+
+  Beside them Chroma has ``guidance*``, HunyuanVideo ``refiner*``, HiDream ``caption*``, Wan ``vace*``, Anima ``adapter*`` and Krea 2
+  ``layerwise*`` and ``refiner*``;
 - layer types ``attn``, ``q``, ``k``, ``v``, ``out`` (the projection), ``ff``, ``mod`` (modulations of transformers), ``proj`` (in and out of
   a transformer), ``resnet``, ``conv``, ``linear``, ``norm``, ``sampler``; where there are two attentions ``attn1`` or ``self``, ``attn2`` or
-  ``cross`` (UNets, Wan, Anima); where picture and text have layers of their own ``img``, ``txt`` (SD3, Flux and its relatives,
-  Qwen-Image, refiners of Z-Image);
+  ``cross`` (UNets, Wan, Anima, PixArt, LTX-Video); where picture and text have layers of their own ``img``, ``txt`` (double and
+  joint blocks, Qwen-Image, refiners);
 - parts ``denoiser`` or ``unet`` (the same), ``te``, ``te1``, ``te2``, ``te3``; ``all``;
 - a glob of the whole name of a layer, in diffusers or in its own model: ``*.attn2.to_k``, ``*proj_in``, ``up_blocks.?.resnets.*``.
 

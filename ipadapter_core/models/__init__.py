@@ -9,11 +9,18 @@ from torch import nn
 
 from ..errors import IncompatibleAdapterError
 from .anima import ANIMA
+from .auraflow import AURAFLOW
 from .chroma import CHROMA
 from .flux import FLUX
 from .flux2 import FLUX2
+from .hidream import HIDREAM
+from .hunyuan_video import HUNYUAN_VIDEO
+from .krea2 import KREA2
 from .layers import COMMON_WORDS, LayerNames, Shapes, numbered_block, numbered_blocks, own_names
+from .ltx_video import LTX_VIDEO
+from .lumina2 import LUMINA2
 from .naming import Naming
+from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .sites import BaseModel, ModelLayout
@@ -23,7 +30,8 @@ from .wan import WAN
 from .zimage import ZIMAGE
 
 BASE_MODELS: tuple[BaseModel, ...] = (
-    SD15, SD2, SDXL, FLUX, CHROMA, SD3, ANIMA, FLUX2, QWEN_IMAGE, ZIMAGE, WAN,
+    SD15, SD2, SDXL, FLUX, CHROMA, SD3, ANIMA, FLUX2, QWEN_IMAGE, ZIMAGE, WAN, HUNYUAN_VIDEO, LUMINA2, KREA2,
+    AURAFLOW, PIXART, LTX_VIDEO, HIDREAM,
 )  # fmt: skip
 """Every known family."""
 
@@ -81,28 +89,32 @@ def marked(names: Collection[str]) -> list[BaseModel]:
 def named_like(layers: Collection[tuple[str, tuple[int | None, ...]]]) -> list[BaseModel]:
     """The families whose tables know most of these layers, by underscored names and shapes; none if they are few of all.
 
-    Relatives that all know as many are told apart by the widths of their published models, where one has them.
+    Relatives that all know as many are told apart by the widths, then by the numbers of blocks of their published models, where
+    one has them.
     """
     counts = {base: _known_layers(base.naming, layers) for base in BASE_MODELS if base.naming}
     most = max((found.known for found in counts.values()), default=0)
     best = [base for base, found in counts.items() if found.known == most]
     if 2 * most <= len(layers):
         return []
-    fitting = [base for base in best if counts[base].width]
-    return fitting or best
+    best = [base for base in best if counts[base].width] or best
+    return [base for base in best if counts[base].depth] or best
 
 
 class _Known(NamedTuple):
+    """How many layers a table has, whether one in a block is as wide as a published model, and whether the blocks are as many."""
+
     known: int
     width: bool
+    depth: bool
 
 
 def _known_layers(naming: Naming, layers: Iterable[tuple[str, tuple[int | None, ...]]]) -> _Known:
-    """How many of these layers a table has, and whether one in a block is as wide as a published model."""
-    known, width = 0, False
+    known, width, last = 0, False, dict[str, int]()
     for name, shape in layers:
         found = naming.find(name)
-        if found is None or (found.blocks and found.blocks.counts and found.number >= max(found.blocks.counts)):
+        counts = found.blocks.counts if found is not None and found.blocks is not None else ()
+        if found is None or (counts and found.number >= max(counts)):
             continue
         rows, columns = (*shape, None, None)[:2]
         ratio = None if not rows or not columns or found.parts else rows / columns
@@ -110,7 +122,10 @@ def _known_layers(naming: Naming, layers: Iterable[tuple[str, tuple[int | None, 
             continue
         known += 1
         width = width or (found.blocks is not None and columns in naming.widths)
-    return _Known(known, width)
+        if counts and found.blocks is not None:
+            last[found.blocks.word] = max(found.number + 1, last.get(found.blocks.word, 0))
+    depth = bool(last) and all(last[blocks.word] in blocks.counts for blocks in naming.lists if blocks.word in last)
+    return _Known(known, width, depth)
 
 
 def names_of_layers(model: nn.Module, shapes: Shapes) -> LayerNames:

@@ -169,11 +169,12 @@ OUTPUTS = (
 NAMES = Naming(
     "Flux",
     original=Signs(
-        ("double_blocks.0.img_attn.qkv",), ("double_stream_modulation_img.lin", "distilled_guidance_layer.in_proj")
+        ("double_blocks.0.img_attn.qkv",),
+        ("double_stream_modulation_img.lin", "distilled_guidance_layer.in_proj", "txt_in.input_embedder"),
     ),
     diffusers=Signs(
         ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q"),
-        ("distilled_guidance_layer.in_proj",),
+        ("distilled_guidance_layer.in_proj", "context_embedder.proj_in"),
     ),
     lists=(
         Blocks("double_blocks", "transformer_blocks", "double", (*ATTENTION, *FEED_FORWARD, *MODULATION), counts=(19,)),

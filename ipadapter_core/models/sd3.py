@@ -109,6 +109,7 @@ NAMES = Naming(
             "single_transformer_blocks.0.attn.to_q",
             "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
             "transformer_blocks.0.img_mod.1",
+            "context_embedder.proj_in",
         ),
     ),
     lists=(Blocks("joint_blocks", "transformer_blocks", "joint", _BLOCK, counts=(24, 38)),),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -107,7 +108,7 @@ def test_what_diffusers_loads_we_load_on_both_forms(family: str) -> None:
     file = peft(shapes)
     reference: Any = found.model(original)
     plain = found.run(reference)
-    reference.load_lora_adapter({key: tensor.clone() for key, tensor in file.items()}, prefix="transformer")
+    _load_by_peft(reference, shapes, file)
     expected = found.run(reference)
     assert (expected - plain).norm() > 0.05 * plain.norm(), "the file changes nothing that is seen"
     ours = merged(model, file)
@@ -115,6 +116,17 @@ def test_what_diffusers_loads_we_load_on_both_forms(family: str) -> None:
     other = found.model(original)
     other.load_state_dict(ours)
     assert (found.run(other) - expected).norm() < 1e-4 * expected.norm()
+
+
+def _load_by_peft(model: Any, shapes: Mapping[str, tuple[int, ...]], file: Weights) -> None:
+    """By diffusers, or where its model has no loader by PEFT, which it calls."""
+    if hasattr(model, "load_lora_adapter"):
+        model.load_lora_adapter({key: tensor.clone() for key, tensor in file.items()}, prefix="transformer")
+        return
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=list(shapes))
+    inject_adapter_in_model(config, model, "default")
+    missed: Any = set_peft_model_state_dict(model, {k.removeprefix("transformer."): t for k, t in file.items()})
+    assert not missed.unexpected_keys
 
 
 SPELLINGS: dict[str, Callable[[Mapping[str, tuple[int, ...]]], Weights]] = {
@@ -150,7 +162,9 @@ def test_every_spelling_of_either_form_s_names_on_either_form(family: str, spell
 def test_the_family_is_told_from_names_alone(family: str) -> None:
     _, original, model = tiny(family)
     for named in (original, model):
-        assert load_lora(peft(linear(named))).base_model == family
+        told = load_lora(peft(linear(named))).base_model
+        # diffusers names PixArt's linear layers as LTX-Video's; the widths of published models tell them apart
+        assert told == ("PixArt or LTX-Video" if family == "PixArt" and named is model else family)
         assert targets_of(named).family == family
     assert family in {base.name for base in BASE_MODELS}
 
@@ -159,8 +173,10 @@ def test_the_family_is_told_from_names_alone(family: str) -> None:
 def test_a_lora_of_another_family_is_refused_with_both_names(family: str) -> None:
     _, _, model = tiny(family)
     file = load_lora(peft(linear(model)))
-    for other in FAMILIES.keys() - {family}:
-        with pytest.raises(IncompatibleAdapterError, match=f"this is a LoRA for {family}, the model is {other}"):
+    for other in FAMILIES.keys() - set(file.base_model.split(" or ")):
+        with pytest.raises(
+            IncompatibleAdapterError, match=f"this is a LoRA for {file.base_model}, the model is {other}"
+        ):
             match_lora(file, {"denoiser": targets_of(tiny(other)[1])})
 
 
@@ -212,6 +228,12 @@ WORDS = {
     "Qwen-Image": ("block1 img: 0", "txt q: 0.5, block0 ff: 0"),
     "Wan": ("self k: 0, cross v: 0.5", "attn1: 0, block1: 1", "attn2 out: 0"),
     "Anima": ("self k: 0, cross v: 0.5", "attn1: 0, block1: 1", "block0 mod: 0"),
+    "HunyuanVideo": ("double1 img: 0", "txt q: 0.5, single* ff: 0", "refiner* k: 0, single1 v: 0"),
+    "Lumina 2": ("layers0-1: 0.5", "noise_refiner0: 0, layers1 k: 0", "context_refiner* q: 0, txt v: 0.5"),
+    "Krea 2": ("block1 ff: 0", "refiner0 q: 0, layerwise* out: 0.5", "txt: 0"),
+    "AuraFlow": ("double1 img: 0", "txt q: 0.5, single* ff: 0", "img mod: 0, single1 v: 0"),
+    "PixArt": ("self k: 0, cross v: 0.5", "attn1: 0, block1: 1", "attn2 k: 0, attn2 v: 2"),
+    "LTX-Video": ("self k: 0, cross v: 0.5", "attn1: 0, block1: 1", "attn2 out: 0"),
 }
 
 
@@ -294,14 +316,12 @@ def test_a_heat_map_has_the_family_s_blocks_and_columns(family: str) -> None:
     blocks = {target.block for target in targets_of(original).targets.values() if len(target.shape) == 2}
     for heat in maps:
         assert set(heat.blocks) == blocks
-        two = {"Wan", "Anima"}
-        assert ("attn1 q" in heat.columns) == ("attn2 out" in heat.columns) == (family in two)
-        assert (
-            ("img q" in heat.columns)
-            == ("txt out" in heat.columns)
-            == (family in {"Flux", "Flux.2", "Chroma", "Qwen-Image"})
-        )
-        assert {"ff", "proj"} & set(heat.columns) or family == "Qwen-Image"
+        (naming,) = (base.naming for base in BASE_MODELS if base.naming and base.naming.family == family)
+        words = [set(of.split()) for blocks in naming.lists for row in blocks.rows for of in row.words]
+        for column in ("attn1 q", "attn2 out", "img q", "txt out", "mod", "ff"):
+            assert (column in heat.columns) == any(
+                set(column.split()) <= of and (len(column.split()) > 1 or not of & {"img", "txt"}) for of in words
+            ) or column == "mod"
         assert not np.isnan(heat.values).all(axis=0).any()
     assert maps[0].columns == maps[1].columns
 
@@ -480,7 +500,7 @@ def test_a_lora_out_of_two_checkpoints_in_either_form(family: str, prefix: str) 
         found, errors = extract(tuned, base, Smaller(rank=2))
         assert max(errors.values()) < 1e-3
         assert {m.name for m in found.modules} == {to_name(path) for path in linear(named)}
-        assert found.base_model == family
+        assert family in found.base_model.split(" or ")
         again = merged(named, to_tensors(found, "generic")[0])
         for key, tensor in changed.items():
             assert_close(again[key], tensor, rtol=1e-3, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")

@@ -207,14 +207,16 @@ def test_other_transformers_have_base_and_their_blocks_in_order() -> None:
     own = {name: len(blocks) for name, blocks in LAYOUTS.items() if name not in SHARED}
     assert own == {
         "Chroma 20": 20, "Chroma 58": 58, "SD3 25": 25, "SD3 39": 39, "Anima 29": 29, "Flux.2 26": 26, "Flux.2 33": 33, "Flux.2 57": 57,
-        "Qwen-Image 61": 61, "Z-Image 31": 31, "Wan 31": 31, "Wan 41": 41,
+        "Qwen-Image 61": 61, "Z-Image 31": 31, "Wan 31": 31, "Wan 41": 41, "HunyuanVideo 61": 61, "HunyuanVideo 55": 55,
+        "Lumina 2 27": 27, "Krea 2 29": 29, "AuraFlow 37": 37, "PixArt 29": 29, "LTX-Video 29": 29, "LTX-Video 49": 49,
+        "HiDream 49": 49,
     }  # fmt: skip
     selector = parse_where(",".join(str(n / 100) for n in range(31)), "Z-Image")
     family = FAMILIES["Z-Image"]
     targets = list(targets_of(family.original()).targets.values())
     factors = {t.block: factor for t, factor in zip(targets, selector.factors(targets), strict=True)}
     assert factors == {"base": 0, "layers0": 0.01, "layers1": 0.02, "noise_refiner0": 0, "context_refiner0": 0}
-    assert parse_where(",".join(["1"] * 61)).rules[-1].where == "block59", "one family alone has as many"
+    assert parse_where(",".join(["1"] * 41)).rules[-1].where == "block39", "one family alone has as many"
     with pytest.raises(InvalidInputError, match=r"31 numbers is ambiguous: say which of Z-Image 31, Wan 31"):
         parse_where(",".join(["1"] * 31))
     with pytest.raises(
