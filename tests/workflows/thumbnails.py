@@ -22,13 +22,14 @@ BACON, CUCUMBER, DOG, OWL, SUNFLOWER, GLASS = range(6)
 REFERENCE, TEXT, LITTLE, FULL, ALONE, MASKED, STYLE, COMPOSITION = range(8)
 
 BESIDE: dict[str, Cell] = {
-    "10": (OWL, FULL), "11": (GLASS, FULL), "12": (SUNFLOWER, ALONE), "13": (CUCUMBER, STYLE), "14": (CUCUMBER, COMPOSITION),
+    "1": (SUNFLOWER, FULL), "10": (OWL, FULL), "11": (GLASS, FULL), "12": (SUNFLOWER, ALONE), "13": (CUCUMBER, STYLE), "14": (CUCUMBER, COMPOSITION),
     "15": (DOG, ALONE), "19": (DOG, LITTLE), "20": (SUNFLOWER, MASKED), "22": (BACON, FULL), "23": (OWL, LITTLE),
     "24": (GLASS, MASKED), "25": (GLASS, ALONE), "30": (OWL, STYLE), "31": (DOG, FULL), "33": (SUNFLOWER, LITTLE),
     "34": (BACON, ALONE), "35": (OWL, ALONE),
 }  # fmt: skip
 """Workflows, by number, that turn one reference into one picture: the picture, with its reference in a corner."""
 FOURS: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
+    "3": ((GLASS, REFERENCE), (GLASS, TEXT), (GLASS, LITTLE), (GLASS, FULL)),
     "16": ((OWL, REFERENCE), (SUNFLOWER, REFERENCE), (GLASS, REFERENCE), (SUNFLOWER, FULL)),
     "17": ((DOG, REFERENCE), (DOG, MASKED), (GLASS, REFERENCE), (GLASS, MASKED)),
     "18": ((SUNFLOWER, TEXT), (SUNFLOWER, LITTLE), (SUNFLOWER, STYLE), (SUNFLOWER, FULL)),
@@ -42,7 +43,7 @@ FOURS: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
 }
 """Workflows about several pictures: four of them."""
 PRINTS: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
-    "02": ((3, 1), (3, 3), (2, 4), (2, 6)),
+    "2": ((3, 1), (3, 3), (2, 4), (2, 6)),
     "40": ((0, 1), (0, 2), (0, 3), (0, 6)),
     "41": ((0, 3), (1, 3), (2, 3), (3, 3)),
     "42": ((1, 1), (1, 3), (1, 4), (1, 6)),
