@@ -158,7 +158,9 @@ def _add_inspect(commands: Commands) -> None:
         help="what an adapter file is and needs, and whether it fits a model; where image prompts act in a model folder",
     )
     p.set_defaults(run=run_inspect)
-    p.add_argument("file", type=file_argument, help="IP-Adapter file, or a diffusers model folder")
+    p.add_argument(
+        "file", type=file_argument, help="IP-Adapter file, or owner/name:path of the Hub, or a diffusers model folder"
+    )
     p.add_argument(
         "--model",
         type=file_argument,
@@ -187,6 +189,9 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def run_inspect(args: argparse.Namespace) -> None:
+    from ..hub import file_on_disk
+
+    args.file = file_on_disk(args.file)
     if (args.file / "model_index.json").is_file():
         from ..model_folders import layout_in
 

@@ -249,3 +249,17 @@ def test_a_name_that_leads_nowhere_is_told_at_once(hub: FakeHub, monkeypatch: An
     assert hub.asked == []
     monkeypatch.setattr("ipadapter_core.hub.getproxies", lambda: {"https": "proxy:3128"})
     assert file_on_disk("me/adapters:a.bin").is_file()
+
+
+def test_the_command_inspects_what_is_on_the_hub(
+    hub: FakeHub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ipadapter_core.commands.cli import main
+
+    (hub.there / "me/adapters").mkdir(parents=True)
+    shutil.copy(folder / "adapter.safetensors", hub.there / "me/adapters")
+    assert main(["inspect", "me/adapters:adapter.safetensors"]) == 0
+    assert "image tokens   4" in capsys.readouterr().out
+    hub.online = False
+    assert main(["inspect", "me/adapters:other.safetensors"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
