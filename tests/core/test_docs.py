@@ -139,3 +139,18 @@ def test_commands_that_texts_mention_are_there(place: str, capsys: pytest.Captur
     assert ended.value.code == 0
     command = " ".join(MENTIONS[place].split()[: 2 if MENTIONS[place].startswith("lora ") else 1])
     assert f"usage: ipadapter {command}" in capsys.readouterr().out
+
+
+def test_the_picture_of_the_presets_has_a_cell_for_each() -> None:
+    """Drawn by ``python -m ipadapter_core.demo.presets_sheet nodes/web/docs/presets.webp``; the list in a node cuts it up."""
+    from PIL import Image
+
+    from ipadapter_core.attention.presets import PRESETS
+    from ipadapter_core.demo.presets_sheet import CELL, COLUMNS, GAP, LABEL
+
+    file = ROOT / "nodes/web/docs/presets.webp"
+    assert file.stat().st_size < 80_000
+    with Image.open(file) as picture:
+        assert picture.size == (COLUMNS * (CELL + GAP), -(-(4 + len(PRESETS)) // COLUMNS) * (CELL + LABEL + GAP))
+    script = (ROOT / "nodes/web/preset_pictures.js").read_text(encoding="utf-8")
+    assert f"= [{COLUMNS}, {CELL}, {LABEL}, {GAP}, 4];" in script

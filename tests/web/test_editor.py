@@ -275,3 +275,32 @@ def test_the_blueprint_opens_as_one_node_and_sends_three(editor: Editor) -> None
         assert apply["adapter"] == encode["adapter"] == [number, 1]
         assert (encode["clip_vision"], encode["clip_vision_2"]) == ([number, 2], [number, 3])
         assert apply["strength"] == 0.8
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_is_shown_while_its_name_is_pointed_at(editor: Editor) -> None:
+    page = editor.page
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        node = editor.add("ImagePromptApply")
+        with editor.quiet(f"pictures of presets, {renderer}"):
+            if renderer == "classic":
+                at = page.evaluate(
+                    """id => { const n = app.graph.getNodeById(id), w = n.widgets.find(w => w.name === 'preset');
+                    const [x, y] = app.canvas.ds.convertOffsetToCanvas([n.pos[0] + n.size[0] / 2, n.pos[1] + w.last_y + 10]);
+                    const box = app.canvas.canvas.getBoundingClientRect(); return [x + box.x, y + box.y] }""",
+                    node,
+                )
+                page.mouse.click(*at)
+                entry = page.locator(".litemenu-entry", has_text="style transfer precise")
+            else:
+                page.get_by_role("combobox").nth(0).click()
+                entry = page.get_by_role("option", name="style transfer precise")
+            entry.hover()
+            page.get_by_role("img", name="style transfer precise: style").wait_for()
+            page.wait_for_timeout(500)
+            editor.shot(f"preset picture {renderer}")
+            page.keyboard.press("Escape")
+            assert page.locator(".image-prompt-preset").count() == 0
