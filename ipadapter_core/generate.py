@@ -198,7 +198,7 @@ def _task(pipeline: Any, beginning: Beginning | None) -> Any:
     kind: Any = getattr(diffusers, wanted, None)
     if kind is None:
         raise InvalidInputError(
-            f"diffusers {diffusers.__version__} has no {wanted}, so a {name} cannot begin with a picture: leave --init out, or "
+            f"diffusers {diffusers.__version__} has no {wanted}, so a {name} cannot {'paint into' if inside else 'begin with'} a picture: leave --init out, or "
             "choose a model that can (SD1.5, SDXL, SD3.5, FLUX.1)"
         )
     if beginning.inpaint is None and _reads_masks(pipeline):
