@@ -16,7 +16,7 @@ from .flux2 import FLUX2
 from .hidream import HIDREAM
 from .hunyuan_video import HUNYUAN_VIDEO
 from .krea2 import KREA2
-from .layers import COMMON_WORDS, LayerNames, Shapes, numbered_block, numbered_blocks, own_names
+from .layers import COMMON_WORDS, LayerNames, Shapes, fused_attentions, numbered_block, numbered_blocks, own_names
 from .ltx_video import LTX_VIDEO
 from .lumina2 import LUMINA2
 from .naming import Naming
@@ -134,7 +134,8 @@ def names_of_layers(model: nn.Module, shapes: Shapes) -> LayerNames:
         named = None if name_layers is None else name_layers(model, shapes)
         if named is not None:
             return named
-    return LayerNames("unknown", own_names(shapes), {}, numbered_blocks(shapes, _words_of_lists()))
+    blocks = numbered_blocks(shapes, _words_of_lists())
+    return LayerNames("unknown", own_names(shapes), {}, blocks, parts=fused_attentions(shapes))
 
 
 def block_words() -> tuple[str, ...]:

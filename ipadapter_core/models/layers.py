@@ -123,3 +123,13 @@ def common_words(path: str) -> frozenset[str]:
     if parts[-1] in ("proj_in", "proj_out"):
         words.add("proj")
     return frozenset(words)
+
+
+def fused_attentions(shapes: Shapes) -> dict[str, tuple[LayerPart, ...]]:
+    """The queries, keys and values of every ``qkv`` of a model without a table, where they are equally many rows."""
+    found: dict[str, tuple[LayerPart, ...]] = {}
+    for path, (rows, *_) in shapes.items():
+        if path.rpartition(".")[2] in ("qkv", "to_qkv") and rows % 3 == 0:
+            third, words = rows // 3, common_words(path)
+            found[path] = tuple(LayerPart(path, i * third, third, words | {letter}) for i, letter in enumerate("qkv"))
+    return found

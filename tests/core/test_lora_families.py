@@ -504,3 +504,13 @@ def test_a_lora_out_of_two_checkpoints_in_either_form(family: str, prefix: str) 
         again = merged(named, to_tensors(found, "generic")[0])
         for key, tensor in changed.items():
             assert_close(again[key], tensor, rtol=1e-3, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_fused_attention_of_an_unknown_model_is_selected_by_thirds() -> None:
+    model = Tree({"stages.1.attn.qkv": (72, 24), "stages.1.attn.proj": (24, 24)})
+    assert targets_of(model).family == "unknown"
+    file = peft({"stages.1.attn.qkv": (72, 24)}, "diffusion_model.")
+    weight = model.get_parameter("stages.1.attn.qkv.weight").detach()
+    change = merged(model, file, "all: 0, block1 k: 0.5")["stages.1.attn.qkv.weight"] - weight
+    down, up = pair("stages.1.attn.qkv", (72, 24))
+    assert_close(change, torch.cat([0 * up[:24], 0.5 * up[24:48], 0 * up[48:]]) @ down, rtol=1e-4, atol=1e-6)
