@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ipadapter_core import WeightSchedule, parse_curve, parse_site_factors
+from ..ipadapter_core.attention.schedule import drawn_curve
 from . import host
 from .host.schema import advanced, schema
-from .sockets import CATEGORY, Schedule
+from .sockets import CATEGORY, DrawnCurve, Schedule
 
 
 class AdapterSchedule(io.ComfyNode):
@@ -73,6 +74,23 @@ class AdapterSchedule(io.ComfyNode):
                         tooltip="How strongly the precise presets push the other part towards the negative prompt.",
                     )
                 ),
+                DrawnCurve.Input(
+                    "drawn",
+                    optional=True,
+                    tooltip="A curve that another node draws, in place of the text: ComfyUI's Curve Editor, or numbers spread evenly over "
+                    "the steps, such as the floats of KJNodes' Spline Editor.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "top",
+                        default=1.0,
+                        min=-20.0,
+                        max=20.0,
+                        step=0.05,
+                        optional=True,
+                        tooltip="The factor that 1 means in the drawn curve.",
+                    )
+                ),
             ],
             outputs=[Schedule.Output(display_name="schedule")],
         )
@@ -83,9 +101,16 @@ class AdapterSchedule(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, curve: str, sites: str, separate_composition: bool, composition_strength: float, boost: float
+        cls,
+        curve: str,
+        sites: str,
+        separate_composition: bool,
+        composition_strength: float,
+        boost: float,
+        drawn: object | None = None,
+        top: float = 1.0,
     ) -> io.NodeOutput:
-        points = parse_curve(curve)
+        points = parse_curve(curve) if drawn is None else drawn_curve(drawn, top)
         return io.NodeOutput(
             WeightSchedule(
                 curve=() if all(factor == 1 for _, factor in points) else points,

@@ -22,6 +22,8 @@ Prompt = io.Custom("IMAGE_PROMPT")
 FaceModel = io.Custom("IMAGE_PROMPT_FACE_MODEL")
 Schedule = io.Custom("IMAGE_PROMPT_SCHEDULE")
 Recording = io.Custom("IMAGE_PROMPT_RECORDING")
+DrawnCurve = io.Custom("FLOAT,CURVE")
+"""What other nodes draw: ComfyUI's curve, or a list of numbers for a FLOAT."""
 LoRAList = io.Custom("LORA_STACK")
 """Other packs' too: a list of (name or path, strength on the model, strength on the text encoders)."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Literal, get_args
 
 from ..entries import LONGEST_LIST, MOST_NUMBERS, entries, halves, number, some
 from ..errors import InvalidInputError, quoted
 from ..models.sites import ModelLayout
+from ..narrowing import is_row
 from .presets import SiteRule, SiteWeight, SiteWeights, check_count, check_finite
 
 Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
@@ -130,6 +132,35 @@ def parse_curve(text: str) -> tuple[tuple[float, float], ...]:
             )
         points.append((percent, factor))
     return Window(curve=tuple(points)).curve  # the same checks as everywhere
+
+
+SAMPLES = 101
+"""Points of a drawn curve that need not be linear between its own."""
+
+
+def drawn_curve(drawn: object, top: float = 1.0) -> tuple[tuple[float, float], ...]:
+    """The points of a curve that another program draws: one with ``interp`` of 0..1, or numbers spread evenly from start to end.
+
+    ``top`` is the factor that 1 stands for. Numbers may be a list, a tensor, a series, or one number. Raises InvalidInputError for
+    anything else.
+    """
+    interp: Callable[[float], float] | None = getattr(drawn, "interp", None)
+    values = _numbers(drawn) if interp is None else [float(interp(i / (SAMPLES - 1))) for i in range(SAMPLES)]
+    steps = (i / max(len(values) - 1, 1) for i in range(len(values)))
+    return Window(curve=tuple((step, top * value) for step, value in zip(steps, values, strict=True))).curve
+
+
+def _numbers(drawn: object) -> list[float]:
+    inner = drawn[0] if is_row(drawn) and len(drawn) == 1 else drawn  # a series may come in a tuple of its own
+    as_list: Callable[[], object] | None = getattr(inner, "tolist", None)
+    listed = inner if as_list is None else as_list()
+    values: Sequence[object] = listed if is_row(listed) else (listed,)
+    if not 0 < len(values) <= MOST_POINTS:
+        raise InvalidInputError(f"the drawn curve has {len(values):,} numbers; 1 to {MOST_POINTS:,} can be used")
+    numbers = [float(value) for value in values if isinstance(value, Real) and value is not True and value is not False]
+    if len(numbers) < len(values):
+        raise InvalidInputError("the drawn curve holds what is no number; a curve or a list of numbers was expected")
+    return numbers
 
 
 def parse_numbers(text: str, what: str = "the list of numbers") -> list[float]:

@@ -12,7 +12,7 @@ from ...ipadapter_core import InvalidInputError
 from ...ipadapter_core.downloads import DOWNLOADS
 from .access import listed, marked, readable
 
-Kind = Literal["checkpoints", "clip_vision", "image_prompts", "ipadapter", "loras"]
+Kind = Literal["checkpoints", "clip_vision", "diffusion_models", "image_prompts", "ipadapter", "loras"]
 """The folders below ``models`` whose files this pack lists."""
 
 IN_INPUT = " [input]"

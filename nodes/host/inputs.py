@@ -40,7 +40,7 @@ _CLASSES = {
 }
 _PLAIN = {
     "IPADAPTER": Mapping, "IPADAPTER_PARAMS": dict, "WEIGHTS_STRATEGY": dict, "CONDITIONING": list, "LATENT": dict,
-    "LORA_STACK": (list, tuple),
+    "LORA_STACK": (list, tuple), "FLOAT,CURVE": (Real, list, tuple),
 }  # fmt: skip
 """Sockets of old packs whose values are plain Python; the nodes look at what is inside."""
 

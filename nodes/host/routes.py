@@ -25,7 +25,7 @@ from ...ipadapter_core.lora import LoRAWeights, describe_lora, load_lora, parse_
 from ...ipadapter_core.lora.blocks import block_shares, parse_presets, presets_for
 from ...ipadapter_core.lora.inspection import draw_heat_map, heat_map, lora_facts
 from ...ipadapter_core.narrowing import is_row
-from . import files
+from . import files, sites
 
 PREFIX = "/image_prompt/"
 LONGEST = 1000
@@ -149,6 +149,15 @@ def presets_of_lora(query: Query) -> Answer:
     return {"presets": presets_for(_asked(query, "base_model")), "own": found, "file": f"user/{LORA_PRESETS}"}
 
 
+def sites_of_model(query: Query) -> Answer:
+    """``?kind=&file=&sites=``: the layers where image prompts act in a model, with the factors that a site table gives them."""
+    kind = query.get("kind", "")
+    if kind not in ("checkpoints", "diffusion_models"):
+        raise InvalidInputError(f"the query needs kind=checkpoints or kind=diffusion_models; it has {quoted(kind)}")
+    layout = sites.layout_of_file(files.version(kind, _asked(query, "file")), query["file"])
+    return sites.site_table(layout, query.get("sites", ""))
+
+
 def _asked(query: Query, name: str) -> str:
     """A value of the query. Raises InvalidInputError where it is missing, too long or no text."""
     value = query.get(name, "")
@@ -185,6 +194,7 @@ ROUTES: tuple[Route | Posted, ...] = (
     Route("lora/facts", facts_of_lora),
     Route("lora/heatmap", heat_map_of_lora),
     Route("lora/presets", presets_of_lora),
+    Route("sites", sites_of_model),
 )
 
 

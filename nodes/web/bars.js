@@ -91,7 +91,7 @@ export function barsOf(groups, { top = 2, change, done, setGroup }) {
     ...groups.map((group) =>
       h(
         "div",
-        { class: "image-prompt-group", role: "group", "aria-label": group.name },
+        { class: "image-prompt-group", role: "group", "aria-label": group.name, style: `flex-grow: ${group.bars.length}` },
         h("div", { class: "image-prompt-columns" }, ...group.bars.map((bar) => bars.get(bar))),
         h(
           "div",
@@ -118,10 +118,10 @@ function same(bars) {
 }
 
 const STYLE = `
-.image-prompt-bars { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: flex-end; }
+.image-prompt-bars { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: flex-start; }
 .image-prompt-group { display: flex; flex-direction: column; }
 .image-prompt-columns { display: flex; gap: 1px; height: ${HEIGHT}px; }
-.image-prompt-bar { position: relative; width: 12px; background: color-mix(in srgb, var(--input-text) 12%, transparent); border-radius: 2px; cursor: ns-resize; touch-action: none; }
+.image-prompt-bar { position: relative; flex: 1 1 10px; min-width: 5px; max-width: 28px; background: color-mix(in srgb, var(--input-text) 12%, transparent); border-radius: 2px; cursor: ns-resize; touch-action: none; }
 .image-prompt-bar-fill { position: absolute; left: 0; right: 0; background: var(--p-primary-color, #4a9eff); border-radius: 2px; pointer-events: none; }
 .image-prompt-mixed { background: repeating-linear-gradient(45deg, var(--p-primary-color, #4a9eff) 0 3px, transparent 3px 6px); }
 `;

@@ -62,6 +62,11 @@ export function shown(value) {
   return String(Math.round(value * 100) / 100);
 }
 
+/** Entries on several lines as a field of one line shows them. */
+export function oneLine(text) {
+  return text.trim().replace(/[\s,]*\n[\s,]*/g, ", ");
+}
+
 export function clamp(value, low, high) {
   return Math.min(high, Math.max(low, value));
 }
@@ -249,7 +254,8 @@ function textWidget(node, name, type, initial, least, make) {
       node.setDirtyCanvas?.(true, true);
     },
   });
-  const content = h("div", {}, drawn.element);
+  // wide enough before the host gives it a place: words under each other would make the node tall for good
+  const content = h("div", { style: "min-width: 280px" }, drawn.element);
   const element = h("div", { class: "image-prompt", "aria-label": name, role: "group" }, content);
   // keys of the editor, such as Delete, are not meant for the node while a control has the focus
   element.addEventListener("keydown", (event) => event.ctrlKey || event.metaKey || event.stopPropagation());

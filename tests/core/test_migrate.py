@@ -284,7 +284,7 @@ def test_strengths_of_their_own_become_a_schedule(kind: str, values: list[Any], 
     assert fed_by(made)["ImagePromptApply", "schedule"] == ("ImagePromptSchedule", 0)
     nodes = {n["type"]: n["widgets_values"] for n in made["nodes"]}
     assert nodes["ImagePromptApply"] == [0.8, preset, "K+V", 0.1, 0.9, "IPAdapter_plus"]
-    assert nodes["ImagePromptSchedule"] == ["0: 1, 1: 1", "", True, 1.0, boost]
+    assert nodes["ImagePromptSchedule"] == ["0: 1, 1: 1", "", True, 1.0, boost, 1.0]
     assert nodes["ImagePromptEncode"][4] is kind.endswith("Batch")
     assert not any("stays" in line for line in report)
 

@@ -15,6 +15,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ from ipadapter_core.attention.presets import (
     parse_site_factors,
     preset_facts,
 )
-from ipadapter_core.attention.schedule import WeightSchedule, Window, parse_curve, parse_numbers
+from ipadapter_core.attention.schedule import WeightSchedule, Window, drawn_curve, parse_curve, parse_numbers
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.legacy.frame_weights import WeightsStrategy
 from ipadapter_core.legacy.settings import LegacySettings
@@ -494,3 +495,28 @@ def test_every_preset_says_what_it_does_and_needs() -> None:
     assert {name for name, fact in facts.items() if not fact["needs"]} == {
         "linear", "ease in", "ease out", "ease in-out", "reverse in-out"
     }  # fmt: skip
+
+
+class Square:
+    """A curve as a host's editor gives it."""
+
+    def interp(self, x: float) -> float:
+        return x**2
+
+
+def test_drawn_curves_become_points() -> None:
+    assert drawn_curve([0.0, 1, 0.5], top=2.0) == ((0.0, 0.0), (0.5, 2.0), (1.0, 1.0))
+    assert drawn_curve(0.5) == ((0.0, 0.5),)
+    assert drawn_curve((torch.tensor([1.0, 0.0]),)) == drawn_curve(torch.tensor([1.0, 0.0])) == ((0.0, 1.0), (1.0, 0.0))
+    points = drawn_curve(Square(), top=4.0)
+    assert (points[0], points[50], points[-1]) == ((0.0, 0.0), (0.5, 1.0), (1.0, 4.0))
+    schedule = Window(curve=points)
+    assert all(abs(schedule.at(x) - 4 * x**2) < 1e-3 for x in (0.123, 0.5, 0.987))
+
+
+@pytest.mark.parametrize(
+    "drawn", [[], "text", ["a"], [True], {"x": 1}, [math.nan], [math.inf], [[1.0], [2.0]], [0.0] * 10_001]
+)
+def test_what_is_no_curve_is_refused(drawn: object) -> None:
+    with pytest.raises(InvalidInputError):
+        drawn_curve(drawn)

@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from host.comfy_server import ComfyServer
+from host.shrunk import build_checkpoint
+from host.shrunk_transformers import build_transformer
 from host.tiny_adapters import build_adapter
 from host.tiny_lora_files import lora_tensors
 
@@ -212,3 +214,40 @@ def test_what_is_posted_has_limits(server: ComfyServer) -> None:
         (b'{"workflow": "' + b"x" * (33 * 2**20) + b'"}', "more than 32 MiB"),
     ):
         assert told in post(server, "migrate", body, 400)["error"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "base_model", "groups"),
+    [
+        ("sd15", "SD1.5", {"input": 6, "middle": 1, "output": 9}),
+        ("flux", "Flux", {"double": 2, "single": 2}),
+        ("sd3", "SD3", {"joint": 2}),
+    ],
+)
+def test_layers_of_a_model_are_told_from_its_header(
+    server: ComfyServer, model_cache: Path, kind: str, base_model: str, groups: dict[str, int]
+) -> None:
+    """As ComfyUI builds it: UNets in checkpoints, transformers in files of their own."""
+    folder = "checkpoints" if kind == "sd15" else "diffusion_models"
+    built = build_checkpoint(kind, model_cache) if kind == "sd15" else build_transformer(kind, model_cache)
+    file = server.add_model(folder, built)
+    first = next(iter(groups))
+    found = table(server, "sites", kind=folder, file=file, sites=f"all: 0.5, {first}: 2, t1: 0")
+    assert found["base_model"] == base_model
+    layers = found["layers"]
+    assert {name: sum(layer["group"] == name for layer in layers) for name in groups} == groups
+    assert [layer["low"] for layer in layers[:2]] == [2.0, 0.0]
+    assert ("style transfer" in found["presets"]) == (kind == "sd15")
+    assert set(found["presets"]["linear"].values()) == {1.0}
+    assert "matches no site" in table(server, "sites", 400, kind=folder, file=file, sites="nowhere: 1")["error"]
+
+
+def test_models_that_are_none_are_refused(server: ComfyServer) -> None:
+    lora_file = server.models("checkpoints") / "lora.safetensors"
+    save_file(lora_tensors("sd15_small"), lora_file)
+    for query, word in (
+        ({"kind": "loras", "file": "a"}, "kind="),
+        ({"kind": "checkpoints", "file": "../secret"}, "none of the files"),
+        ({"kind": "checkpoints", "file": lora_file.name}, "ComfyUI"),
+    ):
+        assert word in table(server, "sites", 400, **query)["error"]

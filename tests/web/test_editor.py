@@ -16,7 +16,10 @@ import pytest
 from safetensors.torch import save_file
 
 from host.comfy_server import ComfyServer
+from host.shrunk import build_checkpoint
 from host.tiny_lora_files import lora_tensors
+from ipadapter_core.attention.presets import parse_site_factors
+from ipadapter_core.attention.schedule import parse_curve
 
 if TYPE_CHECKING:
     from web.browser import Editor
@@ -119,7 +122,7 @@ def test_rows_that_are_no_list_stay_as_they_were_written(editor: Editor) -> None
     editor.page.get_by_role("textbox", name="rows as JSON").fill('[{"lora": "x", "strengthTwo": 0.5}]')
     editor.page.keyboard.press("Tab")
     assert not editor.page.locator(".image-prompt-error").is_visible()
-    assert rows_of(editor, node) == [{"lora": "x", "strengthTwo": 0.5}]
+    assert rows_of(editor, node) == [{"on": True, "file": "x", "strength": 1, "text_strength": 0.5}]
 
 
 def rows_of(editor: Editor, node: int | str) -> list[dict[str, Any]]:
@@ -304,3 +307,85 @@ def test_a_preset_is_shown_while_its_name_is_pointed_at(editor: Editor) -> None:
             editor.shot(f"preset picture {renderer}")
             page.keyboard.press("Escape")
             assert page.locator(".image-prompt-preset").count() == 0
+
+
+SCHEDULED = {
+    "last_node_id": 3,
+    "last_link_id": 2,
+    "nodes": [
+        {"id": 1, "type": "CheckpointLoaderSimple", "pos": [0, 0], "size": [300, 100], "widgets_values": ["sd15.safetensors"],
+         "outputs": [{"name": "MODEL", "type": "MODEL", "links": [1]}]},
+        {"id": 2, "type": "ImagePromptSchedule", "pos": [0, 200], "size": [420, 500],
+         "widgets_values": ["0: 1, 1: 1", "", False, 1.0, 1.0],
+         "outputs": [{"name": "schedule", "type": "IMAGE_PROMPT_SCHEDULE", "links": [2]}]},
+        {"id": 3, "type": "ImagePromptApply", "pos": [500, 0], "size": [330, 300],
+         "inputs": [{"name": "model", "type": "MODEL", "link": 1},
+                    {"name": "schedule", "type": "IMAGE_PROMPT_SCHEDULE", "link": 2}]},
+    ],
+    "links": [[1, 1, 0, 3, 0, "MODEL"], [2, 2, 0, 3, 1, "IMAGE_PROMPT_SCHEDULE"]],
+    "groups": [],
+    "version": 0.4,
+}  # fmt: skip
+
+
+def schedule_of(editor: Editor) -> tuple[str, str]:
+    """Curve and table of the node 2."""
+    inputs = editor.prompt()["2"]
+    return inputs["curve"], inputs["sites"]
+
+
+def test_a_curve_is_drawn_over_the_steps(editor: Editor) -> None:
+    page = editor.page
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        with editor.quiet(f"curve, {renderer}"):
+            editor.load(SCHEDULED)
+            picture = page.get_by_role("group", name="strength over the steps")
+            box = picture.bounding_box()
+            assert box
+            page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.2)
+            middle = page.get_by_role("slider", name="point 2 of 3")
+            added = parse_curve(schedule_of(editor)[0])
+            assert (added[0], added[2]) == ((0.0, 1.0), (1.0, 1.0))
+            assert 0.45 < added[1][0] < 0.55
+            assert added[1][1] > 1
+            editor.drag(middle, by=(0, box["height"] * 0.7))
+            assert parse_curve(schedule_of(editor)[0])[1][1] < 0.3
+            middle.press("ArrowUp")
+            editor.shot(f"curve {renderer}")
+            assert 0 < parse_curve(schedule_of(editor)[0])[1][1] < 0.4
+            middle.press("Delete")
+            assert schedule_of(editor)[0] == "0: 1, 1: 1"
+            page.get_by_role("combobox", name="shape").select_option(label="strong start")
+            assert parse_curve(schedule_of(editor)[0])[0] == (0.0, 1.5)
+            editor.set_text(2, "curve", "0: 1, what")
+            assert schedule_of(editor)[0] == "0: 1, what"
+            assert "progress: factor" in page.locator(".image-prompt-error:visible").inner_text()
+
+
+def test_strengths_per_layer_are_bars_of_the_connected_model(
+    editor: Editor, server: ComfyServer, model_cache: Path
+) -> None:
+    server.add_model("checkpoints", build_checkpoint("sd15", model_cache), "sd15.safetensors")
+    page = editor.page
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        with editor.quiet(f"layers, {renderer}"):
+            editor.load(SCHEDULED)
+            page.get_by_role("button", name="strength per layer of the connected model").click()
+            bars = page.locator(".image-prompt-bar")
+            bars.nth(15).wait_for()
+            assert bars.count() == 16
+            editor.drag(bars.nth(0), to=bars.nth(1), down=0.75)
+            assert schedule_of(editor)[1] == "t0: 0.5, t1: 0.5"
+            group = page.get_by_role("spinbutton", name="all of output")
+            group.fill("0.25")
+            group.press("Enter")
+            assert schedule_of(editor)[1] == "t0: 0.5, t1: 0.5, output: 0.25"
+            page.get_by_role("combobox", name="fill from a preset").select_option(label="style transfer")
+            editor.shot(f"layers {renderer}")
+            factors = {rule.where: rule.factor for rule in parse_site_factors(schedule_of(editor)[1])}
+            assert len(factors) == 16
+            assert set(factors.values()) == {0.0, 1.0}
+            page.get_by_role("button", name="everywhere 1").click()
+            assert schedule_of(editor)[1] == ""

@@ -180,7 +180,7 @@ def add_schedule(made: Migration, number: NodeId, steering: Json, boost: float |
         return
     x, y = made.nodes[number].place
     schedule = made.add(
-        "ImagePromptSchedule", (x, y - 580), curve="0: 1, 1: 1", sites="", separate_composition=True,
+        "ImagePromptSchedule", (x, y - 580), curve="0: 1, 1: 1", sites="", top=1.0, separate_composition=True,
         composition_strength=1.0, boost=1.0 if boost is None else boost,
     )  # fmt: skip
     made.feed((number, "schedule"), schedule, 0, "IMAGE_PROMPT_SCHEDULE")

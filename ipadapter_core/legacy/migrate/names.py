@@ -198,7 +198,9 @@ OUR_NODES: dict[str, OurNode] = {
         _MODEL | {"tiles": "IMAGE", "masks": "MASK"},
     ),
     "ImagePromptSchedule": OurNode(
-        {}, ("curve", "sites", "separate_composition", "composition_strength", "boost"), _SCHEDULE
+        {"drawn": "FLOAT,CURVE"},
+        ("curve", "sites", "separate_composition", "composition_strength", "boost", "top"),
+        _SCHEDULE,
     ),
     "ImagePromptCombine": OurNode(
         _ADAPTER | {f"prompt_{i}": "IMAGE_PROMPT" for i in range(1, 6)},

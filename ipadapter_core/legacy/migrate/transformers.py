@@ -99,7 +99,7 @@ def apply_picture_node(made: Migration, number: NodeId, vision: NodeId | None) -
     made.feed((number, "image_prompt"), encode, 0, "IMAGE_PROMPT")
     made.become(number, "ImagePromptApply", **steering)
     if schedule:
-        plain: Json = {"separate_composition": False, "composition_strength": 1.0, "boost": 1.0}
+        plain: Json = {"top": 1.0, "separate_composition": False, "composition_strength": 1.0, "boost": 1.0}
         above = made.add("ImagePromptSchedule", (x, y - 580), **schedule, **plain)
         made.feed((number, "schedule"), above, 0, "IMAGE_PROMPT_SCHEDULE")
     made.report.append(

@@ -1,0 +1,147 @@
+// Strength per layer: bars for the model that the schedule's prompt is applied to, over the table in a node's `sites`.
+
+import { app } from "../../scripts/app.js";
+import { barsOf } from "./bars.js";
+import { ask, button, copy, drawText, h, oneLine } from "./shared.js";
+
+drawText({ kind: "ImagePromptSchedule", input: "sites", type: "IMAGE_PROMPT_LAYERS", least: 60, width: 400, make: layerEditor });
+
+function layerEditor({ node, change }) {
+  let written = "";
+  let rules = [];
+  let asked = 0;
+  const text = h("input", {
+    class: "image-prompt-fill", type: "text", spellcheck: "false", "aria-label": "factor per place: all: 0.2, output: 1, …",
+    placeholder: "everywhere 1; or 'all: 0.2, output: 1, t3: 0'",
+    onchange: () => write(text.value),
+  });
+  const presets = h("select", { class: "image-prompt-fill", "aria-label": "fill from a preset", onchange: () => presets.value && write(presets.value) });
+  const open = button("▥ layers", "strength per layer of the connected model", () => {
+    const opens = open.getAttribute("aria-expanded") !== "true";
+    open.setAttribute("aria-expanded", String(opens));
+    body.hidden = !opens;
+    if (opens) refresh();
+  }, { "aria-expanded": "false" });
+  const bars = h("div", {});
+  const model = h("div", { class: "image-prompt-note" });
+  const body = h(
+    "div",
+    { class: "image-prompt-panel", hidden: true },
+    h("div", { class: "image-prompt-line" }, presets, button("copy", "copy the table", () => copy(written)),
+      button("reset", "everywhere 1", () => write(""))),
+    bars,
+    model,
+  );
+  const element = h("div", {}, h("div", { class: "image-prompt-line" }, open, text), body);
+
+  function write(next) {
+    written = next;
+    text.value = oneLine(next);
+    change(next);
+    refresh();
+  }
+
+  function setRules(wheres, pairs) {
+    rules = rules.filter(({ where }) => !wheres.has(where));
+    for (const [where, factor] of pairs) rules.push({ where, factor });
+    written = joined(rules);
+    text.value = written;
+    change(written);
+  }
+
+  async function refresh() {
+    if (body.hidden) return;
+    const turn = ++asked;
+    const file = modelFile(node);
+    model.textContent = file ? file.file : "";
+    if (!file) {
+      bars.replaceChildren(h("div", { class: "image-prompt-note" },
+        "Connect the schedule to an apply node, and that to a model from a loader: then every layer is a bar here."));
+      return;
+    }
+    try {
+      const found = await ask("sites", { ...file, sites: written });
+      if (turn !== asked) return;
+      model.textContent = `${found.base_model}: ${file.file}`;
+      rules = found.rules;
+      const groups = grouped(found.layers);
+      bars.replaceChildren(
+        barsOf(groups, {
+          change: (values) => setRules(new Set(values.keys()), values),
+          done: refresh,
+          setGroup(name, factor) {
+            const members = groups.find((group) => group.name === name).bars.map((bar) => bar.key);
+            setRules(new Set([...members, name]), [[name, factor]]);
+            refresh();
+          },
+        }),
+      );
+      const option = (name, value) => h("option", { value }, name);
+      const tables = Object.entries(found.presets).map(([name, factors]) =>
+        [name, joined(Object.entries(factors).map(([where, factor]) => ({ where, factor })))]);
+      presets.replaceChildren(option("fill from a preset…", ""), ...tables.map(([name, table]) => option(name, table)));
+      presets.value = tables.some(([, table]) => table === written) ? written : "";
+    } catch (error) {
+      if (turn === asked) bars.replaceChildren(h("div", { class: "image-prompt-error", role: "alert" }, error.message));
+    }
+  }
+
+  return {
+    element,
+    show(next) {
+      written = next;
+      text.value = oneLine(next);
+      refresh();
+    },
+  };
+}
+
+function joined(rules) {
+  return rules.map(({ where, factor }) => `${where}: ${factor}`).join(", ");
+}
+
+function grouped(layers) {
+  const groups = new Map();
+  for (const { order, group, number, sites, role, low, high } of layers) {
+    if (!groups.has(group)) groups.set(group, []);
+    const label = [`${group} ${number} (t${order})`, sites > 1 ? `${sites} attentions` : "", role].filter(Boolean).join(", ");
+    groups.get(group).push({ key: `t${order}`, label, low, high });
+  }
+  return [...groups].map(([name, bars]) => ({ name, bars }));
+}
+
+const LOADERS = { ckpt_name: "checkpoints", unet_name: "diffusion_models" };
+
+/** Which file the model is loaded from that a node's output ends at: `{kind, file}`, or null. */
+function modelFile(node) {
+  for (const output of node.outputs ?? []) {
+    for (const id of output.links ?? []) {
+      const link = linkOf(node.graph, id);
+      const target = link && node.graph.getNodeById(link.target_id);
+      const found = target && upstream(target, new Set());
+      if (found) return found;
+    }
+  }
+  return null;
+}
+
+function upstream(node, seen) {
+  if (seen.has(node)) return null;
+  seen.add(node);
+  for (const [name, kind] of Object.entries(LOADERS)) {
+    const widget = node.widgets?.find((candidate) => candidate.name === name);
+    if (widget?.value) return { kind, file: widget.value };
+  }
+  const inputs = (node.inputs ?? []).filter((input) => input.link != null && (input.type === "MODEL" || input.type === "*"));
+  for (const input of inputs) {
+    const link = linkOf(node.graph, input.link);
+    const source = link && node.graph.getNodeById(link.origin_id);
+    const found = source && upstream(source, seen);
+    if (found) return found;
+  }
+  return null;
+}
+
+function linkOf(graph, id) {
+  return graph?.getLink?.(id) ?? graph?.links?.[id] ?? app.graph.links?.[id];
+}
