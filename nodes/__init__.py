@@ -28,6 +28,7 @@ from .lora_rows import LoRARows
 from .lora_stack import LoRAStack
 from .lora_strength import LoRAStrength
 from .noise_image import NoiseImage
+from .preview_region import PreviewRegion
 from .record_attention import RecordAttention
 from .save_image_prompt import SaveImagePrompt
 from .save_lora import SaveLoRA
@@ -48,6 +49,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyTiledImageToModel,
     AdapterSchedule,
     InspectAdapter,
+    PreviewRegion,
     RecordAttention,
     ShowAttention,
     LoadFaceModel,

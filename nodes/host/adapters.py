@@ -38,6 +38,7 @@ from ...ipadapter_core.attention.schedule import Scaling
 from ...ipadapter_core.backends.comfy import doors as backend
 from ...ipadapter_core.checkpoints import as_version
 from ...ipadapter_core.images.faces import FaceAnalyzer, FoundFaces
+from ...ipadapter_core.models.sites import ModelLayout
 from ...ipadapter_core.prompt.needs import encoder_for
 from . import files
 from .clip_vision import encoder_of
@@ -155,6 +156,11 @@ def real_mask(mask: Tensor | None) -> Tensor | None:
     if mask is not None and tuple(mask.shape[-2:]) == (64, 64) and not bool(mask.any()):
         return None
     return mask
+
+
+def layout(model: Any) -> ModelLayout:
+    """Where image prompts can act in a MODEL. Raises IncompatibleAdapterError."""
+    return backend.comfy_layout(model)
 
 
 def apply(

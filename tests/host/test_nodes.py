@@ -13,7 +13,7 @@ import torch
 import websocket
 from safetensors.torch import save_file
 
-from host.comfy_server import ComfyServer, ExecutionFailed, GraphRejected, Node
+from host.comfy_server import ComfyServer, ExecutionFailed, Graph, GraphRejected, Node
 from host.steering import APPLY, Steering
 from host.tiny_adapters import VISION_HIDDEN, VISION_TOKENS, adapter_tensors, build_adapter, build_prompt
 from ipadapter_core.attention.presets import PRESETS
@@ -61,6 +61,7 @@ OUTPUTS = {
     "ImagePromptApplyFaceLoRA": (["MODEL"], ["model"]),
     "ImagePromptLoRAStrength": (["MODEL", "CLIP", "STRING"], ["model", "clip", "report"]),
     "ImagePromptLoRAStack": (["MODEL", "CLIP", "STRING"], ["model", "clip", "report"]),
+    "ImagePromptPreviewRegion": (["IMAGE"], ["preview"]),
     "ImagePromptLoRARows": (
         ["MODEL", "CLIP", "LORA_STACK", "STRING", "STRING"],
         ["model", "clip", "lora_stack", "trigger_words", "report"],
@@ -737,3 +738,20 @@ def test_values_out_of_range_are_rejected_before_anything_runs(make: Callable[..
     s.sample(s.apply(s.model, adapter, s.encode(adapter, s.photo()), start=1.5))
     with pytest.raises(GraphRejected, match="value_bigger_than_max"):
         s.run()
+
+
+def test_a_region_is_shown_in_the_models_grids(server: ComfyServer, sd15_small: str) -> None:
+    """One panel for each resolution of a UNet, one for each of the masks."""
+    graph = Graph()
+    whole, nothing = (graph.add("SolidMask", value=value, width=64, height=64) for value in (1.0, 0.0))
+    node = graph.add(
+        "ImagePromptPreviewRegion",
+        model=graph.add("CheckpointLoaderSimple", ckpt_name=sd15_small),
+        mask=graph.add("MaskComposite", destination=nothing, source=whole, x=32, y=0, operation="add"),
+        latent=graph.add("EmptyLatentImage", width=128, height=128, batch_size=1),
+    )
+    (picture,) = server.run(graph).images(node)
+    assert picture.shape[1] > 4 * 288
+    left, right = picture[100, 20].astype(int), picture[100, 290].astype(int)
+    assert right[2] - right[0] > 40
+    assert left[2] == left[0]
