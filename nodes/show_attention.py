@@ -94,7 +94,7 @@ class ShowAttention(io.ComfyNode):
         size = tuple(image.shape[1:3])
         masks = F.interpolate(torch.cat(every)[None], size, mode="bilinear", align_corners=False)[0]
         text = maps.text()
-        host.frontend.show_in_node(text, cls.hidden.unique_id)
+        host.frontend.show_in_node(maps.summary(), cls.hidden.unique_id)
         pictures = [ui.PreviewImage(part, cls=cls).as_dict()["images"] for part in (heat_maps, layers)]
         return io.NodeOutput(
             heat_maps, layers, masks, text, ui={"images": [*pictures[0], *pictures[1]], "text": [text]}

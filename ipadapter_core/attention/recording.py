@@ -39,6 +39,7 @@ from .call import COND, AddImage, Area, ModelCall, SiteCall
 from .patch import AdapterPatch
 
 MOST_STAGES = 20
+NOTHING = "no image prompt acted in this run"
 BUDGET = 256 * 2**20
 """Bytes of sums that a recording keeps at most; the usual picture takes 1 MB."""
 MOST_OF_ONE = 4 * 2**20
@@ -115,6 +116,15 @@ class AttentionMaps:
                 out[r] += values.T
         return out / self._counts[list(stages)].sum(0).flatten(1).mean(1).clamp_min(1e-9)
 
+    def summary(self) -> str:
+        """A paragraph for each reference and each note, without columns: for where letters differ in width."""
+        shares = [(str(reference), self.map(r)) for r, reference in enumerate(self.references)]
+        lines = [
+            f"{name}: mean {100 * float(share.mean()):.1f} %, most {100 * float(share.max()):.1f} %"
+            for name, share in shares
+        ]
+        return "\n\n".join([*(lines or [NOTHING]), *self.notes])
+
     def text(self) -> str:
         """The numbers as a table: per reference its mean, its strongest latent, and the mean of every stage and group."""
         columns = ["mean", "most", *map(str, self.stages), *self.groups]
@@ -126,7 +136,7 @@ class AttentionMaps:
             values += [self.map(r, group=g).mean() for g in self.groups]
             rows.append(f"{str(reference)[:31]:<32}" + "".join(f"{100 * float(v):>12.2f} %" for v in values))
         if not self.references:
-            rows = ["no image prompt acted in this run"]
+            rows = [NOTHING]
         return "\n".join([*rows, *self.notes])
 
 

@@ -151,6 +151,7 @@ def test_the_maps_are_the_formula(masked: bool) -> None:
     expected = by_hand(queries, bases, patches, (3, 2))
     got = torch.stack([maps.map(r) for r in range(5)])
     assert [r.number for r in maps.references] == [1, 2, 3, 1, 2]
+    assert [line.split(": mean ")[0] for line in maps.summary().split("\n\n")] == [str(r) for r in maps.references]
     assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
     assert float((expected[0] - expected[1]).abs().max()) > 1e-2, "the references ask nothing different"
     with pytest.raises(AssertionError):
@@ -213,7 +214,7 @@ def test_strength_zero_is_nothing(unet: Any) -> None:
     maps = run(unet, Recorder(2), patch_of(unet, 0, strength=0.0))
     assert maps.references == ()
     assert torch.equal(maps.map(), torch.zeros(1, *LATENT))
-    assert "no image prompt acted" in maps.text()
+    assert maps.text() == maps.summary() == "no image prompt acted in this run"
 
 
 def test_the_stronger_takes_more_and_a_tenth_acts_at_a_tenth_of_the_sites(unet: Any) -> None:
