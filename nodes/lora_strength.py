@@ -66,7 +66,7 @@ class LoRAStrength(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where in the picture it acts (white); live only. On transformers, tokens of text take as much of it as of the "
+                    tooltip="Where in the picture it acts (white); live only. On FLUX and its like, tokens of text take as much of it as of the "
                     "picture is white.",
                 ),
                 Schedule.Input(

@@ -8,6 +8,7 @@ It asks nothing of the package but the merge of one weight, so scripts in a host
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,20 +54,36 @@ def blended(y: Tensor, grid: Tensor, sequences: Sequences, latents: int) -> Tens
     return share
 
 
+PROMPT = re.compile(r"(.*\bcross_attn|blocks\.\d+\.attn2)\.(to_)?[kv](_proj)?$")
+"""Keys and values that a cross-attention makes of the text."""
+
+
 @contextmanager
 def by_hand(
     model: nn.Module, patches: Iterable[Any], sequences: Sequences, *, latents: int = 2, cell: int = 2
 ) -> Generator[None]:
-    """LoRAs with one mask each on a model, for batches of so many latents."""
+    """LoRAs with one mask each on a model, for batches of so many latents.
+
+    A cross-attention to the text runs once for every region, with the region's own keys and values alone.
+    """
     merged: dict[str, list[tuple[nn.Module, Tensor]]] = {}
+    attentions: dict[str, list[tuple[dict[str, nn.Module], Tensor]]] = {}
     for patch in patches:
+        grid = of_tokens(patch.mask.values[0], cell)
+        own: dict[str, dict[str, nn.Module]] = {}
         for match, factor in patch.acting("denoiser"):
             module = copy.deepcopy(model.get_submodule(match.target.path))
             parameter: Tensor = getattr(module, match.parameter)
             total = parameter.detach().clone()
             match.change(parameter.detach(), total, patch.strength * factor)
             parameter.data = total
-            merged.setdefault(match.target.path, []).append((module, of_tokens(patch.mask.values[0], cell)))
+            if PROMPT.match(match.target.path):
+                site, _, name = match.target.path.rpartition(".")
+                own.setdefault(site, {})[name] = module
+            else:
+                merged.setdefault(match.target.path, []).append((module, grid))
+        for site, modules in own.items():
+            attentions.setdefault(site, []).append((modules, grid))
 
     def hook(path: str) -> Callable[..., Tensor]:
         def blend(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
@@ -75,7 +92,23 @@ def by_hand(
 
         return blend
 
+    def attend(site: str) -> Callable[..., Tensor]:
+        def blend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+            out = y
+            for modules, grid in attentions[site]:
+                kept = {name: module.get_submodule(name) for name in modules}
+                for name, other in modules.items():
+                    setattr(module, name, other)
+                changed: Tensor = module.forward(*args, **kwargs)
+                for name, former in kept.items():
+                    setattr(module, name, former)
+                out = out + (changed - y) * blended(y, grid, sequences, latents)
+            return out
+
+        return blend
+
     handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in merged]
+    handles += [model.get_submodule(s).register_forward_hook(attend(s), with_kwargs=True) for s in attentions]
     try:
         yield
     finally:

@@ -223,6 +223,7 @@ class Hooks:
     """Hooks that are on their modules while at least one call needs them, first in line and always the same.
 
     ``after`` are forward hooks and ``before`` those that run in front of a module, by its path; several may be on one.
+    ``with_kwargs`` are forward hooks that see a module's keyword arguments too.
     A key that is always the same, unlike that of ``register_forward_hook``, lets compiled code serve the next call; one
     of its own for every layer keeps it from serving another layer.
     """
@@ -231,11 +232,14 @@ class Hooks:
         self,
         after: Iterable[tuple[str, Callable[..., object]]],
         before: Iterable[tuple[str, Callable[..., object]]] = (),
+        with_kwargs: Iterable[tuple[str, Callable[..., object]]] = (),
     ) -> None:
-        kinds = (("_forward_hooks", after), ("_forward_pre_hooks", before))
+        wide = tuple(with_kwargs)
+        kinds = (("_forward_hooks", (*after, *wide)), ("_forward_pre_hooks", before))
         self._hooks = [
             (path, kind, RemovableHandle(OrderedDict()).id, hook) for kind, hooks in kinds for path, hook in hooks
         ]
+        self._wide = {hook for _, hook in wide}
         self._lock = threading.Lock()
         self._users: dict[int, int] = {}
 
@@ -244,12 +248,15 @@ class Hooks:
         """``with hooks.on(unet): …``; the hooks' names are paths in the model, or what ``find`` makes of them."""
         find = find or model.get_submodule
         places = [(vars(find(path))[kind], key, hook) for path, kind, key, hook in self._hooks]
+        wide = [(find(path), key) for path, _, key, hook in self._hooks if hook in self._wide]
         with self._lock:
             users = self._users[id(model)] = self._users.get(id(model), 0) + 1
             if users == 1:
                 for hooks, key, hook in reversed(places):
                     hooks[key] = hook
                     hooks.move_to_end(key, last=False)
+                for module, key in wide:
+                    vars(module)["_forward_hooks_with_kwargs"][key] = True
         try:
             yield
         finally:
@@ -259,3 +266,5 @@ class Hooks:
                     del self._users[id(model)]
                     for hooks, key, _ in places:
                         hooks.pop(key, None)
+                    for module, key in wide:
+                        vars(module)["_forward_hooks_with_kwargs"].pop(key, None)

@@ -7,7 +7,7 @@ All low-rank LoRAs on one layer run as one (``products.py``), other algorithms f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,10 @@ class UnfusedStack:
             for match, factor in patch.acting(component):
                 parts.setdefault(match.target.path, []).append(Part(index, match, factor))
         self.layers = {path: UnfusedLayer(path, found) for path, found in parts.items()}
+        self._prompts: dict[str, list[str]] = {}
+        for path, layer in self.layers.items():
+            if layer.prompt:
+                self._prompts.setdefault(path.rpartition(".")[0], []).append(path)
         self._check_streams()
 
     def _regional(self) -> Iterator[UnfusedLayer]:
@@ -167,13 +171,25 @@ class UnfusedStack:
         indices = {i for layer in self._prompt_layers(site) for i in layer.indices}
         return [i for i in sorted(indices) if running.patches[i].mask is not None and any(running.strengths(i))]
 
+    def blend(self, site: str, output: Tensor, running: Running, again: Callable[[], Tensor]) -> Tensor:
+        """What a cross-attention gave, blended with what it gives ``again`` with every region's own keys and values."""
+        base = output
+        for index in self.regions_at(site, running):
+            running.region = index
+            try:
+                changed = again()
+            finally:
+                running.region = None
+            output = torch.addcmul(output, changed - base, self.region_at(site, index, base, running))
+        return output
+
     def region_at(self, site: str, index: int, base: Tensor, running: Running) -> Tensor:
         """Where a masked patch acts in what one cross-attention gives, shaped to multiply it."""
         stream = next(layer.stream for layer in self._prompt_layers(site) if layer.stream is not None)
         return mask_like(base, index, running, stream._replace(sees="picture"))
 
     def _prompt_layers(self, site: str) -> Iterator[UnfusedLayer]:
-        return (layer for name in ("to_k", "to_v") if (layer := self.layers.get(f"{site}.{name}")))
+        return (self.layers[path] for path in self._prompts.get(site, ()))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The files' tensors behind everything that acts. Low-rank ones are kept per device at about this size;

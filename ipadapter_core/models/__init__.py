@@ -41,7 +41,7 @@ def layout_of(model: nn.Module) -> ModelLayout:
 
     Raises IncompatibleAdapterError for a model of another family, or of one where image prompts cannot act.
     """
-    layout, walked = _walked(model), [base for base in BASE_MODELS if base.walk]
+    layout, walked = layout_or_none(model), [base for base in BASE_MODELS if base.walk]
     if layout is None:
         without = "".join(f"{base.name}, " for base in BASE_MODELS if not base.walk)
         raise IncompatibleAdapterError(
@@ -58,13 +58,14 @@ def layout_of(model: nn.Module) -> ModelLayout:
 
 def family_of(model: nn.Module) -> BaseModel:
     """The family of a model; one without a name, and with what most have, where none is known."""
-    layout = _walked(model)
+    layout = layout_or_none(model)
     if layout is not None:
         return layout.model
     return next((base for base in BASE_MODELS if base.streams and base.streams(model)), BaseModel(name=""))
 
 
-def _walked(model: nn.Module) -> ModelLayout | None:
+def layout_or_none(model: nn.Module) -> ModelLayout | None:
+    """The sites of a base model; None for one of a family that image prompts do not know."""
     walks = dict.fromkeys(base.walk for base in BASE_MODELS if base.walk)
     return next((layout for walk in walks if (layout := walk(model)) is not None), None)
 

@@ -37,7 +37,8 @@ _STREAMS = Streams(
     layers=(
         (r"t_embedd\w+|.*\badaln_modulation\w*|llm_adapter\b", "text"),
         (r"x_embedder\b|final_layer\b", "picture"),
-        (r"blocks\.\d+\.cross_attn\.(k|v)_", "text"),
+        (r"blocks\.\d+\.cross_attn\.[kv]_proj\b", "prompt"),
+        (r"blocks\.\d+\.cross_attn\.k_norm\b", "text"),
         (r"blocks\.\d+\.(self_attn|cross_attn|mlp)\b", "picture"),
     ),
 )

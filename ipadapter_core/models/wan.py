@@ -61,8 +61,9 @@ _STREAMS = Streams(
     layers=(
         (r"(time_embedding|time_projection|text_embedding|img_emb|condition_embedder)\b", "text"),
         (r"(patch_embedding|head|proj_out)\b", "picture"),
-        (r"blocks\.\d+\.cross_attn\.(k|v|norm_k)(_img)?\b", "text"),
-        (r"blocks\.\d+\.attn2\.(to_[kv]|add_[kv]_proj|norm_k|norm_added_k)\b", "text"),
+        (r"blocks\.\d+\.(cross_attn\.[kv]|attn2\.to_[kv])$", "prompt"),
+        (r"blocks\.\d+\.cross_attn\.([kv]_img|norm_k(_img)?)$", "text"),
+        (r"blocks\.\d+\.attn2\.(add_[kv]_proj|norm_k|norm_added_k)$", "text"),
         (r"blocks\.\d+\.", "picture"),
     ),
 )

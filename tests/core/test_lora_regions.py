@@ -26,6 +26,7 @@ from ipadapter_core.backends.comfy import doors as comfy_prompts
 from ipadapter_core.backends.comfy import lora as comfy
 from ipadapter_core.backends.diffusers import doors as diffusers_prompts
 from ipadapter_core.backends.diffusers import lora as diffusers
+from ipadapter_core.checkpoints.format import Format
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.lora import running, targets_of
 from ipadapter_core.lora.patch import LoRAPatch, masked
@@ -39,7 +40,18 @@ from ipadapter_core.models.flux import walk_flux
 from ipadapter_core.models.sd3 import walk_sd3
 from ipadapter_core.models.sites import Walk
 from tiny_loras import tiny_lora
-from tiny_models import TINY, TOKEN_DIM, FakePatcher, Guider, HostModel, conditioning, noise, tiny_adapter, tiny_prompt
+from tiny_models import (
+    TINY,
+    TOKEN_DIM,
+    AtEverySite,
+    FakePatcher,
+    Guider,
+    HostModel,
+    conditioning,
+    noise,
+    tiny_adapter,
+    tiny_prompt,
+)
 from tiny_pipelines import chroma_pipeline, flux_pipeline, sd3_pipeline
 
 TEXT = 7
@@ -310,6 +322,8 @@ def test_regions_cost_no_pass_no_wait_and_no_product(form: Form, model: nn.Modul
     assert len(passes) == 6
     layers = len(ran) // len(passes)
     assert whole.synchronisations == one.synchronisations == four.synchronisations
+    if any(m.target.stream.sees == "prompt" for m in found[0].matched.matches if m.target.stream):
+        return  # an attention more for each, with the text that its LoRA made
     assert whole.products == one.products == four.products
     assert one.operations - whole.operations <= 4 * layers
     assert four.operations - one.operations <= 3 * 3 * layers
@@ -368,13 +382,15 @@ def test_texts_in_a_row_have_one_strength() -> None:
     assert_near(run(chosen)[1:], form.run(model, chosen.with_strength(0.1), x=form.x[1:], text=form.text[1:]))
 
 
-@pytest.mark.parametrize("name", WALKED)
-def test_regions_beside_an_image_prompt(name: str) -> None:
+PROMPTS = [(name, TINY[form.walk].format) for name, form in WALKED.items()]
+
+
+@pytest.mark.parametrize(("name", "family"), [*PROMPTS, ("anima, comfy", AtEverySite())], ids=str)
+def test_regions_beside_an_image_prompt(name: str, family: Format) -> None:
     """A LoRA in no region is the prompt alone; in two halves it is the unmasked one, prompt included."""
     form = WALKED[name]
     model = form.build()
-    layout, family = layout_of(model), TINY[form.walk].format
-    assert family is not None
+    layout = layout_of(model)
     sizes: dict[str, Any] = {"channels": tuple(layout.sites[i].channels for i in family.reach.sites(layout))}
     adapter = tiny_adapter(layout, **sizes)
     adapter = replace(adapter, spec=replace(adapter.spec, format=family))

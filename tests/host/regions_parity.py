@@ -121,8 +121,7 @@ class Format(comfy.latent_formats.LatentFormat):
 
 
 def host(case: Case) -> Any:
-    host_models.MODELS[case.model] |= case.config
-    model = host_models.build(case.model)
+    model = host_models.build(case.model, case.config)
     axes = model.latent_format.latent_dimensions if hasattr(model.latent_format, "latent_dimensions") else 2
     model.latent_format = Format()
     model.latent_format.latent_dimensions = axes

@@ -218,6 +218,16 @@ def acting_inside(model: nn.Module, call: ModelCall, prompts: Sequence[BlockProm
         _RUNNING.run = before
 
 
+@contextmanager
+def unprompted() -> Generator[bool]:
+    """For the time of it no image prompt acts in this thread; gives whether any was acting."""
+    before, _RUNNING.run = _RUNNING.run, None
+    try:
+        yield before is not None
+    finally:
+        _RUNNING.run = before
+
+
 @dataclass(slots=True, eq=False)
 class _Found:
     """The modules of a model's sites by path, as they were last found, and the paths of each site with their parts.

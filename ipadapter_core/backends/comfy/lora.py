@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...errors import IncompatibleAdapterError
 from ...lora.layer import Layer
 from ...lora.matching import MatchedLoRA, Partial, TargetMatch, match_lora
 from ...lora.patch import LoRAPatch
@@ -25,9 +24,11 @@ from ...lora.targets import Target, TargetTable, targets_of
 from ...lora.unfused import UnfusedLayer, UnfusedStack
 from ...lora.update import wide
 from ...lora.weights import Component, LoRAWeights
+from ...models import layout_or_none
 from ...models.sites import ModelLayout, Site
 from ..calls import Calls, Hooks, eagerly, uncompiled, watch_hooks
-from .doors import comfy_layout, door_of
+from .blocks import unprompted
+from .doors import DOORS
 from .lora_names import KNOWN_ENCODERS, HostNames, encoders_of, with_host_names
 from .marks import marked
 from .notes import KEY, Attention, Executor, Options, PatcherLike, call_of, denoiser, install_notes, noted
@@ -101,19 +102,20 @@ def apply_unfused(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention
     if not stack.layers:
         return clone
     install_notes(clone)  # around ours: hooks that come later come first, so that image prompts hear what LoRAs made
-    clone.add_wrapper_with_key("apply_model", LORA_KEY, UnfusedWrapper(stack))
-    regional = set(stack.text_sites)
-    if regional:
-        layout = comfy_layout(model)
-        if not isinstance(door_of(layout), UNetDoor):
-            raise IncompatibleAdapterError(
-                f"a LoRA with a mask changes the text's keys and values in attn2 slots, which {layout.name} has not; remove the "
-                "mask, or use a UNet"
-            )
-        for site in layout.sites:
-            if site.path in regional:
-                _install_region(clone, layout, site, attention or torch_attention)
+    slots = _slots_of(model, stack.text_sites)
+    modules = tuple(path for path in stack.text_sites if path not in slots)
+    clone.add_wrapper_with_key("apply_model", LORA_KEY, UnfusedWrapper(stack, modules))
+    for layout, site in slots.values():
+        _install_region(clone, layout, site, attention or torch_attention)
     return clone
+
+
+def _slots_of(model: PatcherLike, paths: Sequence[str]) -> dict[str, tuple[ModelLayout, Site]]:
+    """Which of these cross-attentions are called through a UNet's slots, and so not as modules."""
+    layout = layout_or_none(denoiser(model)) if paths else None
+    if layout is None or not isinstance(DOORS.get(layout.model.walk), UNetDoor):
+        return {}
+    return {site.path: (layout, site) for site in layout.sites if site.path in paths}
 
 
 def unfused_stack(model: PatcherLike) -> UnfusedStack | None:
@@ -140,13 +142,14 @@ class _Unfused:
 class UnfusedWrapper:
     """APPLY_MODEL wrapper: hooks the layers, lets the model run, takes the hooks off."""
 
-    def __init__(self, stack: UnfusedStack) -> None:
+    def __init__(self, stack: UnfusedStack, sites: Sequence[str] = ()) -> None:
+        """``sites`` are cross-attentions with a text of their own in every region that are called as modules."""
         self.stack = stack
         self._calls: Calls[Running] = Calls()
         self._without = Running(tuple(patch.with_strength(0.0) for patch in stack.patches))
         hooks = [(path, _LayerHook(self, layer).add) for path, layer in stack.layers.items()]
         measuring = [(stack.measured, self._measure)] if stack.measured else []
-        self._hooks = Hooks([*hooks, *measuring])
+        self._hooks = Hooks([*hooks, *measuring], with_kwargs=[(site, _SiteHook(self, site).blend) for site in sites])
 
     def __call__(self, executor: Executor, x: Tensor, *args: object, **kwargs: object) -> object:
         return eagerly(self._run, executor, x, *args, **kwargs)
@@ -193,6 +196,28 @@ class _LayerHook:
 
     def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self._layer.add(module, args[0], output, self._wrapper.call())
+
+
+class _SiteHook:
+    """On one cross-attention that is called as a module: it runs again with every region's keys and values, and all are blended.
+
+    Image prompts in it stand beside: they are in what it gave, and not in the differences.
+    """
+
+    def __init__(self, wrapper: UnfusedWrapper, site: str) -> None:
+        self._wrapper, self._site = wrapper, site
+
+    def blend(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> Tensor:
+        return eagerly(self._blend, module, args, kwargs, output)
+
+    def _blend(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> Tensor:
+        stack, call = self._wrapper.stack, self._wrapper.call()
+        if not stack.regions_at(self._site, call):
+            return output
+        with unprompted() as prompted:
+            base: Tensor = module.forward(*args, **kwargs) if prompted else output
+            blended = stack.blend(self._site, base, call, lambda: module.forward(*args, **kwargs))
+        return output + (blended - base) if prompted else blended
 
 
 # --- text keys and values by region ----------------------------------------------------------------------------------

@@ -224,15 +224,8 @@ class _RegionHook:
         return eagerly(self._blend, module, args, kwargs, output)
 
     def _blend(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> Tensor:
-        base, call = output, self._part.calls.running() or self._part.found()
-        for index in self._part.stack.regions_at(self._site, call):
-            call.region = index
-            try:
-                changed: Tensor = module.forward(*args, **kwargs)
-            finally:
-                call.region = None
-            output = torch.addcmul(output, changed - base, self._part.stack.region_at(self._site, index, base, call))
-        return output
+        call = self._part.calls.running() or self._part.found()
+        return self._part.stack.blend(self._site, output, call, lambda: module.forward(*args, **kwargs))
 
 
 def apply(pipeline: object, *patches: LoRAPatch, branches: Branches = ("cond",)) -> UnfusedLoRAs:
