@@ -163,6 +163,8 @@ def _make(kind: str, trap: Trap, graph: Graph) -> Link | None:
             return node_of("ImagePromptEncode", trap, graph)[0]
         case "IMAGE_PROMPT_SCHEDULE":
             return node_of("ImagePromptSchedule", trap, graph)[0]
+        case "IMAGE_PROMPT_RECORDING":
+            return node_of("ImagePromptRecord", trap, graph)[1]
         case "IMAGE_PROMPT_FACE_MODEL" | "INSIGHTFACE":
             return graph.add("TestFaceModel")[int(kind == "INSIGHTFACE")]
         case "EMBEDS":
@@ -448,13 +450,14 @@ def test_the_owners_folders_are_read(trap: Trap) -> None:
     assert "leads by a link out" in train(trap, pictures=str(folder / "leads out"))
 
 
-def test_the_pack_answers_no_http(trap: Trap) -> None:
-    """A route that is added needs tests like those above, and then a change here."""
+def test_the_pack_answers_http_in_one_place(trap: Trap) -> None:
+    """Its table of routes, which ``test_routes.py`` tries as hard as this file tries graphs."""
     graph = Graph()
     node = graph.add("TestRoutes")
     modules = trap.server.run(graph).text(node)
     assert any("server" in module for module in modules)
-    assert [module for module in modules if PACK_NAME in module or "ipadapter_core" in module] == []
+    ours = {module for module in modules if PACK_NAME in module or "ipadapter_core" in module}
+    assert {module.partition(f"{PACK_NAME}.")[2] for module in ours} == {"nodes.host.routes"}
 
 
 # --- hostile values --------------------------------------------------------------------------------------------------
