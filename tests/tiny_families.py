@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
@@ -259,11 +260,15 @@ _Q_BLOCK: Shapes = {
 
 
 def _call_qwen(model: Any) -> Tensor:
+    lengths = (
+        {"txt_seq_lens": [5]} if "txt_seq_lens" in inspect.signature(model.forward).parameters else {}
+    )  # until 0.37
     return model(
         hidden_states=noise(1, 16, 8),
         encoder_hidden_states=noise(1, 5, 12, seed=1),
         timestep=torch.tensor([0.5]),
         img_shapes=[[(1, 4, 4)]],
+        **lengths,
         return_dict=False,
     )[0]
 
