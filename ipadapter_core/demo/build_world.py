@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 
 from ..generate import to_pillow
 from .pictures import BACKGROUNDS, Pictures, colour_table, load_pictures, on_background, place
-from .train_world import TEXT_LENGTH, build_sampler
+from .train_parts import TEXT_LENGTH, build_sampler
 from .world import FOLDER, REFERENCES
 
 STUDIO_ORDER = ("fluent", "noto", "twemoji")

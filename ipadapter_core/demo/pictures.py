@@ -12,6 +12,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from ..images.files import read_picture, to_tensor
 
 SIZE = 64
 CATEGORIES = ("Animals & Nature", "Food & Drink")
+"""Those that references are of."""
+NO_SUBJECTS = ("Flags", "Component")
 STUDIOS = ("noto", "twemoji", "fluent")
 HOLD_OUT_EVERY = 12
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -42,20 +45,24 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """Cut-out pictures: ``rgba`` is ``p 4 64 64`` in 0..1 with premultiplied alpha; one entry per picture elsewhere."""
+    """Cut-out pictures: ``rgba`` is ``p 4 64 64`` in 0..1 with premultiplied alpha; one entry per picture elsewhere.
+
+    The last ``others`` are of other categories than CATEGORIES.
+    """
 
     rgba: Tensor
     names: tuple[str, ...]
     studios: tuple[str, ...]
     held_out: Tensor
+    others: int = 0
 
     def where(self, *, held_out: bool) -> Tensor:
         """Indices of the pictures that training may see (``held_out=False``) or must never see."""
         return torch.nonzero(self.held_out == held_out)[:, 0]
 
 
-def load_pictures(folder: Path) -> Pictures:
-    """Read the emoji from the ``node_modules`` folder that holds the three packages.
+def load_pictures(folder: Path, *, everything: bool = False) -> Pictures:
+    """Read the emoji from the ``node_modules`` folder that holds the three packages; ``everything``: of all categories of subjects.
 
     Every twelfth emoji is held out in all studios: no training in this package draws it.
     """
@@ -66,15 +73,16 @@ def load_pictures(folder: Path) -> Pictures:
             "`npm install emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d` "
             "and pass the resulting node_modules folder"
         )
-    entries = [
-        e for e in json.loads((google / "emoji.json").read_text(encoding="utf-8")) if e["category"] in CATEGORIES
-    ]
+    entries: list[dict[str, Any]] = json.loads((google / "emoji.json").read_text(encoding="utf-8"))
     entries.sort(key=lambda entry: entry["sort_order"])
+    usual = [entry for entry in entries if entry["category"] in CATEGORIES]
+    more = [entry for entry in entries if entry["category"] not in (*CATEGORIES, *NO_SUBJECTS)] if everything else []
     rgba: list[Tensor] = []
     names: list[str] = []
     studios: list[str] = []
     held_out: list[bool] = []
-    for position, entry in enumerate(entries):
+    others = 0
+    for position, entry in (*enumerate(usual), *enumerate(more)):
         code = entry["unified"].lower()
         files = {
             "noto": google / "img/google/64" / entry["image"],
@@ -88,7 +96,8 @@ def load_pictures(folder: Path) -> Pictures:
             names.append(entry["short_name"].replace("_", " ").replace("-", " "))
             studios.append(studio)
             held_out.append(position % HOLD_OUT_EVERY == HOLD_OUT_EVERY // 2)
-    return Pictures(torch.stack(rgba), tuple(names), tuple(studios), torch.tensor(held_out))
+            others += entry["category"] not in CATEGORIES
+    return Pictures(torch.stack(rgba), tuple(names), tuple(studios), torch.tensor(held_out), others)
 
 
 def _read(path: Path) -> Tensor:

@@ -59,7 +59,7 @@ from .pictures import (
     place,
     recolour,
 )
-from .train_world import draw_timesteps, encode
+from .train_parts import draw_timesteps, encode
 from .world import FOLDER, GUIDANCE, load_world
 
 SEED = 5

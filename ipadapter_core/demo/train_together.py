@@ -32,7 +32,7 @@ from ..training.processors import IPAttnProcessor
 from .pictures import Pictures, colour_table, draw_captions, draw_scenes, load_pictures, on_background, place, recolour
 from .stages import picture_grid, stage_config, train_stage
 from .train_adapters import MatmulIPAttention, draw_pairs, listen, start_on_grid
-from .train_world import LATENT_SCALE, PREVIEW_PROMPTS, build_scheduler, encode, sample, tokenize, velocity_loss
+from .train_parts import LATENT_SCALE, PREVIEW_PROMPTS, build_scheduler, encode, sample, tokenize, velocity_loss
 
 NUM_TOKENS = 16
 TEXT_ONLY = 1 / 4

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ipadapter_core.demo import train_world
+from ipadapter_core.demo import train_parts
 from ipadapter_core.demo.pictures import Pictures
 from ipadapter_core.demo.stages import picture_grid, stage_config, train_stage
 from ipadapter_core.errors import InvalidInputError
@@ -114,15 +114,15 @@ def test_the_worlds_unet_is_trained_by_the_same_loop(
     pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sample(unet: nn.Module, text: Tensor, empty: Tensor) -> Tensor:
-        return torch.zeros(len(text), train_world.LATENT_CHANNELS, 16, 16)
+        return torch.zeros(len(text), train_parts.LATENT_CHANNELS, 16, 16)
 
-    monkeypatch.setattr(train_world, "sample", sample)
+    monkeypatch.setattr(train_parts, "sample", sample)
     index = torch.arange(5).repeat(40)
-    scenes = train_world.draw_scenes(pictures, index, seeded(0), recolour_rate=0.5)
-    autoencoder = train_world.build_autoencoder(*train_world.patch_pca(scenes.images))
-    tokenizer = train_world.world_tokenizer(pictures, tmp_path / "tokenizer")
-    before = train_world.build_unet().conv_in.bias
-    unet, _ = train_world.train_unet(pictures, tokenizer, autoencoder, tmp_path, 2, 2)
+    scenes = train_parts.draw_scenes(pictures, index, seeded(0), recolour_rate=0.5)
+    autoencoder = train_parts.build_autoencoder(*train_parts.patch_pca(scenes.images))
+    tokenizer = train_parts.world_tokenizer(pictures, tmp_path / "tokenizer")
+    before = train_parts.build_unet().conv_in.bias
+    unet, _ = train_parts.train_unet(pictures, tokenizer, autoencoder, tmp_path, 2, 2)
     assert not torch.equal(unet.conv_in.bias, before)
     assert all(torch.isfinite(p).all() for p in unet.parameters())
     with Image.open(tmp_path / "unet/sheet.png") as sheet:
