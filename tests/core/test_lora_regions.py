@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -83,6 +84,8 @@ def call_qwen_image(model: Any, x: Tensor, timestep: Tensor, text: Tensor) -> Te
     shapes = [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x)
     time = (timestep / 1000).expand(len(x))
     given = {"hidden_states": packed(x), "encoder_hidden_states": text, "timestep": time, "img_shapes": shapes}
+    if "txt_seq_lens" in inspect.signature(model.forward).parameters:  # until diffusers 0.37
+        given["txt_seq_lens"] = [text.shape[1]] * len(x)
     return unpacked(model(**given, return_dict=False)[0], x)
 
 
