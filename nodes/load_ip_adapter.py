@@ -32,7 +32,7 @@ class LoadIPAdapter(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=host.files.choices("ipadapter"),
-                    tooltip="An IP-Adapter for the SD1.5, SD2 or SDXL family (.safetensors, .bin, .pt, .pth, .ckpt).",
+                    tooltip="An IP-Adapter for SD1.5, SD2, SDXL, FLUX.1, SD3.5 or Anima (.safetensors, .bin, .pt, .pth, .ckpt).",
                 )
             ],
             outputs=[Adapter.Output(display_name="adapter")],

@@ -38,7 +38,10 @@ def adapter_input() -> io.Input:
 
 
 def model_input() -> io.Input:
-    return io.Model.Input("model", tooltip="A model of the SD1.5, SD2 or SDXL family.")
+    return io.Model.Input(
+        "model",
+        tooltip="A model of the family that the adapter was made for: SD1.5, SD2, SDXL, FLUX.1, Chroma, SD3.5 Large, Anima.",
+    )
 
 
 def negative_input() -> io.Input:
