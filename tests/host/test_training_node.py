@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from host.comfy_server import REPOSITORY, ComfyServer, ExecutionFailed, ExecutionInterrupted, Graph, Node
+from host.comfy_server import REPOSITORY, ComfyServer, ExecutionFailed, ExecutionInterrupted, Graph, GraphRejected, Node
 from ipadapter_core import load_adapter
 from ipadapter_core.lora import load_lora
 from tiny_training import picture, save_model
@@ -148,7 +148,7 @@ def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> Non
     assert {m.name for m in load_lora(server.base / "output/loras/on.safetensors").modules} == {
         m.name for m in weights.modules
     }
-    with pytest.raises(ExecutionFailed, match="unknown word 'atn'"):
+    with pytest.raises(GraphRejected, match="unknown word 'atn'"):
         server.run(training(server, model, "typo", "ImagePromptTrainLoRA", targets="atn: 1")[0])
     with pytest.raises(ExecutionFailed, match="give a folder in pictures, or connect images"):
         server.run(training(server, model, "none", "ImagePromptTrainLoRA", images=None)[0])
