@@ -1,4 +1,4 @@
-"""``ipadapter migrate OLD.json``: a workflow of ComfyUI_IPAdapter_plus with this pack's nodes."""
+"""``ipadapter migrate OLD.json``: a workflow of ComfyUI_IPAdapter_plus, or of rgthree's LoRA rows, with this pack's nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from . import Commands
 
 
 def add_migrate(commands: Commands) -> None:
-    p = commands.add_parser("migrate", help="rewrite a workflow of ComfyUI_IPAdapter_plus with the nodes of this pack")
+    p = commands.add_parser(
+        "migrate",
+        help="rewrite a workflow of other packs (ComfyUI_IPAdapter_plus, Power Lora Loader, …) with the nodes of this pack",
+    )
     p.set_defaults(run=run_migrate)
     p.add_argument(
         "file", type=file_argument, help="workflow as ComfyUI saves or exports it, or a picture that carries one"

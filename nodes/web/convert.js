@@ -6,7 +6,7 @@ import { api } from "../../scripts/api.js";
 import { ask, h } from "./shared.js";
 
 const ONE = "Convert to IP-Adapter Studio";
-const ALL = "Convert all old image prompt nodes";
+const ALL = "Convert all to IP-Adapter Studio";
 
 /** Class types of other packs that can be converted; empty until the server has told. */
 let oldTypes = new Set();

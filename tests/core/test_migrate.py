@@ -21,7 +21,8 @@ from ipadapter_core.errors import AdapterError, CorruptFileError, InvalidInputEr
 from ipadapter_core.legacy.migrate import REPLACEMENTS, bases, graph, migrate, migrate_graph, replace_in_prompt
 from ipadapter_core.legacy.migrate.bases import base_of_name
 from ipadapter_core.legacy.migrate.files import read_graph
-from ipadapter_core.legacy.migrate.names import OLD_TYPES, PICTURE_APPLIES, PICTURE_LOADERS
+from ipadapter_core.legacy.migrate.names import OLD_TYPES, PICTURE_APPLIES, PICTURE_LOADERS, POWER_LORAS
+from ipadapter_core.lora.rows import LoRARow, parse_rows
 
 OLD = os.environ.get("IPADAPTER_PLUS_PATH")
 
@@ -773,12 +774,90 @@ def test_what_packs_for_transformers_keep(prompt: bool) -> None:
     assert made.found == 2
 
 
+INK: dict[str, Any] = {"on": True, "lora": "ink \u6c34.safetensors", "strength": 0.8, "strengthTwo": None}
+CAT: dict[str, Any] = {"on": False, "lora": "a/cat.safetensors", "strength": -1, "strengthTwo": 0.25}
+ROWS = (LoRARow("ink \u6c34.safetensors", 0.8), LoRARow("a/cat.safetensors", -1.0, 0.25, on=False))
+
+
+def power_loras_workflow(*rows: Any) -> dict[str, Any]:
+    """A checkpoint's model and clip through rgthree's rows into a sampler and a prompt; its headings and buttons as it saves them."""
+    widgets = [{}, {"type": "PowerLoraLoaderHeaderWidget"}, *map(dict, rows), {}, ""]
+    nodes = [
+        node(1, "CheckpointLoaderSimple", {}, ["MODEL", "CLIP", "VAE"], ["sd15.safetensors"]),
+        node(2, POWER_LORAS, {"model": ("MODEL", 1), "clip": ("CLIP", 2)}, ["MODEL", "CLIP"], widgets),
+        node(3, "KSampler", {"model": ("MODEL", 3)}, ["LATENT"], [1]),
+        node(4, "CLIPTextEncode", {"clip": ("CLIP", 4)}, ["CONDITIONING"], ["a cat"]),
+    ]
+    links = [[1, 1, 0, 2, 0, "MODEL"], [2, 1, 1, 2, 1, "CLIP"], [3, 2, 0, 3, 0, "MODEL"], [4, 2, 1, 4, 0, "CLIP"]]
+    return {"nodes": nodes, "links": links, "version": 0.4}
+
+
+def test_rgthrees_rows_become_lora_rows() -> None:
+    empty = {"on": True, "lora": None, "strength": 1, "strengthTwo": None}
+    old = power_loras_workflow(INK, empty, CAT)
+    made, report = migrate(old)
+    assert report == [
+        f"{POWER_LORAS} (node 2) is LoRA Rows",
+        "1 nodes of other packs found: 1 rewritten, 0 as they were",
+    ]
+    assert made["links"] == old["links"]
+    assert fed_by(made) == {
+        ("ImagePromptLoRARows", "model"): ("CheckpointLoaderSimple", 0),
+        ("ImagePromptLoRARows", "clip"): ("CheckpointLoaderSimple", 1),
+        ("KSampler", "model"): ("ImagePromptLoRARows", 0),
+        ("CLIPTextEncode", "clip"): ("ImagePromptLoRARows", 1),
+    }
+    rows, mode, partial = made["nodes"][1]["widgets_values"]
+    assert parse_rows(rows) == ROWS
+    assert (mode, partial) == ("auto", "allow")
+    assert migrate(power_loras_workflow())[0]["nodes"][1]["widgets_values"][0] == "[]"
+
+
+def test_rgthrees_rows_in_a_prompt_too() -> None:
+    sent = {name: value for name, value in INK.items() if name != "strengthTwo"}
+    old: Any = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd15.safetensors"}},
+        "2": {"class_type": POWER_LORAS, "inputs": {"PowerLoraLoaderHeaderWidget": {"type": "PowerLoraLoaderHeaderWidget"},
+              "lora_1": sent, "lora_2": CAT, "\u2795 Add Lora": "", "model": ["1", 0]}},
+    }  # fmt: skip
+    inputs: Any = migrate(old)[0]["2"]["inputs"]
+    assert parse_rows(inputs.pop("rows")) == ROWS
+    assert inputs == {"model": ["1", 0], "mode": "auto", "partial": "allow"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"strength": "strong"}, "its row 2 has a strength that is no number"),
+        ({"strengthTwo": []}, "its row 2 has a strength that is no number"),
+        ({"strength": 21}, "its row 2 is stronger than 20"),
+        ({"lora": ["a"]}, "its row 2 has lora: '['a']'"),
+        ({"on": "yes"}, "on: 'yes'"),
+    ],
+)
+def test_a_row_that_ours_could_not_read_keeps_rgthrees_node(change: dict[str, Any], told: str) -> None:
+    old = power_loras_workflow(INK, CAT | change)
+    made, report = migrate(old)
+    assert without_links(made["nodes"][1]) == without_links(old["nodes"][1])
+    assert told in report[0]
+
+
+def test_rgthrees_node_stays_where_its_names_are_used_or_there_are_more_rows_than_ours_reads() -> None:
+    old = power_loras_workflow(INK)
+    old["nodes"][1]["outputs"].append({"name": "LORAS", "type": "STRING", "links": [5]})
+    old["nodes"].append(node(5, "PreviewAny", {"source": ("*", 5)}, [], []))
+    old["links"].append([5, 2, 2, 5, 0, "STRING"])
+    assert "its list of names feeds another node" in migrate(old)[1][0]
+    assert "more than 200 rows" in migrate(power_loras_workflow(*[INK] * 201))[1][0]
+    assert migrate_graph(power_loras_workflow(*[INK] * 200)).rewritten == 1
+
+
 # --- damaged graphs ---------------------------------------------------------------------------------------------------
 
 
 def test_the_names_are_those_that_the_old_pack_ever_had() -> None:
     facts = json.loads((Path(__file__).parent / "old_pack.json").read_text())
-    assert set(facts) == OLD_TYPES - {*PICTURE_LOADERS, *PICTURE_APPLIES, "FluxLoraLoader", "XlabsSampler"}
+    assert set(facts) == OLD_TYPES - {*PICTURE_LOADERS, *PICTURE_APPLIES, "FluxLoraLoader", "XlabsSampler", POWER_LORAS}
 
 
 @pytest.mark.parametrize(
@@ -834,7 +913,9 @@ def test_what_is_damaged_stays_and_the_rest_is_rewritten() -> None:
 def test_empty_workflows_are_workflows(empty: dict[str, Any]) -> None:
     made = migrate_graph(empty)
     assert made.graph == empty
-    assert made.report == ["no nodes of ComfyUI_IPAdapter_plus or of packs for FLUX and SD3 found"]
+    assert made.report == [
+        "no nodes of ComfyUI_IPAdapter_plus, of packs for FLUX and SD3, or Power Lora Loaders of rgthree found"
+    ]
 
 
 @pytest.mark.parametrize("value", [None, [], [{}], 5, "x", {}, {"nodes": {}}, {"1": 2}, {"prompt": []}])
@@ -908,7 +989,7 @@ def part_of(value: Any, way: tuple[Any, ...]) -> Any:
 
 
 SOUND: list[Callable[[], dict[str, Any]]] = [
-    workflow, embeds_workflow, lambda: in_a_subgraph(workflow()), lambda: prompt_of(workflow())
+    workflow, embeds_workflow, lambda: power_loras_workflow(INK, CAT), lambda: in_a_subgraph(workflow()), lambda: prompt_of(workflow())
 ]  # fmt: skip
 
 

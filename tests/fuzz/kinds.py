@@ -504,6 +504,7 @@ OLD_TYPES = (
     "IPAdapterAdvanced", "IPAdapter", "IPAdapterFaceID", "IPAdapterTiled", "IPAdapterBatch", "IPAdapterStyleComposition", "IPAdapterEmbeds",
     "IPAdapterPreciseStyleTransfer", "IPAdapterUnifiedLoader", "IPAdapterModelLoader", "IPAdapterInsightFaceLoader", "IPAdapterNoise",
     "IPAdapterEncoder", "IPAdapterCombineEmbeds", "PrepImageForClipVision", "IPAdapterWeights", "Reroute", "IPAdapterMS", "ClipVisionLoader",
+    "Power Lora Loader (rgthree)",
 )  # fmt: skip
 
 

@@ -240,7 +240,7 @@ def test_old_nodes_are_converted_one_by_one_or_all_and_back(editor: Editor) -> N
             assert types() == ["ImagePromptNoise", "IPAdapterNoise"]
             node = editor.saved()["nodes"][0]
             assert (node["widgets_values"], node["pos"]) == (["fade", 0.5, 3], [60, 60])
-            choose((300, 400), "Convert all old image prompt nodes")
+            choose((300, 400), "Convert all to IP-Adapter Studio")
             assert types() == ["ImagePromptNoise"] * 2
             assert editor.saved()["links"] == OLD["links"]
             for expected in (["ImagePromptNoise", "IPAdapterNoise"], ["IPAdapterNoise"] * 2):

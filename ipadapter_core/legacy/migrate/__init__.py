@@ -1,8 +1,8 @@
-"""Workflows of ComfyUI_IPAdapter_plus and of packs for transformers rewritten with the nodes of this pack.
+"""Workflows of ComfyUI_IPAdapter_plus, of packs for transformers and of rgthree's LoRA rows rewritten with this pack's nodes.
 
 Works on the format that ComfyUI's menu saves, subgraphs included, and on the one that it runs (exported as API). Nodes
 keep their numbers, places and titles, links their numbers; an apply node becomes Apply Adapter to Model with Encode Image
-Prompt above it, a unified loader becomes Load IP-Adapter and Load CLIP Vision. What has no counterpart, or cannot change,
+Prompt above it, a unified loader becomes Load IP-Adapter and Load CLIP Vision, a Power Lora Loader becomes LoRA Rows. What has no counterpart, or cannot change,
 stays as it is, is named with the reason, and runs under its old name.
 """
 
@@ -27,10 +27,12 @@ from .names import (
     OLD_TYPES,
     PICTURE_APPLIES,
     PICTURE_LOADERS,
+    POWER_LORAS,
     SOCKETS,
     UNIFIED,
     WIDGETS,
 )
+from .power_loras import power_loras, power_loras_obstacle
 from .prompt import Prompt, is_prompt
 from .replacements import REPLACEMENTS, Replacement, replace_in_prompt
 from .saved import Numbers, Saved
@@ -128,9 +130,9 @@ def _told(made: list[Migration], graph: Json, report: list[str], groups: int, un
     stay = sum(node.type in OLD_TYPES for one in made for node in one.nodes.values()) + groups + unclear
     found = rewritten + stay
     total = (
-        f"{found} nodes of other packs for image prompts found: {rewritten} rewritten, {stay} as they were"
+        f"{found} nodes of other packs found: {rewritten} rewritten, {stay} as they were"
         if found
-        else "no nodes of ComfyUI_IPAdapter_plus or of packs for FLUX and SD3 found"
+        else "no nodes of ComfyUI_IPAdapter_plus, of packs for FLUX and SD3, or Power Lora Loaders of rgthree found"
     )
     return Migrated(graph, [*report, total], found, rewritten)
 
@@ -222,6 +224,8 @@ def _rewrite(
             change_embeds(made, group, loaded)
     for number in [n for n, kind in old.items() if kind == NOISE]:
         change_noise(made, number)
+    for number in [n for n, kind in old.items() if kind == POWER_LORAS]:
+        power_loras(made, number)
     seen_by = {n: load_picture_adapter(made, n) for n, kind in old.items() if kind in PICTURE_LOADERS}
     for number in [n for n, kind in old.items() if kind in PICTURE_APPLIES]:
         loader = made.origin(made.edges[number, PICTURE_APPLIES[old[number]][0][0]]).source
@@ -257,6 +261,8 @@ def _kept(made: Migration, only: Collection[NodeId] | None) -> tuple[list[list[N
             reason = picture_obstacle(made, number)
         elif kind in FACE_MODELS or kind == NOISE:
             reason = settings_of(node)[1] or fed_besides(made, number, ("image_optional",) if kind == NOISE else ())
+        elif kind == POWER_LORAS:
+            reason = power_loras_obstacle(made, number)
         else:
             reason = "" if kind in EMBEDS else "there is no node of ours for it"
         reason = node.pinned or reason

@@ -116,7 +116,9 @@ STAYING = (
     "PrepImageForInsightFace", "IPAdapterCLIPVisionEncode", "FluxLoraLoader", "XlabsSampler",
 )  # fmt: skip
 """Old nodes for which there is none of ours; they run under their old names."""
-OLD_TYPES = frozenset((*SETTINGS, *STAYING))
+POWER_LORAS = "Power Lora Loader (rgthree)"
+"""LoRAs in rows; its rows are no widgets of a fixed number, so it has no entry in ``SETTINGS``."""
+OLD_TYPES = frozenset((*SETTINGS, *STAYING, POWER_LORAS))
 
 
 def _weight_types(kind: str) -> Collection[str]:
@@ -206,6 +208,11 @@ OUR_NODES: dict[str, OurNode] = {
         _ADAPTER | {f"prompt_{i}": "IMAGE_PROMPT" for i in range(1, 6)},
         ("combine", *(f"strength_{i}" for i in range(1, 6))),
         _PROMPT,
+    ),
+    "ImagePromptLoRARows": OurNode(
+        {**_MODEL, "clip": "CLIP", "lora_stack": "LORA_STACK"},
+        ("rows", "mode", "partial"),
+        {**_MODEL, "clip": "CLIP", "lora_stack": "LORA_STACK", "trigger_words": "STRING", "report": "STRING"},
     ),
     "ImagePromptSave": OurNode(_PROMPT, ("filename_prefix",), {"path": "STRING"}),
     "ImagePromptLoad": OurNode(_ADAPTER | _VISION, ("file", "per_latent", "compatibility"), _PROMPT),
