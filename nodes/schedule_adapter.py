@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ipadapter_core import WeightSchedule, parse_curve, parse_site_factors
+from ..ipadapter_core.attention.presets import check_site_factors
 from ..ipadapter_core.attention.schedule import drawn_curve
 from . import host
 from .host.schema import advanced, schema
@@ -97,7 +98,7 @@ class AdapterSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, curve: str | None = None, sites: str | None = None) -> bool | str:
-        return host.inputs.valid((parse_curve, curve), (parse_site_factors, sites))
+        return host.inputs.valid((parse_curve, curve), (check_site_factors, sites))
 
     @classmethod
     def execute(

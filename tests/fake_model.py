@@ -76,7 +76,7 @@ def walk_fake(model: nn.Module) -> ModelLayout | None:
     return ModelLayout(FAKE, WIDTH, tuple(sites))
 
 
-FAKE = BaseModel(name="Fake", walk=walk_fake, tokens=Patches(2), reference_width=CHANNELS)
+FAKE = BaseModel(name="Fake", walk=walk_fake, groups=("block",), tokens=Patches(2), reference_width=CHANNELS)
 
 
 class FakeFormat(Base):

@@ -10,9 +10,11 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from ..entries import MOST, entries, halves, number, some
 from ..errors import InvalidInputError, quoted
+from ..models import BASE_MODELS
 from ..models.sites import BaseModel, ModelLayout, Roles, Site
 
 
@@ -280,6 +282,26 @@ def parse_site_factors(text: str) -> tuple[SiteRule, ...]:
             )
         rules.append(SiteRule(name if at is None else f"t{at}" if name == "t" else f"{name} {at}", factor))
     return tuple(rules)
+
+
+_WITHOUT_NUMBER = ("all", "style", "composition")
+
+
+def check_site_factors(text: str) -> None:
+    """Raise InvalidInputError for a table that ``SiteWeights`` takes for no known base model: before a model tells which it is."""
+    groups = tuple(dict.fromkeys(group for base in BASE_MODELS for group in base.groups))
+    for rule in parse_site_factors(text):
+        word = rule.where.split()[0].rstrip("-0123456789")
+        numbered = rule.where != word
+        if word in groups or word in (("t",) if numbered else _WITHOUT_NUMBER):
+            continue
+        close = get_close_matches(word, (*groups, *_WITHOUT_NUMBER), 1)
+        meant = f" (did you mean {close[0]}?)" if close and close[0] != word else ""
+        raise InvalidInputError(
+            f"{quoted(rule.where)} in the site table is a place of no model{meant}: write "
+            f"{', '.join(_WITHOUT_NUMBER)}, t0, t1 and so on, or blocks as their models name them, with or without a number: "
+            f"{', '.join(groups)}"
+        )
 
 
 def parse_layers(text: str) -> tuple[tuple[int, float], ...]:

@@ -111,4 +111,4 @@ NAMES = Naming(
     ),
     widths=(2048,),
 )
-ANIMA = BaseModel(name="Anima", walk=walk_anima, reference_width=2048, naming=NAMES, streams=streams)
+ANIMA = BaseModel(name="Anima", walk=walk_anima, groups=("block",), reference_width=2048, naming=NAMES, streams=streams)

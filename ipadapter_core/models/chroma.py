@@ -47,6 +47,7 @@ NAMES = Naming(
 CHROMA = BaseModel(
     name="Chroma",
     walk=walk_chroma,
+    groups=FLUX.groups,
     negative="apart",
     reference_width=FLUX.reference_width,
     naming=NAMES,

@@ -197,6 +197,7 @@ NAMES = Naming(
 FLUX = BaseModel(
     name="Flux",
     walk=walk_flux,
+    groups=("double", "single"),
     negative="apart",
     reference_width=3072,
     naming=NAMES,

@@ -130,6 +130,7 @@ NAMES = Naming(
 SD3 = BaseModel(
     name="SD3",
     walk=walk_sd3,
+    groups=("joint",),
     reference_width=2432,
     naming=NAMES,
     streams=streams,

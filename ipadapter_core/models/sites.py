@@ -89,7 +89,7 @@ class BaseModel:
     """A family of base models. A new one is a file in this room with such a value and a line in ``BASE_MODELS``.
 
     For image prompts: ``walk`` finds the sites in every host's form of the model; related families share one walk, which
-    names the family. Without it image prompts cannot act yet. ``roles`` is None where nobody knows which sites carry style
+    names the family. Without it image prompts cannot act yet. ``groups`` are the words of its sites' groups, in execution order. ``roles`` is None where nobody knows which sites carry style
     or composition. ``tokens`` lays out a site's image tokens. ``reference_width`` is the width of the widest attention, by
     which the channel penalty divides. ``clock`` is what diffusers' pipelines call the model with:
     the noise ``steps`` of training, 0..999, ``sigma``, times 1000 or not, or the ``signal``, 1 - sigma; ``negative`` how they run the negative prompt.
@@ -106,6 +106,7 @@ class BaseModel:
 
     name: str
     walk: Walk | None = None
+    groups: tuple[str, ...] = ()
     roles: Roles | None = None
     tokens: TokenRule = field(default_factory=Patches)
     reference_width: int = 0

@@ -214,6 +214,7 @@ def _unknown(model: nn.Module, token_dim: int, sites: int, levels: dict[int, int
     return BaseModel(
         name=f"UNet with {sites} sites, width {token_dim}",
         walk=walk_unet,
+        groups=SD15.groups,
         roles=Roles(dict.fromkeys(composition, 1.0), style) if style else None,
         tokens=Pyramid(),
         reference_width=SD15.reference_width,
@@ -391,6 +392,7 @@ _TRAINING = Training(
 SD15 = UNet(
     name="SD1.5",
     walk=walk_unet,
+    groups=("input", "middle", "output"),
     roles=Roles({4: 0.25, 5: 1.0}, frozenset({0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15})),
     tokens=Pyramid(),
     reference_width=1280,

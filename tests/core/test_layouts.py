@@ -149,6 +149,7 @@ def test_numbering_of_the_real_models(name: str) -> None:
     assert [(s.path, s.group, s.number, s.depth, s.channels, s.order) for s in layout.sites] == rows
     assert (layout.name, layout.token_dim) == (name, token_dim)
     assert layout.orders == len({row[-1] for row in rows})
+    assert layout.groups == layout.model.groups
 
 
 @pytest.mark.parametrize(("name", "sites"), [("SD1.5", 16), ("SD2", 16), ("SDXL", 70)])

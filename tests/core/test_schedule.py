@@ -24,6 +24,7 @@ from ipadapter_core.attention.presets import (
     PRESETS,
     SiteRule,
     SiteWeights,
+    check_site_factors,
     parse_layers,
     parse_site_factors,
     preset_facts,
@@ -284,6 +285,31 @@ def test_site_tables_are_read(text: str, rules: tuple[SiteRule, ...]) -> None:
 def test_unreadable_site_tables_are_quoted(text: str) -> None:
     with pytest.raises(InvalidInputError, match="site table"):
         parse_site_factors(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "all: 1, style: 2, composition: 0, t3: 1, t0-9: 1", "input 4.1: 1, double 0-9: 0, joint: 1, block 3: 1"],
+)
+def test_places_of_any_model_are_known_before_there_is_one(text: str) -> None:
+    check_site_factors(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("all: 1, ouput: 1", "'ouput' in the site table is a place of no model (did you mean output?)"),
+        ("midle 0: 1", "'midle 0' in the site table is a place of no model (did you mean middle?)"),
+        ("t: 1", "'t' in the site table"),
+        ("style 3: 1", "'style 3' in the site table is a place of no model: write all, style, composition, t0"),
+        ("somewhere: 1", "input, middle, output, double, single, joint, block"),
+        ("input: x", "cannot read 'input: x'"),
+    ],
+)
+def test_a_place_of_no_model_is_told_with_those_there_are(text: str, told: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        check_site_factors(text)
+    assert told in str(caught.value)
 
 
 def factors(rules: str, model: ModelLayout, preset: str = "linear") -> dict[str, float]:

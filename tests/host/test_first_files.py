@@ -125,15 +125,18 @@ def test_models_are_picked_by_need_or_named_with_their_place(
 # --- said before anything runs ----------------------------------------------------------------------------------------
 
 TYPOS = {
-    ("ImagePromptSchedule", "curve"): ("0: 1, half: 0.3", "cannot read 'half: 0.3' in the curve"),
-    ("ImagePromptSchedule", "sites"): ("output 1", "cannot read 'output 1' in the site table"),
-    ("ImagePromptLoRAStrength", "selector"): ("atn2: 0.5", "'atn2'"),
-    ("ImagePromptEncode", "strengths"): ("1, a half", "cannot read 'a half'"),
-    ("ImagePromptTrainLoRA", "targets"): ("atn2: 1", "'atn2'"),
+    ("ImagePromptSchedule", "curve"): {"0: 1, half: 0.3": "cannot read 'half: 0.3' in the curve"},
+    ("ImagePromptSchedule", "sites"): {
+        "output 1": "cannot read 'output 1' in the site table",
+        "all: 0, ouput 3: 1": "'ouput 3' in the site table is a place of no model (did you mean output?)",
+    },
+    ("ImagePromptLoRAStrength", "selector"): {"atn2: 0.5": "'atn2'"},
+    ("ImagePromptEncode", "strengths"): {"1, a half": "cannot read 'a half'"},
+    ("ImagePromptTrainLoRA", "targets"): {"atn2: 1": "'atn2'"},
 }
 READABLE = {
     ("ImagePromptSchedule", "curve"): ["", "0: 1, 0.5: 2"],
-    ("ImagePromptSchedule", "sites"): ["", "double 0-9: 0.5, t3: 0"],
+    ("ImagePromptSchedule", "sites"): ["", "double 0-9: 0.5, t3: 0", "joint: 1, block 2: 0, style: 2"],
     ("ImagePromptLoRAStrength", "selector"): [
         "",
         "SD-OUTALL",
@@ -168,10 +171,10 @@ def test_typos_are_told_before_anything_runs(bare: ComfyServer, entry: tuple[str
         for key, (_, *more) in bare.object_info(kind)["input"]["required"].items()
         if more and "default" in more[0]
     }
-    text, sentence = TYPOS[entry]
-    told = refused(bare, kind, **{**inputs, name: text})
-    assert told, f"{name} of {kind} is not read before the run"
-    assert all(sentence in one for one in told)
-    assert any(one.startswith(f"{name} - ") for one in told)
+    for text, sentence in TYPOS[entry].items():
+        told = refused(bare, kind, **{**inputs, name: text})
+        assert told, f"{name} of {kind} is not read before the run: {text}"
+        assert all(sentence in one for one in told)
+        assert any(one.startswith(f"{name} - ") for one in told)
     for good in READABLE[entry]:
         assert refused(bare, kind, **{**inputs, name: good}) == [], good
