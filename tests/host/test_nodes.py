@@ -83,6 +83,7 @@ OUTPUTS = {
 }
 OUTPUT_NODES = {
     "ImagePromptAttentionMaps",
+    "ImagePromptPreviewRegion",
     "ImagePromptInspect",
     "ImagePromptSave",
     "ImagePromptLoRAInspect",
@@ -707,8 +708,6 @@ MISTAKES: dict[str, tuple[Callable[[Steering], None], str]] = {
     "image in 0..255": (bad_image("0..255"), "0..1"),
     "channels first": (bad_image("latent"), "channels"),
     "reference mask of another size": (reference_mask_of_another_size, "32x64"),
-    "unreadable curve": (unreadable(curve="up, then down"), "cannot read"),
-    "unreadable site table": (unreadable(sites="somewhere"), "cannot read"),
     "site that is not there": (unreadable(sites="input 99: 1"), "matches no site"),
     "strength for no image": (two_strengths_for_one_image, "strengths"),
     "face adapter on whole pictures": (face_adapter_on_pictures, "reads faces and not whole pictures"),
@@ -730,6 +729,14 @@ def test_mistakes_get_one_sentence_and_the_next_graph_runs(make: Callable[..., S
         s.run()
     check_message(failure, expected)
     check_still_works(make)
+
+
+@pytest.mark.parametrize("typo", [{"curve": "up, then down"}, {"sites": "somewhere"}], ids=["curve", "sites"])
+def test_typos_are_rejected_before_anything_runs(make: Callable[..., Steering], typo: dict[str, str]) -> None:
+    s = make()
+    unreadable(**typo)(s)
+    with pytest.raises(GraphRejected, match="cannot read"):
+        s.run()
 
 
 def test_values_out_of_range_are_rejected_before_anything_runs(make: Callable[..., Steering]) -> None:
