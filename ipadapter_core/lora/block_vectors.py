@@ -208,7 +208,14 @@ def _is_vector(text: str) -> bool:
     filled = [cell for cell in _cells(text) if cell]
     like = sum(all(number(word) is not None or _stands_for_number(word) for word in cell.split()) for cell in filled)
     alone = len(filled) == 1 and number(text) is None
-    return 2 * like > len(filled) and not alone
+    return 2 * like > len(filled) and not alone and not _all_named(text)
+
+
+def _all_named(text: str) -> bool:
+    """Whether every number has a place before it, in several entries or lines: a selector whose lines end without commas."""
+    entries = [entry for line in text.splitlines() for entry in line.split(",") if entry.strip()]
+    pairs = [halves(entry) for entry in entries]
+    return len(pairs) > 1 and all(pair is not None and number(pair[1]) is not None for pair in pairs)
 
 
 def _stands_for_number(word: str) -> bool:

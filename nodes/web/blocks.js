@@ -3,18 +3,20 @@
 import { barsOf } from "./bars.js";
 import { ask, button, copy, h } from "./shared.js";
 
+export const SELECTOR = {
+  "aria-label": "selector", spellcheck: "false",
+  placeholder: "everywhere 1; or 'all: 0, out3-5: 0.8', a block vector, a preset's name",
+};
+
 /**
  * An element that shows and changes `selector()` for `file()`; `change(text)` is called with every new one. `refresh()`
- * draws what they are now.
+ * draws what they are now. Without `field`, a control elsewhere that has the text, one is among the sliders.
  */
-export function blockSliders({ file, selector, change }) {
-  const text = h("input", {
-    class: "image-prompt-fill", type: "text", "aria-label": "selector", spellcheck: "false",
-    placeholder: "everywhere 1; or 'all: 0, out3-5: 0.8', a block vector, a preset's name",
-    onchange: () => write(text.value),
-  });
+export function blockSliders({ file, selector, change, field = null }) {
+  const text = field ?? h("input", { class: "image-prompt-fill", type: "text", ...SELECTOR });
+  text.addEventListener("change", () => write(text.value));
   const presets = h("select", {
-    "aria-label": "preset",
+    class: field ? "image-prompt-fill" : null, "aria-label": "preset",
     onchange: () => presets.value && write(presets.value),
   });
   const body = h("div", {});
@@ -36,6 +38,7 @@ export function blockSliders({ file, selector, change }) {
   async function refresh() {
     const turn = ++asked;
     text.value = selector();
+    if (!element.isConnected) return; // nobody sees them
     if (!file()) return body.replaceChildren(h("div", { class: "image-prompt-note" }, "choose a file first"));
     try {
       const found = await ask("lora/blocks", { file: file(), selector: selector() });
@@ -78,7 +81,7 @@ export function blockSliders({ file, selector, change }) {
       "div",
       { class: "image-prompt-line" },
       presets,
-      text,
+      field ? null : text,
       button("copy", "copy the selector", () => copy(text.value)),
       button("reset", "everywhere 1", () => write("")),
     ),

@@ -393,6 +393,13 @@ def test_vectors_that_cannot_be_read_say_why(text: str, message: str) -> None:
         parse_where(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["all: 0\nout3: 1", "all: 0\n\nin4 = .5 # why\r\nout3: 1\n", "all: 0\nout3: 1, mid: 2", "in4: 1\nin5: 1"]
+)
+def test_lines_without_commas_are_a_selector_where_each_names_its_place(text: str) -> None:
+    assert parse_where(text) == parse_selector(text)
+
+
 def test_vectors_by_groups(sd15: list[Target]) -> None:
     """Inspire's %: base follows the default unless it is given, groups come over both."""
     assert parse_where("%default=0.5, in=0,\nout=2") == parse_selector("all: 0.5, base: 0.5, unet in*: 0, unet out*: 2")

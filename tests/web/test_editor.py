@@ -114,6 +114,64 @@ def test_lora_rows_are_added_dragged_ordered_and_sent(editor: Editor, lora_files
             assert [row["file"] for row in rows_of(editor, node)] == [paper]
 
 
+SELECTED = {
+    "last_node_id": 1,
+    "last_link_id": 0,
+    "nodes": [
+        {"id": 1, "type": "ImagePromptLoRAStrength", "pos": [0, 0], "size": [440, 420], "flags": {}, "order": 0, "mode": 0, "properties": {},
+         "widgets_values": ["", 1.0, 1.0, "all: 0\nout3: 1", "auto", 0.0, 1.0, 1.0, "refuse"]},
+    ],
+    "links": [],
+    "groups": [],
+    "version": 0.4,
+}  # fmt: skip
+
+
+def test_a_selector_is_text_and_sliders_for_the_blocks_of_the_file(editor: Editor, lora_files: list[str]) -> None:
+    page = editor.page
+    graph: dict[str, Any] = json.loads(json.dumps(SELECTED))
+    graph["nodes"][0]["widgets_values"][0] = lora_files[0]
+
+    def selector() -> str:
+        return editor.prompt()["1"]["selector"]
+
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        with editor.quiet(f"LoRA Strength, {renderer}"):
+            editor.load(graph)
+            text = page.get_by_role("textbox", name="selector")
+            assert text.input_value() == selector() == "all: 0\nout3: 1"
+            assert editor.prompt()["1"]["mode"] == "auto"
+            page.get_by_role("button", name="strength by block").click()
+            bars = page.get_by_role("slider", name="layers)")
+            bars.nth(3).wait_for()
+            names = [(bar.get_attribute("aria-label") or "").split()[0] for bar in bars.all()]
+            assert [float(bar.get_attribute("aria-valuenow") or "nan") for bar in bars.all()] == [
+                float(n == "out3") for n in names
+            ]
+            editor.drag(bars.nth(0), to=bars.nth(1), down=0.75)
+            editor.shot(f"LoRA Strength {renderer}")
+            assert selector() == f"all: 0, out3: 1, {names[0]}: 0.5, {names[1]}: 0.5"
+            assert text.input_value() == selector()
+            page.get_by_role("combobox", name="preset").select_option("SD-OUTALL")
+            assert selector() == text.input_value() == "SD-OUTALL"
+            page.get_by_role("button", name="everywhere 1").click()
+            assert selector() == ""
+            text.fill("attn2: 0.5")
+            text.press("Tab")
+            assert selector() == "attn2: 0.5"
+            with page.expect_response(lambda answer: "lora/blocks" in answer.url and "watercolour" in answer.url):
+                page.evaluate(
+                    """name => { const widget = app.graph.getNodeById(1).widgets.find(w => w.name === "file");
+                    widget.value = name; widget.callback(name); }""",
+                    lora_files[1],
+                )
+            page.get_by_role("slider", name="in1 ").wait_for()
+            editor.shot(f"LoRA Strength other file {renderer}")
+            saved = editor.saved()
+            assert saved["nodes"][0]["widgets_values"][:5] == [lora_files[1], 1, 1, "attn2: 0.5", "auto"]
+
+
 def test_rows_that_are_no_list_stay_as_they_were_written(editor: Editor) -> None:
     node = editor.add("ImagePromptLoRARows")
     editor.set_text(node, "rows", "[{oops")
