@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ...ipadapter_core.demo.world import FOLDER, References, load_references
+from ...ipadapter_core.models import layout_of
+from ...ipadapter_core.models.sites import ModelLayout
 from .adapters import ManagedAdapter, manage
 
 ADAPTERS = ("plus", "base")
@@ -96,11 +98,21 @@ def _described(unet: dict[str, Any]) -> comfy.supported_models.SD15:
     return described
 
 
+def _model(described: comfy.supported_models.SD15, device: torch.device | None = None) -> comfy.model_base.BaseModel:
+    return comfy.model_base.BaseModel(described, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device)
+
+
+@cache
+def layout() -> ModelLayout:
+    """Where image prompts act in the world's model; nothing is loaded."""
+    return layout_of(_model(_described(_config("unet")), torch.device("meta")).diffusion_model)
+
+
 def _load_model() -> comfy.model_patcher.ModelPatcher:
     described = _described(_config("unet"))
+    model = _model(described)
     names = comfy.utils.unet_to_diffusers(described.unet_config)
     weights = _weights("unet", "diffusion_pytorch_model")
-    model = comfy.model_base.BaseModel(described, model_type=comfy.model_base.ModelType.V_PREDICTION)
     model.diffusion_model.load_state_dict({names[key]: value for key, value in weights.items() if key in names})
     device = comfy.model_management.get_torch_device()
     return _patcher(model, device, comfy.model_management.unet_offload_device())

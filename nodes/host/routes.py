@@ -25,7 +25,7 @@ from ...ipadapter_core.lora import LoRAWeights, describe_lora, load_lora, parse_
 from ...ipadapter_core.lora.blocks import block_shares, parse_presets, presets_for
 from ...ipadapter_core.lora.inspection import draw_heat_map, heat_map, lora_facts
 from ...ipadapter_core.narrowing import is_row
-from . import files, sites
+from . import demo, files, sites
 
 PREFIX = "/image_prompt/"
 LONGEST = 1000
@@ -150,10 +150,17 @@ def presets_of_lora(query: Query) -> Answer:
 
 
 def sites_of_model(query: Query) -> Answer:
-    """``?kind=&file=&sites=``: the layers where image prompts act in a model, with the factors that a site table gives them."""
+    """``?kind=&file=&sites=``: the layers where image prompts act in a model, with the factors that a site table gives them.
+
+    The model of the node Demo World is ``kind=demo``, without a file.
+    """
     kind = query.get("kind", "")
+    if kind == "demo":
+        return sites.site_table(demo.layout(), query.get("sites", ""))
     if kind not in ("checkpoints", "diffusion_models"):
-        raise InvalidInputError(f"the query needs kind=checkpoints or kind=diffusion_models; it has {quoted(kind)}")
+        raise InvalidInputError(
+            f"the query needs kind=checkpoints, kind=diffusion_models or kind=demo; it has {quoted(kind)}"
+        )
     layout = sites.layout_of_file(files.version(kind, _asked(query, "file")), query["file"])
     return sites.site_table(layout, query.get("sites", ""))
 

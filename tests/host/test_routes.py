@@ -242,6 +242,13 @@ def test_layers_of_a_model_are_told_from_its_header(
     assert "matches no site" in table(server, "sites", 400, kind=folder, file=file, sites="nowhere: 1")["error"]
 
 
+def test_layers_of_the_demo_world_are_told_without_a_file(server: ComfyServer) -> None:
+    found = table(server, "sites", kind="demo", sites="all: 0.5, middle: 2")
+    groups = [layer["group"] for layer in found["layers"]]
+    assert {group: groups.count(group) for group in groups} == {"input": 2, "middle": 1, "output": 4}
+    assert [layer["low"] for layer in found["layers"]] == [2.0 if group == "middle" else 0.5 for group in groups]
+
+
 def test_models_that_are_none_are_refused(server: ComfyServer) -> None:
     lora_file = server.models("checkpoints") / "lora.safetensors"
     save_file(lora_tensors("sd15_small"), lora_file)

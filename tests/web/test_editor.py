@@ -447,3 +447,69 @@ def test_strengths_per_layer_are_bars_of_the_connected_model(
             assert set(factors.values()) == {0.0, 1.0}
             page.get_by_role("button", name="everywhere 1").click()
             assert schedule_of(editor)[1] == ""
+
+
+def in_subgraphs(graph: dict[str, Any]) -> dict[str, Any]:
+    """The graph with what loads the model and what applies it each in a subgraph of its own."""
+
+    def subgraph(name: str, node: dict[str, Any], inputs: list[str], outputs: list[str]) -> dict[str, Any]:
+        into = [
+            {"id": i, "origin_id": -10, "origin_slot": i, "target_id": 1, "target_slot": i, "type": t}
+            for i, t in enumerate(inputs)
+        ]
+        out = [
+            {"id": 10 + i, "origin_id": 1, "origin_slot": i, "target_id": -20, "target_slot": i, "type": t}
+            for i, t in enumerate(outputs)
+        ]
+        return {
+            "id": name, "version": 1, "revision": 0, "config": {}, "name": name, "widgets": [], "groups": [],
+            "state": {"lastGroupId": 0, "lastNodeId": 1, "lastLinkId": 20, "lastRerouteId": 0},
+            "inputNode": {"id": -10, "bounding": [-200, 0, 120, 60]}, "outputNode": {"id": -20, "bounding": [600, 0, 120, 60]},
+            "inputs": [{"id": f"{name}-in-{i}", "name": NAMES[t], "type": t, "linkIds": [i]} for i, t in enumerate(inputs)],
+            "outputs": [{"id": f"{name}-out-{i}", "name": NAMES[t], "type": t, "linkIds": [10 + i]} for i, t in enumerate(outputs)],
+            "nodes": [node], "links": [*into, *out],
+        }  # fmt: skip
+
+    loader, _, apply = graph["nodes"]
+    names = ["11111111-0000-4000-8000-000000000001", "11111111-0000-4000-8000-000000000003"]
+    loader_in = {**DEMO, "id": 1, "outputs": [{"name": "model", "type": "MODEL", "links": [10]}]}
+    apply_in = {
+        **apply, "id": 1,
+        "inputs": [{**entry, "link": i} for i, entry in enumerate(apply["inputs"])],
+    }  # fmt: skip
+    definitions = [
+        subgraph(names[0], loader_in, [], ["MODEL"]),
+        subgraph(names[1], apply_in, ["MODEL", "IMAGE_PROMPT_SCHEDULE"], []),
+    ]
+    return {
+        **graph,
+        "nodes": [
+            {**loader, "type": names[0], "widgets_values": []},
+            graph["nodes"][1],
+            {**apply, "type": names[1]},
+        ],
+        "definitions": {"subgraphs": definitions},
+    }
+
+
+NAMES = {"MODEL": "model", "IMAGE_PROMPT_SCHEDULE": "schedule"}
+DEMO = {
+    "id": 1, "type": "ImagePromptDemoWorld", "pos": [0, 0], "size": [300, 160], "widgets_values": ["fox", "plus"],
+    "outputs": [{"name": "model", "type": "MODEL", "links": [1]}],
+}  # fmt: skip
+
+
+def test_layers_of_the_demo_world_are_bars_also_through_subgraphs(editor: Editor) -> None:
+    page = editor.page
+    plain = {**SCHEDULED, "nodes": [DEMO, *SCHEDULED["nodes"][1:]]}
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        for name, graph in (("plain", plain), ("subgraphs", in_subgraphs(plain))):
+            with editor.quiet(f"layers of the demo world, {name}, {renderer}"):
+                editor.load(json.loads(json.dumps(graph)))
+                page.get_by_role("button", name="strength per layer of the connected model").click()
+                bars = page.locator(".image-prompt-bar")
+                bars.nth(6).wait_for()
+                editor.shot(f"layers of the demo world {name} {renderer}")
+                assert bars.count() == 7
+                assert page.get_by_text("Demo World", exact=False).last.is_visible()

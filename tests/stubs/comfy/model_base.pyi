@@ -1,5 +1,6 @@
 from enum import Enum
 
+import torch
 from torch import nn
 
 from .supported_models import SD15
@@ -9,4 +10,4 @@ class ModelType(Enum):
 
 class BaseModel(nn.Module):
     diffusion_model: nn.Module
-    def __init__(self, model_config: SD15, model_type: ModelType) -> None: ...
+    def __init__(self, model_config: SD15, model_type: ModelType, device: torch.device | None = None) -> None: ...
