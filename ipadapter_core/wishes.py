@@ -74,22 +74,22 @@ def fits(spec: AdapterSpec, name: str, layout: ModelLayout) -> bool:
     return True
 
 
-def public_files(wish: str, layout: ModelLayout) -> list[str]:
-    """Names in DOWNLOADS of what serves a wish on a model, the best first."""
-    base = _UNETS.get(layout.name)
+def public_files(wish: str, base_model: str) -> list[str]:
+    """Names in DOWNLOADS of what serves a wish on a base model (such as ``SDXL``), the best first."""
+    base = _UNETS.get(base_model)
     ranked = [(dict(entry.serves).get(wish, 0), entry.release) for entry in KNOWN_FILES if entry.base == base]
     for form in FORMATS:
-        if form.public and form.public[0] == layout.name:
+        if form.public and form.public[0] == base_model:
             ranked.append((dict(form.serves).get(wish, 0), form.public[1]))
     return [name for rank, name in sorted(ranked, key=lambda entry: -entry[0]) if rank]
 
 
 def _missing(wish: str, layout: ModelLayout, fitting: Sequence[Picked], folder: str) -> str:
     there = f"no adapter for {quoted(wish)} on a {layout.name} model lies in {folder}"
-    best = public_files(wish, layout)
+    best = public_files(wish, layout.name)
     if best:
         return f"{there}: put {DOWNLOADS[best[0]].where} there"
-    others = [other for other in WISHES if public_files(other, layout) or any(one.rank(other) for one in fitting)]
+    others = [other for other in WISHES if public_files(other, layout.name) or any(one.rank(other) for one in fitting)]
     tail = f"for this model there is {', '.join(others)}" if others else "for this model nobody has published one"
     return f"{there}, and none is known that one could download; {tail}"
 

@@ -54,8 +54,8 @@ RELEASED = {
 def test_of_all_released_files_the_strongest_is_taken(wish: str, sd15: str, sdxl: str) -> None:
     assert picked(wish, RELEASED) == sd15
     assert picked(wish, RELEASED, layout(SDXL, 2048)) == sdxl
-    assert public_files(wish, layout())[0] == sd15
-    assert public_files(wish, layout(SDXL, 2048))[0] == sdxl
+    assert public_files(wish, SD15.name)[0] == sd15
+    assert public_files(wish, SDXL.name)[0] == sdxl
 
 
 def test_contents_decide_and_names_between_look_alikes() -> None:
@@ -109,7 +109,7 @@ def test_encoders_are_found_in_the_order_in_which_they_are_read() -> None:
 
 
 def test_every_wish_has_a_file_and_every_promise_is_a_wish() -> None:
-    models = [layout(), layout(SDXL, 2048), layout(FLUX, 4096)]
+    models = [SD15.name, SDXL.name, FLUX.name]
     assert all(any(public_files(wish, model) for model in models) for wish in WISHES)
     promised = [*SERVES.values(), *(form.serves for form in FORMATS)]
     assert {wish for serves in promised for wish, _ in serves} == set(WISHES)

@@ -46,6 +46,15 @@ def build_prompt(folder: Path) -> Path:
     return path
 
 
+def build_encoder(folder: Path) -> Path:
+    """A file with the widths of TestClipVision, by which it is picked for an adapter; the test pack loads that in its place."""
+    path = folder / "test_clip_vision_by_widths.safetensors"
+    if not path.exists():
+        widths = {"class_embedding": (VISION_HIDDEN,), "visual_projection.weight": (VISION_PROJECTION, VISION_HIDDEN)}
+        save_file({key: torch.zeros(shape) for key, shape in widths.items()}, path)
+    return path
+
+
 def adapter_tensors(family: str, unet: str, *, seed: int = 0) -> dict[str, Tensor]:
     """Flat keys and fp16 tensors of an adapter."""
     shape = UNETS[unet]

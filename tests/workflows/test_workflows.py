@@ -26,7 +26,7 @@ from host.shrunk_transformers import (
     build_transformer_adapter,
     build_transformer_loras,
 )
-from host.tiny_adapters import build_adapter, build_prompt
+from host.tiny_adapters import build_adapter, build_encoder, build_prompt
 from host.tiny_lora_files import build_lora
 from workflows import thumbnails, tidy
 from workflows.graph import ALWAYS, FRONTEND_ONLY, Workflow, WorkflowError, to_prompt
@@ -47,6 +47,7 @@ STEERING = frozenset(
         "ImagePromptApplyFaceLoRA",
         "ImagePromptLoRAStrength",
         "ImagePromptLoRAStack",
+        "ImagePromptLoRARows",
     }
 )
 TELLING = frozenset({
@@ -56,6 +57,8 @@ NEEDED = {
     "1 Try it, no download",
     "2 Try a style LoRA, no download",
     "3 Train an adapter, no download",
+    "4 Where did the image act, no download",
+    "9 The right files by need",
     "10 Image prompt, SD1.5",
     "11 Image prompt, SDXL",
     "12 Closer to the reference",
@@ -89,6 +92,7 @@ NEEDED = {
     "44 Convert or shrink a LoRA",
     "45 LoRA out of two checkpoints",
     "46 FLUX.1, LoRAs by region",
+    "47 LoRA rows",
     "50 Train an IP-Adapter",
     "51 Train a LoRA",
 }
@@ -184,6 +188,16 @@ class Shrunk:
                     seed = sum(inputs["text"].encode())
                     node["class_type"] = "TestConditioning"
                     node["inputs"] = {"seed": seed, "width": UNETS[self.unet].text_width}
+                case "ImagePromptLoadModels":
+                    family, name = ("plus", "ip-adapter-plus_sd15.safetensors")
+                    self.server.add_model("ipadapter", build_adapter(family, self.unet, self.adapters), name)
+                    self.server.add_model("clip_vision", build_encoder(self.adapters))
+                case "ImagePromptLoRARows":
+                    rows = json.loads(inputs["rows"])
+                    for row in rows:
+                        row["file"] = self.lora(row["file"])
+                        row |= {} if strength is None else {"strength": strength, "text_strength": strength}
+                    inputs["rows"] = json.dumps(rows)
                 case "CLIPVisionLoader":
                     node["class_type"], node["inputs"] = "TestClipVision", {"seed": 0}
                 case "ImagePromptLoadFaceModel":
@@ -210,12 +224,7 @@ class Shrunk:
                 if not self.demo and kind.startswith("ImagePromptLoRA") and name.startswith("file")
             ]:
                 if name != "filename_prefix" and inputs[name] != "none":
-                    seed = sum(inputs[name].encode())
-                    if self.transformer:
-                        lora = [*build_transformer_loras(self.transformer, self.adapters).values()][seed % 3]
-                    else:
-                        lora = build_lora(self.unet, self.adapters, seed=seed)
-                    inputs[name] = self.server.add_model("loras", lora)
+                    inputs[name] = self.lora(inputs[name])
             for name in [name for name in inputs if kind in STEERING and name.startswith("strength")]:
                 inputs[name] = inputs[name] if strength is None else strength
             for name in ("width", "height", "x", "y", "expand"):
@@ -230,6 +239,15 @@ class Shrunk:
         for node in [n for n in graph.values() if n["class_type"] == "SaveImage"]:
             saved.append(graph.add("TestSaveTensor", value=node["inputs"]["images"]).id)
         return graph, saved
+
+    def lora(self, name: str) -> str:
+        """A small LoRA in place of one of this name; others for other names."""
+        seed = sum(name.encode())
+        if self.transformer:
+            file = [*build_transformer_loras(self.transformer, self.adapters).values()][seed % 3]
+        else:
+            file = build_lora(self.unet, self.adapters, seed=seed)
+        return self.server.add_model("loras", file)
 
 
 def picture(number: int, masked: bool) -> tuple[np.ndarray, str]:

@@ -22,7 +22,7 @@ BACON, CUCUMBER, DOG, OWL, SUNFLOWER, GLASS = range(6)
 REFERENCE, TEXT, LITTLE, FULL, ALONE, MASKED, STYLE, COMPOSITION = range(8)
 
 BESIDE: dict[str, Cell] = {
-    "1": (SUNFLOWER, FULL), "10": (OWL, FULL), "11": (GLASS, FULL), "12": (SUNFLOWER, ALONE), "13": (CUCUMBER, STYLE), "14": (CUCUMBER, COMPOSITION),
+    "1": (SUNFLOWER, FULL), "9": (BACON, STYLE), "10": (OWL, FULL), "11": (GLASS, FULL), "12": (SUNFLOWER, ALONE), "13": (CUCUMBER, STYLE), "14": (CUCUMBER, COMPOSITION),
     "15": (DOG, ALONE), "19": (DOG, LITTLE), "20": (SUNFLOWER, MASKED), "22": (BACON, FULL), "23": (OWL, LITTLE),
     "24": (GLASS, MASKED), "25": (GLASS, ALONE), "30": (OWL, STYLE), "31": (DOG, FULL), "33": (SUNFLOWER, LITTLE),
     "34": (BACON, ALONE), "35": (OWL, ALONE),
@@ -30,6 +30,7 @@ BESIDE: dict[str, Cell] = {
 """Workflows, by number, that turn one reference into one picture: the picture, with its reference in a corner."""
 FOURS: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
     "3": ((GLASS, REFERENCE), (GLASS, TEXT), (GLASS, LITTLE), (GLASS, FULL)),
+    "4": ((OWL, REFERENCE), (SUNFLOWER, REFERENCE), (SUNFLOWER, MASKED), (SUNFLOWER, ALONE)),
     "16": ((OWL, REFERENCE), (SUNFLOWER, REFERENCE), (GLASS, REFERENCE), (SUNFLOWER, FULL)),
     "17": ((DOG, REFERENCE), (DOG, MASKED), (GLASS, REFERENCE), (GLASS, MASKED)),
     "18": ((SUNFLOWER, TEXT), (SUNFLOWER, LITTLE), (SUNFLOWER, STYLE), (SUNFLOWER, FULL)),
@@ -51,6 +52,7 @@ PRINTS: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
     "44": ((3, 1), (3, 3), (3, 4), (3, 6)),
     "45": ((3, 4), (3, 6), (0, 4), (0, 6)),
     "46": ((2, 4), (2, 6), (0, 1), (0, 3)),
+    "47": ((0, 1), (1, 3), (2, 2), (3, 6)),
     "51": ((1, 1), (1, 2), (2, 5), (1, 3)),
 }
 """Workflows about LoRAs: four pictures of the sheet of the style LoRA."""

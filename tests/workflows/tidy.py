@@ -14,6 +14,10 @@ from typing import Any
 import tomllib
 
 from ipadapter_core.downloads import DOWNLOADS, TWINS, Download, find_download
+from ipadapter_core.features import ENCODERS
+from ipadapter_core.known_files import KNOWN_FILES
+from ipadapter_core.models.unet import SD15, SDXL
+from ipadapter_core.wishes import public_files
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "workflows"
@@ -67,6 +71,14 @@ def downloads(node: Json) -> list[Download]:
     return [one for one in found if one is not None]
 
 
+def by_need(node: Json, files: list[Download]) -> list[Download]:
+    """The best public files for the need of Load Image Prompt Models, on the checkpoint that the graph names."""
+    base = SDXL if any(file.name.startswith("sd_xl") for file in files) else SD15
+    adapter = DOWNLOADS[public_files(node["widgets_values"][0], base.name)[0]]
+    known = next(known for known in KNOWN_FILES if known.release == adapter.name)
+    return [adapter, DOWNLOADS[ENCODERS[known.encoder].public]]
+
+
 def line(download: Download) -> str:
     """A file in a note: a link, the folder, and what to do besides."""
     parts = [f"- [{download.name}]({download.url}) in models/{download.folder}"]
@@ -97,6 +109,7 @@ def tidied(workflow: Json) -> Json:
     """The graph with its models, packs, links and room."""
     nodes = [dict(node) for node in workflow["nodes"]]
     files = [file for node in nodes for file in downloads(node)]
+    files += [file for node in nodes if node["type"] == "ImagePromptLoadModels" for file in by_need(node, files)]
     for node in nodes:
         if node["type"] in NOTES:
             texts = node["widgets_values"]
