@@ -33,6 +33,9 @@ SETTINGS = {
 HOSTS_OWN = re.compile(r"Failed to load resource|Content Security Policy|Fetch API cannot load https://")
 """What the host's own frontend writes as errors: files of users that are not there yet, and models that it would look up."""
 
+TRANSLATED_HELP = re.compile(r"/docs/[^/]+/[^/]+\.md$")
+"""Help pages are asked for in the editor's language first, then in the one in which they are written."""
+
 READY = """() => window.app?.graph && window.app.extensionManager && window.app.vueAppReady !== false
   && window.LiteGraph?.registered_node_types?.ImagePromptApply && window.app.canvas?.graph"""
 
@@ -83,6 +86,10 @@ class Editor:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("response", self._answered)
         self.page.goto(server.url)
+        self.ready()
+
+    def ready(self) -> None:
+        """Wait until the page has started, with nothing open."""
         self.page.wait_for_function(READY, timeout=120_000)
         self.load(EMPTY)
         self.errors.clear()  # those of the host's own start
@@ -93,7 +100,7 @@ class Editor:
 
     def _answered(self, response: Response) -> None:
         ours = "/extensions/ipadapter-studio/" in response.url or "/image_prompt/" in response.url
-        if ours and response.status >= 400:
+        if ours and response.status >= 400 and not TRANSLATED_HELP.search(response.url):
             self.errors.append(f"{response.status} {response.url}")
 
     @property
@@ -114,6 +121,10 @@ class Editor:
         self.page.evaluate("graph => app.loadGraphData(graph)", workflow)
         self.page.evaluate(FIT)
         self.settle()
+
+    def empty(self) -> None:
+        """Open a graph without nodes."""
+        self.load(EMPTY)
 
     def add(self, kind: str) -> int | str:
         """Open a graph of one node with the widgets that it begins with; returns the node's id."""

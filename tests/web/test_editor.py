@@ -8,6 +8,7 @@ One file, so that each host's server and browser start once; a new check is a fu
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from host.comfy_server import ComfyServer
 from host.shrunk import build_checkpoint
+from host.test_search import WORDS
 from host.tiny_lora_files import lora_tensors
 from ipadapter_core.attention.presets import parse_site_factors
 from ipadapter_core.attention.schedule import parse_curve
@@ -247,6 +249,91 @@ def read(editor: Editor, sentence: str) -> None:
         arg=[place, sentence],
         timeout=20_000,
     )
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+TYPED = ("style transfer", "faceid", "regional", "block weight", "power lora", "train", "unified loader", "no download")
+
+
+def test_words_that_people_type_find_nodes_in_the_search_box(editor: Editor) -> None:
+    """Those of ``WORDS`` and one more; the box of older hosts knows titles alone, and shows its results in the list that it has."""
+    words = {**WORDS, "no download": {"ImagePromptDemoWorld"}}
+    titles = {kind: info["display_name"] for kind, info in editor.server.pack_nodes().items()}
+    asked = {typed: {titles[kind] for kind in words[typed]} for typed in TYPED}
+    if len(editor.renderers) == 1:
+        asked = {title.lower(): {title} for title in ("Apply Adapter to Model", "LoRA Rows", "Demo World")}
+    page = editor.page
+    editor.empty()
+    with editor.quiet("search"):
+        page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+        box = page.get_by_role("combobox", name=re.compile("Add a node")).or_(
+            page.locator("input[placeholder='Search Nodes...']")
+        )
+        for typed, wanted in asked.items():
+            box.fill(typed)
+            for title in wanted:
+                page.get_by_role("option").filter(has_text=title).first.wait_for(timeout=10_000)
+            editor.shot(f"search {typed}")
+    page.keyboard.press("Escape")  # at which older boxes write an error of their own
+
+
+def test_a_template_offers_its_files_for_download(editor: Editor) -> None:
+    """Older hosts ask before they open it, with the same files."""
+    if len(editor.renderers) == 1:
+        return
+    page = editor.page
+    workflow = json.loads((WORKFLOWS[0].parent / "10 Image prompt, SD1.5.json").read_text())
+    files = {model["name"] for node in workflow["nodes"] for model in node["properties"].get("models", ())}
+    assert len(files) == 3
+    editor.use("nodes 2.0")
+    editor.load(workflow)
+    page.get_by_role("button", name="View details").click()
+    page.get_by_role("button", name="Download all").wait_for()
+    editor.shot("missing models")
+    for file in files:
+        page.get_by_role("button", name=file).first.wait_for()
+    assert page.get_by_role("button").filter(has_text=re.compile("^Download$")).count() == len(files)
+    page.get_by_role("button", name="Toggle properties panel").click()
+
+
+def test_help_opens_with_its_picture(editor: Editor) -> None:
+    page = editor.page
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        node = editor.add("ImagePromptApply")
+        with editor.quiet(f"help, {renderer}"):
+            page.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", node)
+            page.get_by_test_id("info-button").click()
+            page.get_by_role("heading", name="Recipe").wait_for()
+            picture = page.locator("img[src*='docs/presets']").first
+            picture.scroll_into_view_if_needed()
+            page.wait_for_function("() => document.querySelector(\"img[src*='docs/presets']\").naturalWidth > 100")
+            editor.shot(f"help {renderer}")
+            if len(editor.renderers) > 1:
+                page.get_by_role("button", name="Toggle properties panel").click()
+            else:
+                page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')")
+
+
+def test_another_language_shows_translated_nodes(editor: Editor) -> None:
+    texts = json.loads((WORKFLOWS[0].parents[1] / "locales/zh/texts.json").read_text("utf-8"))
+    page = editor.page
+    try:
+        editor.server.post("/settings", {"Comfy.Locale": "zh"})
+        page.reload()
+        editor.ready()
+        for renderer in editor.renderers:
+            editor.use(renderer)
+            node = editor.add("ImagePromptApply")
+            editor.shot(f"zh {renderer}")
+            assert editor.nodes()[str(node)].title == texts["Apply Adapter to Model"]
+    finally:
+        editor.server.post("/settings", {"Comfy.Locale": "en"})
+        page.reload()
+        editor.ready()
+    node = editor.add("ImagePromptApply")
+    assert editor.nodes()[str(node)].title == "Apply Adapter to Model"
 
 
 # --- old nodes --------------------------------------------------------------------------------------------------------
