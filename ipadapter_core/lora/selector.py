@@ -52,7 +52,8 @@ _BLOCK = re.compile(
 )
 
 
-_EXAMPLES = ", ".join(f"{word}*" for word in BLOCK_WORDS if word not in ("in", "mid", "out"))
+_EXAMPLES = ", ".join([f"{word}*" for word in BLOCK_WORDS if word not in ("in", "mid", "out")][:7])
+"""Enough to see the form: a message is one sentence, and Inspect LoRA names a file's own."""
 
 
 def _has_word(word: str) -> Test:
