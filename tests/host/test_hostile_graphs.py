@@ -153,6 +153,8 @@ def _make(kind: str, trap: Trap, graph: Graph) -> Link | None:
             return graph.add("EmptyImage", width=64, height=64, batch_size=2, color=255)[0]
         case "MASK":
             return graph.add("SolidMask", value=1.0, width=64, height=64)[0]
+        case "LATENT":
+            return graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)[0]
         case "CONDITIONING":
             return graph.add("TestConditioning", seed=0, width=UNETS["sd15_small"].text_width)[0]
         case "IMAGE_PROMPT_ADAPTER":
