@@ -20,9 +20,6 @@ EMPTY = {
     "ImagePromptLoadAdapter": ("file", "ipadapter"),
     "ImagePromptLoadEncoder": ("file", "clip_vision"),
     "ImagePromptLoad": ("file", "image_prompts"),
-    "ImagePromptLoRAInspect": ("file", "loras"),
-    "ImagePromptLoRASave": ("file", "loras"),
-    "ImagePromptLoRAStrength": ("file", "loras"),
     "ImagePromptLoRAExtract": ("tuned", "checkpoints"),
     "ImagePromptTrain": ("base_model", "checkpoints"),
     "ImagePromptTrainLoRA": ("base_model", "checkpoints"),
@@ -60,7 +57,8 @@ def test_an_empty_folder_says_so_in_the_list_and_when_run(bare: ComfyServer) -> 
         assert part in sentence
     sentence = told(bare, "ImagePromptLoadEncoder", file="no file in models/clip_vision yet")
     assert DOWNLOADS["CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"].where in sentence
-    assert "loras yet" in told(bare, "ImagePromptLoRAInspect", file="no file in models/loras yet")
+    (demo,) = nodes["ImagePromptLoRAInspect"]["input"]["required"]["file"][1]["options"]
+    assert demo == "demo-world-style.safetensors", "the demo world's LoRA is always there"
     # before it runs, or on a host that looks at no such lists, when it does
     with pytest.raises((GraphRejected, ExecutionFailed), match="no file in models/ipadapter yet"):
         bare.run({"1": {"class_type": "ImagePromptInspect", "inputs": {"adapter": ["2", 0]}}} | {
