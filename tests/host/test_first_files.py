@@ -21,10 +21,8 @@ EMPTY = {
     "ImagePromptLoadEncoder": ("file", "clip_vision"),
     "ImagePromptLoad": ("file", "image_prompts"),
     "ImagePromptLoRAExtract": ("tuned", "checkpoints"),
-    "ImagePromptTrain": ("base_model", "checkpoints"),
-    "ImagePromptTrainLoRA": ("base_model", "checkpoints"),
 }
-"""Nodes with a list of files, and the folder that the list is of."""
+"""Nodes with a list of files, and the folder that the list is of; lists of LoRAs and of what trains begin with the demo world."""
 
 
 @pytest.fixture(scope="module", params=HOSTS or [None], ids=lambda host: host.name if host else "no-comfyui")
