@@ -8,12 +8,10 @@ case has none), with what else the case is about; {"absent": …} on a host with
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,23 +32,13 @@ import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from in_host import Counting, hooks_on, load, weights_packed, without_options  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 torch.set_num_threads(1)
 if not hasattr(comfy.supported_models, "Anima"):
     print(json.dumps({"absent": "this ComfyUI has no Anima"}))
     sys.exit()
-
-
-def load(name: str, file: Path, package: bool = False) -> Any:
-    where = [str(file.parent)] if package else None
-    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=where)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tiny_state = load("tiny", HERE.parent / "tiny.py").tiny_state
@@ -252,10 +240,6 @@ def report(case: str, got: dict[str, Tensor], expected: dict[str, Tensor] | None
     print(json.dumps({"case": case, "difference": max(differences) if differences else None, **more}), flush=True)
 
 
-def hooks_on(model: Any) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules())
-
-
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in b)
 
@@ -322,56 +306,10 @@ def neighbours(model: Any) -> None:
                 calls.clear()
                 got = predict(steered)
                 report(f"{file}, {name} {when}", got, expected, calls=calls[slot] / BLOCKS)
-        with blocks_without_options(model):
+        with without_options(model.model.diffusion_model.blocks):
             report(f"{file}, blocks called without options", predict(prompted(model, file=file)), expected)
         with weights_packed(model):
             report(f"{file}, packed weights", predict(prompted(model, file=file)), expected)
-
-
-@contextmanager
-def blocks_without_options(model: Any) -> Iterator[None]:
-    """A pack with a forward of its own, that does not hand options on to the blocks."""
-    blocks = list(model.model.diffusion_model.blocks)
-
-    def without(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, transformer_options=None, **kwargs: forward(*args, **kwargs)
-
-    for block in blocks:
-        block.forward = without(block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-class Packed(nn.Module):
-    """A matrix without ``weight``, as quantised layers have it."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
-        self.register_buffer("stored", layer.weight.double())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.stored.to(x), self.bias)
-
-
-@contextmanager
-def weights_packed(model: Any) -> Iterator[None]:
-    found = [
-        (module, name, layer)
-        for module in model.model.diffusion_model.modules()
-        for name, layer in module.named_children()
-        if isinstance(layer, nn.Linear)
-    ]
-    for module, name, layer in found:
-        setattr(module, name, Packed(layer))
-    try:
-        yield
-    finally:
-        for module, name, layer in found:
-            setattr(module, name, layer)
 
 
 def failing(model: Any) -> None:
@@ -386,16 +324,6 @@ def failing(model: Any) -> None:
         predict(steered)
     except RuntimeError as error:
         report("an error inside", {}, said=str(error), left=hooks_on(model))
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 VIEWS = {

@@ -13,11 +13,9 @@ import importlib.util
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 host_folder, folder = sys.argv[1:3]
@@ -36,10 +34,10 @@ import comfy.model_patcher  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
+from in_host import Counting, hooks_on, load, weights_packed, without_options  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 FOLDER, HERE = Path(folder), Path(__file__).resolve().parent
@@ -48,18 +46,7 @@ SIGMA: float = SHAPES["sigma"]
 INPUTS, EXPECTED = load_file(FOLDER / "inputs.safetensors"), load_file(FOLDER / "expected.safetensors")
 
 
-def load_pack() -> ModuleType:
-    file = HERE.parents[1] / "__init__.py"
-    spec = importlib.util.spec_from_file_location("ours", file, submodule_search_locations=[str(file.parent)])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ours"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-load_pack()
+load("ours", HERE.parents[1] / "__init__.py", package=True)
 from ours import ipadapter_core  # type: ignore # noqa: E402
 from ours.ipadapter_core.backends.comfy import doors  # type: ignore # noqa: E402
 from ours.ipadapter_core.checkpoints.instantx import InstantX  # type: ignore # noqa: E402
@@ -182,11 +169,6 @@ def report(case: str, got: dict[str, Tensor], oracle: str | None, **more: Any) -
     print(json.dumps({"case": case, "difference": max(differences) if differences else None, **more}), flush=True)
 
 
-def slots_left(model: Any) -> int:
-    """Hooks on modules."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules())
-
-
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -197,7 +179,7 @@ def parity(models: dict[str, Any]) -> None:
         report(f"{kind} plain", plain, f"{kind} plain")
         for family in ("xlabs", "instantx"):
             steered = prompted(model, family)
-            report(f"{kind} {family}", predict(steered), f"{kind} {family}", left=slots_left(model))
+            report(f"{kind} {family}", predict(steered), f"{kind} {family}", left=hooks_on(model))
             report(f"{kind} {family} off", predict(prompted(model, family, scale=0.0)), None, same=same(predict(prompted(model, family, scale=0.0)), plain))  # fmt: skip
             report(f"{kind} after {family}", predict(model), f"{kind} plain", same=same(predict(model), plain))
         report(f"{kind} raw", predict(prompted(model, "instantx", family="raw")), f"{kind} raw")
@@ -257,56 +239,10 @@ def neighbours(model: Any) -> None:
                 calls.clear()
                 got = predict(steered)
                 report(f"{family}, {name} {when}", got, f"flux {family}", calls=calls[name] / blocks)
-        with blocks_without_options(model):
+        with without_options([*model.model.diffusion_model.double_blocks, *model.model.diffusion_model.single_blocks]):
             report(f"{family}, blocks called without options", predict(prompted(model, family)), f"flux {family}")
         with weights_packed(model):
             report(f"{family}, packed weights", predict(prompted(model, family)), f"flux {family}")
-
-
-@contextmanager
-def blocks_without_options(model: Any) -> Iterator[None]:
-    """A pack with a forward of its own, that does not hand options on to the blocks."""
-    blocks = [*model.model.diffusion_model.double_blocks, *model.model.diffusion_model.single_blocks]
-
-    def without(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, transformer_options=None, **kwargs: forward(*args, **kwargs)
-
-    for block in blocks:
-        block.forward = without(block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-class Packed(nn.Module):
-    """A matrix without ``weight``, as quantised layers have it."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
-        self.register_buffer("stored", layer.weight.double())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.stored.to(x), self.bias)
-
-
-@contextmanager
-def weights_packed(model: Any) -> Iterator[None]:
-    found = [
-        (module, name, layer)
-        for module in model.model.diffusion_model.modules()
-        for name, layer in module.named_children()
-        if isinstance(layer, nn.Linear)
-    ]
-    for module, name, layer in found:
-        setattr(module, name, Packed(layer))
-    try:
-        yield
-    finally:
-        for module, name, layer in found:
-            setattr(module, name, layer)
 
 
 def unsound(model: Any) -> None:
@@ -330,17 +266,7 @@ def failing(model: Any) -> None:
     try:
         predict(steered)
     except RuntimeError as error:
-        report("an error inside", {}, None, said=str(error), left=slots_left(model))
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        report("an error inside", {}, None, said=str(error), left=hooks_on(model))
 
 
 VIEWS = {

@@ -15,12 +15,10 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 host_folder, *chosen = sys.argv[1:]
@@ -38,21 +36,10 @@ import comfy.samplers  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import host_models  # noqa: E402
 import torch  # noqa: E402
+from in_host import Counting, load  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-
-
-def load(name: str, file: Path, *, package: bool = False) -> ModuleType:
-    where = [str(file.parent)] if package else None
-    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=where)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 hand: Any = load("by_hand", HERE.parent / "by_hand.py")
@@ -178,16 +165,6 @@ def apart(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((ours[n] - t).abs().max() / t.abs().max().clamp_min(1)) for n, t in expected.items())
 
 
-class Synchronising(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def report(name: str, case: Case) -> None:
     if not hasattr(comfy.supported_models, case.model):
         print(json.dumps({"case": name, "absent": f"this ComfyUI has no {case.model}"}), flush=True)
@@ -205,9 +182,9 @@ def report(name: str, case: Case) -> None:
     ours = predict(case, steered)
     ran = len(passes) - before
     handle.remove()
-    with Synchronising() as counted:
+    with Counting() as counted:
         predict(case, steered)
-    with Synchronising() as without:
+    with Counting() as without:
         predict(case, model)
     with hand.by_hand(denoiser, patches, case.sequences, latents=4, cell=case.cell):
         expected = predict(case, model)

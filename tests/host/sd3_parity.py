@@ -8,12 +8,10 @@ case has no oracle), with what else the case is about. tests/host/test_sd3_parit
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,9 @@ import comfy.model_patcher  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
+from in_host import Counting, hooks_on, load, weights_packed, without_options  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 torch.set_num_threads(1)
 FOLDER, HERE = Path(folder), Path(__file__).resolve().parent
@@ -39,17 +37,8 @@ SHAPES = json.loads((FOLDER / "shapes.json").read_text())
 INPUTS, EXPECTED = load_file(FOLDER / "inputs.safetensors"), load_file(FOLDER / "expected.safetensors")
 
 
-def load_core() -> None:
-    """The core without the nodes around it, which want the host's server."""
-    file = HERE.parents[1] / "ipadapter_core" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("ipadapter_core", file, submodule_search_locations=[str(file.parent)])
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["ipadapter_core"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-load_core()
+# the core without the nodes around it, which want the host's server
+load("ipadapter_core", HERE.parents[1] / "ipadapter_core" / "__init__.py", package=True)
 import ipadapter_core  # noqa: E402
 from ipadapter_core.backends.comfy import doors  # noqa: E402
 
@@ -141,10 +130,6 @@ def report(case: str, got: dict[str, Tensor], oracle: str | None, **more: Any) -
     print(json.dumps({"case": case, "difference": max(differences) if differences else None, **more}), flush=True)
 
 
-def hooks_on(model: Any) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules())
-
-
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -200,56 +185,10 @@ def neighbours(model: Any) -> None:
             calls.clear()
             got = predict(steered)
             report(f"{name} {when}", got, "large instantx", calls=calls[name] / SHAPES["blocks"])
-    with blocks_without_options(model):
+    with without_options(model.model.diffusion_model.joint_blocks):
         report("blocks called without options", predict(prompted(model)), "large instantx")
     with weights_packed(model):
         report("packed weights", predict(prompted(model)), "large instantx")
-
-
-@contextmanager
-def blocks_without_options(model: Any) -> Iterator[None]:
-    """A pack with a forward of its own, that does not hand options on to the blocks."""
-    blocks = list(model.model.diffusion_model.joint_blocks)
-
-    def without(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, transformer_options=None, **kwargs: forward(*args, **kwargs)
-
-    for block in blocks:
-        block.forward = without(block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-class Packed(nn.Module):
-    """A matrix without ``weight``, as quantised layers have it."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
-        self.register_buffer("stored", layer.weight.double())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.stored.to(x), self.bias)
-
-
-@contextmanager
-def weights_packed(model: Any) -> Iterator[None]:
-    found = [
-        (module, name, layer)
-        for module in model.model.diffusion_model.modules()
-        for name, layer in module.named_children()
-        if isinstance(layer, nn.Linear)
-    ]
-    for module, name, layer in found:
-        setattr(module, name, Packed(layer))
-    try:
-        yield
-    finally:
-        for module, name, layer in found:
-            setattr(module, name, layer)
 
 
 def unsound(model: Any) -> None:
@@ -276,16 +215,6 @@ def failing(model: Any) -> None:
         predict(steered)
     except RuntimeError as error:
         report("an error inside", {}, None, said=str(error), left=hooks_on(model))
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 VIEWS = {
