@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import comfy.lora
@@ -13,23 +10,13 @@ import comfy.model_patcher
 import comfy.sd
 import host_models
 import torch
+from in_host import load
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 
 
-def load_pack() -> ModuleType:
-    file = HERE.parents[1] / "__init__.py"
-    spec = importlib.util.spec_from_file_location("ours", file, submodule_search_locations=[str(file.parent)])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ours"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-load_pack()
+load("ours", HERE.parents[1] / "__init__.py", package=True)
 from ours.ipadapter_core.attention.schedule import Window  # type: ignore # noqa: E402, F401
 from ours.ipadapter_core.lora import load_lora  # type: ignore # noqa: E402, F401
 from ours.ipadapter_core.lora.layer import Layer  # type: ignore # noqa: E402
