@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device_cache import DeviceCache
 from ..errors import AdapterError, InvalidInputError
 from ..models.grids import Size, TokenGrid
 from ..models.sites import ModelLayout, Site
@@ -44,6 +45,10 @@ BUDGET = 256 * 2**20
 """Bytes of sums that a recording keeps at most; the usual picture takes 1 MB."""
 MOST_OF_ONE = 4 * 2**20
 """Bytes of the sums of one reference, stage and group: beyond it, the last latents of a batch are left out."""
+
+
+Rows = slice | Tensor
+"""Where some latents stand among those that are recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +207,7 @@ class _Hearing:
         assert isinstance(patch, AdapterPatch)
 
         def telling(base: Tensor, at: SiteCall, rows: Tensor) -> Tensor:
-            tell: Any = torch.compiler.disable(self._tell) if torch.compiler.is_compiling() else self._tell
-            tell(patch, site, base, at, rows, add, references, count)
+            self._tell(patch, site, base, at, rows, add, references, count)
             return add(base, at, rows)
 
         return telling
@@ -276,6 +280,7 @@ class _Run:
         self._names: list[tuple[str, int, AdapterPatch]] = []
         self._maps: dict[tuple[int, int, str, torch.device], Tensor] = {}
         self._means: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._windows: DeviceCache[Tensor] = DeviceCache()
         self._calls: Counter[tuple[int, Area | None, Frames | None]] = Counter()
         self._notes: dict[str, None] = {}
 
@@ -319,11 +324,14 @@ class _Run:
                 return
             self._layout = layout
             first = self._number_of(patch, shares.shape[-1])
-            rows = self._rows_of(call, latents)
+            found = self._recorded(call, latents, shares.device)
+            if found is None:
+                return
+            taken, rows = found
             for chunk in hearing.chunks:
                 area = areas[chunk]
                 seen = call.latent if area is None else area[:2]
-                mine = shares[chunk * latents : (chunk + 1) * latents].permute(2, 0, 1)[:, : len(rows)]  # r m l
+                mine = shares[chunk * latents : (chunk + 1) * latents].permute(2, 0, 1)[:, taken]  # r m l
                 part = seen[0] * seen[1] / (call.latent[0] * call.latent[1])
                 shape = None if at.shape is None else (at.shape[-2], at.shape[-1])
                 grid = layout.model.tokens.grid(seen, mine.shape[-1], shape)
@@ -345,8 +353,8 @@ class _Run:
             self._names += [(patch.name, i + 1 if count > 1 else 0, patch) for i in range(count)]
         return self._references[patch].start
 
-    def _rows_of(self, call: ModelCall, latents: int) -> Sequence[int]:
-        """Where the latents of a call stand among those that are recorded."""
+    def _recorded(self, call: ModelCall, latents: int, device: torch.device) -> tuple[Rows, Rows] | None:
+        """Which latents of a call are recorded, and where they stand among all that are; None if none is."""
         assert self._latent is not None
         total = latents if call.frames is None else call.frames.count
         kept = max(1, MOST_OF_ONE // (4 * self._latent[0] * self._latent[1]))
@@ -354,20 +362,30 @@ class _Run:
             self._notes[f"the first {kept} of {total} images are recorded"] = None
         self._latents = max(self._latents, min(total, kept))
         numbers = range(latents) if call.frames is None else call.frames.numbers
-        return [number for number in numbers if number < kept]
+        found = [(i, number) for i, number in enumerate(numbers) if number < kept]
+        if not found:
+            return None
+        taken, rows = zip(*found, strict=True)
+        return self._rows(taken, device), self._rows(rows, device)
 
-    def _add_map(self, key: tuple[int, int, str], rows: Sequence[int], area: Area | None, values: Tensor) -> None:
+    def _rows(self, numbers: tuple[int, ...], device: torch.device) -> Rows:
+        """Made once for a window: a copy to a device is waited for."""
+        if numbers == tuple(range(numbers[0], numbers[0] + len(numbers))):
+            return slice(numbers[0], numbers[0] + len(numbers))
+        return self._windows.made((numbers, device), lambda: torch.tensor(numbers, device=device))
+
+    def _add_map(self, key: tuple[int, int, str], rows: Rows, area: Area | None, values: Tensor) -> None:
         assert self._latent is not None
         found = self._sums(self._maps, (*key, values.device), self._latent, values)
         if found is not None:
             height, width, top, left = area or (*self._latent, 0, 0)
-            _add_rows(found[:, top : top + height, left : left + width], rows, values)
+            _add_at(found[:, top : top + height, left : left + width], rows, values)
 
-    def _add_mean(self, stage: int, reference: int, site: int, rows: Sequence[int], values: Tensor) -> None:
+    def _add_mean(self, stage: int, reference: int, site: int, rows: Rows, values: Tensor) -> None:
         assert self._layout is not None
         found = self._sums(self._means, (stage, reference, values.device), (len(self._layout.sites),), values)
         if found is not None:
-            _add_rows(found[:, site], rows, values)
+            _add_at(found[:, site], rows, values)
 
     def _sums(self, kept: dict[Any, Tensor], key: Any, size: tuple[int, ...], like: Tensor) -> Tensor | None:
         """The sums under a key, ``latents …``; None where there is no more room for any."""
@@ -427,14 +445,12 @@ class _Run:
         return tuple(named)
 
 
-def _add_rows(sums: Tensor, rows: Sequence[int], values: Tensor) -> None:
-    """``sums[rows] += values``, the rows being one behind the other or not."""
-    if not rows:
-        return
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        sums[rows[0] : rows[0] + len(rows)] += values
+def _add_at(sums: Tensor, rows: Rows, values: Tensor) -> None:
+    """``sums[rows] += values``."""
+    if isinstance(rows, slice):
+        sums[rows] += values
     else:
-        sums.index_add_(0, torch.tensor(list(rows), device=sums.device), values.to(sums.dtype))
+        sums.index_add_(0, rows, values.to(sums.dtype))
 
 
 def _gathered(sums: Mapping[tuple[Any, ...], Tensor], latents: int) -> dict[Any, Tensor]:

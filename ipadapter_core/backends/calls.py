@@ -201,6 +201,22 @@ def eagerly(function: Callable[Given, Result], *args: Given.args, **kwargs: Give
     return function(*args, **kwargs)
 
 
+Operation = Callable[..., Tensor]
+
+
+def uncaptured(name: str, function: Operation, like: Operation) -> Operation | None:
+    """A function as an operation that compiled code calls by name; ``like`` gives the shape of its result.
+
+    None where this torch cannot keep it out of CUDA graphs.
+    """
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    if tag is None:
+        return None
+    operation = torch.library.custom_op(f"image_prompt::{name}", function, mutates_args=(), tags=(tag,))
+    operation.register_fake(like)
+    return operation
+
+
 def watch_hooks() -> None:
     """Let torch.compile see hooks that come and go, which it does not by itself (skip_nnmodule_hook_guards).
 

@@ -18,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from ipadapter_core import WeightSchedule, Window, bake, layout_of
 from ipadapter_core.attention.maths import split_heads
 from ipadapter_core.attention.patch import AdapterPatch
+from ipadapter_core.attention.recording import AttentionMaps, Recorder
 from ipadapter_core.backends.comfy import compiled as comfy_compiled
 from ipadapter_core.backends.comfy import doors as comfy
 from ipadapter_core.backends.comfy import lora as comfy_lora
 from ipadapter_core.backends.comfy.notes import note_call
+from ipadapter_core.backends.comfy.recording import Recording, record
 from ipadapter_core.backends.diffusers import doors as images
 from ipadapter_core.backends.diffusers import lora as loras
 from ipadapter_core.lora.patch import LoRAPatch, masked
@@ -283,6 +285,51 @@ def test_a_diffusers_unet() -> None:
     assert torch.equal(call(model), without)
 
 
+@pytest.mark.parametrize("way", ["wrapped", "blocks"])
+def test_a_recorded_run_of_a_compiled_model(unet: Any, way: str) -> None:
+    """Maps and pictures of the model that is not compiled. Recording breaks no graph and is one more code for all calls; without it nothing is
+    made anew, and the picture is the same to the bit."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    plain = copy.deepcopy(unet)
+    mask = torch.zeros(8, 8)
+    mask[:, :5] = 1
+    patches = image_on(unet, mask=mask), image_on(unet, seed=1, strength=0.6)
+    model = compiled(unet, way)
+
+    def recorded(model: Any, handle: Any) -> tuple[AttentionMaps, list[Tensor]]:
+        recorder = Recorder(2)
+        handle.record(recorder)
+        out = [call(model, t) for t in (900.0, 600.0, 300.0)]
+        handle.record(None)
+        return recorder.maps(), out
+
+    with images.apply(plain, *patches) as handle:
+        expected, pictures = recorded(plain, handle)
+    with images.apply(unet, *patches) as handle:
+        before = call(model, 300.0)
+        broken, made = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+        for _ in range(2):
+            maps, out = recorded(model, handle)
+            for got, want in zip(out, pictures, strict=True):
+                assert_close(got, want, **CLOSE)
+            for r in range(2):
+                for stage in (0, 1):
+                    assert_close(maps.map(r, stage), expected.map(r, stage), rtol=0, atol=1e-6)
+            assert_close(maps.by_site(), expected.by_site(), rtol=0, atol=1e-6)
+            assert torch.equal(call(model, 300.0), before)
+        assert float((maps.map(0) - maps.map(1)).abs().max()) > 0.01, "nothing tells the two apart"
+        assert sum(counters["graph_break"].values()) == broken
+        assert counters["stats"]["unique_graphs"] == 2 * made
+        if way == "blocks":  # gradients pass through a call that is recorded
+            recorder, x = Recorder(1), noise(2, 4, 8, 8, seed=3).requires_grad_()
+            handle.record(recorder)
+            model(x, torch.tensor(300.0), noise(2, 7, TOKEN_DIM, seed=4)).square().mean().backward()
+            assert x.grad is not None
+            assert len(recorder.maps().references) == 2
+
+
 def test_gradients_through_a_compiled_checkpointed_model(unet: Any) -> None:
     """Two forwards, one backward, each at its own progress."""
     curve = WeightSchedule(curve=((0.0, 1.0), (1.0, 0.1)))
@@ -386,6 +433,38 @@ def test_image_prompts_break_no_graph_of_a_compiled_comfyui_model() -> None:
         assert made[:5] == [1] * 5, "code was made anew"
         assert made[5] > 1, "another node's hook is part of the code, and shares none"
         assert made[5:] == made[5:6] * 3, "code was made anew"
+
+
+def test_a_recorded_run_of_a_compiled_comfyui_model() -> None:
+    """The same code with and without a recorder, and the maps of the model that is not compiled."""
+    host = tiny_host()
+    layout = comfy.comfy_layout(host)
+    adapter = tiny_adapter(layout)
+    steered = comfy.apply(host, bake(adapter, tiny_prompt(adapter), layout, WeightSchedule(0.7)))
+    recordings = [Recording(2), Recording(2)]
+    models = [record(steered, recording) for recording in recordings]
+    conds: Any = {
+        name: [conditioning(noise(1, 7, TOKEN_DIM, seed=i))] for i, name in enumerate(("positive", "negative"))
+    }
+    x = noise(1, 4, 8, 8)
+    with torch.no_grad():
+        for percent in (0.2, 0.8):
+            Guider(models[0], conds)(x, percent)
+        counted = compiled_host(host, [steered, models[1]])
+        before = Guider(steered, conds)(x, 0.2)
+        made = counted["made"]
+        for percent in (0.2, 0.8):
+            run = counted["run"]
+            got = Guider(models[1], conds)(x, percent)
+            assert counted["run"] == run + 1, "a graph broke"
+            if percent == 0.2:
+                assert all(torch.equal(got[name], before[name]) for name in before)
+        assert counted["made"] == made, "code was made anew"
+        assert all(torch.equal(one, before[name]) for name, one in Guider(steered, conds)(x, 0.2).items())
+    want, have = (recording.recorder.maps() for recording in recordings)
+    for stage in (0, 1):
+        assert_close(have.map(stage=stage), want.map(stage=stage), rtol=0, atol=1e-5)
+    assert float(want.map().min()) > 0.01
 
 
 def test_clones_of_a_compiled_comfyui_model() -> None:

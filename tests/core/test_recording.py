@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import ipadapter_core.attention.recording as recording_module
-from benchmarks.attention_cost import cost_of
+from benchmarks.attention_cost import Operations, cost_of
 from ipadapter_core import AdapterPatch, ImagePrompt, ModelCall, SiteCall, WeightSchedule, bake, layout_of
 from ipadapter_core.attention.batch import Frames
 from ipadapter_core.attention.call import COND, UNCOND
@@ -423,6 +423,33 @@ def test_windows_of_an_animation_fill_their_frames() -> None:
     seen = maps.map().flatten(1).mean(1) > 0
     assert seen.tolist() == [True, True, True, False, True]
     assert maps.stages[0].calls == pytest.approx(6 / 5)
+
+
+def test_of_a_window_those_are_recorded_that_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they stand in it."""
+    patch, recorder, alone = host_patch(0), Recorder(1), Recorder(1)
+    site_call(patch, alone, 3)
+    monkeypatch.setattr(recording_module, "MOST_OF_ONE", 3 * 4 * 60)
+    site_call(patch, recorder, 3, frames=Frames((4, 0, 2), 5))
+    got, each = recorder.maps().map(), alone.maps().map()
+    assert_close(got, torch.stack([each[1], torch.zeros(LATENT), each[2]]), rtol=0, atol=1e-7)
+    assert float((each[1] - each[2]).abs().max()) > 1e-3
+
+
+def test_windows_are_looked_up_once() -> None:
+    """Counted: numbers of a window that become a tensor on the device, which waits for them."""
+    patch, recorder = host_patch(0, 1), Recorder(1)
+
+    def numbers_copied(*numbers: int) -> tuple[int, int]:
+        with Operations() as operations:
+            site_call(patch, recorder, 3, frames=Frames(numbers, 5))
+            recorder._run.close(threading.get_ident())
+        return operations.seen["aten.lift_fresh"], operations.seen["aten.index_add_"]
+
+    assert numbers_copied(4, 0, 2) == (1, 4), "once for a map and a mean of both references"
+    assert numbers_copied(4, 0, 2) == (0, 4)
+    assert numbers_copied(1, 4, 2) == (1, 4)
+    assert numbers_copied(0, 1, 2) == (0, 0), "a window in a row needs none"
 
 
 def test_merged_tokens_are_left_out_of_the_maps_and_said() -> None:

@@ -29,8 +29,8 @@ from ...errors import IncompatibleAdapterError
 from ...models.grids import Size
 from ...models.reach import Reach
 from ...models.sites import ModelLayout, Site
-from ..calls import Hooks, eagerly, uncompiled
-from .compiled import past_the_host, uncaptured
+from ..calls import Hooks, eagerly, uncaptured, uncompiled
+from .compiled import past_the_host
 
 PATCHES = "image_prompt"
 """Our list in the ``patches`` of transformer_options: one ``BlockPrompt`` for each image prompt, in order."""

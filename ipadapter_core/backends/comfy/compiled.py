@@ -10,7 +10,7 @@ of their site. Which prompts act there, how strongly and on which branches is lo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...attention.call import ModelCall
 from ...errors import IncompatibleAdapterError
+from ..calls import uncaptured
 
 
 @runtime_checkable
@@ -73,22 +74,6 @@ def past_the_host() -> IncompatibleAdapterError:
         "a compiled model was called past ComfyUI's apply_model, so its image prompts are unknown; remove the node that "
         "calls it, or the one that compiles the model"
     )
-
-
-Operation = Callable[..., Tensor]
-
-
-def uncaptured(name: str, function: Operation, like: Operation) -> Operation | None:
-    """A function as an operation that compiled code calls by name; ``like`` gives the shape of its result.
-
-    None where this torch cannot keep it out of CUDA graphs.
-    """
-    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
-    if tag is None:
-        return None
-    operation = torch.library.custom_op(f"image_prompt::{name}", function, mutates_args=(), tags=(tag,))
-    operation.register_fake(like)
-    return operation
 
 
 add_at_site = uncaptured("add_at_site", _add, _like_base)

@@ -10,10 +10,13 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -31,7 +34,7 @@ from ...models.reach import Reach
 from ...models.sd3 import walk_sd3
 from ...models.sites import ModelLayout, Site, Walk
 from ...models.unet import walk_unet
-from ..calls import Calls, eagerly, uncompiled
+from ..calls import Calls, eagerly, uncaptured, uncompiled
 from .notes import Around, Beginning, Branches
 from .pipelines import Asked, model_of
 from .transformer import TransformerEntry
@@ -213,6 +216,9 @@ class AppliedAdapters:
 
 
 _ATTACHING = Lock()
+_NUMBERS = count()
+_HOOKS: WeakValueDictionary[int, _SiteHook] = WeakValueDictionary()
+"""By number, which is what compiled code knows them by."""
 
 
 class _SiteHook:
@@ -224,6 +230,8 @@ class _SiteHook:
     def __init__(self, owner: AppliedAdapters, place: int, index: int, site: Site, entry: Entry) -> None:
         self.owner, self.place, self.index, self.site, self.entry = owner, place, index, site, entry
         self._calls = owner.calls
+        self.number = next(_NUMBERS)
+        _HOOKS[self.number] = self
         self._modules: tuple[nn.Module, ...] = ()
         self._heard = 0
         self._handles: list[RemovableHandle] = []
@@ -291,9 +299,54 @@ class _SiteHook:
         return self.entry.added(value, model, partial(self._add, self.entry.site(outputs, model), call))
 
     def _add(self, at: SiteCall, call: _Call, base: Tensor) -> Tensor:
+        if call.model.hearing is not None and torch.compiler.is_compiling():
+            if add_heard is None or torch.is_grad_enabled():  # the operation has no gradient
+                return eagerly(self._add_now, at, call, base)
+            shape, norms = [] if at.shape is None else [*at.shape], (at.query_norm, at.key_norm)
+            return add_heard(base, at.q, at.k, at.v, at.emb, *norms, shape, at.heads, at.text, self.number)
+        return self._add_now(at, call, base)
+
+    def _add_now(self, at: SiteCall, call: _Call, base: Tensor) -> Tensor:
         for patch in call.acting[self.place]:
             base = patch.add_to(base, self.index, at)
         return base
+
+    def add_heard(self, at: Callable[[ModelCall], SiteCall], base: Tensor) -> Tensor:
+        """What compiled code does here in a call that is recorded."""
+        call = self._calls.running() or self.owner.found()
+        return self._add_now(at(call.model), call, base)
+
+
+# --- inside compiled code ---------------------------------------------------------------------------------------------
+
+
+def _add_heard(
+    base: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    emb: Tensor | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    shape: Sequence[int],
+    heads: int,
+    text: int,
+    number: int,
+) -> Tensor:
+    def at(call: ModelCall) -> SiteCall:
+        return SiteCall(call, q, heads, shape or None, text, query_norm, key_norm, k, v, emb)
+
+    out = _HOOKS[number].add_heard(at, base).contiguous()
+    return out.clone() if out is base else out  # an operation must not give back what it was given
+
+
+def _like_base(base: Tensor, *_: object) -> Tensor:
+    return torch.empty(base.shape, dtype=base.dtype, device=base.device)
+
+
+add_heard = uncaptured("add_heard", _add_heard, _like_base)
+"""Image prompts in a call that is recorded: traced, every call's own recording would be part of the code, which would be made
+anew for each. None where this torch cannot keep it out of CUDA graphs."""
 
 
 def apply(model: nn.Module, *patches: AdapterPatch, branches: Branches | Asked = ("uncond", "cond")) -> AppliedAdapters:
