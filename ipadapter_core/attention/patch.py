@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -69,6 +70,8 @@ class AdapterPatch:
     reach: Reach = H94
     held: HeldKeys | None = None
     """The keys and values of ``sites`` as what a host's memory manager moves."""
+    made: int = field(default_factory=count().__next__, repr=False)
+    """Higher than of those made before; other schedules and masks of one have its number."""
     _kinds: DeviceCache[list[Ready | None]] = field(
         default_factory=lambda: DeviceCache[list[Ready | None]](KINDS), init=False, repr=False
     )

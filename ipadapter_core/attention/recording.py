@@ -78,7 +78,8 @@ class Stage:
 class AttentionMaps:
     """What was recorded of one run. ``latent`` is its height and width, ``latents`` how many of the batch were recorded.
 
-    ``sites`` are those of the model in execution order with their ``labels``. ``notes`` say what could not be recorded.
+    ``references`` are in the order in which their prompts were prepared. ``sites`` are those of the model in execution order with their
+    ``labels``. ``notes`` say what could not be recorded.
     """
 
     references: tuple[Reference, ...]
@@ -277,7 +278,6 @@ class _Run:
         self._layout: ModelLayout | None = None
         self._latents = self._bytes = 0
         self._references: dict[AdapterPatch, range] = {}
-        self._names: list[tuple[str, int, AdapterPatch]] = []
         self._maps: dict[tuple[int, int, str, torch.device], Tensor] = {}
         self._means: dict[tuple[int, int, torch.device], Tensor] = {}
         self._windows: DeviceCache[Tensor] = DeviceCache()
@@ -349,8 +349,8 @@ class _Run:
     def _number_of(self, patch: AdapterPatch, count: int) -> int:
         """The number of a prompt's first reference."""
         if patch not in self._references:
-            self._references[patch] = range(len(self._names), len(self._names) + count)
-            self._names += [(patch.name, i + 1 if count > 1 else 0, patch) for i in range(count)]
+            first = sum(map(len, self._references.values()))
+            self._references[patch] = range(first, first + count)
         return self._references[patch].start
 
     def _recorded(self, call: ModelCall, latents: int, device: torch.device) -> tuple[Rows, Rows] | None:
@@ -422,26 +422,33 @@ class _Run:
                     counts[stage, row, top : top + height, left : left + width] += calls
             edges = [i / self.stages for i in range(self.stages + 1)]
             stages = (Stage(edges[i], edges[i + 1], float(counts[i].mean())) for i in range(self.stages))
+            prompts = sorted(
+                self._references, key=lambda patch: patch.made
+            )  # not as they were first heard at some site
+            order = {
+                number: place for place, number in enumerate(i for patch in prompts for i in self._references[patch])
+            }
             return AttentionMaps(
-                self._named(),
+                self._named(prompts),
                 tuple(stages),
                 sites,
                 labels,
                 self._latent,
                 counts.shape[1],
                 tuple(self._notes),
-                _gathered(self._maps, counts.shape[1]),
-                _gathered(self._means, counts.shape[1]),
+                {(s, order[r], g): sums for (s, r, g), sums in _gathered(self._maps, counts.shape[1]).items()},
+                {(s, order[r]): sums for (s, r), sums in _gathered(self._means, counts.shape[1]).items()},
                 counts,
             )
 
-    def _named(self) -> tuple[Reference, ...]:
-        """The references; prompts of one adapter are numbered."""
-        prompts = list(self._references)
+    def _named(self, prompts: Sequence[AdapterPatch]) -> tuple[Reference, ...]:
+        """The references of prompts; those of one adapter are numbered."""
         named: list[Reference] = []
-        for name, number, patch in self._names:
-            same = [other for other in prompts if other.name == name]
-            named.append(Reference(f"{name} ({same.index(patch) + 1})" if len(same) > 1 else name, number))
+        for patch in prompts:
+            same = [other for other in prompts if other.name == patch.name]
+            name = f"{patch.name} ({same.index(patch) + 1})" if len(same) > 1 else patch.name
+            count = len(self._references[patch])
+            named += [Reference(name, i + 1 if count > 1 else 0) for i in range(count)]
         return tuple(named)
 
 

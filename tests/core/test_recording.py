@@ -22,7 +22,16 @@ from torch.testing import assert_close
 
 import ipadapter_core.attention.recording as recording_module
 from benchmarks.attention_cost import Operations, cost_of
-from ipadapter_core import AdapterPatch, ImagePrompt, ModelCall, SiteCall, WeightSchedule, bake, layout_of
+from ipadapter_core import (
+    AdapterPatch,
+    ImagePrompt,
+    ModelCall,
+    SiteCall,
+    WeightSchedule,
+    bake,
+    layout_of,
+    parse_site_factors,
+)
 from ipadapter_core.attention.batch import Frames
 from ipadapter_core.attention.call import COND, UNCOND
 from ipadapter_core.attention.recording import AttentionMaps, Recorder, spread
@@ -32,10 +41,15 @@ from ipadapter_core.backends.diffusers import doors as diffusers
 from ipadapter_core.device_cache import DeviceCache
 from ipadapter_core.errors import IncompatibleAdapterError, InvalidInputError
 from ipadapter_core.models.grids import TokenGrid
+from tiny_flux import call_packed, comfy_flux, diffusers_flux
 from tiny_models import (  # fmt: skip
     TOKEN_DIM,
+    AtEverySite,
+    BehindDoubleBlocks,
     Executor,
+    FakePatcher,
     Guider,
+    HostModel,
     call_unet,
     conditioning,
     noise,
@@ -98,19 +112,25 @@ def overheard(unet: Any, layout: Any) -> Iterator[tuple[list[Tensor], list[Tenso
         handle.remove()
 
 
-def by_hand(queries: list[Tensor], bases: list[Tensor], patches: Sequence[AdapterPatch], counts: Sequence[int]) -> Tensor:  # fmt: skip
+Heard = tuple[int, Tensor, Tensor, Sequence[int]]
+"""A place where images join: its site, queries ``b l c`` and base ``b l c`` of the positive prompt's picture, numbers of its prompts."""
+
+
+def by_hand(heard: Sequence[Heard], patches: Sequence[AdapterPatch], counts: Sequence[int]) -> Tensor:
     """``references latents y x``: the docstring of ``recording``, one head and token at a time where it matters."""
-    layout, total = patches[0].layout, None
-    for i, site in enumerate(layout.sites):
-        q, base = queries[i][2:], bases[i][2:]  # the positive prompt's half
+    layout = patches[0].layout
+    total = torch.zeros(sum(counts), len(X), *LATENT, dtype=torch.float64)
+    for i, q, base, numbers in heard:
         cell = round(math.sqrt(LATENT[0] * LATENT[1] / q.shape[1]))
         rows, columns = -(-LATENT[0] // cell), -(-LATENT[1] // cell)
+        assert rows * columns == q.shape[1]
         lengths: list[Tensor] = []
         parts: list[Tensor] = []
-        for patch, count in zip(patches, counts, strict=True):
+        for number in numbers:
+            patch = patches[number]
             kv: Any = patch.sites[i]
             k, v = kv.k[COND, 0], kv.v[COND, 0]  # h n d
-            heads = q.unflatten(-1, (site.heads, -1)).transpose(1, 2)  # b h l d
+            heads = q.unflatten(-1, (layout.sites[i].heads, -1)).transpose(1, 2)  # b h l d
             chances = torch.softmax(torch.einsum("bhld,hnd->bhln", heads, k) / math.sqrt(k.shape[-1]), -1)
             image = torch.einsum("bhln,hnd->blhd", chances, v).flatten(2) * patch.weights[i].weight
             if patch.mask is not None:
@@ -119,14 +139,13 @@ def by_hand(queries: list[Tensor], bases: list[Tensor], patches: Sequence[Adapte
                 )  # fmt: skip
                 image = image * grid.reshape(1, -1, 1)
             lengths.append(image.square().sum(-1).sqrt())
-            parts.append(chances.mean(1).unflatten(-1, (count, -1)).sum(-1))  # b l r
+            parts.append(chances.mean(1).unflatten(-1, (counts[number], -1)).sum(-1))  # b l r
         whole = base.square().sum(-1).sqrt() + sum(lengths)
-        shares = torch.cat([(a / whole)[..., None] * p for a, p in zip(lengths, parts, strict=True)], -1)
         y, x = torch.meshgrid(torch.arange(LATENT[0]) // cell, torch.arange(LATENT[1]) // cell, indexing="ij")
-        assert rows * columns == q.shape[1]
-        picture = shares[:, y * columns + x].permute(3, 0, 1, 2)
-        total = picture if total is None else total + picture
-    assert total is not None
+        for number, length, part in zip(numbers, lengths, parts, strict=True):
+            shares = ((length / whole)[..., None] * part)[:, y * columns + x].permute(3, 0, 1, 2)
+            first = sum(counts[:number])
+            total[first : first + counts[number]] += shares
     return total / len(layout.sites)
 
 
@@ -148,14 +167,69 @@ def test_the_maps_are_the_formula(masked: bool) -> None:
     ]
     with overheard(unet, layout) as (queries, bases):
         maps = run(unet, Recorder(1), *patches)
-    expected = by_hand(queries, bases, patches, (3, 2))
+    heard = [(i, q[2:], base[2:], (0, 1)) for i, (q, base) in enumerate(zip(queries, bases, strict=True))]
+    expected = by_hand(heard, patches, (3, 2))
     got = torch.stack([maps.map(r) for r in range(5)])
     assert [r.number for r in maps.references] == [1, 2, 3, 1, 2]
     assert [line.split(": mean ")[0] for line in maps.summary().split("\n\n")] == [str(r) for r in maps.references]
     assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
     assert float((expected[0] - expected[1]).abs().max()) > 1e-2, "the references ask nothing different"
     with pytest.raises(AssertionError):
-        assert_close(got.double(), by_hand(queries, bases, patches[::-1], (2, 3)), rtol=1e-5, atol=1e-6)
+        assert_close(got.double(), by_hand(heard, patches[::-1], (2, 3)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_maps_of_flux_are_the_formula(masked: bool) -> None:
+    """Double blocks before the projection and behind the block, where different prompts join, and single blocks behind the text."""
+    model = diffusers_flux().double()
+    layout = layout_of(model)
+    mask = torch.rand(24, 40, generator=torch.Generator().manual_seed(0)) if masked else None
+    forms, strengths, seeds = (
+        (AtEverySite(), BehindDoubleBlocks(), AtEverySite()),
+        (0.7, -1.3, 0.4),
+        ((0, 1, 2), (3, 4), (5,)),
+    )
+    patches: list[AdapterPatch] = []
+    for form, strength, numbers in zip(forms, strengths, seeds, strict=True):
+        adapter = tiny_adapter(layout, channels=tuple(layout.sites[i].channels for i in form.reach.sites(layout)))
+        adapter = replace(adapter, spec=replace(adapter.spec, format=form))
+        adapter.module.double()
+        prompt = several(*(tiny_prompt(adapter, seed=number) for number in numbers))
+        patches.append(bake(adapter, prompt, layout, WeightSchedule(strength), mask if strength < 0.6 else None))
+    x, text = noise(2, 4, *LATENT, seed=3).repeat(2, 1, 1, 1), noise(4, 7, TOKEN_DIM, seed=4)
+    queries: dict[int, Tensor] = {}
+    bases: dict[tuple[int, str], Tensor] = {}
+
+    def note(kept: dict[Any, Tensor], key: object, picture: Callable[[Any], Tensor]) -> Callable[..., None]:
+        return lambda module, args, output=None: kept.update({key: picture(args if output is None else output).clone()})  # type: ignore[arg-type]
+
+    for i, site in enumerate(layout.sites):
+        block, attention = (model.get_submodule(path) for path in (site.path.rpartition(".")[0], site.path))
+        behind = 7 if site.group == "single" else 0
+        attention.norm_q.register_forward_hook(note(queries, i, lambda out, n=behind: out.flatten(2)[2:, n:]))  # type: ignore[union-attr]
+        if site.group == "double":
+            attention.to_out[0].register_forward_pre_hook(note(bases, (i, "attention"), lambda args: args[0][2:]))  # type: ignore[index,union-attr]
+            block.register_forward_hook(note(bases, (i, "residual"), lambda out: out[1][2:]))
+        else:
+            attention.register_forward_hook(note(bases, (i, "attention"), lambda out: out[2:, 7:]))
+    recorder = Recorder(1)
+    with diffusers.apply(model, *patches) as applied:
+        applied.record(recorder)
+        call_packed(model, x, torch.tensor(500.0), text)
+    maps = recorder.maps()
+    joined = {"attention": (0, 2), "residual": (1,)}
+    expected = by_hand([(i, queries[i], base, joined[join]) for (i, join), base in bases.items()], patches, (3, 2, 1))
+    got = torch.stack([maps.map(r) for r in range(6)])
+    assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    assert float((expected[0] - expected[1]).abs().max()) > 1e-3, "the references ask nothing different"
 
 
 # --- invariants -------------------------------------------------------------------------------------------------------
@@ -222,8 +296,6 @@ def test_the_stronger_takes_more_and_a_tenth_acts_at_a_tenth_of_the_sites(unet: 
     assert float(strong.map().min()) > float(weak.map().max())
     layout = layout_of(unet)
     label = layout.label(layout.sites[0])
-    from ipadapter_core import parse_site_factors
-
     one = run(
         unet, Recorder(1), patch_of(unet, 0, site_factors=parse_site_factors(f"all: 0, {label.split('.')[0]}: 1"))
     )
@@ -270,6 +342,28 @@ def test_stages_are_parts_of_the_progress(unet: Any) -> None:
     assert_close(5 * maps.by_site(), 2 * maps.by_site(stage=1), rtol=0, atol=1e-6)
 
 
+def test_references_are_in_the_order_of_their_prompts(unet: Any) -> None:
+    """Not in that of the sites where they act first."""
+    late = patch_of(unet, 0, 1, site_factors=parse_site_factors("all: 0, output: 1"))
+    early = patch_of(unet, 2, site_factors=parse_site_factors("all: 0, input: 1"))
+    maps = run(unet, Recorder(1), late, early)
+    assert [str(one) for one in maps.references] == [
+        f"{late.name} (1), reference 1",
+        f"{late.name} (1), reference 2",
+        f"{late.name} (2)",
+    ]
+    assert [[group for group in maps.groups if float(maps.map(r, group=group).max())] for r in range(3)] == [
+        ["output"],
+        ["output"],
+        ["input"],
+    ]
+    assert [{maps.sites[i].group for i in row.mean(-1).nonzero().flatten()} for row in maps.by_site()] == [
+        {"output"},
+        {"output"},
+        {"input"},
+    ]
+
+
 def test_groups_average_to_the_whole(unet: Any) -> None:
     maps = run(unet, Recorder(1), patch_of(unet, 0))
     assert len(maps.groups) == 3
@@ -300,9 +394,13 @@ def test_a_recorder_starts_over_and_refuses_what_it_cannot_keep() -> None:
 # --- in ComfyUI -------------------------------------------------------------------------------------------------------
 
 
-def host_run(patches: Sequence[AdapterPatch], *, areas: Sequence[Any] = (None,), recording: Recording | None = None, percent: float = 0.5, **how: Any) -> AttentionMaps:  # fmt: skip
+def flux_host() -> Any:
+    return FakePatcher(HostModel(comfy_flux()))
+
+
+def host_run(patches: Sequence[AdapterPatch], *, areas: Sequence[Any] = (None,), recording: Recording | None = None, percent: float = 0.5, host: Callable[[], Any] = tiny_host, **how: Any) -> AttentionMaps:  # fmt: skip
     recording = recording or Recording(1)
-    model = tiny_host()
+    model = host()
     for patch in patches:
         model = comfy.apply(model, patch)
     model = record(model, recording)
@@ -314,24 +412,27 @@ def host_run(patches: Sequence[AdapterPatch], *, areas: Sequence[Any] = (None,),
     return recording.recorder.maps()
 
 
-def host_patch(*seeds: int, **more: Any) -> AdapterPatch:
-    layout = comfy.comfy_layout(tiny_host())
+def host_patch(*seeds: int, host: Callable[[], Any] = tiny_host, **more: Any) -> AdapterPatch:
+    layout = comfy.comfy_layout(host())
     adapter, mask = tiny_adapter(layout), more.pop("mask", None)
+    if host is not tiny_host:
+        adapter = replace(adapter, spec=replace(adapter.spec, format=AtEverySite()))
     prompt = several(*(tiny_prompt(adapter, seed=seed) for seed in seeds))
     return bake(adapter, prompt, layout, WeightSchedule(**more), mask)
 
 
-def test_areas_are_recorded_where_they_lie() -> None:
+@pytest.mark.parametrize("host", [tiny_host, flux_host])
+def test_areas_are_recorded_where_they_lie(host: Callable[[], Any]) -> None:
     """Height, width, top, left: what an area sees is put there, and what two see is their mean."""
     left, right = (6, 6, 0, 0), (6, 6, 0, 4)
     mask = torch.zeros(LATENT)
     mask[:, 8:] = 1
-    maps = host_run([host_patch(0, mask=mask)], areas=(left, right))
+    maps = host_run([host_patch(0, host=host, mask=mask)], host=host, areas=(left, right))
     assert torch.equal((maps.map() > 0).all(0), mask > 0)
-    everywhere = host_run([host_patch(0)], areas=(left, right))
+    everywhere = host_run([host_patch(0, host=host)], host=host, areas=(left, right))
     assert float(everywhere.map().min()) > 0
-    one = host_run([host_patch(0)], areas=(left,)).map()
-    other = host_run([host_patch(0)], areas=(right,)).map()
+    one = host_run([host_patch(0, host=host)], host=host, areas=(left,)).map()
+    other = host_run([host_patch(0, host=host)], host=host, areas=(right,)).map()
     assert torch.equal(one > 0, (torch.arange(10) < 6).expand_as(one))
     together = everywhere.map()
     assert_close(together[..., :4], one[..., :4], rtol=0, atol=1e-6)
