@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,14 +32,29 @@ def model_cache() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def server_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Host], ComfyServer]]:
+    """Gives a host's running server, started when it is first asked for; all end with the session.
+
+    A fixture with the hosts as ``params`` holds one of them at a time: under ``--dist loadfile``, where a worker takes file
+    after file and every file asks for all hosts, it would start each of them in each file, for eight seconds.
+    """
+    with ExitStack() as running:
+
+        @cache
+        def start(host: Host) -> ComfyServer:
+            return running.enter_context(ComfyServer(host, tmp_path_factory.mktemp(host.name)))
+
+        yield start
+
+
 @pytest.fixture(scope="session", params=HOSTS or [None], ids=lambda host: host.name if host else "no-comfyui")
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+def server(request: pytest.FixtureRequest, server_of: Callable[[Host], ComfyServer]) -> ComfyServer:
     """A running ComfyUI with our pack and the test pack; the test runs once per host found."""
     host: Host | None = request.param
     if host is None:
         pytest.skip("no ComfyUI at $COMFYUI_PATH or ~/comfy/ComfyUI")
-    with ComfyServer(host, tmp_path_factory.mktemp(host.name)) as running:
-        yield running
+    return server_of(host)
 
 
 @pytest.fixture(scope="session")
