@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ipadapter_core import (
     AdapterError,
@@ -180,7 +180,7 @@ def apply(
     region = None if mask is None else RegionMask.from_tensor(mask, clamp=not rules.stretched_masks)
     patch = bake(adapter.weights, prompt, layout, schedule, region, prepare=adapter.to_device, rules=rules)
     applied = backend.apply(model, patch, attention)
-    _count(applied, adapter, patch)
+    _count(applied, adapter, prompt, patch)
     return applied, patch
 
 
@@ -188,16 +188,28 @@ ADDITIONAL = "image_prompt"
 """Our key among the models that the host loads with a MODEL."""
 
 
-def _count(model: Any, adapter: ManagedAdapter, patch: AdapterPatch) -> None:
+_Patchers = dict[tuple[HeldKeys, torch.device, torch.device], comfy.model_patcher.ModelPatcher]
+_KEPT: WeakKeyDictionary[ImagePrompt, WeakKeyDictionary[nn.Module, _Patchers]] = WeakKeyDictionary()
+"""Under the memory manager as long as ``bake`` holds them, not as long as a MODEL in which they act.
+
+The manager takes a module that outlives its patchers for a leak: it warns, and collects garbage before everything that it loads.
+"""
+
+
+def _count(model: Any, adapter: ManagedAdapter, prompt: ImagePrompt, patch: AdapterPatch) -> None:
     """Let the memory manager load with a MODEL what a prompt holds: keys and values, and weights that are used while sampling."""
     if patch.held is None or not any(map(patch.active, range(len(patch.sites)))):
         return
-    needed = [_managed(patch.held, model.load_device, model.offload_device)]
+    kept = _KEPT.setdefault(prompt, WeakKeyDictionary()).setdefault(adapter.weights.module, {})
+    place = patch.held, model.load_device, model.offload_device
+    if place not in kept:
+        kept[place] = _managed(*place)
+    needed = [kept[place]]
     if patch.reach.resident:
         needed.append(adapter.patcher)
-    there = model.get_additional_models_with_key(ADDITIONAL)
-    new = [one for one in needed if not any(one.model is other.model for other in there)]
-    model.set_additional_models(ADDITIONAL, [*there, *new])
+    before = model.get_additional_models_with_key(ADDITIONAL)
+    new = [one for one in needed if not any(one.model is other.model for other in before)]
+    model.set_additional_models(ADDITIONAL, [*before, *new])
 
 
 def _managed(held: HeldKeys, load: Any, offload: Any, **settings: Any) -> comfy.model_patcher.ModelPatcher:

@@ -450,6 +450,17 @@ def test_the_memory_manager_counts_the_keys_of_every_prompt(scene: Callable[...,
     assert min(found["held"]) > 1e4
 
 
+def test_another_strength_is_no_leak_to_the_memory_manager(scene: Callable[..., Scene]) -> None:
+    """The prompt and its keys stay in the host's cache, the model that they acted in does not."""
+    for strength in (1.0, 0.5, 0.25):
+        s = scene()
+        s.sample(s.steered(s.steered(strength=strength), strength=strength))
+        before = len(s.server.log)
+        result = s.run()
+        assert s.prompt.id in result.cached or strength == 1.0
+        assert "memory leak" not in s.server.log[before:]
+
+
 def test_a_stopped_run_leaves_nothing_behind(server: ComfyServer, scene: Callable[..., Scene]) -> None:
     def short() -> str:
         s = scene()
