@@ -39,7 +39,9 @@ MOST_MESSAGE = 600
 KILLED_AFTER = 25
 """Seconds of processor time after which a case is ended."""
 STUCK_AFTER = 240
-"""Seconds of any time: a pipe that is waited for uses no processor."""
+"""Seconds of any time with next to no processor time in them, as of a pipe that is waited for; what computes on a busy machine is slow."""
+IDLE = 0.01
+"""Share of a processor that is next to none."""
 
 GOOD = ("refused", "loaded")
 BAD = ("foreign", "silent", "message", "memory", "slow", "stuck", "code", "crash")
@@ -113,6 +115,12 @@ def _status(key: str) -> float:
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 1024
     return 0.0
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds that a process has computed."""
+    parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _peak_from_now() -> float:
@@ -203,9 +211,14 @@ class Runner:
         self.served += 1
         self.connection.send((kind, case))
         try:
-            if self.connection.poll(STUCK_AFTER):
-                return self.connection.recv()
-            outcome = Outcome("stuck", f"nothing after {STUCK_AFTER} s")
+            before = _processor_time(self.process.pid)
+            while not self.connection.poll(STUCK_AFTER):
+                now = _processor_time(self.process.pid)
+                if now - before < STUCK_AFTER * IDLE:
+                    self._stop()
+                    return Outcome("stuck", f"nothing after {STUCK_AFTER} s")
+                before = now
+            return self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             died = -(self.process.exitcode or 0)

@@ -64,7 +64,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
     monkeypatch.setitem(KINDS, "planted", Kind("planted", plant, planted))
     monkeypatch.setattr(harness, "MOST_SECONDS", 0.2)
     monkeypatch.setattr(harness, "KILLED_AFTER", 1)
-    monkeypatch.setattr(harness, "STUCK_AFTER", 5)
+    monkeypatch.setattr(harness, "STUCK_AFTER", 2)
     monkeypatch.setattr(harness, "MOST_MEGABYTES", 50)
     return Runner()
 
