@@ -265,17 +265,19 @@ def test_words_that_people_type_find_nodes_in_the_search_box(editor: Editor) -> 
         asked = {title.lower(): {title} for title in ("Apply Adapter to Model", "LoRA Rows", "Demo World")}
     page = editor.page
     editor.empty()
-    with editor.quiet("search"):
-        page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
-        box = page.get_by_role("combobox", name=re.compile("Add a node")).or_(
-            page.locator("input[placeholder='Search Nodes...']")
-        )
-        for typed, wanted in asked.items():
-            box.fill(typed)
-            for title in wanted:
-                page.get_by_role("option").filter(has_text=title).first.wait_for(timeout=10_000)
-            editor.shot(f"search {typed}")
-    page.keyboard.press("Escape")  # at which older boxes write an error of their own
+    try:
+        with editor.quiet("search"):
+            page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+            box = page.get_by_role("combobox", name=re.compile("Add a node")).or_(
+                page.locator("input[placeholder='Search Nodes...']")
+            )
+            for typed, wanted in asked.items():
+                box.fill(typed)
+                for title in wanted:
+                    page.get_by_role("option").filter(has_text=title).first.wait_for(timeout=10_000)
+                editor.shot(f"search {typed}")
+    finally:
+        page.keyboard.press("Escape")  # at which older boxes write an error of their own
 
 
 def test_a_template_offers_its_files_for_download(editor: Editor) -> None:
