@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from .attention.map_pictures import draw_maps, draw_sites
 from .attention.masks import RegionMask
 from .attention.patch import AdapterPatch
+from .attention.recording import AttentionMaps, Recorder
 from .attention.schedule import WeightSchedule
 from .backends.diffusers.doors import apply_to_pipeline
 from .backends.diffusers.pipelines import model_of
@@ -118,13 +120,15 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     beginning: Beginning | None = None,
+    recorder: Recorder | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """One picture per prompt and seed (same length), ``b y x 3`` in 0..1. The pipeline is as before afterwards.
 
     Some models are distilled: ``guidance`` is one of their inputs (FLUX.1), and the negative prompt acts only with a
     ``true_guidance`` above 1, which runs every step twice. Elsewhere ``guidance`` is true already. With a ``beginning`` the
-    pictures are as large as it, unless sizes are given, and outside of its region they are it, pixel for pixel.
+    pictures are as large as it, unless sizes are given, and outside of its region they are it, pixel for pixel. A ``recorder`` hears
+    where the image prompts act.
     Raises InvalidInputError where one of these would do nothing.
     """
     if len(prompts) != len(seeds) or not seeds:
@@ -156,6 +160,8 @@ def generate(
     given = _guidance(pipeline, len(prompts), negative, guidance, true_guidance)
     pipeline.set_progress_bar_config(disable=True)
     applied = apply_to_pipeline(pipeline, *patches) if patches else None
+    if applied is not None:
+        applied.record(recorder)
     try:
         out = pipeline(
             prompt=list(prompts),
@@ -338,7 +344,9 @@ def to_pillow(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().to(torch.uint8).numpy())
 
 
-def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object], parameters: str = "") -> None:
+def save_picture(
+    image: Image.Image, path: Path, facts: Mapping[str, object] | None = None, parameters: str = ""
+) -> None:
     """Write a PNG with its facts as JSON in the text chunk ``ipadapter``, and ``parameters`` as web UIs have them.
 
     The file appears whole or not at all. Raises InvalidInputError where it cannot be written.
@@ -346,7 +354,8 @@ def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object], pa
     chunk = PngImagePlugin.PngInfo()
     if parameters:
         chunk.add_text(PARAMETERS, parameters)
-    chunk.add_text(CHUNK, json.dumps(facts))
+    if facts is not None:
+        chunk.add_text(CHUNK, json.dumps(facts))
     try:
         with written_whole(path) as place:
             image.save(place, format="PNG", pnginfo=chunk)
@@ -354,6 +363,51 @@ def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object], pa
         raise InvalidInputError(
             f"{quoted(path)} cannot be written ({error.strerror or error}): choose another place, or make room"
         ) from error
+
+
+def save_maps(
+    maps: AttentionMaps, pictures: Sequence[Image.Image], place: str | Path, references: Sequence[Image.Image] = ()
+) -> list[Path]:
+    """Write where image prompts acted in pictures that were sampled together: heat maps over each, and a bar for every attention.
+
+    ``place`` says where, see ``maps_files``. ``references`` are shown beside their maps. Returns the files. Raises InvalidInputError
+    where they cannot be written.
+    """
+    files = maps_files(place, [f"{number:06d}" for number in range(len(pictures))])
+    for number, (picture, both) in enumerate(zip(pictures, files, strict=True)):
+        save_map(maps, number, picture, both, references)
+    return [file for both in files for file in both]
+
+
+def save_map(
+    maps: AttentionMaps,
+    number: int,
+    picture: Image.Image,
+    files: tuple[Path, Path],
+    references: Sequence[Image.Image] = (),
+) -> None:
+    """The same of one of the pictures that a recording knows by its number."""
+    folder = files[0].parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(
+            f"{quoted(folder)} cannot be the folder for maps ({error.strerror or error}): name another one"
+        ) from error
+    save_picture(draw_maps(maps, picture, references, number), files[0])
+    save_picture(draw_sites(maps, number), files[1])
+
+
+def maps_files(place: str | Path, names: Sequence[str]) -> list[tuple[Path, Path]]:
+    """The files of heat maps and of bars for pictures of these names.
+
+    ``place`` is a folder, or ends in ``.png``: then it is a single picture's heat maps, and of several the beginning of their names.
+    """
+    place = Path(place)
+    if place.suffix.lower() != ".png":
+        return [(place / f"{name}-maps.png", place / f"{name}-layers.png") for name in names]
+    stems = [place.stem] if len(names) == 1 else [f"{place.stem}-{name}" for name in names]
+    return [(place.with_name(f"{stem}.png"), place.with_name(f"{stem}-layers.png")) for stem in stems]
 
 
 def grid_of(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:

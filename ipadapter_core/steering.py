@@ -16,6 +16,7 @@ from torch import nn
 from .attention.masks import RegionMask
 from .attention.patch import AdapterPatch
 from .attention.presets import SiteRule, parse_site_factors
+from .attention.recording import Recorder
 from .attention.schedule import Scaling, WeightSchedule, parse_curve
 from .backends.diffusers.doors import AppliedAdapters, apply_to_pipeline
 from .backends.diffusers.pipelines import model_of
@@ -57,6 +58,7 @@ def image_prompt(
     encoder: Source | ImageEncoder | Sequence[Source | ImageEncoder] | None = None,
     faces: Source | FaceAnalyzer | None = None,
     options: EncodeOptions | None = None,
+    record: Recorder | None = None,
     **changes: Any,
 ) -> AppliedAdapters:
     """Let a picture steer a pipeline from its next call on, until ``remove()`` or the end of a ``with`` block.
@@ -71,6 +73,18 @@ def image_prompt(
 
     Several adapters act at once where it is called several times, each with its own pictures.
 
+    Where they acted is recorded on demand:
+
+    ```python
+    from ipadapter_core import Recorder, image_prompt
+    from ipadapter_core.generate import save_maps
+
+    recorder = Recorder()
+    with image_prompt(pipeline, "ip-adapter-plus_sd15.safetensors", "cat.png", record=recorder):
+        pictures = pipeline("a garden").images
+    save_maps(recorder.maps(), pictures, "maps")
+    ```
+
     Args:
         adapter: a file, a place on the Hub, or what ``load_adapter`` gave.
         image: one picture or several, as a path, an array, a tensor or a picture of Pillow, see ``images.pictures.Picture``.
@@ -83,6 +97,7 @@ def image_prompt(
             file, or one that was fetched before (for an adapter from the Hub it is fetched).
         faces: for FaceID adapters, what finds faces: a folder such as ``models/buffalo_l``, or an analyzer.
         options, changes: how references become a prompt, fields of ``EncodeOptions`` (``crop="pad"``).
+        record: hears where in the pictures each reference acts, for ``generate.save_maps``; one may hear several image prompts.
 
     Raises an AdapterError in one sentence for whatever does not fit; the pipeline is then untouched.
     """
@@ -106,7 +121,9 @@ def image_prompt(
         faces=faces,
         options=changed(options, changes),
     )
-    return apply_to_pipeline(pipeline, patch)
+    applied = apply_to_pipeline(pipeline, patch)
+    applied.record(record)
+    return applied
 
 
 def usual_strength(schedule: WeightSchedule) -> Callable[[AdapterSpec], WeightSchedule]:

@@ -168,15 +168,17 @@ class Recorder:
             self._run = _Run(self.stages)
 
     def begin(self, call: ModelCall) -> ModelCall:
-        """The call with somebody who hears what image prompts add in it."""
-        run = self._run
-        run.close(threading.get_ident())
+        """The call with somebody who hears what image prompts add in it; the same where a second owner of prompts asks again."""
+        run, thread = self._run, threading.get_ident()
+        last = run.open.get(thread)
+        if last is not None and last.told is call:
+            return last.call
+        run.close(thread)
         chunks = tuple(i for i, branch in enumerate(call.branches) if branch == COND)
         if not chunks or call.latent is None:
             return call
-        hearing = run.begin(call, chunks)
-        run.open[threading.get_ident()] = hearing
-        return replace(call, hearing=hearing, acting={})
+        hearing = run.open[thread] = run.begin(call, chunks)
+        return hearing.call
 
     def maps(self) -> AttentionMaps:
         """What was recorded since ``start``. Raises InvalidInputError if that is nothing."""
@@ -200,7 +202,8 @@ class _Hearing:
     """One call of the model that is recorded."""
 
     def __init__(self, run: _Run, call: ModelCall, chunks: tuple[int, ...], stage: int) -> None:
-        self.run, self.call, self.chunks, self.stage = run, call, chunks, stage
+        self.run, self.told, self.chunks, self.stage = run, call, chunks, stage
+        self.call = replace(call, hearing=self, acting={})
         self._place: _Place | None = None
 
     def heard(self, patch: object, site: int, add: AddImage, references: Sequence[AddImage], count: int) -> AddImage:

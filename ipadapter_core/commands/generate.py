@@ -27,6 +27,7 @@ from . import Commands, Grouped, Parser
 
 if TYPE_CHECKING:
     from ..attention.patch import AdapterPatch
+    from ..attention.recording import Recorder
 
 WORLD = Path(__file__).parents[1] / "demo" / "world"
 LARGEST = 8192
@@ -290,6 +291,14 @@ def add_settings(p: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="for pictures, grid.png and facts.json; default: ipadapter-out",
     )
+    group.add_argument(
+        "--maps",
+        type=file_argument,
+        nargs="?",
+        const=None,
+        metavar="PLACE",
+        help="also draw where each reference acted: heat maps over the pictures, and a bar for every layer; into this folder, or for one picture this .png; alone: into --out",
+    )
     group.add_argument("--json", action="store_true", help="print the facts as JSON instead of text")
 
 
@@ -417,7 +426,7 @@ def _look_for(file: Path, picture: Path, places: Sequence[Path]) -> Path:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    from ..generate import generate, grid_of, save_picture, to_pillow, usual_sampling
+    from ..generate import generate, grid_of, maps_files, save_map, save_picture, to_pillow, usual_sampling
     from ..hub import nothing_fetched
     from ..recipe import sampler_name
 
@@ -428,6 +437,7 @@ def run_generate(args: argparse.Namespace) -> None:
         if "repeat" in args:
             stack.enter_context(nothing_fetched())  # a stranger's picture may name anything
         run.check()
+        recorder = run.recorder(args)
         pipeline = run.load(stack)
         steps, guidance = usual_sampling(pipeline)
         if settings["model"] is None:
@@ -437,15 +447,20 @@ def run_generate(args: argparse.Namespace) -> None:
         settings |= {"steps": steps, "guidance": guidance, "dtype": run.dtype_name, "device": run.device}
         stack.enter_context(_folder(args.out))
         sampler, pictures = sampler_name(pipeline.scheduler), []
-        beginning = run.beginning()
+        beginning, maps = run.beginning(), []
         for seeds in run.chunks():
+            if recorder is not None:
+                recorder.start()
             with progress_bar("sampling", steps) as progress:
                 made = generate(
                     pipeline, run.patches, [settings["prompt"]] * len(seeds), negative=settings["negative"], steps=steps,
                     guidance=guidance, true_guidance=settings["true_guidance"], seeds=seeds, height=settings["height"],
-                    width=settings["width"], beginning=beginning, progress=progress,
+                    width=settings["width"], beginning=beginning, recorder=recorder, progress=progress,
                 )  # fmt: skip
-            pictures += [(seeds, i, to_pillow(one)) for i, one in enumerate(made) if run.only in (None, i)]
+            wanted = [i for i in range(len(seeds)) if run.only in (None, i)]
+            pictures += [(seeds, i, to_pillow(made[i])) for i in wanted]
+            if recorder is not None:
+                maps += [(recorder.maps(), i) for i in wanted]
         files: list[str] = []
         for seeds, i, picture in pictures:
             path = args.out / f"seed-{seeds[i]:06d}.png"
@@ -458,6 +473,12 @@ def run_generate(args: argparse.Namespace) -> None:
             grid = args.out / "grid.png"
             save_picture(grid_of([picture for _, _, picture in pictures]), grid, whole)
             facts["grid"] = str(grid)
+        if recorder is not None:
+            names = [f"seed-{seeds[i]:06d}" for seeds, i, _ in pictures]
+            places = maps_files(args.maps or args.out, names)
+            for (_, _, picture), (recorded, i), files_of in zip(pictures, maps, places, strict=True):
+                save_map(recorded, i, picture, files_of, run.references())
+            facts["maps"] = [str(file) for both in places for file in both]
         facts["seconds"] = round(time.perf_counter() - started, 1)
         _write_facts(args.out / "facts.json", facts)
         made_of = f"{len(files)} pictures and grid.png in {args.out}" if run.only is None else files[0]
@@ -540,6 +561,22 @@ class _Run:
         self.used += [settings[name] for name in ("init", "inpaint_mask") if settings[name] is not None]
         for lora in settings["lora"]:
             self.loras.append((lora, _file(lora.file)))
+
+    def recorder(self, args: argparse.Namespace) -> Recorder | None:
+        """Who hears where the images act, where that is asked. Raises InvalidInputError where no image does."""
+        from ..attention.recording import Recorder
+
+        if not hasattr(args, "maps"):
+            return None
+        if not self.adapters:
+            raise InvalidInputError("--maps shows where reference images acted: give one with --image")
+        return Recorder()
+
+    def references(self) -> list[Any]:
+        """The reference pictures in order, as they are shown beside their maps."""
+        from ..generate import to_pillow
+
+        return [to_pillow(picture[..., :3]) for one in self.adapters for picture in one["pictures"]]
 
     def beginning(self) -> Any:
         """The picture to begin with."""

@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ipadapter_core import WeightSchedule
+from ipadapter_core import Recorder, WeightSchedule, image_prompt
 from ipadapter_core.attention.masks import RegionMask
 from ipadapter_core.backends.diffusers import lora as diffusers_lora
 from ipadapter_core.commands import cli
 from ipadapter_core.commands.cli import main
 from ipadapter_core.commands.generate import Lora, settled
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.generate import Beginning, generate, size_for, to_pillow
+from ipadapter_core.generate import Beginning, generate, save_maps, size_for, to_pillow
 from ipadapter_core.images.pictures import as_picture
 from ipadapter_core.lora import load_lora, parse_where
 from ipadapter_core.model_folders import load_pipeline, published_as
@@ -113,6 +113,60 @@ def test_several_adapters_have_their_own_images_strengths_and_masks(folder: Path
     assert (made != drawn(pipeline, [first])[0]).any()
     told = settings_of(tmp_path / "both" / "seed-000000.png")
     assert [one["strength"] for one in told["adapters"]] == [0.6, 0.4]
+
+
+def test_maps_show_where_each_reference_acted(folder: Path, tmp_path: Path) -> None:
+    """One sheet of heat maps and one of bars for each picture, those of a recorder in Python; the picture stays the same to the bit."""
+    settings = [
+        *("--width", "64", "--adapter", str(folder / "adapter.safetensors"), "--image", str(folder / "a.png"), str(folder / "grey.png")),
+        *("--adapter", str(folder / "plus.safetensors"), "--image", str(folder / "a.png"), "--mask", str(folder / "mask.png")),
+    ]  # fmt: skip
+    plain = run(folder, tmp_path / "plain", *settings, "--at-once", "2", batch=3)
+    assert not list((tmp_path / "plain").glob("*maps*"))
+    run(folder, tmp_path / "out", *settings, "--at-once", "2", "--maps", batch=3)
+    for seed, picture in enumerate(plain):
+        np.testing.assert_array_equal(pixels(tmp_path / "out" / f"seed-{seed:06d}.png"), picture)
+    names = [f"seed-{seed:06d}-{kind}.png" for seed in range(3) for kind in ("maps", "layers")]
+    assert sorted(path.name for path in (tmp_path / "out").glob("seed-*-*.png")) == sorted(names)
+    told = json.loads((tmp_path / "out" / "facts.json").read_text())
+    assert [Path(file).name for file in told["maps"]] == names
+
+    recorder = Recorder()
+    pipeline = load_pipeline(folder)
+    pictures = [folder / "a.png", folder / "grey.png"]
+    with (
+        image_prompt(pipeline, folder / "adapter.safetensors", pictures, record=recorder),
+        image_prompt(
+            pipeline, folder / "plus.safetensors", folder / "a.png", mask=folder / "mask.png", record=recorder
+        ),
+    ):
+        drawn(pipeline, seeds=(2,), width=64)
+    maps = recorder.maps()
+    assert [str(one) for one in maps.references] == [
+        "adapter.safetensors, reference 1",
+        "adapter.safetensors, reference 2",
+        "plus.safetensors",
+    ]
+    assert sum(stage.calls for stage in maps.stages) == 2
+    sources = [to_pillow(as_picture(file)[..., :3]) for file in (*pictures, folder / "a.png")]
+    last = Image.open(tmp_path / "out" / "seed-000002.png")
+    files = save_maps(maps, [last], tmp_path / "python" / "it.png", sources)
+    assert [file.name for file in files] == ["it.png", "it-layers.png"]
+    for file, kind in zip(files, ("maps", "layers"), strict=True):
+        np.testing.assert_array_equal(pixels(file), pixels(tmp_path / "out" / f"seed-000002-{kind}.png"))
+    assert "ipadapter" not in Image.open(files[0]).text, "maps are no pictures to make again"
+
+
+@pytest.mark.parametrize(("place", "batch"), [("there", 2), ("there/it.png", 1), ("there/it.png", 2)])
+def test_maps_go_where_they_shall(folder: Path, tmp_path: Path, place: str, batch: int) -> None:
+    settings = ["--adapter", str(folder / "adapter.safetensors"), "--image", str(folder / "a.png")]
+    run(folder, tmp_path / "out", *settings, "--maps", str(tmp_path / place), batch=batch)
+    found = sorted(path.name for path in (tmp_path / "there").iterdir())
+    stems = {"there": ["seed-000000", "seed-000001"]}.get(
+        place, ["it"] if batch == 1 else ["it-seed-000000", "it-seed-000001"]
+    )
+    ending = "-maps.png" if place == "there" else ".png"
+    assert found == sorted(f"{stem}{end}" for stem in stems for end in (ending, "-layers.png"))
 
 
 # --- LoRAs ------------------------------------------------------------------------------------------------------------
