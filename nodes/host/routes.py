@@ -176,14 +176,17 @@ def _asked(query: Query, name: str) -> str:
 
 
 def migrated(body: bytes) -> Answer:
-    """``{"workflow": …, "nodes": [numbers]}``: a graph of old nodes with ours, as ``ipadapter migrate`` writes it, and what changed.
+    """``{"workflow": …, "nodes": [numbers], "subgraph": id}``: a graph of old nodes with ours, as ``ipadapter migrate`` writes it,
+    and what changed.
 
-    ``nodes`` are those that shall change, all without it. Nothing is read but the body, nothing written.
+    ``nodes`` are those that shall change, all without it; with ``subgraph`` they are nodes of that one. Nothing is read but the
+    body, nothing written.
     """
     asked = as_table(parse_json(body, "the workflow", constants=True))
     nodes = asked.get("nodes")
     only = [node for node in nodes if isinstance(node, (int, str))] if is_row(nodes) else None
-    made = migrate_graph(asked.get("workflow"), only=only)
+    subgraph = asked.get("subgraph")
+    made = migrate_graph(asked.get("workflow"), only=only, inside=subgraph if isinstance(subgraph, str) else None)
     return {"workflow": made.graph, "report": made.report, "found": made.found, "rewritten": made.rewritten}
 
 

@@ -20,10 +20,10 @@ const graphs = () => [whole(), ...(whole().subgraphs?.values?.() ?? [])];
 
 function nodeItems(node) {
   if (!isOld(node)) return [];
-  const items = [{ content: ALL, callback: () => convert() }];
-  // numbers of nodes are those of one graph, so nodes inside of a subgraph change with all others
-  if (node.graph === whole()) items.unshift({ content: ONE, callback: () => convert([node.id]) });
-  return items;
+  return [
+    { content: ONE, callback: () => convert(node) },
+    { content: ALL, callback: () => convert() },
+  ];
 }
 
 function canvasItems() {
@@ -31,13 +31,15 @@ function canvasItems() {
   return there ? [{ content: ALL, callback: () => convert() }] : [];
 }
 
-/** Convert nodes by their numbers, or all; say what changed and what stays. */
-async function convert(nodes) {
+/** Convert one node (with those that cannot change without it), or all; say what changed and what stays. */
+async function convert(node) {
   let told;
+  // a number is one of a graph, and that of a subgraph has an id
+  const asked = node && { nodes: [node.id], subgraph: node.graph === whole() ? undefined : node.graph.id };
   try {
     const answer = await api.fetchApi("/image_prompt/migrate", {
       method: "POST",
-      body: JSON.stringify({ workflow: whole().serialize(), nodes }),
+      body: JSON.stringify({ workflow: whole().serialize(), ...asked }),
     });
     told = await answer.json();
     if (!answer.ok) throw new Error(told.error ?? answer.statusText);
@@ -57,6 +59,7 @@ async function put(graph) {
   (history.captureCanvasState ?? history.checkState)?.call(history); // what was edited until now is a step of its own
   history.undoQueue.push(structuredClone(history.activeState));
   history.redoQueue.length = 0;
+  history.store?.(); // which subgraph is open, and the view
   history._restoringState = true; // as undo itself does: loading shall not begin a new history
   try {
     await app.loadGraphData(graph, false, false, workflow);

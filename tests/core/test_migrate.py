@@ -475,6 +475,24 @@ def test_nodes_inside_a_subgraph_are_rewritten() -> None:
     assert inner["state"] == {"lastNodeId": max(ids.values()), "lastLinkId": max(links)}
 
 
+def test_one_node_inside_a_subgraph_changes_alone() -> None:
+    """Numbers are those of one graph: the same number outside, or in another subgraph, is another node."""
+    inside, outside = in_a_subgraph(workflow()), workflow()
+    other = copy.deepcopy(inside["definitions"]["subgraphs"][0]) | {"id": "another", "name": "other"}
+    inside["definitions"]["subgraphs"].append(other)
+    both = {**inside, "nodes": [*inside["nodes"], *(n for n in outside["nodes"] if n["id"] in (2, 4))]}
+    made = migrate_graph(both, "sd15", only=[4], inside=OUTER)
+    first, second = made.graph["definitions"]["subgraphs"]
+    assert {n["type"] for n in first["nodes"]} >= {"ImagePromptApply", "ImagePromptEncode"}
+    assert [n["type"] for n in second["nodes"]] == [n["type"] for n in other["nodes"]]
+    assert [n["type"] for n in made.graph["nodes"]] == [n["type"] for n in both["nodes"]]
+    assert made.rewritten == 2
+    assert all(line.startswith("in the subgraph 'inside': ") for line in made.report[:-1])
+    assert migrate_graph(both, "sd15", only=[4], inside="no such").rewritten == 0
+    assert migrate_graph(both, "sd15", only=[4], inside="").rewritten == 0
+    assert migrate_graph(inside, "sd15", only=[4]).rewritten == 0, "the graph itself has no node 4"
+
+
 def test_a_subgraph_in_a_subgraph_is_reached() -> None:
     old = in_a_subgraph(workflow())
     deep = {"nodes": [], "links": [], "definitions": {"subgraphs": [{"nodes": [], "definitions": old["definitions"]}]}}

@@ -30,8 +30,11 @@ SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
 }
 
-HOSTS_OWN = re.compile(r"Failed to load resource|Content Security Policy|Fetch API cannot load https://")
-"""What the host's own frontend writes as errors: files of users that are not there yet, and models that it would look up."""
+HOSTS_OWN = re.compile(
+    r"Failed to load resource|Content Security Policy|Fetch API cannot load https://|for graph that was never set up"
+)
+"""What the host's own frontend writes as errors: files of users that are not there yet, models that it would look up, a graph that
+takes the place of one whose subgraph is open."""
 
 TRANSLATED_HELP = re.compile(r"/docs/[^/]+/[^/]+\.md$")
 """Help pages are asked for in the editor's language first, then in the one in which they are written."""
@@ -40,7 +43,7 @@ READY = """() => window.app?.graph && window.app.extensionManager && window.app.
   && window.LiteGraph?.registered_node_types?.ImagePromptApply && window.app.canvas?.graph"""
 
 SETTLE = """async () => {
-  const seen = () => JSON.stringify(app.graph.nodes.map(node => [...node.pos, ...node.size]));
+  const seen = () => JSON.stringify(app.canvas.graph.nodes.map(node => [...node.pos, ...node.size]));
   for (let calm = 0, last = '', tries = 0; calm < 3 && tries < 200; tries++) {
     app.canvas.setDirty(true, true);
     await new Promise(requestAnimationFrame);
@@ -50,8 +53,8 @@ SETTLE = """async () => {
 }"""
 
 FIT = """() => {
-  const boxes = [...app.graph.nodes.map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]),
-                 ...(app.graph.groups ?? []).map(g => [...g._bounding])];
+  const boxes = [...app.canvas.graph.nodes.map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]),
+                 ...(app.canvas.graph.groups ?? []).map(g => [...g._bounding])];
   if (!boxes.length) return;
   const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
   const right = Math.max(...boxes.map(b => b[0] + b[2])), bottom = Math.max(...boxes.map(b => b[1] + b[3]));
@@ -136,6 +139,15 @@ class Editor:
         self.page.evaluate(FIT)
         self.settle()
         return made
+
+    def enter(self, subgraph: str) -> None:
+        """Open a subgraph of the open graph, by its name."""
+        self.page.evaluate(
+            "name => app.canvas.setGraph([...(app.rootGraph ?? app.graph).subgraphs.values()].find(g => g.name === name))",
+            subgraph,
+        )
+        self.page.evaluate(FIT)
+        self.settle()
 
     def settle(self) -> None:
         """Wait until the page has drawn what was asked for: some frames in a row without a change of a size."""

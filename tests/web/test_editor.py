@@ -358,36 +358,39 @@ OLD: dict[str, Any] = {
 }  # fmt: skip
 
 
+def choose(editor: Editor, where: tuple[float, float], item: str, seen: str) -> None:
+    """An item of the menu at a place of the open graph, and read what the conversion says."""
+    page = editor.page
+    x, y = page.evaluate("at => app.canvas.ds.convertOffsetToCanvas(at)", list(where))
+    box = page.evaluate("() => { const b = app.canvas.canvas.getBoundingClientRect(); return [b.x, b.y] }")
+    page.mouse.click(box[0] + x, box[1] + y, button="right")
+    entry = page.get_by_text(item, exact=True).first
+    entry.wait_for(timeout=10_000)
+    editor.shot(f"convert menu {item} {seen}")
+    entry.click()
+    told = page.get_by_role("dialog", name="old nodes converted")
+    told.wait_for()
+    editor.shot(f"converted {item} {seen}")
+    told.get_by_role("button", name="Close").click()
+    editor.settle()
+
+
 def test_old_nodes_are_converted_one_by_one_or_all_and_back(editor: Editor) -> None:
     page = editor.page
 
     def types() -> list[str]:
         return [node["type"] for node in sorted(editor.saved()["nodes"], key=lambda node: node["id"])]
 
-    def choose(where: tuple[float, float], item: str) -> None:
-        x, y = page.evaluate("at => app.canvas.ds.convertOffsetToCanvas(at)", list(where))
-        box = page.evaluate("() => { const b = app.canvas.canvas.getBoundingClientRect(); return [b.x, b.y] }")
-        page.mouse.click(box[0] + x, box[1] + y, button="right")
-        entry = page.get_by_text(item, exact=True).first
-        entry.wait_for(timeout=10_000)
-        editor.shot(f"convert menu {item} {renderer}")
-        entry.click()
-        told = page.get_by_role("dialog", name="old nodes converted")
-        told.wait_for()
-        editor.shot(f"converted {item} {renderer}")
-        told.get_by_role("button", name="Close").click()
-        editor.settle()
-
     for renderer in editor.renderers:
         editor.use(renderer)
         with editor.quiet(f"conversion, {renderer}"):
             editor.load(OLD)
             assert types() == ["IPAdapterNoise"] * 2
-            choose((200, 45), "Convert to IP-Adapter Studio")
+            choose(editor, (200, 45), "Convert to IP-Adapter Studio", renderer)
             assert types() == ["ImagePromptNoise", "IPAdapterNoise"]
             node = editor.saved()["nodes"][0]
             assert (node["widgets_values"], node["pos"]) == (["fade", 0.5, 3], [60, 60])
-            choose((300, 400), "Convert all to IP-Adapter Studio")
+            choose(editor, (300, 400), "Convert all to IP-Adapter Studio", renderer)
             assert types() == ["ImagePromptNoise"] * 2
             assert editor.saved()["links"] == OLD["links"]
             for expected in (["ImagePromptNoise", "IPAdapterNoise"], ["IPAdapterNoise"] * 2):
@@ -397,6 +400,56 @@ def test_old_nodes_are_converted_one_by_one_or_all_and_back(editor: Editor) -> N
             page.evaluate("() => app.extensionManager.command.execute('Comfy.Redo')")
             editor.settle()
             assert types() == ["ImagePromptNoise", "IPAdapterNoise"]
+
+
+OLD_INSIDE: dict[str, Any] = {
+    "last_node_id": 7,
+    "last_link_id": 2,
+    "nodes": [
+        {"id": 7, "type": "11111111-0000-4000-8000-000000000007", "pos": [0, 0], "size": [200, 60], "flags": {}, "order": 0, "mode": 0,
+         "inputs": [], "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": []}], "properties": {}},
+        {**OLD["nodes"][0], "pos": [300, 0], "inputs": [], "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": []}]},
+    ],
+    "links": [],
+    "groups": [],
+    "version": 0.4,
+    "definitions": {"subgraphs": [{
+        "id": "11111111-0000-4000-8000-000000000007", "version": 1, "revision": 0, "config": {}, "name": "noises", "widgets": [],
+        "groups": [], "state": {"lastGroupId": 0, "lastNodeId": 7, "lastLinkId": 3, "lastRerouteId": 0},
+        "inputNode": {"id": -10, "bounding": [-200, 0, 120, 60]}, "outputNode": {"id": -20, "bounding": [900, 0, 120, 60]},
+        "inputs": [],
+        "outputs": [{"id": "11111111-0000-4000-8000-000000000008", "name": "IMAGE", "type": "IMAGE", "linkIds": [3]}],
+        "nodes": [OLD["nodes"][0], {**OLD["nodes"][1], "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [3]}]}],
+        "links": [
+            {"id": 1, "origin_id": 1, "origin_slot": 0, "target_id": 3, "target_slot": 0, "type": "IMAGE"},
+            {"id": 3, "origin_id": 3, "origin_slot": 0, "target_id": -20, "target_slot": 0, "type": "IMAGE"},
+        ],
+    }]},
+}  # fmt: skip
+
+
+def test_an_old_node_inside_a_subgraph_is_converted_there(editor: Editor) -> None:
+    """Alone, in the subgraph that stays open; and back."""
+    page = editor.page
+
+    def types() -> list[list[str]]:
+        saved = editor.saved()
+        graphs = [saved, *saved["definitions"]["subgraphs"]]
+        # by place: newer editors number nodes anew that have the same number in two graphs
+        return [[node["type"] for node in sorted(g["nodes"], key=lambda node: node["pos"][0])] for g in graphs]
+
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        with editor.quiet(f"conversion in a subgraph, {renderer}"):
+            editor.load(OLD_INSIDE)
+            outside, inside = types()
+            editor.enter("noises")
+            choose(editor, (200, 45), "Convert to IP-Adapter Studio", f"inside {renderer}")
+            assert types() == [outside, ["ImagePromptNoise", inside[1]]]
+            assert page.evaluate("() => app.canvas.graph.name") == "noises", "it stays open"
+            page.evaluate("() => app.extensionManager.command.execute('Comfy.Undo')")
+            editor.settle()
+            assert types() == [outside, inside]
 
 
 def test_the_blueprint_opens_as_one_node_and_sends_three(editor: Editor) -> None:

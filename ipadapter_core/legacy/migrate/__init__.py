@@ -60,18 +60,21 @@ def migrate(workflow: Mapping[str, object], base: str | None = None) -> tuple[Js
     return made.graph, made.report
 
 
-def migrate_graph(graph: object, base: str | None = None, only: Collection[NodeId] | None = None) -> Migrated:
+def migrate_graph(
+    graph: object, base: str | None = None, only: Collection[NodeId] | None = None, inside: str | None = None
+) -> Migrated:
     """A workflow (as saved, or as exported for the API) with our nodes; ``graph`` itself stays as it is.
 
     ``base`` (sd15 or sdxl) tells which files unified loaders mean; by default the names of checkpoints do, and where these
-    do not tell, such loaders stay. ``only`` are numbers of nodes that shall change (of the graph itself, not of subgraphs), with
-    those that cannot change without each other: a loader and what it feeds. Raises InvalidInputError for what is no workflow, and never anything else.
+    do not tell, such loaders stay. ``only`` are numbers of nodes that shall change, with those that cannot change without each
+    other: a loader and what it feeds. They are numbers of the graph itself, or of the subgraph with the id ``inside``; a graph
+    for the API has none. Raises InvalidInputError for what is no workflow, and never anything else.
     """
     raw = table(graph)
     for wrapper in ("workflow", "prompt"):  # what was sent to ComfyUI, or kept beside a picture
         inner = table(raw.get(wrapper))
         if "nodes" not in raw and (is_row(inner.get("nodes")) or is_prompt(inner)):
-            made = migrate_graph(inner, base, only)
+            made = migrate_graph(inner, base, only, inside)
             return Migrated({**raw, wrapper: made.graph}, made.report, made.found, made.rewritten)
     if not is_row(raw.get("nodes")) and is_prompt(raw):
         _check_size(len(raw))
@@ -81,7 +84,7 @@ def migrate_graph(graph: object, base: str | None = None, only: Collection[NodeI
             "this is no workflow: neither as ComfyUI's menu saves it (nodes and links) nor exported as API (a table of nodes "
             "with class_type); load it in ComfyUI and save it"
         )
-    return _migrate_saved(raw, base, only)
+    return _migrate_saved(raw, base, only, inside)
 
 
 # --- the two formats --------------------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ def _migrate_prompt(raw: Json, base: str | None, only: Collection[NodeId] | None
     return _told([made], read.written(made), made.report, 0, 0)
 
 
-def _migrate_saved(raw: Json, base: str | None, only: Collection[NodeId] | None) -> Migrated:
+def _migrate_saved(raw: Json, base: str | None, only: Collection[NodeId] | None, inside: str | None) -> Migrated:
     """The graph itself and every subgraph that it defines, wherever that is; group nodes are told and stay."""
     graphs = list(_graphs(raw, "", 0))
     _check_size(sum(len(row(graph.get("nodes"))) for _, graph in graphs))
@@ -109,8 +112,9 @@ def _migrate_saved(raw: Json, base: str | None, only: Collection[NodeId] | None)
     report: list[str] = []
     made: list[Migration] = []
     written: dict[int, Json] = {}
-    for (_, graph), one in zip(graphs, read, strict=True):
-        change = _rewrite(one, numbers.node, bases, only if only is None or graph is raw else ())
+    for (name, graph), one in zip(graphs, read, strict=True):
+        meant = graph is raw if inside is None else graph is not raw and name == inside
+        change = _rewrite(one, numbers.node, bases, only if only is None or meant else ())
         made.append(change)
         title = graph.get("name")
         where = f"in the subgraph {quoted(title or graph.get('id'))}: " if graph is not raw else ""
@@ -212,7 +216,7 @@ def _rewrite(
     made.report += [
         f"{shown([name])} of {made.nodes[number].type} (node {label(number)}) comes from a node that is not there"
         for number, name in read.lost
-        if made.type_of(number) in OLD_TYPES
+        if made.type_of(number) in OLD_TYPES and kept.get(number, "told")
     ]
     for number in [n for n, kind in old.items() if kind in FACE_MODELS]:
         load_face_model(made, number)
