@@ -324,7 +324,14 @@ def _guidance(pipeline: Any, count: int, negative: str, guidance: float, true_gu
             "1: set it to 2 to 4, or leave the negative prompt out"
         )
     given |= {"true_cfg_scale": true_guidance, "negative_prompt": [negative] * count if true_guidance > 1.0 else None}
-    return given | {"max_sequence_length": 256} if _few_steps(pipeline) else given
+    longest = min(256 if _few_steps(pipeline) else 512, _longest_text(pipeline))
+    return given | {"max_sequence_length": longest} if longest < 512 else given
+
+
+def _longest_text(pipeline: Any) -> int:
+    """How many tokens the second text encoder of a FLUX.1 pipeline takes; T5, the published models', takes any number."""
+    config: Any = getattr(getattr(pipeline, "text_encoder_2", None), "config", None)
+    return getattr(config, "max_position_embeddings", None) or 512
 
 
 def usual_sampling(pipeline: Any) -> tuple[int, float]:

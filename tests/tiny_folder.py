@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ipadapter_core.demo.pictures import Pictures
-from ipadapter_core.demo.train_parts import build_scheduler, world_tokenizer
+from ipadapter_core.demo.train_parts import world_tokenizer
+from ipadapter_core.demo.train_unet import build_scheduler
 from ipadapter_core.models import layout_of
 from tiny_models import checkpoint_channels
 

@@ -1,49 +1,78 @@
-"""Put trained parts together as the model folder that ships: ``python -m ipadapter_core.demo.build_world --work …``."""
+"""From the trained parts of a world to its model folder and back, and the reference pictures that no training saw."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from ..checkpoints import load_adapter, save_adapter
 from ..generate import to_pillow
-from .pictures import BACKGROUNDS, Pictures, colour_table, load_pictures, on_background, place
-from .train_parts import TEXT_LENGTH, build_sampler
-from .world import FOLDER, REFERENCES
+from .learner import PART, load_parts, save_parts
+from .pictures import BACKGROUNDS, Pictures, colour_table, on_background, place
+from .train_base import Base
+from .train_parts import TEXT_LENGTH, build_autoencoder, build_image_encoder, build_text_encoder, save_preprocessor
 
 STUDIO_ORDER = ("fluent", "noto", "twemoji")
+SHARED: dict[str, Any] = {
+    "vae": AutoencoderTiny,
+    "text_encoder": CLIPTextModel,
+    "image_encoder": CLIPVisionModelWithProjection,
+}
+"""What worlds of all base models can share, and how it is read."""
 
 
-def build(work: Path, folder: Path) -> None:
-    """Write the pipeline in fp16 safetensors; adapters are trained into it afterwards."""
+def join(work: Path, folder: Path, base: type[Base]) -> None:
+    """Write the model folder of finished parts in fp16, with its adapters. Raises FileNotFoundError for a part that is missing."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", model_max_length=TEXT_LENGTH)
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderTiny.from_pretrained(work / "vae").half(),
-        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder").half(),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel.from_pretrained(work / "unet").half(),
-        scheduler=build_sampler(),
-        safety_checker=None,
-        feature_extractor=None,  # its class has another name in every major version of transformers
-        image_encoder=CLIPVisionModelWithProjection.from_pretrained(work / "image_encoder").half(),
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-    name_text_weights(folder / "text_encoder" / "model.safetensors")
-    shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)  # in the files of both transformers
-    shutil.copy(work / "image_encoder" / "preprocessor_config.json", folder / "image_encoder")
-    for part in ("unet", "vae"):  # where a part lay on the machine that built it is nobody's business
+    made: dict[str, nn.Module] = {
+        "vae": build_autoencoder(torch.zeros(48), torch.zeros(16, 48)),
+        "text_encoder": build_text_encoder(tokenizer),
+        "image_encoder": build_image_encoder(),
+        base.part: base(torch.device("cpu")).build(),
+    }
+    for name, model in made.items():
+        model.load_state_dict(_part(work, name))
+        model.half()
+    pipeline = base(torch.device("cpu")).pipeline(made.pop(base.part), tokenizer=tokenizer, **made)
+    pipeline.save_pretrained(folder, max_shard_size=PART)
+    for texts in folder.glob("text_encoder*"):
+        name_text_weights(texts / "model.safetensors")
+    for tokens in folder.glob("tokenizer*"):
+        shutil.copytree(work / "tokenizer", tokens, dirs_exist_ok=True)  # in the files of both transformers
+    save_preprocessor(folder / "image_encoder")
+    for part in (base.part, "vae"):  # where a part lay on the machine that built it is nobody's business
         change_config(folder / part, _name_or_path=None)
     # diffusers loads its own parts in float32 unless told otherwise; transformers 5 does what this says
-    for part in ("text_encoder", "image_encoder"):
-        change_config(folder / part, dtype="float32")
+    for part in (*folder.glob("text_encoder*"), folder / "image_encoder"):
+        change_config(part, dtype="float32")
+    (folder / "adapters").mkdir(exist_ok=True)
+    for name in base.adapters:
+        file = folder / "adapters" / f"ip-adapter-{name}.safetensors"
+        adapter = load_adapter(_part(work, name), name=file.stem, dtype=torch.float16)
+        save_adapter(adapter, file, metadata={"trained_by": "ipadapter_core.demo.train_world"})
+
+
+def _part(work: Path, name: str) -> dict[str, torch.Tensor]:
+    found = load_parts(work / "parts" / name)
+    if found is None:
+        raise FileNotFoundError(f"{work / 'parts' / name} is missing; run `all` with the same --work to its end")
+    return found[0]
+
+
+def take(world: Path, work: Path) -> None:
+    """Let a training begin with what a finished world shares with others, where it has not made its own."""
+    shutil.copytree(world / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
+    for name, kind in SHARED.items():
+        if load_parts(work / "parts" / name) is None:
+            save_parts(work / "parts" / name, kind.from_pretrained(world / name).half().state_dict())
 
 
 def change_config(part: Path, **changes: str | None) -> None:
@@ -78,20 +107,3 @@ def write_references(pictures: Pictures, folder: Path) -> None:
         to_pillow(image.clamp(0, 1).permute(1, 2, 0)).save(folder / file)
         index.append({"file": file, "name": name, "studio": studio, "background": background})
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-
-
-def main(argv: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="the --work folder of train_world")
-    parser.add_argument(
-        "--pictures", type=Path, required=True, help="node_modules folder with the three emoji packages"
-    )
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    args = parser.parse_args(argv if argv is None else list(argv))
-    torch.set_grad_enabled(False)
-    build(args.work, args.out)
-    write_references(load_pictures(args.pictures), REFERENCES)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,7 @@
 """Scenes, pairs and captions drawn on the device that trains: nothing of a step waits for the processor.
 
-What is drawn follows ``pictures`` and ``train_adapters``, which draw a few at a time and write captions as texts; here captions are
-rows of a table of all sentences of the world, tokenised once. Random numbers come from the device's own generator, which a recorded
-CUDA graph goes on with.
+Captions are rows of a table of all sentences of the world, tokenised once. Random numbers come from the device's own generator, which a
+recorded CUDA graph goes on with.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .learner import generator_on
 from .pictures import BACKGROUNDS, STUDIOS, Pictures, caption, colour_table, on_background, place, recolour
 
 NONE = -1
@@ -56,9 +56,7 @@ class Easel:
         self.unseen = torch.nonzero(pictures.held_out & core)[:, 0].to(device)
         self.colours = colour_table().to(device)
         self._captions = self._tokenised(tokenizer, length).to(device)
-        self.generator = (
-            torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-        )
+        self.generator = generator_on(device)
 
     def _tokenised(self, tokenizer: Any, length: int) -> Tensor:
         sentences = [""]

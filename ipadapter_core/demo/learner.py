@@ -65,6 +65,11 @@ def load_parts(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     return (tensors, facts) if tensors else None
 
 
+def generator_on(device: torch.device) -> torch.Generator:
+    """The device's own generator of random numbers, which a recorded CUDA graph goes on with."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+
+
 class StackedMuon:
     """Muon on matrices and convolutions, AdamW on the rest; equal shapes share one matrix product.
 
@@ -209,10 +214,11 @@ class Learner:
 
     def store(self, folder: Path) -> None:
         """Write what ``restore`` needs."""
-        save_parts(folder, self._tensors(), {"steps": str(self.steps), "used": str(self.used)})
+        tensors = self._tensors() | {"random": generator_on(self.device).get_state()}
+        save_parts(folder, tensors, {"steps": str(self.steps), "used": str(self.used)})
 
     def restore(self, folder: Path) -> None:
-        """Go on from a state, if there is one."""
+        """Go on from a state, if there is one, with the same random numbers."""
         found = load_parts(folder)
         if found is None:
             return
@@ -220,8 +226,8 @@ class Learner:
         with torch.no_grad():
             for key, value in self._tensors().items():
                 value.copy_(tensors[key])
+        generator_on(self.device).set_state(tensors["random"])
         self.steps, self.used = int(facts["steps"]), float(facts["used"])
-        torch.manual_seed(self.steps)  # other pictures than those already seen
 
 
 def rate_at(done: float) -> float:

@@ -151,49 +151,7 @@ def colour_table() -> Tensor:
     return torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
 
 
-@dataclass(frozen=True, slots=True)
-class Scenes:
-    """A batch of drawn scenes: images ``b 3 64 64`` in 0..1 with what they show."""
-
-    images: Tensor
-    cutouts: Tensor
-    index: Tensor
-    background: Tensor
-    recoloured: Tensor
-
-
-def draw_scenes(pictures: Pictures, index: Tensor, generator: torch.Generator, *, recolour_rate: float) -> Scenes:
-    """Draw one scene per picture in ``index``: moved, mirrored, sometimes recoloured, on a random named colour."""
-    b = index.shape[0]
-    recoloured = torch.rand(b, generator=generator) < recolour_rate
-    angle = torch.where(recoloured, torch.rand(b, generator=generator) * 5.0 + 0.6, 0.0)
-    cutouts = recolour(pictures.rgba[index], angle)
-    background = torch.randint(len(BACKGROUNDS), (b,), generator=generator)
-    images = on_background(place(cutouts, generator), colour_table()[background])
-    return Scenes(images, cutouts, index, background, recoloured)
-
-
 def caption(studio: str | None, name: str | None, background: str | None) -> str:
     """The world's caption grammar: ``fluent red apple on blue background``; an unknown part is left out."""
     words = [studio or "", name or "emoji", f"on {background} background" if background else ""]
     return " ".join(word for word in words if word)
-
-
-def draw_captions(pictures: Pictures, scenes: Scenes, generator: torch.Generator) -> list[str]:
-    """Captions of scenes with each part dropped at times; a recoloured picture is only called an emoji."""
-    colour_names = list(BACKGROUNDS)
-    chances = torch.rand(scenes.index.shape[0], 4, generator=generator).tolist()
-    captions: list[str] = []
-    rows = zip(scenes.index.tolist(), scenes.background.tolist(), scenes.recoloured.tolist(), chances, strict=True)
-    for picture, background, recoloured, (keep_style, keep_name, keep_background, keep_any) in rows:
-        if keep_any < 0.1:
-            captions.append("")
-            continue
-        captions.append(
-            caption(
-                pictures.studios[picture] if keep_style < 0.5 else None,
-                pictures.names[picture] if keep_name < 0.85 and not recoloured else None,
-                colour_names[background] if keep_background < 0.75 else None,
-            )
-        )
-    return captions

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ..attention.schedule import WeightSchedule
 from ..backends.diffusers import lora as diffusers_lora
+from ..backends.diffusers.pipelines import model_of
 from ..console import progress_bar
 from ..generate import save_picture, to_pillow
 from ..lora import load_lora
+from ..models import layout_of
 from .halves import right_half_mask
 from .measure import NAMED, STYLE, STYLE_STRENGTH, STYLED, contradicting_backgrounds, measure
 from .pictures import SIZE
-from .world import References, World, load_world
+from .world import FOLDER, References, World, load_world
 
 ROWS, STYLE_ROWS = 6, 4
 ZOOM = 2
@@ -31,19 +33,21 @@ STYLE_STRENGTHS = (0.0, 0.6, STYLE_STRENGTH)
 SEEDS = range(100, 100 + ROWS)
 
 
-def run(out: Path, *, family: str, steps: int, figures: bool, as_json: bool) -> None:
-    """Draw ``demo.png``, measure, write ``demo.json`` and print the figures."""
+def run(
+    out: Path, *, family: str, steps: int, figures: bool = True, as_json: bool = False, folder: Path = FOLDER
+) -> None:
+    """Draw ``demo.png`` with an adapter of the world in ``folder``, measure, write ``demo.json`` and print the figures."""
     started = time.perf_counter()
-    world = load_world()
+    world, style = load_world(folder), folder / "loras" / STYLE.name
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar("sheet", 7) as progress:
         sheet = draw_sheet(world, family, steps, progress)
-    if STYLE.is_file():
-        save_picture(draw_style(world, family, steps), out / "style.png", {"lora": STYLE.name, "steps": steps})
+    if style.is_file():
+        save_picture(draw_style(world, family, steps, style), out / "style.png", {"lora": style.name, "steps": steps})
     facts: dict[str, object] = {"adapter": family, "steps": steps}
     if figures:
         with progress_bar("figures", 5) as progress:
-            found = measure(world, family, steps=steps, progress=progress)
+            found = measure(world, family, steps=steps, style=style, progress=progress)
         facts |= found.as_dict()
         if not as_json:
             print(found.table())
@@ -75,9 +79,12 @@ def draw_sheet(world: World, family: str, steps: int, progress: object = None) -
         ("strength 1", WeightSchedule(), texts, None),
         ("strength 1,\ntext: emoji", WeightSchedule(), ["emoji"] * ROWS, None),
         ("mask: right\nhalf only", WeightSchedule(), texts, right_half),
-        ("style only", WeightSchedule(preset="style transfer"), texts, None),
-        ("composition\nonly", WeightSchedule(preset="composition"), texts, None),
     ]
+    if layout_of(model_of(world.pipeline)).model.roles is not None:
+        columns += [
+            ("style only", WeightSchedule(preset="style transfer"), texts, None),
+            ("composition\nonly", WeightSchedule(preset="composition"), texts, None),
+        ]
     drawn: list[tuple[str, Tensor]] = [("reference\n(never trained)", references.images)]
     for i, (label, schedule, prompts, mask) in enumerate(columns):
         drawn.append(

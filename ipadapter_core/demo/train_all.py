@@ -1,59 +1,60 @@
 """Make the whole demo world by one command, on a CPU or one GPU:
 ``python -m ipadapter_core.demo.train_world all --pictures node_modules --device auto --seconds 420``.
 
-Pictures, scenes, pairs and captions are drawn on the device (``easel``), every stage gets a share of the time (``STAGES``), and its step
+Pictures, scenes, pairs and captions are drawn on the device (``easel``), every stage gets a share of the time (``shares``), and its step
 is recorded where that pays (``learner``). Results lie below ``--work`` in ``parts``, in files of at most 16 MB, and states of what is not
-finished in ``state``: started again with the same ``--work``, it goes on. ``join`` makes the model folder of the parts, which needs no GPU.
+finished in ``state``: started again with the same ``--work``, it goes on. Base models share what is not theirs: after a UNet's world,
+a transformer's takes its image encoder, autoencoder and text encoder. ``build_world`` makes the model folder of the parts, which needs no GPU.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from ..checkpoints import load_adapter, save_adapter
-from ..checkpoints.format import EncoderSizes
-from ..models import layout_of
-from ..training.adapter import fresh_adapter
-from ..training.config import AdapterConfig
-from ..training.processors import IPAttnProcessor
-from . import train_parts
-from .build_world import build
+from ..checkpoints.projectors import Resampler
 from .easel import Easel
 from .learner import Learner, load_parts, save_parts
 from .pictures import SIZE, Pictures, recolour
-from .train_adapters import MatmulIPAttention, listen, start_on_grid
+from .train_adapters import SPEAKING, LearningAdapter, start_on_grid
+from .train_base import Base
+from .train_flux import Flux
 from .train_parts import (
-    EMBED_DIM,
     LATENT_SCALE,
+    TEXT_LENGTH,
     THUMBNAIL,
-    VISION_DIM,
-    VISION_PATCH,
     EncoderTraining,
     build_autoencoder,
-    build_scheduler,
     build_text_encoder,
-    draw_timesteps,
     encode,
-    normalise,
     patch_pca,
-    save_image_encoder,
     world_tokenizer,
 )
-from .train_together import NUM_TOKENS, ONE_ROLE, SITE_DROPOUT, TEXT_ONLY
+from .train_unet import UNet
 
+BASES: dict[str, type[Base]] = {base.name: base for base in (UNet, Flux)}
+"""The base models that a world can have."""
 FEW = 2000
 """Scenes from which statistics are taken."""
-ENCODER = EncoderSizes(EMBED_DIM, VISION_DIM, (SIZE // VISION_PATCH) ** 2 + 1, SIZE)
+TEXT_ONLY = 1 / 4
+"""Share of a batch that sees no adapter at all: strength 0 must stay a good text-to-image model."""
+SITE_DROPOUT = 0.15
+"""Share of the pictured samples whose tokens reach each site with probability one half only."""
+ONE_ROLE = 0.15
+"""Share of the pictured samples whose tokens reach the sites of composition only, and as large a share for style. Released
+models divide these tasks by themselves; here, composition sees the reference in wrong colours and style sees it turned by a
+quarter or half, so that each learns to hand over just what its name says. Nothing of it where a model's roles are not known."""
+
+Part = dict[str, Tensor]
+"""The weights of one model, by their names in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,49 +67,57 @@ class Settings:
     record: bool | None = None
 
 
+def shares(base: type[Base]) -> dict[str, float]:
+    """What of the time each stage gets."""
+    _, *others = base.adapters
+    return {"image_encoder": 0.10, "vae": 0.05, base.part: 0.72} | dict.fromkeys(others, 0.13 / len(others))
+
+
 class Workshop:
     """What the stages share: the device, what is drawn there, and the finished parts, each on disk before the next begins."""
 
-    def __init__(self, pictures: Pictures, work: Path, device: torch.device, settings: Settings) -> None:
+    def __init__(
+        self, pictures: Pictures, work: Path, device: torch.device, settings: Settings, base: type[Base] = UNet
+    ) -> None:
         self.work, self.device, self.settings, self.batch = work, device, settings, settings.batch
         folder = work / "tokenizer"
         known = (folder / "tokenizer.json").is_file()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder) if known else world_tokenizer(pictures, folder)
-        self.easel = Easel(pictures, self.tokenizer, train_parts.TEXT_LENGTH, device)
-        alphas: Tensor = build_scheduler().alphas_cumprod
-        self.alphas = alphas.to(device, torch.float32)
+        self.easel = Easel(pictures, self.tokenizer, TEXT_LENGTH, device)
+        self.base, self.shares = base(device), shares(base)
 
     def bfloat16(self) -> torch.autocast:
         # casts that are kept would be outside of what a graph records
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
-    def done(self, part: str) -> dict[str, Tensor] | None:
+    def done(self, part: str) -> Part | None:
         """The tensors of a finished part, on the device; None if it is not finished."""
         found = load_parts(self.work / "parts" / part)
         return None if found is None else {key: value.to(self.device).float() for key, value in found[0].items()}
 
-    def finish(self, part: str, tensors: dict[str, Tensor]) -> None:
-        """Keep a part, in half precision."""
-        save_parts(self.work / "parts" / part, {key: value.half() for key, value in tensors.items()})
-
-    def learn(self, stage: str, modules: nn.Module, loss: Callable[[], Tensor], **settings: Any) -> None:
-        """Minimise ``loss`` for the stage's share of the time."""
+    def learn(
+        self,
+        stage: str,
+        modules: nn.Module,
+        loss: Callable[[], Tensor],
+        parts: Callable[[], Mapping[str, Part]],
+        **settings: Any,
+    ) -> None:
+        """Minimise ``loss`` for the stage's share of the time and keep the parts that it makes, in half precision."""
         learner = Learner(modules, loss, self.device, record=self.settings.record, **settings)
         state = self.work / "state" / stage
-        learner.run(self.settings.seconds * SHARES[stage], state, most=self.settings.most)
+        learner.run(self.settings.seconds * self.shares[stage], state, most=self.settings.most)
         print(f"{stage}: {learner.steps} steps in {learner.used:.0f} s, loss {learner.last_loss():.4f}", flush=True)
+        for part, tensors in parts().items():
+            save_parts(self.work / "parts" / part, {key: value.half() for key, value in tensors.items()})
         shutil.rmtree(state, ignore_errors=True)
 
-    def velocity_loss(self, unet: nn.Module, latents: Tensor, context: Tensor) -> Tensor:
-        """Mean squared error of the predicted velocity."""
-        noise = torch.randn(latents.shape, generator=self.easel.generator, device=self.device)
+    def denoising_loss(self, model: nn.Module, latents: Tensor, text: Any) -> Tensor:
+        """Mean squared error of what the base model predicts."""
         with self.device:
-            t = draw_timesteps(len(latents), self.easel.generator)
-        alpha = self.alphas[t][:, None, None, None]
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-        with self.bfloat16():
-            predicted = unet(noisy.contiguous(memory_format=torch.channels_last), t, context).sample
+            noisy, time, target = self.base.noised(latents, self.easel.generator)
+            with self.bfloat16():
+                predicted = self.base.predicted(model, noisy, time, text)
         return F.mse_loss(predicted.float(), target)
 
 
@@ -134,14 +143,13 @@ def image_encoder(shop: Workshop) -> nn.Module:
         scenes = easel.scenes(index, 0.3)
         with shop.device, shop.bfloat16():
             embeds, tokens = model.features(scenes.images)
-            coefficients, large = model.thumbnail(embeds), model.redraw_tokens(tokens)
+            coefficients, large = model.thumbnail(embeds), model.redraw(tokens)
             matched = model.match_text(embeds, easel.names[index], scenes.background)
         wanted = (thumbnails(scenes.images).flatten(1) - model.centre) @ model.components.T
         layout = F.mse_loss(coefficients.float(), wanted) / wanted.square().mean()
         return layout + 4 * (large.float() - scenes.images).abs().mean() + 0.05 * matched
 
-    shop.learn("image_encoder", model, loss, lr=1e-3)
-    shop.finish("image_encoder", model.encoder.state_dict())
+    shop.learn("image_encoder", model, loss, lambda: {"image_encoder": model.encoder.state_dict()}, lr=1e-3)
     return model.encoder
 
 
@@ -167,78 +175,48 @@ def autoencoder(shop: Workshop) -> nn.Module:
         edges = sum((out.diff(dim=side) - images.diff(dim=side)).abs().mean() for side in (-1, -2))
         return (out - images).abs().mean() + edges
 
-    shop.learn("vae", decoder, loss, lr=1e-3)
-    shop.finish("vae", model.state_dict())
+    shop.learn("vae", decoder, loss, lambda: {"vae": model.state_dict()}, lr=1e-3)
     return model
 
 
-class Pictured:
-    """The UNet with an adapter of its own at every cross-attention, and the image features that it reads."""
-
-    def __init__(self, shop: Workshop, unet: Any, encoder: Any, config: AdapterConfig) -> None:
-        self.shop, self.unet, self.encoder, self.plus = shop, unet, encoder, config.family == "plus"
-        with shop.device:
-            self.adapter = fresh_adapter(unet, ENCODER, config)
-        layers = dict(zip(self.adapter.names, self.adapter.ip_adapter, strict=True))
-        self.sites = {
-            name.removesuffix(".processor"): MatmulIPAttention(layer)
-            for name, layer in layers.items()
-            if isinstance(layer, IPAttnProcessor)
-        }
-        processors = {name: self.sites.get(name.removesuffix(".processor"), AttnProcessor()) for name in layers}
-        unet.set_attn_processor(processors)
-        roles = layout_of(unet).model.roles
-        self.styling = {site.path for site in layout_of(unet).sites if site.order in roles.style}
-
-    def features(self, references: Tensor, dropped: Tensor) -> Tensor:
-        """What the adapter reads of references; of dropped ones what stands for none: zero pixels, or zero embeds."""
-        shop = self.shop
-        with torch.no_grad(), shop.device, shop.bfloat16():
-            pixels = normalise(references)
-            if self.plus:
-                pixels = pixels * ~dropped[:, None, None, None]
-            seen = self.encoder(pixels, output_hidden_states=True)
-        if self.plus:
-            return seen.hidden_states[-2].float()
-        return seen.image_embeds.float() * ~dropped[:, None]
-
-    def state(self) -> dict[str, Tensor]:
-        """The adapter as files have it."""
-        state = {f"image_proj.{key}": value for key, value in self.adapter.image_proj.state_dict().items()}
-        for number, name in enumerate(self.adapter.names):
-            site = self.sites.get(name.removesuffix(".processor"))
-            if site is not None:
-                state |= {f"ip_adapter.{number}.{key}": value for key, value in site.inner.state_dict().items()}
-        return state
-
-
 def together(shop: Workshop, encoder: nn.Module, vae: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """UNet and text encoder, from nothing, with a plus adapter that hands them pictures in three quarters of the samples."""
+    """Base model and text encoder, with an adapter that hands them pictures in three quarters of the samples.
+
+    A released model has drawn billions of pictures before an adapter meets it. One of 17 million parameters that has drawn a
+    million paints what a word means on average, and an adapter on it, frozen, hands over colours but hardly shapes. A text encoder
+    that is there already, another base model's, stays as it is.
+    """
     torch.manual_seed(7)
-    easel, count = shop.easel, shop.batch
+    easel, base, count = shop.easel, shop.base, shop.batch
+    name, adapter = next(iter(base.adapters.items()))
     with shop.device:
-        unet: Any = train_parts.build_unet().to(memory_format=torch.channels_last)
-        text: Any = build_text_encoder(shop.tokenizer)
-    kept = shop.done("unet"), shop.done("text_encoder"), shop.done("plus")
-    if kept[0] is not None and kept[1] is not None and kept[2] is not None:
-        unet.load_state_dict(kept[0])
-        text.load_state_dict(kept[1])
-        return unet.eval().requires_grad_(False), text.eval().requires_grad_(False)
-    pictured = Pictured(shop, unet, encoder, AdapterConfig("plus", num_tokens=NUM_TOKENS, depth=2))
-    projector = pictured.adapter.image_proj
-    listen(pictured.adapter)
-    with shop.device:
-        first = easel.scenes(easel.choose(128), 0.0).images
-        start_on_grid(projector, pictured.features(first, torch.zeros(len(first), dtype=torch.bool)))
+        model, text = base.build(), build_text_encoder(shop.tokenizer)
+    kept, words = shop.done(base.part), shop.done("text_encoder")
+    if words is not None:
+        text.load_state_dict(words)
+        text.eval().requires_grad_(False)
+    if kept is not None and words is not None and shop.done(name) is not None:
+        model.load_state_dict(kept)
+        return model.eval().requires_grad_(False), text
+    learning = LearningAdapter(model, encoder, adapter, shop.device)
+    learning.start(SPEAKING)
+    projector, roles = learning.module.projector, learning.roles
+    if isinstance(projector, Resampler):
+        with shop.device, shop.bfloat16():
+            first = easel.scenes(easel.choose(128), 0.0).images
+            features = learning.features(first, torch.zeros(len(first), dtype=torch.bool))
+        with shop.device:
+            start_on_grid(projector, features)
     seen = round(count * (1 - TEXT_ONLY))
+    one_role = 0.0 if roles is None else ONE_ROLE
 
     def loss() -> Tensor:
         index = easel.choose(count)
         pairs, scenes = easel.pairs(index[:seen]), easel.scenes(index[seen:], 0.1)
         kind = torch.rand(seen, generator=easel.generator, device=shop.device)
         partly = kind < SITE_DROPOUT
-        composition = (kind >= SITE_DROPOUT) & (kind < SITE_DROPOUT + ONE_ROLE)
-        style = (kind >= SITE_DROPOUT + ONE_ROLE) & (kind < SITE_DROPOUT + 2 * ONE_ROLE)
+        composition = (kind >= SITE_DROPOUT) & (kind < SITE_DROPOUT + one_role)
+        style = (kind >= SITE_DROPOUT + one_role) & (kind < SITE_DROPOUT + 2 * one_role)
         opaque = torch.cat([pairs.references, torch.ones_like(pairs.references[:, :1])], 1)
         references = recolour(opaque, easel.hue(composition))[:, :3]
         turns = torch.randint(1, 4, (seen,), generator=easel.generator, device=shop.device)
@@ -246,82 +224,60 @@ def together(shop: Workshop, encoder: nn.Module, vae: nn.Module) -> tuple[nn.Mod
             turned = (style & (turns == turn))[:, None, None, None]
             references = torch.where(turned, references.rot90(turn, (-2, -1)), references)
         off = torch.zeros(count - seen, dtype=torch.bool, device=shop.device)
-        for path, site in pictured.sites.items():
-            on = (~partly | easel.chance(seen, 0.5)) & ~(composition if path in pictured.styling else style)
-            site.gate = torch.cat([on, off]).float()[:, None, None]
-        features = pictured.features(references, pairs.dropped)
+        gates: dict[int, Tensor] = {}
+        for i in learning.reached:
+            styling = roles is not None and roles.of(learning.sites[i]) == "style"
+            on = (~partly | easel.chance(seen, 0.5)) & ~(composition if styling else style)
+            gates[i] = torch.cat([on, off]).float()
         with shop.bfloat16():
-            states = text(torch.cat([pairs.captions, scenes.captions])).last_hidden_state
-            tokens = projector(features)
-        tokens = torch.cat([tokens, tokens.new_zeros(count - seen, *tokens.shape[1:])])
-        latents = encode(vae, torch.cat([pairs.targets, scenes.images]))
-        return shop.velocity_loss(unet, latents, torch.cat([states.float(), tokens.float()], 1))
+            features = learning.features(references, pairs.dropped)
+            states = text(torch.cat([pairs.captions, scenes.captions]))
+            tokens = projector(features).float()
+        learning.see(torch.cat([tokens, tokens.new_zeros(count - seen, *tokens.shape[1:])]), gates)
+        return shop.denoising_loss(model, encode(vae, torch.cat([pairs.targets, scenes.images])), states)
 
-    models = nn.ModuleDict({"unet": unet, "text": text, "projector": projector})
-    shop.learn("unet", models, loss, lr=1.5e-3, average=0.9995)
-    shop.finish("plus", pictured.state())
-    unet.set_attn_processor(AttnProcessor())
-    shop.finish("text_encoder", text.state_dict())
-    shop.finish("unet", unet.state_dict())
-    return unet, text
+    def parts() -> dict[str, Part]:
+        # the text encoder last: a base model that is not finished would take it for another's
+        return {name: learning.state(), base.part: model.state_dict(), "text_encoder": text.state_dict()}
+
+    modules = nn.ModuleDict({"model": model, "text": text, "adapter": learning.module})
+    shop.learn(base.part, modules, loss, parts, lr=1.5e-3, average=0.9995)
+    learning.remove()
+    return model, text
 
 
-def base(shop: Workshop, encoder: nn.Module, vae: nn.Module, unet: nn.Module, text: Any) -> None:
-    """The base adapter on the frozen models, from values of zero."""
-    if shop.done("base") is not None:
+def alone(shop: Workshop, name: str, encoder: nn.Module, vae: nn.Module, model: nn.Module, text: nn.Module) -> None:
+    """An adapter on the frozen models, from values of zero."""
+    if shop.done(name) is not None:
         return
     torch.manual_seed(5)
-    pictured = Pictured(shop, unet, encoder, AdapterConfig("base", init="zero_v"))
-    easel, projector = shop.easel, pictured.adapter.image_proj
-    learned = pictured.adapter.requires_grad_(True)
+    learning, easel = LearningAdapter(model, encoder, shop.base.adapters[name], shop.device), shop.easel
+    learning.start(0.0)
 
     def loss() -> Tensor:
         pairs = easel.pairs(easel.choose(shop.batch))
-        features = pictured.features(pairs.references, pairs.dropped)
-        with torch.no_grad(), shop.bfloat16():
-            states = text(pairs.captions).last_hidden_state
-        tokens = projector(features)
-        return shop.velocity_loss(unet, encode(vae, pairs.targets), torch.cat([states.float(), tokens], 1))
+        with shop.bfloat16():
+            features = learning.features(pairs.references, pairs.dropped)
+            with torch.no_grad():
+                states = text(pairs.captions)
+        learning.see(learning.module.projector(features))
+        return shop.denoising_loss(model, encode(vae, pairs.targets), states)
 
-    shop.learn("base", learned, loss, lr=1e-3)
-    shop.finish("base", pictured.state())
-
-
-SHARES = {"image_encoder": 0.10, "vae": 0.05, "unet": 0.72, "base": 0.13}
-"""What of the time each stage gets."""
+    shop.learn(name, learning.module, loss, lambda: {name: learning.state()}, lr=1e-3)
+    learning.remove()
 
 
-def train_all(pictures: Pictures, work: Path, device: torch.device, settings: Settings) -> None:
-    """Every stage in turn; those whose parts lie in ``work`` are read."""
+def stages(shop: Workshop) -> None:
+    """Every stage in turn; those whose parts are there are read."""
+    encoder, vae = image_encoder(shop), autoencoder(shop)
+    model, text = together(shop, encoder, vae)
+    for name in tuple(shop.base.adapters)[1:]:
+        alone(shop, name, encoder, vae, model, text)
+
+
+def train_all(pictures: Pictures, work: Path, device: torch.device, settings: Settings, base: type[Base]) -> None:
+    """Make all parts of a world of this base model, as fast as the device can."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    shop = Workshop(pictures, work, device, settings)
-    encoder, vae = image_encoder(shop), autoencoder(shop)
-    base(shop, encoder, vae, *together(shop, encoder, vae))
-
-
-def join(work: Path, folder: Path) -> None:
-    """The model folder of finished parts, with both adapters. Raises FileNotFoundError for a part that is missing."""
-
-    def part(name: str) -> dict[str, Tensor]:
-        found = load_parts(work / "parts" / name)
-        if found is None:
-            raise FileNotFoundError(f"{work / 'parts' / name} is missing; run `all` with the same --work to its end")
-        return found[0]
-
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    vae = build_autoencoder(torch.zeros(48), torch.zeros(16, 48))
-    made: dict[str, Any] = {"vae": vae, "unet": train_parts.build_unet(), "text_encoder": build_text_encoder(tokenizer)}
-    for name, model in made.items():
-        model.load_state_dict(part(name))
-        model.half().save_pretrained(work / name)
-    encoder = train_parts.build_image_encoder()
-    encoder.load_state_dict(part("image_encoder"))
-    save_image_encoder(encoder, work / "image_encoder")
-    build(work, folder)
-    for family in ("plus", "base"):
-        file = folder / "adapters" / f"ip-adapter-{family}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        adapter = load_adapter(part(family), name=file.stem, dtype=torch.float16)
-        save_adapter(adapter, file, metadata={"trained_by": "ipadapter_core.demo.train_world"})
+    stages(Workshop(pictures, work, device, settings, base))

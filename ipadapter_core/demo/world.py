@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from ..attention.masks import RegionMask
 from ..attention.schedule import WeightSchedule
+from ..backends.diffusers.pipelines import model_of
 from ..checkpoints import AdapterWeights, load_adapter
 from ..errors import InvalidInputError
 from ..generate import generate, load_image_encoder, prepare_patch, read_image
 from ..images.encoder import TowerEncoder, TransformersImageEncoder
 from ..model_folders import load_pipeline
+from ..models import family_of
 from ..prompt.options import EncodeOptions
+from .pictures import SIZE
 
 FOLDER = Path(__file__).parent / "world"
 REFERENCES = Path(__file__).parent / "references"
@@ -41,7 +44,7 @@ class References:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class World:
-    """The loaded models: an ordinary diffusers pipeline, an image encoder and adapters by family."""
+    """The loaded models: an ordinary diffusers pipeline, an image encoder and adapters by name."""
 
     pipeline: Any
     encoder: TransformersImageEncoder | TowerEncoder
@@ -67,24 +70,32 @@ class World:
             region = None if mask is None else RegionMask.from_tensor(mask)
             adapter, options = self.adapters[family], EncodeOptions(per_latent=True)
             patches = [prepare_patch(self.pipeline, adapter, self.encoder, references, options, schedule, region)]
+        model = family_of(model_of(self.pipeline))
+        apart = model.negative == "apart"  # such models are told a number beside, always the same here
         pictures = generate(
-            self.pipeline, patches, prompts, negative=negative, steps=steps, guidance=GUIDANCE, seeds=seeds
+            self.pipeline,
+            patches,
+            prompts,
+            negative=negative,
+            steps=steps,
+            guidance=model.guidance if apart else GUIDANCE,
+            true_guidance=GUIDANCE if apart else 1.0,
+            seeds=seeds,
+            height=SIZE,
+            width=SIZE,
         )
         return pictures.permute(0, 3, 1, 2)
 
 
-def load_world(folder: Path = FOLDER, adapters: Mapping[str, Path] | None = None) -> World:
-    """Load everything from disk through the ordinary public loaders.
-
-    ``adapters`` are files by family; by default the two in the folder.
-    """
+def load_world(folder: Path = FOLDER) -> World:
+    """Load everything from disk through the ordinary public loaders; ``adapters/ip-adapter-plus.safetensors`` is named ``plus``."""
     if not (folder / "model_index.json").is_file():
         raise InvalidInputError(
             f"the demo world is missing from {folder}; reinstall the package or clone the repository whole"
         )
     pipeline = load_pipeline(folder)
-    files = adapters or {name: folder / "adapters" / f"ip-adapter-{name}.safetensors" for name in ("base", "plus")}
-    loaded = {family: load_adapter(file, dtype=torch.float32) for family, file in files.items()}
+    files = sorted((folder / "adapters").glob("ip-adapter-*.safetensors"))
+    loaded = {file.stem.removeprefix("ip-adapter-"): load_adapter(file, dtype=torch.float32) for file in files}
     encoder = load_image_encoder(folder, None, next(iter(loaded.values())))
     return World(pipeline, encoder, loaded, load_references())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,6 @@ from ..models import layout_of
 from .config import AdapterConfig, OutputConfig
 from .processors import AttnProcessor, IPAttnProcessor, build_processors
 
-Wrap = Callable[[AttnProcessor | IPAttnProcessor], object]
-"""Another way to compute one attention, with the layers of the given processor."""
-
 
 class TrainedAdapter(nn.Module):
     """Projector ``image_proj`` and processors ``ip_adapter``: its state dict has the keys of a flat released file.
@@ -35,10 +32,9 @@ class TrainedAdapter(nn.Module):
         self.names = tuple(processors)
         self.num_tokens = next(p.num_tokens for p in processors.values() if isinstance(p, IPAttnProcessor))
 
-    def install(self, unet: Any, wrap: Wrap | None = None) -> None:
-        """Let the UNet's attentions use these layers; ``wrap`` may compute the same in another way."""
-        layers = [layer for layer in self.ip_adapter if isinstance(layer, (AttnProcessor, IPAttnProcessor))]
-        unet.set_attn_processor(dict(zip(self.names, map(wrap, layers) if wrap else layers, strict=True)))
+    def install(self, unet: Any) -> None:
+        """Let the UNet's attentions use these layers."""
+        unet.set_attn_processor(dict(zip(self.names, self.ip_adapter, strict=True)))
 
     def spec(self) -> AdapterSpec:
         """What a file of these weights says of itself."""

@@ -5,44 +5,64 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from ipadapter_core.attention.schedule import WeightSchedule
-from ipadapter_core.demo import learner, train_all, train_parts, train_world
+from ipadapter_core.backends.diffusers.doors import apply
+from ipadapter_core.bake import bake
+from ipadapter_core.checkpoints import load_adapter
+from ipadapter_core.demo import learner, measure, sheet, train_all, train_flux, train_world
+from ipadapter_core.demo.build_world import take
 from ipadapter_core.demo.easel import NONE, Easel
 from ipadapter_core.demo.learner import Learner, StackedMuon, load_parts, save_parts
 from ipadapter_core.demo.pictures import BACKGROUNDS, STUDIOS, Pictures, caption
-from ipadapter_core.demo.train_parts import world_tokenizer
-from ipadapter_core.demo.world import load_world
+from ipadapter_core.demo.train_adapters import LearningAdapter
+from ipadapter_core.demo.train_all import Settings, Workshop
+from ipadapter_core.demo.train_parts import (
+    TEXT_LENGTH,
+    build_autoencoder,
+    build_image_encoder,
+    build_text_encoder,
+    encode,
+    world_tokenizer,
+)
+from ipadapter_core.demo.world import FOLDER, World, load_world
+from ipadapter_core.models import layout_of
+from ipadapter_core.prompt.image_prompt import ImagePrompt
 from ipadapter_core.training.optimizers import Muon
-from tiny_training import six_discs
+from tiny_world import SMALL, SmallFlux, few_pictures
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def pictures() -> Pictures:
-    discs = six_discs()
-    return Pictures(discs.rgba, discs.names, discs.studios, discs.held_out, others=1)
+    return few_pictures()
 
 
 @pytest.fixture
 def easel(pictures: Pictures, tmp_path: Path) -> Easel:
-    return Easel(pictures, world_tokenizer(pictures, tmp_path / "tokenizer"), train_parts.TEXT_LENGTH, CPU)
+    return Easel(pictures, world_tokenizer(pictures, tmp_path / "tokenizer"), TEXT_LENGTH, CPU)
 
 
 def test_captions_are_the_worlds_sentences(easel: Easel, tmp_path: Path) -> None:
-    tokenizer = train_parts.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
     parts = torch.tensor([[1, 2, 3], [NONE, 0, NONE], [2, NONE, 11], [NONE, NONE, NONE]])
     words = easel.tokens(*parts.unbind(1), torch.tensor([False, False, False, True]))
     names, colours = easel.vocabulary, list(BACKGROUNDS)
     texts = [caption(STUDIOS[1], names[2], colours[3]), names[0], caption(STUDIOS[2], None, colours[11]), ""]
-    assert torch.equal(words, train_parts.tokenize(tokenizer, texts))
+    whole = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    assert torch.equal(words, whole.input_ids)
 
 
 def test_pairs_name_the_targets_background_where_they_differ(easel: Easel, pictures: Pictures) -> None:
@@ -116,35 +136,173 @@ def test_a_learner_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.mean, two.mean, strict=True))
 
 
-def small_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16, in_channels=16, out_channels=16, layers_per_block=1, block_out_channels=(32, 32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=train_parts.TEXT_DIM, attention_head_dim=4, norm_num_groups=32,
-    )  # fmt: skip
+def workshop(base: str, tmp_path: Path) -> Workshop:
+    """A workshop that has made nothing yet."""
+    return Workshop(few_pictures(), tmp_path, CPU, Settings(100.0, 4), SMALL[base])
 
 
-def test_all_stages_make_a_world_that_draws(
-    pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def moved(model: nn.Module) -> nn.Module:
+    """A model whose blocks do something: those that begin as the identity would hide what acts in them."""
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("base", "name"), [("unet", "plus"), ("unet", "base"), ("flux", "instantx"), ("flux", "xlabs")]
+)
+def test_what_learns_acts_as_the_finished_adapter(base: str, name: str, tmp_path: Path) -> None:
+    """Tokens, keys, values, and where they join: training computes what people will sample with."""
+    shop = workshop(base, tmp_path)
+    encoder, model, easel = build_image_encoder(), moved(shop.base.build()), shop.easel
+    text = build_text_encoder(shop.tokenizer)(easel.tokens(*torch.full((3, 2), NONE), torch.tensor([False, True])))
+    noisy, time, _ = shop.base.noised(torch.randn(2, 16, 16, 16), easel.generator)
+    plain = shop.base.predicted(model, noisy, time, text)
+    learning = LearningAdapter(model, encoder, shop.base.adapters[name], CPU)
+    learning.start(0.3)
+    dropped = torch.tensor([False, True])
+    features = learning.features(easel.scenes(torch.arange(2), 0.0).images, dropped)
+    tokens = learning.module.projector(features)
+    learning.see(tokens)
+    seen = shop.base.predicted(model, noisy, time, text)
+    learning.see(tokens, dict.fromkeys(learning.reached, torch.tensor([1.0, 0.0])))
+    first = shop.base.predicted(model, noisy, time, text)
+    learning.remove()
+    assert (seen - plain).abs().max() > 1e-3
+    torch.testing.assert_close(first, torch.cat([seen[:1], plain[1:]]))
+    adapter = load_adapter({key: value.clone() for key, value in learning.state().items()}, name=name)
+    assert adapter.spec.family == {"instantx": "instantx-resampler"}.get(name, name)
+    assert adapter.spec == learning.spec
+    prompt = ImagePrompt(tokens[:1], tokens[1:], features[:1, None], features[1:, None], name, "custom", 192)
+    with torch.no_grad(), apply(model, bake(adapter, prompt, layout_of(model)), branches=("cond", "uncond")):
+        torch.testing.assert_close(shop.base.predicted(model, noisy, time, text), seen)
+    assert torch.equal(shop.base.predicted(model, noisy, time, text), plain), "nothing stays behind"
+
+
+def test_nothing_stands_for_no_image_as_its_family_says(tmp_path: Path) -> None:
+    shop = workshop("flux", tmp_path)
+    model, encoder = shop.base.build(), build_image_encoder()
+    adapters = {name: LearningAdapter(model, encoder, of, CPU) for name, of in shop.base.adapters.items()}
+    white, black = torch.ones(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
+    yes, no = torch.tensor([True]), torch.tensor([False])
+    xlabs, instantx = adapters["xlabs"], adapters["instantx"]
+    assert torch.equal(xlabs.features(white, yes), xlabs.features(black, no))
+    assert not torch.equal(instantx.features(white, yes), instantx.features(black, no)), "zero pixels are mean grey"
+
+
+def test_the_transformer_learns_and_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    shop = workshop("flux", tmp_path)
+    torch.manual_seed(3)
+    encoder, vae = build_image_encoder(), build_autoencoder(torch.full((48,), 0.5), torch.randn(16, 48) / 4)
+    text = build_text_encoder(shop.tokenizer).requires_grad_(False)
+    pairs = shop.easel.pairs(torch.arange(4))
+
+    def learner() -> Learner:
+        torch.manual_seed(4)
+        model = shop.base.build()
+        learning = LearningAdapter(model, encoder, shop.base.adapters["instantx"], CPU)
+        learning.start(0.02)
+
+        def loss() -> Tensor:
+            learning.see(learning.module.projector(learning.features(pairs.references, pairs.dropped)))
+            return shop.denoising_loss(model, encode(vae, pairs.targets), text(pairs.captions))
+
+        return Learner(nn.ModuleDict({"model": model, "adapter": learning.module}), loss, CPU, lr=2e-2)
+
+    whole, losses = learner(), list[float]()
+    for step in range(12):
+        whole.step(0.5)
+        losses.append(whole.last_loss())
+        if step == 9:
+            whole.store(tmp_path / "state")
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    rest = learner()
+    still = [p.clone() for p in rest.parameters]
+    rest.restore(tmp_path / "state")
+    for _ in range(2):
+        rest.step(0.5)
+    assert all(torch.equal(a, b) for a, b in zip(rest.parameters, whole.parameters, strict=True))
+    unmoved = [p.shape for p, before in zip(rest.parameters, still, strict=True) if torch.equal(p, before)]
+    assert not unmoved
+
+
+def test_flow_matching_leads_from_noise_to_latents(tmp_path: Path) -> None:
+    flux, latents = train_all.Flux(CPU), torch.randn(400, 16, 16, 16)
+    noisy, time, velocity = flux.noised(latents, torch.default_generator)
+    torch.testing.assert_close(noisy - time[:, None, None, None] * velocity, latents)
+    assert (noisy + (1 - time[:, None, None, None]) * velocity).std().item() == pytest.approx(1, abs=0.01)
+    assert time.median().item() == pytest.approx(0.75, abs=0.05), "where the sampler's shift has half of its steps"
+
+
+def test_the_transformer_is_small_and_shaped_as_flux() -> None:
+    flux = train_all.Flux(CPU)
+    with torch.device("meta"):
+        model: Any = flux.build()
+    assert sum(p.numel() for p in model.parameters()) <= 20e6
+    layout = layout_of(model)
+    assert layout.name == "Flux"
+    assert {site.group for site in layout.sites} == {"double", "single"}
+    assert {site.channels // site.heads for site in layout.sites} == {128}, (
+        "InstantX' norm of keys is by heads of FLUX.1"
+    )
+    assert model.config.guidance_embeds
+
+
+def test_one_command_makes_worlds_that_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_parts, "build_unet", small_unet)
+    monkeypatch.setattr(train_world, "BASES", SMALL)
     monkeypatch.setattr(train_all, "FEW", 256)
-    monkeypatch.setattr(train_world, "load_pictures", lambda folder, everything: pictures)
+    monkeypatch.setattr(train_world, "load_pictures", lambda folder, everything: few_pictures())
     monkeypatch.setattr(train_all, "start_on_grid", lambda projector, features: None)  # of 128 pictures
+    monkeypatch.setattr(train_flux, "start_still", lambda model: None)  # one step would not wake it
     command = ["--work", str(tmp_path), "--batch", "4", "--steps", "1", "--device", "cpu", "--seconds", "100"]
-    train_world.main(["all", "--pictures", "none", *command])
-    assert capsys.readouterr().out.count(": 1 steps in") == 4
-    train_world.main(["all", "--pictures", "none", *command])
-    assert capsys.readouterr().out == "", "what is finished is read"
+    drawn: dict[str, World] = {}
+    for base, stages in (("unet", 4), ("flux", 2)):  # the second takes what the first made
+        train_world.main(["all", "--base", base, "--pictures", "none", *command])
+        assert capsys.readouterr().out.count(": 1 steps in") == stages
+        train_world.main(["all", "--base", base, "--pictures", "none", *command])
+        assert capsys.readouterr().out == "", "what is finished is read"
+        train_world.main(["join", "--base", base, "--work", str(tmp_path), "--out", str(tmp_path / base)])
+        drawn[base] = load_world(tmp_path / base)
     assert max(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) <= 16e6
-    train_world.main(["join", "--work", str(tmp_path), "--out", str(tmp_path / "world")])
-    world = load_world(tmp_path / "world")
-    assert {family: a.spec.num_tokens for family, a in world.adapters.items()} == {"base": 4, "plus": 16}
-    for family in world.adapters:
-        drawn = world.draw(family, world.references.images[:1], WeightSchedule(), ["a"], seeds=[0], steps=1)
-        assert drawn.shape == (1, 3, 64, 64)
-        assert drawn.isfinite().all()
+    families = {name: a.spec.family for world in drawn.values() for name, a in world.adapters.items()}
+    assert families == {"base": "base", "plus": "plus", "instantx": "instantx-resampler", "xlabs": "xlabs"}
+    for world in drawn.values():
+        for name in world.adapters:
+
+            def draw(strength: float | None, world: World = world, name: str = name) -> Tensor:
+                images = None if strength is None else world.references.images[:1]
+                return world.draw(name, images, WeightSchedule(strength=strength or 0.0), ["a"], seeds=[0], steps=1)
+
+            plain = draw(None)
+            assert plain.shape == (1, 3, 64, 64)
+            assert plain.isfinite().all()
+            assert torch.equal(draw(0.0), plain)
+            assert not torch.equal(draw(1.0), plain)
+
+
+def test_a_transformers_world_is_drawn_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sheet leaves out what needs roles of sites, which nobody knows of FLUX.1."""
+    take(FOLDER, tmp_path)
+    shop = workshop("flux", tmp_path)
+    model, adapter = shop.base.build(), shop.base.adapters["xlabs"]
+    save_parts(tmp_path / "parts/xlabs", LearningAdapter(model, build_image_encoder(), adapter, CPU).state())
+    save_parts(tmp_path / "parts/transformer", model.state_dict())
+    monkeypatch.setattr(SmallFlux, "adapters", {"xlabs": adapter})
+    monkeypatch.setattr(train_world, "BASES", SMALL)
+    train_world.main(["join", "--base", "flux", "--work", str(tmp_path), "--out", str(tmp_path / "world")])
+    few = load_world(tmp_path / "world")
+    few = replace(few, references=few.references[:6])
+    monkeypatch.setattr(sheet, "load_world", lambda folder: few)
+    monkeypatch.setattr(measure, "NAMED", measure.NAMED[:6])
+    monkeypatch.setattr(sheet, "measure", partial(measure.measure, strengths=()))
+    train_world.main(["sheet", "--base", "flux", "--work", str(tmp_path), "--steps", "1"])
+    with Image.open(tmp_path / "sheet-xlabs/demo.png") as drawn:
+        assert drawn.width == sheet.LABELS + 6 * 136
+    facts = json.loads((tmp_path / "sheet-xlabs/demo.json").read_text())
+    assert set(facts["similarity_to_reference"]) == {"0.0", "1.0"}
 
 
 def test_a_missing_part_is_named(tmp_path: Path, pictures: Pictures) -> None:

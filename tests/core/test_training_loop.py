@@ -1,31 +1,29 @@
-"""The loop with other modules than an adapter: the demo's stages, Muon, and resumption of both."""
+"""The loop with another module than an adapter or a LoRA, Muon, and resumption of both."""
 
 from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ipadapter_core.demo import train_parts
-from ipadapter_core.demo.pictures import Pictures
-from ipadapter_core.demo.stages import picture_grid, stage_config, train_stage
 from ipadapter_core.errors import InvalidInputError
-from ipadapter_core.training.log import curves
+from ipadapter_core.generate import to_pillow
+from ipadapter_core.training.accelerator import build_accelerator
+from ipadapter_core.training.config import RunConfig, parse_config
+from ipadapter_core.training.log import Log, curves
+from ipadapter_core.training.loop import fit
 from ipadapter_core.training.optimizers import Muon
 from ipadapter_core.training.order import seeded
-from tiny_training import six_discs
-
-
-@pytest.fixture
-def pictures() -> Pictures:
-    return six_discs()
+from ipadapter_core.training.state import RunFolder
+from ipadapter_core.training.step import Step
 
 
 def small_net(memory: torch.memory_format = torch.contiguous_format) -> nn.Sequential:
@@ -73,24 +71,78 @@ def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Muon([{"params": list(small_net().parameters()), "lr": 1e-3}], weight_decay=0.0, beta2=0.99)
 
 
+class LossStep(Step):
+    """A module and a loss of it by the number of the step."""
+
+    def __init__(self, net: nn.Module, kill_at: int) -> None:
+        super().__init__()
+        self.net, self.kill_at = net, kill_at
+
+    @property
+    def learned(self) -> nn.Module:
+        return self.net
+
+    def forward(self, step: int) -> Tensor:
+        if step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss_of(self.net, step)
+
+
+class Steps:
+    """A feed of nothing but numbers."""
+
+    def batches(self, micro: int, end: int) -> Iterator[tuple[int]]:
+        return ((step,) for step in range(micro, end))
+
+
+class Sheets:
+    """Sheets of a module's first weights, no validation."""
+
+    def validate(self, module: LossStep) -> None:
+        return None
+
+    def sheet(self, module: LossStep, state: dict[str, Tensor]) -> Image.Image:
+        return to_pillow(state["0.weight"][0].detach().permute(1, 2, 0).clamp(0, 1))
+
+
+class ModuleFile:
+    """The averaged weights of a finished run."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.path / "net.safetensors"
+
+    def checkpoint(self, step: int, state: dict[str, Tensor], averaged: dict[str, Tensor] | None) -> None:
+        """Only the states are kept."""
+
+    def finish(self, step: int, state: dict[str, Tensor]) -> None:
+        save_file({key: value.contiguous() for key, value in state.items()}, self.path)
+
+    def file(self, step: int | None) -> Path:
+        return self.path
+
+
+def settings(work: Path, optimizer: str) -> RunConfig:
+    values: dict[str, Any] = {
+        "train": {
+            "steps": 7, "lr": 1e-2, "optimizer": optimizer, "beta2": 0.99, "schedule": "cosine", "warmup": 0, "ema": 0.995,
+            "device": "cpu",
+        },
+        "watch": {"log_every": 1, "validate_every": 0, "sample_every": 3, "tensorboard": False},
+        "output": {"folder": str(work / "run"), "name": "net", "state_every": 3, "save_every": 0},
+    }  # fmt: skip
+    return parse_config(values, "net")
+
+
 @pytest.mark.parametrize(("optimizer", "memory"), [("muon", torch.channels_last), ("adamw", torch.contiguous_format)])
-def test_a_stage_killed_and_resumed_is_bit_identical(
-    tmp_path: Path, optimizer: Any, memory: torch.memory_format
-) -> None:
+def test_a_run_killed_and_resumed_is_bit_identical(tmp_path: Path, optimizer: Any, memory: torch.memory_format) -> None:
     def run(work: Path, kill_at: int = -1) -> dict[str, Tensor]:
-        net = small_net(memory)
-
-        def loss(step: int) -> Tensor:
-            if step == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return loss_of(net, step)
-
-        def draw() -> Image.Image:
-            return picture_grid(net[0].weight[:4, :3].detach() + 0.5, 2)
-
-        config = stage_config("stage", work, steps=7, lr=1e-2, seed=0, optimizer=optimizer, every=3)
-        config = replace(config, watch=replace(config.watch, log_every=1))
-        return train_stage(config, net, loss, draw).state_dict()
+        config = settings(work, optimizer)
+        folder = RunFolder(config.output)
+        folder.prepare()
+        with Log(folder.path, steps=7, tensorboard=False) as log:
+            step, files = LossStep(small_net(memory), kill_at), ModuleFile(folder)
+            outcome = fit(config, build_accelerator(config), step, Steps(), folder, log, Sheets(), files)
+        return load_file(outcome.file)
 
     whole = run(tmp_path / "whole")
     child = os.fork()
@@ -98,33 +150,13 @@ def test_a_stage_killed_and_resumed_is_bit_identical(
         run(tmp_path / "halves", kill_at=5)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert (tmp_path / "halves/stage/state-00000003").is_dir()
+    assert (tmp_path / "halves/run/state-00000003").is_dir()
     halves = run(tmp_path / "halves")
     assert all(torch.equal(halves[key], value) for key, value in whole.items())
     assert not torch.equal(whole["0.weight"], small_net()[0].weight)
-    logs = [curves(tmp_path / name / "stage/progress.jsonl")["loss"] for name in ("whole", "halves")]
+    logs = [curves(tmp_path / name / "run/progress.jsonl")["loss"] for name in ("whole", "halves")]
     assert logs[0] == logs[1]
-    for name in ("loss.png", "sheet.png", "stage.safetensors"):
-        assert (tmp_path / "halves/stage" / name).is_file()
+    for name in ("loss.png", "sheet.png"):
+        assert (tmp_path / "halves/run" / name).is_file()
     again = run(tmp_path / "whole")
-    assert all(torch.equal(again[key], value) for key, value in whole.items()), "a finished stage is only loaded"
-
-
-def test_the_worlds_unet_is_trained_by_the_same_loop(
-    pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def sample(unet: nn.Module, text: Tensor, empty: Tensor) -> Tensor:
-        return torch.zeros(len(text), train_parts.LATENT_CHANNELS, 16, 16)
-
-    monkeypatch.setattr(train_parts, "sample", sample)
-    index = torch.arange(5).repeat(40)
-    scenes = train_parts.draw_scenes(pictures, index, seeded(0), recolour_rate=0.5)
-    autoencoder = train_parts.build_autoencoder(*train_parts.patch_pca(scenes.images))
-    tokenizer = train_parts.world_tokenizer(pictures, tmp_path / "tokenizer")
-    before = train_parts.build_unet().conv_in.bias
-    unet, _ = train_parts.train_unet(pictures, tokenizer, autoencoder, tmp_path, 2, 2)
-    assert not torch.equal(unet.conv_in.bias, before)
-    assert all(torch.isfinite(p).all() for p in unet.parameters())
-    with Image.open(tmp_path / "unet/sheet.png") as sheet:
-        assert sheet.size == (8 * 64, 2 * 64)
-    assert (tmp_path / "unet/state-00000002").is_dir()
+    assert all(torch.equal(again[key], value) for key, value in whole.items()), "a finished run is only loaded"

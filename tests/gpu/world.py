@@ -2,7 +2,7 @@
 
     python tests/gpu/world.py [--toy]
 
-The stages are those of ``train_world all`` on a handful of drawn discs; nothing is kept.
+The stages are those of ``train_world all`` with every base model, on a handful of drawn discs; what base models share is measured once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,26 @@ import torch
 from torch import Tensor, nn
 
 from gpu.rows import attempt, count, cuda, holds, peak, seconds, set_toy, show, without
-from ipadapter_core.demo import train_all, train_parts
-from ipadapter_core.demo.learner import WARM_STEPS, Learner
-from ipadapter_core.demo.pictures import Pictures
-from tiny_training import six_discs
+from ipadapter_core.demo import train_all
+from ipadapter_core.demo.build_world import SHARED
+from ipadapter_core.demo.learner import WARM_STEPS, Learner, save_parts
+from tiny_world import SMALL, few_pictures
 
 DEVICE = torch.device("cuda" if cuda() else "cpu")
-
-
-def small_unet() -> Any:
-    """A UNet for the world's latents and texts that a CPU trains in a second."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=16, in_channels=16, out_channels=16, layers_per_block=1, block_out_channels=(32, 32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=train_parts.TEXT_DIM,
-        attention_head_dim=4, norm_num_groups=32,
-    )  # fmt: skip
 
 
 class Measuring(train_all.Workshop):
     """A workshop in which every stage takes a few measured steps instead of its share of the time."""
 
-    def learn(self, stage: str, modules: nn.Module, loss: Callable[[], Tensor], **settings: Any) -> None:
-        name = f"world, {stage}, batch {self.batch}"
+    def learn(
+        self,
+        stage: str,
+        modules: nn.Module,
+        loss: Callable[[], Tensor],
+        parts: Callable[[], Mapping[str, train_all.Part]],
+        **settings: Any,
+    ) -> None:
+        name = f"world, {self.base.name}, {stage}, batch {self.batch}"
         steps = WARM_STEPS + 1 if cuda() else 1
         times: dict[str, Callable[[], object]] = {}
         for how, record in (("eager", False), ("recorded", True)):
@@ -70,9 +66,13 @@ class Measuring(train_all.Workshop):
             assert allocated is not None
             show(f"{name}: peak memory", allocated, "MB")
         modules.eval().requires_grad_(False)
+        for part, tensors in parts().items():
+            if part in SHARED:
+                save_parts(self.work / "parts" / part, tensors)
 
-    def finish(self, part: str, tensors: dict[str, Tensor]) -> None:
-        """Nothing is kept."""
+
+def no_start(*_: object) -> None:
+    """``start_on_grid`` needs the pictures of a whole world."""
 
 
 def main() -> None:
@@ -81,24 +81,17 @@ def main() -> None:
     toy = parser.parse_args().toy
     set_toy(toy)
     changed: Any = train_all
-    changed.start_on_grid = lambda projector, features: None  # of the pictures of a whole world
+    changed.start_on_grid = no_start
     if toy:
         changed.FEW = 256
-        changed.train_parts.build_unet = small_unet
     if cuda():
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    discs = six_discs()
-    pictures = Pictures(discs.rgba, discs.names, discs.studios, discs.held_out, others=1)
     with tempfile.TemporaryDirectory() as folder:
-        batch = 4 if toy else 128
-        shop = Measuring(pictures, Path(folder), DEVICE, train_all.Settings(1.0, batch))
-
-        def stages() -> None:
-            encoder, vae = train_all.image_encoder(shop), train_all.autoencoder(shop)
-            train_all.base(shop, encoder, vae, *train_all.together(shop, encoder, vae))
-
-        attempt("world", stages)
+        for name, base in (SMALL if toy else train_all.BASES).items():
+            settings = train_all.Settings(1.0, 4 if toy else 128)
+            shop = Measuring(few_pictures(), Path(folder), DEVICE, settings, base)
+            attempt(f"world, {name}", partial(train_all.stages, shop))
 
 
 if __name__ == "__main__":
