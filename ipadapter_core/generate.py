@@ -105,6 +105,20 @@ class Beginning:
             raise InvalidInputError(
                 f"denoise is {self.denoise:g}; it is the share of the steps that are sampled, above 0 and at most 1"
             )
+        if self.inpaint is not None and self.inpaint.shape[-2:] != self.picture.shape[:2]:
+            raise InvalidInputError(
+                f"the inpainting mask is {self.inpaint.shape[-1]}x{self.inpaint.shape[-2]} and the picture "
+                f"{self.picture.shape[1]}x{self.picture.shape[0]} (width x height); they must have one size"
+            )
+
+    def sampled(self, steps: int) -> int:
+        """How many of the steps are sampled. Raises InvalidInputError for none."""
+        sampled = min(int(steps * self.denoise), steps)
+        if sampled < 1:
+            raise InvalidInputError(
+                f"denoise {self.denoise:g} of {steps} steps leaves none to sample: raise one of the two"
+            )
+        return sampled
 
 
 def generate(
@@ -146,11 +160,7 @@ def generate(
         begun, more = _resized(beginning, height, width, len(seeds)), {"strength": beginning.denoise}
         if "mask_image" in begun and "Inpaint" not in type(pipeline).__name__:
             kept = _Kept(pipeline, begun["image"], begun["mask_image"], seeds)
-        sampled = min(int(steps * beginning.denoise), steps)
-        if sampled < 1:
-            raise InvalidInputError(
-                f"denoise {beginning.denoise:g} of {steps} steps leaves none to sample: raise one of the two"
-            )
+        sampled = beginning.sampled(steps)
 
     def report(_: object, step: int, timestep: object, values: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
@@ -287,11 +297,6 @@ def _resized(beginning: Beginning, height: int, width: int, count: int) -> dict[
     """Picture and region as the pipelines take them, ``b c y x``: cut to the proportions, then resized."""
     given = {"image": beginning.picture.permute(2, 0, 1)[None, :3]}
     if beginning.inpaint is not None:
-        if beginning.inpaint.shape[-2:] != beginning.picture.shape[:2]:
-            raise InvalidInputError(
-                f"the inpainting mask is {beginning.inpaint.shape[-1]}x{beginning.inpaint.shape[-2]} and the picture "
-                f"{beginning.picture.shape[1]}x{beginning.picture.shape[0]} (width x height); they must have one size"
-            )
         given["mask_image"] = beginning.inpaint[None, None]
     return {name: _cover(pixels.float(), height, width).expand(count, -1, -1, -1) for name, pixels in given.items()}
 
@@ -310,19 +315,10 @@ def _cover(pixels: Tensor, height: int, width: int) -> Tensor:
 
 def _guidance(pipeline: Any, count: int, negative: str, guidance: float, true_guidance: float) -> dict[str, object]:
     """What a pipeline is called with for its guidance and negative prompts."""
+    check_guidance(type(pipeline), negative, true_guidance)
     given: dict[str, object] = {"guidance_scale": guidance}
-    if "true_cfg_scale" not in inspect.signature(type(pipeline).__call__).parameters:
-        if true_guidance != 1.0:
-            raise InvalidInputError(
-                f"true guidance is {true_guidance:g}, but a {type(pipeline).__name__} has one guidance, which is true already: set "
-                "guidance, and leave true guidance at 1"
-            )
+    if not _distilled(type(pipeline)):
         return given | {"negative_prompt": [negative] * count}
-    if negative and true_guidance <= 1.0:
-        raise InvalidInputError(
-            f"the negative prompt does nothing in a {type(pipeline).__name__}, whose model is distilled, unless true guidance is above "
-            "1: set it to 2 to 4, or leave the negative prompt out"
-        )
     given |= {"true_cfg_scale": true_guidance, "negative_prompt": [negative] * count if true_guidance > 1.0 else None}
     longest = min(256 if _few_steps(pipeline) else 512, _longest_text(pipeline))
     return given | {"max_sequence_length": longest} if longest < 512 else given
@@ -332,6 +328,27 @@ def _longest_text(pipeline: Any) -> int:
     """How many tokens the second text encoder of a FLUX.1 pipeline takes; T5, the published models', takes any number."""
     config: Any = getattr(getattr(pipeline, "text_encoder_2", None), "config", None)
     return getattr(config, "max_position_embeddings", None) or 512
+
+
+def check_guidance(kind: type, negative: str, true_guidance: float) -> None:
+    """Raise InvalidInputError where a negative prompt or true guidance would do nothing in pipelines of a kind."""
+    if not _distilled(kind):
+        if true_guidance != 1.0:
+            raise InvalidInputError(
+                f"true guidance is {true_guidance:g}, but a {kind.__name__} has one guidance, which is true already: set guidance, and "
+                "leave true guidance at 1"
+            )
+    elif negative and true_guidance <= 1.0:
+        raise InvalidInputError(
+            f"the negative prompt does nothing in a {kind.__name__}, whose model is distilled, unless true guidance is above 1: set it "
+            "to 2 to 4, or leave the negative prompt out"
+        )
+
+
+def _distilled(kind: type) -> bool:
+    """Whether guidance is an input of the model, besides which the pipeline may guide."""
+    call: Any = kind.__call__
+    return "true_cfg_scale" in inspect.signature(call).parameters
 
 
 def usual_sampling(pipeline: Any) -> tuple[int, float]:

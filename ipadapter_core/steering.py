@@ -30,6 +30,7 @@ from .images.faces import FaceAnalyzer, open_face_model
 from .images.pictures import Picture
 from .known_files import choose_encoder
 from .models import layout_of
+from .models.sites import ModelLayout
 from .prompt.encode import encode_image_prompt
 from .prompt.faces import encode_face_prompt
 from .prompt.needs import files_of
@@ -161,8 +162,7 @@ def prompt_patch(
         weights = load_adapter(path, name=path.name, dtype=dtype)
     plan = schedule(weights.spec) if callable(schedule) else schedule
     region = RegionMask.of(mask)
-    check_adapter(weights, layout)
-    plan.site_weights(layout)
+    check_fit(weights, layout, plan, faces)
     feature = weights.spec.format.feature
     if feature.encoded is None:
         seen: tuple[ImageEncoder, ...] = ()
@@ -183,10 +183,24 @@ def prompt_patch(
     if feature.embedding is None:
         prompt = encode_image_prompt(weights, seen, image, options, negative=negative)
     else:
+        assert faces is not None, "check_fit asks for them"
         prompt = encode_face_prompt(
-            weights, _analyzer(faces, weights), seen[0] if seen else None, _one(image), options, negative=negative
+            weights, face_analyzer(faces), seen[0] if seen else None, _one(image), options, negative=negative
         )[0]
     return bake(weights, prompt, layout, plan, region)
+
+
+def check_fit(
+    adapter: AdapterWeights, layout: ModelLayout, schedule: WeightSchedule, faces: Source | FaceAnalyzer | None
+) -> None:
+    """Raise what ``prompt_patch`` raises for an adapter, which may be without its numbers, before anything is computed."""
+    check_adapter(adapter, layout)
+    schedule.site_weights(layout)
+    if adapter.spec.format.feature.embedding is not None and faces is None:
+        raise InvalidInputError(
+            f"{adapter.name} reads faces: say with faces (--face-models) where the face models are, a folder such as "
+            "insightface/models/buffalo_l"
+        )
 
 
 def _one(image: Picture | Sequence[Picture]) -> Picture:
@@ -199,12 +213,8 @@ def _one(image: Picture | Sequence[Picture]) -> Picture:
     return image  # pyright: ignore[reportReturnType]
 
 
-def _analyzer(faces: Source | FaceAnalyzer | None, adapter: AdapterWeights) -> FaceAnalyzer:
-    if faces is None:
-        raise InvalidInputError(
-            f"{adapter.name} reads faces: say with faces (--face-models) where the face models are, a folder such as "
-            "insightface/models/buffalo_l"
-        )
+def face_analyzer(faces: Source | FaceAnalyzer) -> FaceAnalyzer:
+    """What finds faces: an analyzer itself, or that of a folder. Raises InvalidInputError for a folder without its models."""
     if not isinstance(faces, (str, os.PathLike)):
         return faces
     folder = Path(os.path.abspath(faces))

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import NoReturn, TypeAlias
+
+from ..entries import number
+from ..errors import AdapterError, quoted
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,3 +30,48 @@ class Grouped(argparse.RawDescriptionHelpFormatter):
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # pyright: ignore[reportPrivateUsage]
 """What ``add_subparsers`` gives and a subcommand adds itself to."""
+
+
+class WrongUsage(AdapterError):
+    """A value or a file of the command line that cannot be used, told before anything was begun."""
+
+
+@contextmanager
+def usage() -> Generator[None]:
+    """What goes wrong in the block is wrong usage."""
+    try:
+        yield
+    except (AdapterError, OSError) as error:
+        raise WrongUsage(str(error)) from error
+
+
+def within(low: float, high: float) -> Callable[[str], float]:
+    """The type of an argument: a finite number in a range."""
+
+    def read(text: str) -> float:
+        value = number(text)
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is no number{_range(low, high)}")
+        return value
+
+    return read
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument: a whole number in a range."""
+
+    def read(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,19}", text) else low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is no whole number{_range(low, high)}")
+        return value
+
+    return read
+
+
+def _range(low: float, high: float) -> str:
+    return f" from {low} to {high}" if high < ANY else ""
+
+
+ANY = 1e30
+"""The end of a range that has none."""

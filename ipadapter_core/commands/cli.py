@@ -1,6 +1,7 @@
 """The command ``ipadapter``: generate, inspect, demo, lora, train, cache, export, migrate.
 
-Exit codes: 0 done, 1 an error of ours (one line on stderr says the cause), 2 wrong usage, 130 interrupted or asked to end by a
+Exit codes: 0 done, 1 an error (one line on stderr says the cause), 2 wrong usage, a value that cannot be used or a file that is not
+there, told before anything is computed, 130 interrupted or asked to end by a
 signal, 141 the reader of the output went away (``| head``).
 """
 
@@ -21,7 +22,7 @@ from ..checkpoints.format import BARE, empty_module
 from ..console import complain, file_argument, forget_output, show_everything
 from ..errors import AdapterError, out_of_memory, reason
 from ..report import describe_fit, describe_layout, describe_spec, layout_facts, spec_facts
-from . import Commands, Grouped, Parser
+from . import Commands, Grouped, Parser, WrongUsage, whole
 from .completion import add_completion
 from .generate import add_generate
 from .lora import add_lora
@@ -103,6 +104,8 @@ def _run(args: argparse.Namespace) -> int:
         return _fail(args, f"{error.name} is not installed; run: pip install 'ipadapter-studio[demo]'")
     except BrokenPipeError:
         raise
+    except (WrongUsage, FileNotFoundError) as error:
+        return _fail(args, str(error), 2)
     except (AdapterError, OSError) as error:
         return _fail(args, str(error))
     except KeyboardInterrupt as error:
@@ -118,11 +121,11 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fail(args: argparse.Namespace, message: str) -> int:
+def _fail(args: argparse.Namespace, message: str, code: int = 1) -> int:
     if args.json:
         print(json.dumps({"error": message}))
     complain(f"ipadapter: {message}")
-    return 1
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -178,7 +181,7 @@ def _add_demo(commands: Commands) -> None:
     p.set_defaults(run=run_demo)
     p.add_argument("--out", type=file_argument, default=Path("ipadapter-out"), help="folder for demo.png and demo.json")
     p.add_argument("--adapter", choices=("base", "plus"), default="plus", help="which shipped adapter draws the sheet")
-    p.add_argument("--steps", type=int, default=20, help="sampling steps")
+    p.add_argument("--steps", type=whole(1, 1000), default=20, help="sampling steps")
     p.add_argument("--no-figures", action="store_true", help="draw the sheet only")
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
 

@@ -5,29 +5,34 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import re
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from .. import __version__
 from ..attention.presets import PRESETS, parse_site_factors
 from ..attention.schedule import SCALINGS, WeightSchedule, parse_curve, parse_numbers
 from ..console import complain, file_argument, progress_bar
 from ..entries import number
-from ..errors import InvalidInputError, quoted
+from ..errors import InvalidInputError, one_line, quoted
 from ..features import Crop
 from ..prompt.combine import Combine
 from ..prompt.options import EncodeOptions, Unconditional
-from . import Commands, Grouped, Parser
+from . import ANY, Commands, Grouped, Parser, usage, whole, within
 
 if TYPE_CHECKING:
     from ..attention.patch import AdapterPatch
     from ..attention.recording import Recorder
+    from ..generate import Beginning
+    from ..lora import LoRAWeights
+    from ..lora.selector import Selector
 
 WORLD = Path(__file__).parents[1] / "demo" / "world"
 LARGEST = 8192
@@ -117,15 +122,17 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     group.add_argument("--negative", metavar="TEXT", help="negative text prompt")
     group.add_argument(
         "--seed",
-        type=int,
+        type=whole(0, 2**63 - 1),
         nargs="+",
         action="extend",
         metavar="N",
         help="seed of the first picture, others count up; or one for each; default: 0",
     )
-    group.add_argument("--batch", type=_count, metavar="N", help="number of pictures; default: 4, or as many as seeds")
-    group.add_argument("--height", type=_side, metavar="PIXELS", help="default: the model's own size")
-    group.add_argument("--width", type=_side, metavar="PIXELS", help="default: the model's own size")
+    group.add_argument(
+        "--batch", type=whole(1, 999_999), metavar="N", help="number of pictures; default: 4, or as many as seeds"
+    )
+    group.add_argument("--height", type=whole(8, LARGEST), metavar="PIXELS", help="default: the model's own size")
+    group.add_argument("--width", type=whole(8, LARGEST), metavar="PIXELS", help="default: the model's own size")
     group.add_argument(
         "--from",
         dest="repeat",
@@ -219,7 +226,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("where, when and how strongly the image acts, for each adapter")
     group.add_argument(
         "--strength",
-        type=float,
+        type=within(-ANY, ANY),
         metavar="X",
         help="0: text only, 1: as trained; default: what people begin with, 1 for most adapters",
         **own,
@@ -241,34 +248,43 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--start",
-        type=float,
+        type=within(0, 1),
         metavar="X",
         help="sampling progress, 0 to 1, at which the image begins to act; default: 0",
         **own,
     )
     group.add_argument(
-        "--end", type=float, metavar="X", help="sampling progress after which it no longer acts; default: 1", **own
+        "--end",
+        type=within(0, 1),
+        metavar="X",
+        help="sampling progress after which it no longer acts; default: 1",
+        **own,
     )
     group.add_argument("--curve", metavar="TEXT", help="strength over progress, such as '0: 1, 1: 0.3'", **own)
     group.add_argument("--mask", type=file_argument, metavar="PICTURE", help="white is where the image acts", **own)
 
     group = p.add_argument_group("sampling")
-    group.add_argument("--steps", type=_count, metavar="N", help="default: 25, or what is usual for a transformer")
+    group.add_argument(
+        "--steps", type=whole(1, 999_999), metavar="N", help="default: 25, or what is usual for a transformer"
+    )
     group.add_argument(
         "--guidance",
-        type=float,
+        type=within(-ANY, ANY),
         metavar="X",
         help="guidance scale; default: 2 for the demo world, else 7.5 or what is usual for a transformer",
     )
     group.add_argument(
         "--true-guidance",
-        type=float,
+        type=within(-ANY, ANY),
         metavar="X",
         help="of distilled models (FLUX.1): guidance away from the negative prompt, at twice the time; 1: none",
     )
     group.add_argument("--init", type=file_argument, metavar="PICTURE", help="begin with this picture")
     group.add_argument(
-        "--denoise", type=float, metavar="X", help="with --init: how much of it is drawn anew, 0 to 1; default: 0.75"
+        "--denoise",
+        type=within(0, 1),
+        metavar="X",
+        help="with --init: how much of it is drawn anew, 0 to 1; default: 0.75",
     )
     group.add_argument(
         "--inpaint-mask", type=file_argument, metavar="PICTURE", help="with --init: white is drawn anew, the rest stays"
@@ -284,7 +300,9 @@ def add_settings(p: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="float32, float16 or bfloat16; default: auto, 16 bits beside an accelerator",
     )
-    group.add_argument("--at-once", type=_count, metavar="N", help="pictures that are sampled together; default: all")
+    group.add_argument(
+        "--at-once", type=whole(1, 999_999), metavar="N", help="pictures that are sampled together; default: all"
+    )
     group.add_argument(
         "--out",
         type=file_argument,
@@ -300,20 +318,6 @@ def add_settings(p: argparse.ArgumentParser) -> None:
         help="also draw where each reference acted: heat maps over the pictures, and a bar for every layer; into this folder, or for one picture this .png; alone: into --out",
     )
     group.add_argument("--json", action="store_true", help="print the facts as JSON instead of text")
-
-
-def _count(text: str) -> int:
-    number = int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is no number from 1 to 999999")
-    return number
-
-
-def _side(text: str) -> int:
-    number = int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0
-    if not 8 <= number <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is no number of pixels from 8 to {LARGEST}")
-    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,12 +369,19 @@ def settled(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+class _Told(Parser):
+    """Reads what a picture says: its complaints are not the user's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentTypeError(message)
+
+
 def _repeated(picture: Path, places: Sequence[Path]) -> dict[str, Any]:
     """The settings of a picture, as if they were given; files that moved are looked for."""
     from ..recipe import arguments, read_settings, sha256
 
     said = read_settings(picture)
-    parser = Parser(prog="ipadapter generate", argument_default=argparse.SUPPRESS, add_help=False)
+    parser = _Told(prog="ipadapter generate", argument_default=argparse.SUPPRESS, add_help=False)
     add_settings(parser)
     line = arguments(said, [name for name in OF_RUN if name in said])
     adapters = said.get("adapters")
@@ -379,9 +390,9 @@ def _repeated(picture: Path, places: Sequence[Path]) -> dict[str, Any]:
             line += arguments(adapter, [name for name in OF_ADAPTER if name in adapter])
     try:
         found: dict[str, Any] = vars(parser.parse_args(line))
-    except SystemExit:
+    except argparse.ArgumentTypeError as error:
         raise InvalidInputError(
-            f"{quoted(picture)} holds settings that this version of ipadapter does not know"
+            f"{quoted(picture)} holds settings that this version of ipadapter does not know ({one_line(str(error), 200)})"
         ) from None
     prints = said.get("sha256")
     known: Mapping[str, Any] = prints if isinstance(prints, Mapping) else {}
@@ -431,13 +442,18 @@ def run_generate(args: argparse.Namespace) -> None:
     from ..recipe import sampler_name
 
     started = time.perf_counter()
-    settings = settled(args)
-    run = _Run(settings)
     with ExitStack() as stack:
         if "repeat" in args:
             stack.enter_context(nothing_fetched())  # a stranger's picture may name anything
-        run.check()
-        recorder = run.recorder(args)
+        with usage():
+            settings = settled(args)
+            run = _Run(settings)
+            run.check()
+            recorder = run.recorder(args)
+            stack.enter_context(_folder(args.out, "pictures", "--out"))
+            if recorder is not None and args.maps is not None:
+                stack.enter_context(_folder(maps_files(args.maps, [""])[0][0].parent, "maps", "--maps"))
+            run.look()
         pipeline = run.load(stack)
         steps, guidance = usual_sampling(pipeline)
         if settings["model"] is None:
@@ -445,7 +461,6 @@ def run_generate(args: argparse.Namespace) -> None:
         steps = settings["steps"] or steps
         guidance = guidance if settings["guidance"] is None else settings["guidance"]
         settings |= {"steps": steps, "guidance": guidance, "dtype": run.dtype_name, "device": run.device}
-        stack.enter_context(_folder(args.out))
         sampler, pictures = sampler_name(pipeline.scheduler), []
         beginning, maps = run.beginning(), []
         for seeds in run.chunks():
@@ -486,14 +501,16 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _folder(path: Path) -> Generator[None]:
+def _folder(path: Path, what: str, option: str) -> Generator[None]:
     """A folder for what is made in the block; one that stays empty goes again. Raises InvalidInputError where there can be none."""
     there = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:
         raise InvalidInputError(
-            f"{quoted(path)} cannot be the folder for pictures ({error.strerror or error}): name another one with --out"
+            f"{quoted(path)} cannot be the folder for {what} ({getattr(error, 'strerror', None) or error}): name another one with {option}"
         ) from error
     try:
         yield
@@ -529,11 +546,16 @@ class _Run:
         self.seeds = seeds if len(seeds) > 1 else [seeds[0] + i for i in range(many)]
         self.used: list[Path] = []
         self.loras: list[tuple[Lora, Path]] = []
+        self.weights: list[tuple[LoRAWeights, Selector]] = []
+        """Of the LoRAs, and where they act."""
+        self.model = self.home = WORLD
+        self.config: Path | None = None
 
     def check(self) -> None:
-        """Everything that can be said before a model is loaded. Raises InvalidInputError."""
+        """Everything that the values and pictures say, before any model is looked at. Raises InvalidInputError."""
         from ..devices import usable_device
         from ..images.pictures import as_mask, as_picture
+        from ..prompt.combine import check_strengths
 
         settings = self.settings
         self.device = usable_device(settings["device"])
@@ -551,13 +573,17 @@ class _Run:
                 crop=one["crop"], combine=one["combine"], unconditional=one["unconditional"],
                 strengths=parse_numbers(one["image_strengths"]) or None,
             )  # fmt: skip
+            if one["image"]:
+                check_strengths(one["options"].strengths, len(one["image"]))
             one["pictures"] = [as_picture(path) for path in one["image"]]
             one["region"] = None if one["mask"] is None else as_mask(one["mask"])
             one["away"] = None if one["negative_image"] is None else as_picture(one["negative_image"])
             self.used += [*one["image"], *(one[name] for name in ("mask", "negative_image") if one[name] is not None)]
         if settings["init"] is None and (settings["denoise"] is not None or settings["inpaint_mask"] is not None):
             raise InvalidInputError("--denoise and --inpaint-mask say what becomes of a picture: give it with --init")
-        self.beginning()
+        beginning = self.beginning()
+        if beginning is not None and settings["steps"] is not None:
+            beginning.sampled(settings["steps"])
         self.used += [settings[name] for name in ("init", "inpaint_mask") if settings[name] is not None]
         for lora in settings["lora"]:
             self.loras.append((lora, _file(lora.file)))
@@ -578,7 +604,7 @@ class _Run:
 
         return [to_pillow(picture[..., :3]) for one in self.adapters for picture in one["pictures"]]
 
-    def beginning(self) -> Any:
+    def beginning(self) -> Beginning | None:
         """The picture to begin with."""
         from ..generate import Beginning
         from ..images.pictures import as_mask, as_picture
@@ -591,40 +617,73 @@ class _Run:
             as_picture(settings["init"]), 0.75 if settings["denoise"] is None else settings["denoise"], region
         )
 
+    def look(self) -> None:
+        """Everything that files say without their weights: whether adapters, places and LoRAs fit the model, and what is missing.
+
+        Raises InvalidInputError.
+        """
+        import diffusers
+
+        from ..checkpoints import AdapterWeights, describe_adapter
+        from ..checkpoints.format import BARE, empty_module
+        from ..generate import check_guidance
+        from ..hub import folder_on_disk, model_on_disk
+        from ..images.encoder import load_image_encoder
+        from ..lora import load_lora, parse_where
+        from ..model_folders import config_folder, layout_in, read_table
+        from ..steering import check_fit, face_analyzer, find_encoders
+
+        settings = self.settings
+        self.model = WORLD if settings["model"] is None else model_on_disk(settings["model"])
+        self.config = _config(self.model, settings["config"])
+        self.home = config_folder(self.model, self.config)
+        layout = layout_in(self.model, self.config)
+        kind = getattr(diffusers, str(read_table(self.home / "model_index.json").get("_class_name")), None)
+        if isinstance(kind, type):
+            check_guidance(kind, settings["negative"], settings["true_guidance"])
+        for one in self.adapters:
+            source = one["adapter"]
+            one["file"] = WORLD / "adapters" / "ip-adapter-plus.safetensors" if source is None else _file(source)
+            spec = describe_adapter(one["file"])
+            adapter = AdapterWeights(spec, empty_module(spec, BARE), one["file"].name)
+            check_fit(adapter, layout, one["schedule"], one["face_models"])
+            if one["face_models"] is not None and spec.format.feature.embedding is not None:
+                one["face_models"] = face_analyzer(one["face_models"])
+            if one["image_encoder"]:
+                one["encoder"] = tuple(load_image_encoder(folder_on_disk(place)) for place in one["image_encoder"])
+            elif spec.format.feature.encoded is not None:
+                one["encoder"] = find_encoders(adapter, source=source or one["file"], home=self.home)
+            if source is not None:
+                self.used.append(one["file"])
+        for lora, file in self.loras:
+            weights = load_lora(file)
+            self.weights.append((weights, parse_where(lora.where, weights.base_model)))
+            self.used.append(file)
+
     def load(self, stack: ExitStack) -> Any:
         """The pipeline with its LoRAs, on the device; the image prompts are in ``patches`` then."""
         import torch
 
-        from ..hub import model_on_disk
-        from ..model_folders import config_folder, denoiser_of, hold_in_memory, load_pipeline
+        from ..model_folders import denoiser_of, hold_in_memory, load_pipeline
         from ..steering import prompt_patch, usual_strength
 
-        settings = self.settings
-        model = WORLD if settings["model"] is None else model_on_disk(settings["model"])
-        config = _config(model, settings["config"])
-        home = config_folder(model, config)
-        name: str = settings["dtype"]
+        name: str = self.settings["dtype"]
         if name == "auto":
-            name = "float32" if self.device == "cpu" else "float16" if denoiser_of(home) == "unet" else "bfloat16"
+            name = "float32" if self.device == "cpu" else "float16" if denoiser_of(self.home) == "unet" else "bfloat16"
         self.dtype_name = name
-        if model.is_file():
-            self.used.append(model)
-        pipeline = load_pipeline(model, config=config, dtype=getattr(torch, name))
+        if self.model.is_file():
+            self.used.append(self.model)
+        pipeline = load_pipeline(self.model, config=self.config, dtype=getattr(torch, name))
         self._add_loras(pipeline, stack)
         for one in self.adapters:
-            adapter = one["adapter"]
-            if adapter is None:
-                adapter = WORLD / "adapters" / "ip-adapter-plus.safetensors"
             patch = prompt_patch(
-                pipeline, adapter, one["pictures"],
+                pipeline, one["file"], one["pictures"],
                 one["schedule"] if one["strength"] is not None else usual_strength(one["schedule"]), mask=one["region"],
-                negative=one["away"], encoder=one["image_encoder"] or None, faces=one["face_models"],
-                options=one["options"], home=home, device=torch.device(self.device),
+                negative=one["away"], encoder=one.pop("encoder", None),
+                faces=one["face_models"], options=one["options"], home=self.home, device=torch.device(self.device),
             )  # fmt: skip
             one["strength"] = patch.schedule.strength
             self.patches.append(patch)
-            if one["adapter"] is not None:
-                self.used.append(_file(one["adapter"]))
         pipeline.to(self.device)  # after the adapters and their encoders left it
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
@@ -636,18 +695,12 @@ class _Run:
         import torch
 
         from ..backends.diffusers import lora as on_pipeline
-        from ..lora import choose_mode, load_lora, parse_where
+        from ..lora import choose_mode
 
-        placed = []
-        for lora, file in self.loras:
-            weights = load_lora(file)
-            placed.append(
-                replace(
-                    on_pipeline.place(pipeline, weights), strength=lora.strength,
-                    selector=parse_where(lora.where, weights.base_model),
-                )
-            )  # fmt: skip
-            self.used.append(file)
+        placed = [
+            replace(on_pipeline.place(pipeline, weights), strength=lora.strength, selector=selector)
+            for (lora, _), (weights, selector) in zip(self.loras, self.weights, strict=True)
+        ]
         if not placed:
             return
         plain = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -737,6 +790,10 @@ def _config(model: Path, config: Path | None) -> Path | None:
     from ..model_folders import published_as
 
     if config is not None:
+        if not model.is_file():
+            raise InvalidInputError(
+                f"--config describes a model in one file, and {quoted(model)} is a folder: leave it out"
+            )
         return described(config)
     if not model.is_file() or (model.with_suffix("") / "model_index.json").is_file():
         return None

@@ -19,12 +19,32 @@ import torch
 from PIL import Image
 
 from ipadapter_core.commands.cli import main
+from ipadapter_core.model_folders import layout_in
+from tiny import tiny_state
 from tiny_folder import sd15_folder
+from tiny_models import checkpoint_channels
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sd15_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def strangers(model_folder: Path) -> dict[str, Path]:
+    """Adapters that do not fit or need more, and a LoRA."""
+    from safetensors.torch import save_file
+
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    channels = tuple(checkpoint_channels(layout_in(model_folder)))
+    states = {
+        "faces": tiny_state("faceid", token_dim=32, channels=channels),
+        "sdxl": tiny_state("base", token_dim=48, channels=channels),
+        "lora": {f"{layer}.lora_down.weight": torch.ones(2, 32), f"{layer}.lora_up.weight": torch.ones(8, 2)},
+    }
+    for name, state in states.items():
+        save_file({key: value.contiguous() for key, value in state.items()}, model_folder / f"{name}.safetensors")
+    return {name: model_folder / f"{name}.safetensors" for name in states}
 
 
 def run(folder: Path, out: Path, *more: str) -> int:
@@ -112,12 +132,13 @@ def test_inspect(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--device", "nonsense"], "the device 'nonsense' cannot be used"),
         (["--device", "meta"], "the device 'meta' cannot be used"),
         (["--denoise", "0.5"], "give it with --init"),
-        (["--init", "{a}", "--denoise", "1.5"], "denoise is 1.5"),
+        (["--init", "{a}", "--denoise", "1.5"], "argument --denoise: '1.5' is no number from 0 to 1"),
+        (["--init", "{a}", "--denoise", "0"], "denoise is 0"),
         (["--init", "{a}", "--denoise", "0.3"], "leaves none to sample"),
         (["--init", "{a}", "--inpaint-mask", "{mask}"], "they must have one size"),
         (["--seed", "1", "2", "3"], "got 3 seeds for 2 pictures"),
-        (["--seed", "-1"], "the seed '-1' is no number"),
-        (["--seed", str(2**64)], "is no number from 0"),
+        (["--seed", "-1"], "argument --seed: '-1' is no whole number from 0 to 9223372036854775807"),
+        (["--seed", str(2**64)], "is no whole number from 0"),
         (["--lora", "{a}"], "a.png"),
         (["--lora", "missing.safetensors:0.5"], "missing.safetensors does not exist"),
         (["--out", "{a}"], "cannot be the folder for pictures (File exists)"),
@@ -128,19 +149,62 @@ def test_inspect(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--curve", "0:1, x"], "cannot read 'x'"),
         (["--model", "/nowhere"], "no model_index.json"),
         (["--image", "{a}", "--adapter", "{adapter}", "--image-strengths", "1, 2"], "strengths"),
+        (["--image", "{a}", "--adapter", "{adapter}", "--image-strengths", "x"], "cannot read 'x'"),
+        (["--image", "{folder}", "--adapter", "{adapter}"], "is a folder; a file was expected"),
+        (["--image", "{a}", "--adapter", "{folder}"], "is a folder"),
+        (["--image", "{a}", "--adapter", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["--image", "{a}", "--adapter", "nobody/nothing:x.safetensors"], "the Hugging Face Hub is out of reach"),
+        (["--image", "{a}", "--adapter", "{adapter}", "--image-encoder", "{folder}/nothing"], "nothing"),
+        (["--image", "{a}", "--adapter", "{adapter}", "--mask", "{folder}"], "is a folder"),
+        (
+            ["--image", "{a}", "--adapter", "{adapter}", "--preset", "style transfer", "--sites", "up: 1"],
+            "'up' matches no site",
+        ),
+        (["--image", "{a}", "--adapter", "{faces}"], "say with faces (--face-models)"),
+        (["--image", "{a}", "--adapter", "{faces}", "--face-models", "{folder}"], "face"),
+        (["--image", "{a}", "--adapter", "{sdxl}"], "Load an adapter made for this model"),
+        (["--strength", "much"], "argument --strength: 'much' is no number"),
+        (["--strength", "nan"], "'nan' is no number"),
+        (["--start", "50"], "argument --start: '50' is no number from 0 to 1"),
+        (["--guidance", "inf"], "'inf' is no number"),
+        (["--true-guidance", "4"], "set guidance, and leave true guidance at 1"),
+        (["--maps"], "--maps shows where reference images acted: give one with --image"),
+        (["--image", "{a}", "--adapter", "{adapter}", "--maps", "{a}/x"], "cannot be the folder for maps"),
+        (["--lora", "{lora}:1:everywhere"], "everywhere"),
+        (["--lora", "{lora}:1:all: x"], "x"),
+        (["--lora", "{folder}"], "is a folder"),
+        (["--model", "{adapter}"], "holds no configs, tokenizers and text encoders"),
+        (["--model", "{a}"], "models in one file are read as .safetensors"),
+        (["--config", "{folder}"], "--config"),
+        (["--out", "/proc/nothing"], "cannot be the folder for pictures"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_1(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+def test_mistakes_are_one_line_and_exit_code_2_before_a_model_is_loaded(
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    strangers: dict[str, Path],
+    arguments: list[str],
+    said: str,
 ) -> None:
+    monkeypatch.setattr("ipadapter_core.model_folders.load_pipeline", Mock(side_effect=AssertionError("loaded")))
+    monkeypatch.setattr("socket.getaddrinfo", Mock(side_effect=OSError("no net")))
+    monkeypatch.chdir(tmp_path)
     files = {name: model_folder / f"{name}.png" for name in ("a", "mask")} | {
-        "adapter": model_folder / "adapter.safetensors"
+        "adapter": model_folder / "adapter.safetensors",
+        "folder": model_folder,
+        **strangers,
     }
     filled = [argument.format(**files) for argument in arguments]
-    assert run(model_folder, tmp_path / "out", *filled) == 1
+    try:
+        code = run(model_folder, tmp_path / "out", *filled)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("ipadapter: ")]
-    assert len(lines) == 1
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
     assert said in lines[0]
     assert not (tmp_path / "out").exists(), "nothing may be left behind"
 
@@ -198,7 +262,7 @@ def test_every_console_can_show_every_text(
         shutil.copy(tmp_path / "lora.safetensors", tmp_path / name)
         assert on_console(monkeypatch, encoding, ["lora", "inspect", str(tmp_path / name)])[0] == 0
         code, _, err = on_console(monkeypatch, encoding, ["inspect", str(tmp_path / f"no {name}")])
-        assert code == 1
+        assert code == 2
         assert "does not exist" in err
     code, out, _ = on_console(monkeypatch, encoding, ["train", "--example", "sd15-lora"])
     assert code == 0
@@ -278,4 +342,4 @@ def test_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_home_is_a_tilde_in_arguments(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(model_folder))
     assert main(["inspect", "~/adapter.safetensors"]) == 0
-    assert main(["inspect", "~/none.safetensors"]) == 1
+    assert main(["inspect", "~/none.safetensors"]) == 2

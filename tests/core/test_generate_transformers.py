@@ -151,7 +151,7 @@ def test_inspect_says_where_image_prompts_act_in_a_model(folder: Path, capsys: A
 )
 def test_mistakes_are_one_line(flux: Path, tmp_path: Path, capsys: Any, arguments: list[str], said: str) -> None:
     paths = {"a": flux / "a.png", "adapter": flux / "adapter.safetensors"}
-    assert run(flux, tmp_path, "--steps", "1", *(argument.format(**paths) for argument in arguments)) == 1
+    assert run(flux, tmp_path, "--steps", "1", *(argument.format(**paths) for argument in arguments)) == 2
     complaint = capsys.readouterr().err.strip()
     assert said in complaint
     assert "\n" not in complaint
