@@ -27,7 +27,7 @@ MUON_SIDE = 16
 """Matrices that are narrower learn by AdamW."""
 MUON_RATE = 2.0
 WARM_STEPS = 3
-"""Steps before the recording, in which the libraries choose their kernels."""
+"""Steps of a process before the recording, in which the libraries choose their kernels."""
 WARM, FLOOR = 0.03, 0.02
 """Share of the time in which the rate rises, and what it falls to by a cosine."""
 
@@ -156,6 +156,7 @@ class Learner:
         self.rate, self.keep = torch.zeros((), device=device), torch.zeros((), device=device)
         self.record = device.type == "cuda" if record is None else record
         self.steps, self.used = 0, 0.0
+        self._warm = 0
         self._graph: Any = None
         self._last: Tensor | None = None
 
@@ -177,8 +178,9 @@ class Learner:
         self.keep.fill_(min(self.average, (1 + self.steps) / (10 + self.steps)))
         if self._graph is not None:
             self._graph.replay()
-        elif not self.record or self.steps < WARM_STEPS:
+        elif not self.record or self._warm < WARM_STEPS:
             self._last = self._step()
+            self._warm += 1
         else:
             torch.cuda.synchronize(self.device)
             self._graph = torch.cuda.CUDAGraph()

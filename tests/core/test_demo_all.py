@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -134,6 +136,24 @@ def test_a_learner_goes_on_where_it_was(tmp_path: Path) -> None:
         two.step(0.5)
     assert torch.equal(rest.weight, whole.weight)
     assert all(torch.equal(a, b) for a, b in zip(one.mean, two.mean, strict=True))
+
+
+def test_a_resumed_learner_warms_up_before_it_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a new process the libraries have not chosen their kernels yet."""
+    _, first = toy()
+    for _ in range(5):
+        first.step(0.5)
+    first.store(tmp_path / "state")
+    _, second = toy()
+    second.restore(tmp_path / "state")
+    second.record = True
+    recorded = list[int]()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: recorded.append(second.steps))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    for _ in range(6):
+        second.step(0.5)
+    assert recorded == [5 + learner.WARM_STEPS]
 
 
 def workshop(base: str, tmp_path: Path) -> Workshop:
