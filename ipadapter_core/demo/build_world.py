@@ -32,29 +32,29 @@ SHARED: dict[str, Any] = {
 def join(work: Path, folder: Path, base: type[Base]) -> None:
     """Write the model folder of finished parts in fp16, with its adapters. Raises FileNotFoundError for a part that is missing."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", model_max_length=TEXT_LENGTH)
+    kind = base(torch.device("cpu"))
     made: dict[str, nn.Module] = {
         "vae": build_autoencoder(torch.zeros(48), torch.zeros(16, 48)),
         "text_encoder": build_text_encoder(tokenizer),
         "image_encoder": build_image_encoder(),
-        base.part: base(torch.device("cpu")).build(),
+        kind.part: kind.build(),
     }
     for name, model in made.items():
         model.load_state_dict(_part(work, name))
         model.half()
-    pipeline = base(torch.device("cpu")).pipeline(made.pop(base.part), tokenizer=tokenizer, **made)
-    pipeline.save_pretrained(folder, max_shard_size=PART)
+    kind.pipeline(made.pop(kind.part), tokenizer=tokenizer, **made).save_pretrained(folder, max_shard_size=PART)
     for texts in folder.glob("text_encoder*"):
         name_text_weights(texts / "model.safetensors")
     for tokens in folder.glob("tokenizer*"):
         shutil.copytree(work / "tokenizer", tokens, dirs_exist_ok=True)  # in the files of both transformers
     save_preprocessor(folder / "image_encoder")
-    for part in (base.part, "vae"):  # where a part lay on the machine that built it is nobody's business
+    for part in (kind.part, "vae"):  # where a part lay on the machine that built it is nobody's business
         change_config(folder / part, _name_or_path=None)
     # diffusers loads its own parts in float32 unless told otherwise; transformers 5 does what this says
     for part in (*folder.glob("text_encoder*"), folder / "image_encoder"):
         change_config(part, dtype="float32")
     (folder / "adapters").mkdir(exist_ok=True)
-    for name in base.adapters:
+    for name in kind.adapters:
         file = folder / "adapters" / f"ip-adapter-{name}.safetensors"
         adapter = load_adapter(_part(work, name), name=file.stem, dtype=torch.float16)
         save_adapter(adapter, file, metadata={"trained_by": "ipadapter_core.demo.train_world"})
