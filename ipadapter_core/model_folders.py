@@ -68,9 +68,11 @@ def load_pipeline(
 def config_folder(model: Path, config: str | Path | None = None) -> Path:
     """The folder with a model's configs and tokenizers: the model itself, or for one file ``config`` or its neighbour.
 
-    Raises InvalidInputError where there is none.
+    Raises InvalidInputError where there is none, FileNotFoundError where there is no model.
     """
     if not model.is_file():
+        if not model.exists():
+            raise FileNotFoundError(f"the model {quoted(model)} does not exist: check the path and the spelling")
         if not (model / "model_index.json").is_file():
             raise InvalidInputError(f"{model} is not a diffusers model folder: it has no model_index.json")
         return model

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from ..entries import number
-from ..errors import AdapterError, quoted
+from ..errors import AdapterError, InvalidInputError, quoted
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +46,25 @@ def usage() -> Generator[None]:
         yield
     except (AdapterError, OSError) as error:
         raise WrongUsage(str(error)) from error
+
+
+@contextmanager
+def folder_for(path: Path, what: str, option: str = "--out") -> Generator[None]:
+    """A folder for what is made in the block; one that stays empty goes again. Raises InvalidInputError where there can be none."""
+    there = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{quoted(path)} cannot be the folder for {what} ({getattr(error, 'strerror', None) or error}): name another one with {option}"
+        ) from error
+    try:
+        yield
+    finally:
+        if not there and not any(path.iterdir()):
+            path.rmdir()
 
 
 def within(low: float, high: float) -> Callable[[str], float]:

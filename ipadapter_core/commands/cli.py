@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ..checkpoints.format import BARE, empty_module
 from ..console import complain, file_argument, forget_output, show_everything
 from ..errors import AdapterError, out_of_memory, reason
 from ..report import describe_fit, describe_layout, describe_spec, layout_facts, spec_facts
-from . import Commands, Grouped, Parser, WrongUsage, whole
+from . import Commands, Grouped, Parser, WrongUsage, folder_for, usage, whole
 from .completion import add_completion
 from .generate import add_generate
 from .lora import add_lora
@@ -90,7 +91,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest and (not hasattr(args, "overrides") or any(one.startswith("-") for one in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     return args
 
 
@@ -194,6 +195,8 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 def run_inspect(args: argparse.Namespace) -> None:
     from ..hub import file_on_disk
 
+    if args.config is not None and args.model is None:
+        raise WrongUsage("--config describes a model in one file: give that with --model")
     args.file = file_on_disk(args.file)
     if (args.file / "model_index.json").is_file():
         from ..model_folders import layout_in
@@ -218,7 +221,10 @@ def run_inspect(args: argparse.Namespace) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     from ..demo.sheet import run
 
-    run(args.out, family=args.adapter, steps=args.steps, figures=not args.no_figures, as_json=args.json)
+    with ExitStack() as stack:
+        with usage():
+            stack.enter_context(folder_for(args.out, "the sheet"))
+        run(args.out, family=args.adapter, steps=args.steps, figures=not args.no_figures, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
 import re
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -25,7 +23,7 @@ from ..errors import InvalidInputError, one_line, quoted
 from ..features import Crop
 from ..prompt.combine import Combine
 from ..prompt.options import EncodeOptions, Unconditional
-from . import ANY, Commands, Grouped, Parser, usage, whole, within
+from . import ANY, Commands, Grouped, Parser, folder_for, usage, whole, within
 
 if TYPE_CHECKING:
     from ..attention.patch import AdapterPatch
@@ -446,13 +444,15 @@ def run_generate(args: argparse.Namespace) -> None:
         if "repeat" in args:
             stack.enter_context(nothing_fetched())  # a stranger's picture may name anything
         with usage():
+            if "look_in" in args and "repeat" not in args:
+                raise InvalidInputError("--look-in says where files of a picture are: name the picture with --from")
             settings = settled(args)
             run = _Run(settings)
             run.check()
             recorder = run.recorder(args)
-            stack.enter_context(_folder(args.out, "pictures", "--out"))
+            stack.enter_context(folder_for(args.out, "pictures"))
             if recorder is not None and args.maps is not None:
-                stack.enter_context(_folder(maps_files(args.maps, [""])[0][0].parent, "maps", "--maps"))
+                stack.enter_context(folder_for(maps_files(args.maps, [""])[0][0].parent, "maps", "--maps"))
             run.look()
         pipeline = run.load(stack)
         steps, guidance = usual_sampling(pipeline)
@@ -496,27 +496,9 @@ def run_generate(args: argparse.Namespace) -> None:
             facts["maps"] = [str(file) for both in places for file in both]
         facts["seconds"] = round(time.perf_counter() - started, 1)
         _write_facts(args.out / "facts.json", facts)
-        made_of = f"{len(files)} pictures and grid.png in {args.out}" if run.only is None else files[0]
+        many = f"{len(files)} picture{'s' if len(files) > 1 else ''}"
+        made_of = f"{many} and grid.png in {args.out}" if run.only is None else files[0]
         print(json.dumps(facts) if args.json else f"{made_of} ({facts['seconds']} s)")
-
-
-@contextmanager
-def _folder(path: Path, what: str, option: str) -> Generator[None]:
-    """A folder for what is made in the block; one that stays empty goes again. Raises InvalidInputError where there can be none."""
-    there = path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(
-            f"{quoted(path)} cannot be the folder for {what} ({getattr(error, 'strerror', None) or error}): name another one with {option}"
-        ) from error
-    try:
-        yield
-    finally:
-        if not there and not any(path.iterdir()):
-            path.rmdir()
 
 
 def _write_facts(path: Path, facts: Mapping[str, object]) -> None:
@@ -564,6 +546,10 @@ class _Run:
                 raise InvalidInputError(f"--adapter {one['adapter']} has no picture: give --image behind it")
             if one["image"] and one["adapter"] is None and settings["model"] is not None:
                 raise InvalidInputError("--image needs --adapter with an IP-Adapter file for this model")
+            if one["start"] > one["end"]:
+                raise InvalidInputError(
+                    f"--end {one['end']:g} lies before --start {one['start']:g}: the image would never act"
+                )
             one["schedule"] = WeightSchedule(
                 strength=1.0 if one["strength"] is None else one["strength"], preset=one["preset"],
                 start_percent=one["start"], end_percent=one["end"], scaling=one["scaling"],
@@ -579,11 +565,14 @@ class _Run:
             one["region"] = None if one["mask"] is None else as_mask(one["mask"])
             one["away"] = None if one["negative_image"] is None else as_picture(one["negative_image"])
             self.used += [*one["image"], *(one[name] for name in ("mask", "negative_image") if one[name] is not None)]
+        idle = [name for name in OF_ADAPTER if any(one[name] != OF_ADAPTER[name] for one in settings["adapters"])]
+        if idle and not self.adapters:
+            raise InvalidInputError(
+                f"--{idle[0].replace('_', '-')} says how a reference image acts: give one with --image"
+            )
         if settings["init"] is None and (settings["denoise"] is not None or settings["inpaint_mask"] is not None):
             raise InvalidInputError("--denoise and --inpaint-mask say what becomes of a picture: give it with --init")
-        beginning = self.beginning()
-        if beginning is not None and settings["steps"] is not None:
-            beginning.sampled(settings["steps"])
+        self.beginning()
         self.used += [settings[name] for name in ("init", "inpaint_mask") if settings[name] is not None]
         for lora in settings["lora"]:
             self.loras.append((lora, _file(lora.file)))
@@ -639,6 +628,9 @@ class _Run:
         self.home = config_folder(self.model, self.config)
         layout = layout_in(self.model, self.config)
         kind = getattr(diffusers, str(read_table(self.home / "model_index.json").get("_class_name")), None)
+        beginning = self.beginning()
+        if beginning is not None:
+            beginning.sampled(settings["steps"] or layout.model.steps)
         if isinstance(kind, type):
             check_guidance(kind, settings["negative"], settings["true_guidance"])
         for one in self.adapters:

@@ -11,15 +11,16 @@ from pathlib import Path
 
 from ..attention.schedule import parse_numbers
 from ..console import file_argument
-from ..errors import InvalidInputError, quoted
+from ..errors import InvalidInputError, quoted, reason
+from ..files.whole import written_whole
 from ..lora.convert import KEY_FORMATS
 from ..lora.extract import extract
 from ..lora.factors import Smaller, combine, resize
 from ..lora.formats import load_lora
 from ..lora.inspection import describe_facts, draw_heat_map, heat_map, lora_facts, verify
-from ..lora.saving import DTYPES, save_lora
+from ..lora.saving import DTYPES, check_target, save_lora
 from ..lora.weights import LoRAWeights, left_out_lines
-from . import Commands
+from . import Commands, usage, whole, within
 
 _log = logging.getLogger(__name__)
 
@@ -76,8 +77,10 @@ def _action(
 
 
 def _add_sizes(p: argparse.ArgumentParser, rank: int | None = None) -> None:
-    p.add_argument("--rank", type=int, default=rank, help="largest rank; default: as many as are needed")
-    p.add_argument("--energy", type=float, default=1.0, help="share of every layer's squared norm to keep, 0..1")
+    p.add_argument(
+        "--rank", type=whole(1, 1_000_000), default=rank, help="largest rank; default: as many as are needed"
+    )
+    p.add_argument("--energy", type=within(0, 1), default=1.0, help="share of every layer's squared norm to keep, 0..1")
 
 
 def _add_output(p: argparse.ArgumentParser) -> None:
@@ -112,15 +115,32 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def run_heatmap(args: argparse.Namespace) -> None:
+    with usage():
+        _check_picture(args.out)
     heat = heat_map(_loaded(args.file))
     out = args.out or _beside(args.file)
-    draw_heat_map(heat, args.file.name).save(out)
+    try:
+        with written_whole(out) as place:
+            draw_heat_map(heat, args.file.name).save(place, format="PNG")
+    except OSError as error:
+        raise InvalidInputError(
+            f"{quoted(out)} cannot be written ({error.strerror or reason(error)}): name another place with --out"
+        ) from error
     if args.json:
         print(
             json.dumps({"file": str(out), "blocks": heat.blocks, "columns": heat.columns, "rms": _plain(heat.values)})
         )
     else:
         print(f"{heat.text()}\n{out}")
+
+
+def _check_picture(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.suffix.lower() != ".png":
+        raise InvalidInputError(f"{quoted(out)} does not end in .png, the only kind of picture that is written")
+    if out.is_dir() or not out.parent.is_dir():
+        raise InvalidInputError(f"{quoted(out)} cannot be written: it is a folder, or in none that exists")
 
 
 def _beside(file: Path) -> Path:
@@ -142,19 +162,32 @@ def run_verify(args: argparse.Namespace) -> None:
         raise InvalidInputError(f"{args.file.name} has {len(verdict.problems)} problem(s)")
 
 
+def _checked(args: argparse.Namespace) -> Smaller:
+    """The sizes, and whether the file may be written: before anything is computed, which may take minutes."""
+    with usage():
+        check_target(args.out, args.overwrite)
+        return Smaller(args.rank, args.energy)
+
+
 def run_resize(args: argparse.Namespace) -> None:
-    _saved(args, *resize(_loaded(args.file), Smaller(args.rank, args.energy)))
+    smaller = _checked(args)
+    _saved(args, *resize(_loaded(args.file), smaller))
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    strengths = parse_numbers(args.strengths) or [1.0] * len(args.files)
-    smaller = None if args.rank is None and args.energy == 1.0 else Smaller(args.rank, args.energy)
-    _saved(args, *combine([_loaded(file) for file in args.files], strengths, smaller))
+    smaller = _checked(args)
+    with usage():
+        strengths = parse_numbers(args.strengths) or [1.0] * len(args.files)
+    whole_rank = args.rank is None and args.energy == 1.0
+    _saved(args, *combine([_loaded(file) for file in args.files], strengths, None if whole_rank else smaller))
 
 
 def run_convert(args: argparse.Namespace) -> None:
+    with usage():
+        check_target(args.out, args.overwrite)
     _saved(args, _loaded(args.file))
 
 
 def run_extract(args: argparse.Namespace) -> None:
-    _saved(args, *extract(args.tuned, args.base, Smaller(args.rank, args.energy), name=args.out.stem))
+    smaller = _checked(args)
+    _saved(args, *extract(args.tuned, args.base, smaller, name=args.out.stem))

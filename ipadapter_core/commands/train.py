@@ -14,7 +14,7 @@ from ..errors import InvalidInputError, quoted, reason
 from ..lora.convert import KEY_FORMATS
 from ..lora.formats import load_lora
 from ..lora.saving import save_lora
-from . import Commands
+from . import Commands, WrongUsage, usage
 
 OVERRIDES = "changes to the config, such as train.steps=2000 data.cache=/fast/cache"
 
@@ -26,7 +26,7 @@ def add_training(commands: Commands) -> None:
     p.add_argument(
         "config", type=file_argument, help="TOML file; ipadapter train --example FAMILY prints one", nargs="?"
     )
-    p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
+    p.add_argument("overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help=OVERRIDES)
     p.add_argument(
         "--dry-run",
         action="store_true",
@@ -41,7 +41,7 @@ def add_training(commands: Commands) -> None:
     p = commands.add_parser("cache", help="encode a training's pictures once, without training")
     p.set_defaults(run=run_cache)
     p.add_argument("config", type=file_argument, help="the training's TOML file")
-    p.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDES)
+    p.add_argument("overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help=OVERRIDES)
     p.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
 
     p = commands.add_parser("export", help="an adapter or LoRA in another layout, key format or precision")
@@ -85,13 +85,13 @@ def run_train(args: argparse.Namespace) -> None:
         _give_example(args.example, args.out)
         return
     if args.out is not None:
-        raise InvalidInputError("--out belongs to --example; a training writes to output.folder")
+        raise WrongUsage("--out belongs to --example; a training writes to output.folder")
     from ..training import dry_run, load_config, train
     from ..training.rendezvous import part
 
-    _check_packages()
     if args.config is None:
-        raise InvalidInputError("give a config file; ipadapter train --example sd15-base prints one to start from")
+        raise WrongUsage("give a config file; ipadapter train --example sd15-base prints one to start from")
+    _check_packages()
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         text = dry_run(config)
@@ -146,26 +146,43 @@ def run_cache(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     from ..sharing import CARD, Card, model_card, push_to_hub
 
+    with usage():
+        _check_target(args)
     if args.key_format is not None:
         facts = save_lora(
             load_lora(args.source), args.target, key_format=args.key_format, dtype=args.dtype or "keep", overwrite=True
         )
         text = f"{facts['modules']} modules, {facts['bytes']:,} bytes in {facts['file']}"
     else:
-        path = _export_adapter(args)
+        try:
+            path = _export_adapter(args)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise InvalidInputError(f"{quoted(args.target)} cannot be written ({error.strerror or error})") from error
         size = path.stat().st_size
         facts, text = {"file": str(path), "bytes": size}, f"{path} ({size / 1e6:.1f} MB)"
     told = Card(args.base_model, args.license)
     if args.card:
         card = args.target.with_name(CARD)
-        if card.exists():
-            raise InvalidInputError(f"{quoted(card)} is there already, and is left as it is")
         card.write_text(model_card(args.target, args.push, told), encoding="utf-8")
         facts, text = {**facts, "card": str(card)}, f"{text}\n{card}"
     if args.push:
         address = push_to_hub(args.target, args.push, told=told, private=not args.public)
         facts, text = {**facts, "address": address}, f"{text}\n{address}"
     print(json.dumps(facts) if args.json else text)
+
+
+def _check_target(args: argparse.Namespace) -> None:
+    """What can be said before a file is read."""
+    from ..sharing import CARD
+
+    if args.target.is_dir():
+        raise InvalidInputError(f"{quoted(args.target)} is a folder: name the file to write")
+    if args.target.exists() and args.source.exists() and args.target.samefile(args.source):
+        raise InvalidInputError(f"{quoted(args.target)} is the source itself: name another file")
+    if args.card and args.target.with_name(CARD).exists():
+        raise InvalidInputError(f"{quoted(args.target.with_name(CARD))} is there already, and is left as it is")
 
 
 def _export_adapter(args: argparse.Namespace) -> Path:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptFileError, InvalidInputError, quoted, reason
+from ..errors import AdapterError, CorruptFileError, InvalidInputError, quoted, reason
 from ..narrowing import is_table
 
 MAX_BYTES = 64 * 2**20
@@ -106,6 +106,8 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
         if path.is_dir():
             raise InvalidInputError(f"{quoted(path)} is a folder; a file was expected")
         there = path.exists() or path.is_symlink()
+    except AdapterError:
+        raise
     except (
         OSError,
         ValueError,

@@ -32,12 +32,7 @@ def save_lora(
     ``spelling`` is the older name of ``key_format``.
     """
     key_format = spelling or key_format
-    if path.suffix != ".safetensors":
-        raise InvalidInputError(
-            f"{quoted(path, 300)} does not end in .safetensors, the only kind of file that is written"
-        )
-    if _exists(path) and not overwrite:
-        raise InvalidInputError(f"{quoted(path, 300)} exists already; choose another name or overwrite it")
+    check_target(path, overwrite)
     wanted = None if dtype == "keep" else getattr(torch, dtype)
     tensors, metadata = to_tensors(weights, key_format, wanted)  # pyright: ignore[reportArgumentType]
     try:
@@ -48,6 +43,17 @@ def save_lora(
         raise InvalidInputError(f"{quoted(path, 300)} cannot be written ({reason(error)})") from None
     written = {"file": str(path), "modules": len(weights.modules), "bytes": path.stat().st_size}
     return {**written, "key_format": key_format, "spelling": key_format}  # the latter is its older name
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raise InvalidInputError where no LoRA may be written, before one is computed."""
+    if path.suffix != ".safetensors":
+        raise InvalidInputError(
+            f"{quoted(path, 300)} does not end in .safetensors, the only kind of file that is written"
+        )
+    if _exists(path) and not (overwrite and path.is_file()):
+        what = "exists already; choose another name or overwrite it" if path.is_file() else "is no plain file"
+        raise InvalidInputError(f"{quoted(path, 300)} {what}")
 
 
 def _exists(path: Path) -> bool:

@@ -147,7 +147,12 @@ def test_inspect(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--sites", "everywhere"], "cannot read 'everywhere'"),
         (["--image", "{a}", "--adapter", "{adapter}", "--sites", "t99: 1"], "'t99' matches no site"),
         (["--curve", "0:1, x"], "cannot read 'x'"),
-        (["--model", "/nowhere"], "no model_index.json"),
+        (["--model", "/nowhere"], "the model '/nowhere' does not exist"),
+        (["--model", "."], "no model_index.json"),
+        (["--sites", "output: 1"], "--sites says how a reference image acts: give one with --image"),
+        (["--image", "{a}", "--adapter", "{adapter}", "--start", "0.9", "--end", "0.1"], "the image would never act"),
+        (["--look-in", "{folder}"], "name the picture with --from"),
+        (["--init", "{a}", "--denoise", "0.01", "--steps", "50"], "denoise 0.01 of 50 steps leaves none to sample"),
         (["--image", "{a}", "--adapter", "{adapter}", "--image-strengths", "1, 2"], "strengths"),
         (["--image", "{a}", "--adapter", "{adapter}", "--image-strengths", "x"], "cannot read 'x'"),
         (["--image", "{folder}", "--adapter", "{adapter}"], "is a folder; a file was expected"),
@@ -210,9 +215,58 @@ def test_mistakes_are_one_line_and_exit_code_2_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("demo --out {a} --steps 1", 2, "cannot be the folder for the sheet (File exists)"),
+        ("demo --out /proc/nothing", 2, "cannot be the folder for the sheet"),
+        ("inspect {adapter} --config {folder}", 2, "give that with --model"),
+        ("lora heatmap {lora} --out {folder}", 2, "does not end in .png"),
+        ("lora heatmap {lora} --out {folder}/none/x.png", 2, "in none that exists"),
+        ("lora heatmap {lora} --out /proc/x.png", 1, "'/proc/x.png' cannot be written (No such file or directory)"),
+        ("lora resize missing.safetensors --out x.bin", 2, "does not end in .safetensors"),
+        ("lora resize missing.safetensors --out {lora}", 2, "exists already"),
+        ("lora extract missing.safetensors missing.safetensors --out {lora}", 2, "exists already"),
+        ("lora merge {lora} --out x.safetensors --strengths x", 2, "cannot read 'x'"),
+        ("lora convert {folder} --out x.safetensors", 1, "is a folder"),
+        ("train", 2, "give a config file"),
+        ("train {folder}", 1, "is a folder; a file was expected"),
+        ("cache none.toml", 2, "'none.toml' does not exist"),
+        ("export {adapter} {folder}", 2, "is a folder: name the file to write"),
+        ("export {adapter} {adapter}", 2, "is the source itself: name another file"),
+        ("export {adapter} none/x.bin", 1, "the folder none does not exist: create it first"),
+        ("migrate {folder}", 1, "is a folder; a file was expected"),
+    ],
+)
+def test_other_commands_say_in_a_line_what_is_wrong_before_they_compute(
+    strangers: dict[str, Path],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    code: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr("ipadapter_core.demo.sheet.load_world", Mock(side_effect=AssertionError("loaded")))
+    monkeypatch.chdir(tmp_path)
+    names = {"a": model_folder / "a.png", "adapter": model_folder / "adapter.safetensors", "folder": model_folder}
+    before = (model_folder / "adapter.safetensors").read_bytes()
+    assert main(arguments.format(**names, **strangers).split()) == code
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert said in told
+    assert list(tmp_path.iterdir()) == []
+    assert (model_folder / "adapter.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["generate", "--preset", "no such preset"],
+        ["demo", "--steps", "0"],
+        ["lora", "resize", "x", "--out", "y", "--rank", "-1"],
+        ["lora", "resize", "x", "--out", "y", "--energy", "nan"],
+        ["cache"],
         ["generate", "--steps", "0"],
         ["generate", "--width", "1000000"],
         ["generate", "--lora", "a.safetensors:much"],

@@ -357,7 +357,7 @@ def test_commands_read_and_write_files(file: Path, tmp_path: Path, capsys: pytes
     assert json.loads(out)["largest_relative_error"] > 0
     assert all(m.weight is not None and m.weight.rank == 2 for m in load_lora(target).modules)
     code, _, err = run(capsys, "resize", file, "--out", target)
-    assert (code, "exists already" in err) == (1, True)
+    assert (code, "exists already" in err) == (2, True)
     assert run(capsys, "merge", file, target, "--strengths", "1,0.5", "--out", tmp_path / "sum.safetensors")[0] == 0
     assert all(m.weight is not None and m.weight.rank == 5 for m in load_lora(tmp_path / "sum.safetensors").modules)
     half = tmp_path / "half.safetensors"
@@ -381,14 +381,14 @@ def test_a_key_format_by_its_older_name(file: Path, tmp_path: Path, capsys: pyte
 
 
 def test_mistakes_are_one_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for argv, message in (
-        (("inspect", tmp_path / "no.safetensors"), "does not exist"),
-        (("convert", file, "--out", tmp_path / "x.bin"), "only kind of file"),
-        (("merge", file, "--strengths", "1,2", "--out", tmp_path / "x.safetensors"), "1 LoRAs and 2 strengths"),
-        (("resize", file, "--rank", 0, "--out", tmp_path / "x.safetensors"), "must be at least 1"),
-        (("verify", Path(__file__)), "does not begin like"),
+    for argv, message, expected in (
+        (("inspect", tmp_path / "no.safetensors"), "does not exist", 2),
+        (("convert", file, "--out", tmp_path / "x.bin"), "only kind of file", 2),
+        (("merge", file, "--strengths", "1,2", "--out", tmp_path / "x.safetensors"), "1 LoRAs and 2 strengths", 1),
+        (("resize", file, "--energy", 0, "--out", tmp_path / "x.safetensors"), "must be above 0", 2),
+        (("verify", Path(__file__)), "does not begin like", 1),
     ):
         code, _, err = run(capsys, *argv)
-        assert code == 1
+        assert code == expected
         assert message in err
         assert len(err.strip().splitlines()) == 1

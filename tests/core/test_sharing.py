@@ -129,7 +129,7 @@ def test_the_command_writes_a_card_and_leaves_one_that_is_there(
     assert main(["export", str(BASE), str(target), "--card", "--license", "mit", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert Path(facts["card"]).read_text() == model_card(target, told=Card(license="mit"))
-    assert main(["export", str(BASE), str(target), "--card"]) == 1
+    assert main(["export", str(BASE), str(target), "--card"]) == 2
     assert "is there already" in capsys.readouterr().err
 
 

@@ -107,7 +107,7 @@ def test_the_command_names_a_typo(capsys: pytest.CaptureFixture[str], tmp_path: 
     (tmp_path / "run.toml").write_text("[train]\nstesp = 3\n")
     assert main(["train", str(tmp_path / "run.toml")]) == 1
     assert "did you mean 'steps'" in capsys.readouterr().err
-    assert main(["train"]) == 1
+    assert main(["train"]) == 2
     assert "--example" in capsys.readouterr().err
 
 
@@ -313,4 +313,4 @@ def test_examples_are_written_to_new_files(name: str, tmp_path: Path, capsys: py
     said = capsys.readouterr().err
     assert "exists and is left as it is" in said
     assert "choose a folder that exists" in said
-    assert main(["train", str(out), "--out", "x"]) == 1
+    assert main(["train", str(out), "--out", "x"]) == 2
