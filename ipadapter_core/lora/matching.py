@@ -49,6 +49,8 @@ class TargetMatch:
         """Why no side path can do it, or None if one can."""
         if self.widened is not None:
             return f"it gives {self.target.path} more inputs than the model was built with"
+        if self.target.ahead:
+            return f"it changes {self.key}, which the host runs once for a prompt, before the steps"
         return (
             None
             if self.target.beside

@@ -70,14 +70,26 @@ class LoRAPatch:
     @property
     def needs_merged(self) -> str | None:
         """Why it cannot run beside the layers, or None if it can."""
-        found = [(match.widened is None, why) for match, _ in self.acting("denoiser") if (why := match.needs_merged)]
+        acting = [match for match, _ in self.acting("denoiser") if self.needs_unfused or not match.target.ahead]
+        found = [(match.widened is None, why) for match in acting if (why := match.needs_merged)]
         return min(found)[1] if found else None
 
     def beside_layers(self) -> LoRAPatch:
-        """The same without what only a merge can do, which is told as left out."""
-        kept = tuple(match for match in self.matched.matches if not match.needs_merged)
-        lost = tuple(LeftOut(m.key, NEEDS_MERGED) for m in self.matched.matches if m.needs_merged)
-        return replace(self, matched=replace(self.matched, matches=kept, left_out=(*self.matched.left_out, *lost)))
+        """The same without what only a merge can do, which is told as left out; what runs ahead stays where one strength holds."""
+        ahead = self.needs_unfused is None
+        lost = [match for match in self.matched.matches if match.needs_merged and not (ahead and match.target.ahead)]
+        told = tuple(LeftOut(match.key, NEEDS_MERGED) for match in lost)
+        gone = set(lost)
+        kept = tuple(match for match in self.matched.matches if match not in gone)
+        return replace(self, matched=replace(self.matched, matches=kept, left_out=(*self.matched.left_out, *told)))
+
+    def apart(self) -> tuple[LoRAPatch, LoRAPatch]:
+        """What the host runs ahead of the model's calls, and the rest."""
+        ahead = tuple(match for match in self.matched.matches if match.target.ahead)
+        rest = tuple(match for match in self.matched.matches if not match.target.ahead)
+        return replace(self, matched=replace(self.matched, matches=ahead)), replace(
+            self, matched=replace(self.matched, matches=rest)
+        )
 
     def strength_for(self, component: Component) -> float:
         """Strength in one part, before selector and window."""

@@ -23,7 +23,8 @@ class Target:
     ``words`` are what the selector calls it. ``parts`` are rows of a fused layer that are layers in the other form of the model,
     with words of their own. ``stream`` is what tokens it sees, None where that is not known.
     ``bare``: a parameter of no layer, whose name is the path. ``beside``: whether a side path can stand beside it; else only
-    a merge can change it. ``grouped``: a convolution whose channels are in groups, so that no two smaller ones stand for it.
+    a merge can change it. ``ahead``: whether the host runs it once for a prompt, before the model's calls, and so outside of all that
+    lives as long as one. ``grouped``: a convolution whose channels are in groups, so that no two smaller ones stand for it.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Target:
     bare: bool = False
     grouped: bool = False
     beside: bool = True
+    ahead: bool = False
 
     def apart(self) -> Iterator[tuple[LayerPart, Target]]:
         """Every part of a fused layer as a layer of its own; none of another."""

@@ -195,9 +195,15 @@ def apply(
     shown = "\n".join(lines)
     if model is not None and patch.strength != 0:
         choice = choose_mode([patch], mode, quantised=_quantised(model), offloaded=_offloaded(model))
-        lines.append(f"runs {choice.mode}: {choice.reason}")
+        ahead = next((match.key for match, _ in patch.apart()[0].acting("denoiser")), None)
+        merged = (
+            ""
+            if ahead is None or choice.mode == "merged"
+            else f"; {ahead} and what else runs before the steps is merged"
+        )
+        lines.append(f"runs {choice.mode}: {choice.reason}{merged}")
         if choice.mode == "live":
-            model = backend.apply_unfused(model, patch, attention)
+            model = backend.apply_live(model, patch, MergedUpdates.of, attention)
             stack = backend.unfused_stack(model)
             if stack is not None:
                 managed = LiveFactors.managed(stack, model.load_device, model.offload_device)

@@ -18,12 +18,23 @@ from fake_model import FakeDoor
 from ipadapter_core import RegionMask, WeightSchedule, Window, bake
 from ipadapter_core.backends.comfy import doors as image_backend
 from ipadapter_core.backends.comfy import lora as backend
+from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.lora import load_lora
-from ipadapter_core.lora.patch import LoRAPatch, masked
+from ipadapter_core.lora.patch import LoRAPatch, choose_mode, masked
 from ipadapter_core.lora.selector import parse_selector
 from ipadapter_core.models.unet import walk_unet
 from tiny_loras import MAKERS, tiny_lora
-from tiny_models import TOKEN_DIM, FakePatcher, Guider, conditioning, noise, tiny_adapter, tiny_host, tiny_prompt
+from tiny_models import (
+    TOKEN_DIM,
+    FakePatcher,
+    Guider,
+    HostModel,
+    conditioning,
+    noise,
+    tiny_adapter,
+    tiny_host,
+    tiny_prompt,
+)
 
 CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 5e-5}  # outputs of size 10; processors differ in the order of sums
 X = noise(2, 4, 12, 16, seed=3)
@@ -273,3 +284,62 @@ def test_without_slots_the_attention_runs_again_as_a_module(monkeypatch: pytest.
     through_modules = live(host, *patches)
     assert not through_modules.slots
     assert_same(sample(through_modules), expected)
+
+
+# --- what the host runs before the steps --------------------------------------------------------------------------------
+
+
+class Prepared(torch.nn.Module):
+    """A model that prepares the prompt once for all steps, as Anima's and LTX-2's in ComfyUI."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("refiner", "projection", "inside", "unused"):
+            self.add_module(name, torch.nn.Linear(4, 4))
+
+    def preprocess_text_embeds(self, text: Tensor) -> Tensor:
+        return self.connected(self.projection(text))
+
+    def connected(self, text: Tensor) -> Tensor:
+        return self.refiner(text)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+
+def test_what_the_host_runs_before_the_steps_is_merged_beside_what_is_live() -> None:
+    model = Prepared()
+    assert backend.run_ahead(model) == {"projection", "refiner"}
+    assert backend.run_ahead(torch.nn.Sequential(model)) == frozenset()
+    host: Any = FakePatcher(HostModel(model))
+    state: dict[str, Tensor] = {}
+    for seed, name in enumerate(("refiner", "inside")):
+        state[f"diffusion_model.{name}.lora_down.weight"] = noise(2, 4, seed=seed)
+        state[f"diffusion_model.{name}.lora_up.weight"] = noise(4, 2, seed=10 + seed)
+    patch = LoRAPatch(backend.place(load_lora(state, name="both"), host), strength=0.5)
+    assert [choose_mode([patch], mode).mode for mode in ("auto", "live", "merged")] == ["merged", "live", "merged"]
+    assert choose_mode([patch], quantised=True).mode == "live"
+    applied: Any = backend.apply_live(host, patch, Merged)
+    assert list(applied.patches) == ["diffusion_model.refiner.weight"]
+    ((_, merged, *_),) = applied.patches["diffusion_model.refiner.weight"]
+    change = backend.merge_parts(model.refiner.weight.detach(), merged.parts)
+    down, up = (state[f"diffusion_model.refiner.lora_{part}.weight"] for part in ("down", "up"))
+    assert_close(change, 0.5 * up @ down)
+    stack = backend.unfused_stack(applied)
+    assert stack is not None
+    assert list(stack.layers) == ["inside"]
+    assert not host.patches
+    assert "refiner" in str(patch.beside_layers().matched.matches[0].target.path)
+    for changes in (
+        {"window": Window(end_percent=0.5)},
+        {"uncond_strength": 0.0},
+        {"mask": RegionMask.of(noise(4, 4).abs())},
+    ):
+        scheduled = replace(patch, **changes)
+        with pytest.raises(
+            InvalidInputError, match=r"refiner.weight, which the host runs once for a prompt, before the steps"
+        ):
+            choose_mode([scheduled])
+        beside = scheduled.beside_layers()
+        assert [match.target.path for match in beside.matched.matches] == ["inside"]
+        assert choose_mode([beside]).mode == "live"

@@ -12,7 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import comfy.model_patcher  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
+import comfy.weight_adapter  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from in_host import Counting, hooks_on, load, weights_packed, without_options  # noqa: E402
@@ -44,9 +45,10 @@ if not hasattr(comfy.supported_models, "Anima"):
 tiny_state = load("tiny", HERE.parent / "tiny.py").tiny_state
 load("ipadapter_core", HERE.parents[1] / "ipadapter_core" / "__init__.py", package=True)
 import ipadapter_core  # noqa: E402
+from ipadapter_core import Window  # noqa: E402
 from ipadapter_core.backends.comfy import doors  # noqa: E402
 from ipadapter_core.backends.comfy import lora as backend_lora  # noqa: E402
-from ipadapter_core.lora import load_lora  # noqa: E402
+from ipadapter_core.lora import LoRAPatch, choose_mode, load_lora  # noqa: E402
 
 WIDTH, HEADS, TEXT, BLOCKS, FEATURE, SEEN = 64, 2, 32, 3, 12, 7
 HEAD = WIDTH // HEADS
@@ -75,9 +77,12 @@ FILES: dict[str, dict[str, Tensor]] = {
 # --- the host's model --------------------------------------------------------------------------------------------------
 
 
-def transformer() -> Any:
-    """A MODEL of the host around its own Anima, without the text encoder's adapter, which is of one size and has no part in this."""
-    comfy.ldm.anima.model.LLMAdapter = lambda **_: nn.Identity()
+ADAPTER = comfy.ldm.anima.model.LLMAdapter
+
+
+def transformer(adapter: Callable[..., nn.Module] = lambda **_: nn.Identity()) -> Any:
+    """A MODEL of the host around its own Anima, without the text encoder's adapter, which has no part in most of this."""
+    comfy.ldm.anima.model.LLMAdapter = adapter
     described = comfy.supported_models.Anima({
         "image_model": "anima", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16,
         "patch_spatial": 2, "patch_temporal": 1, "model_channels": WIDTH, "concat_padding_mask": True,
@@ -97,7 +102,7 @@ def transformer() -> Any:
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def predict(model: Any, branches: tuple[str, ...] = ("positive", "negative"), *, texts: dict[str, str] | None = None, area: bool = False) -> dict[str, Tensor]:  # fmt: skip
+def predict(model: Any, branches: tuple[str, ...] = ("positive", "negative"), *, texts: dict[str, str] | None = None, area: bool = False, more: dict[str, Any] | None = None) -> dict[str, Tensor]:  # fmt: skip
     """The velocity of the branches in one step of the host's own sampler and guider, both at once or one alone."""
     model, seen = model.clone(), dict[str, Tensor]()
 
@@ -107,7 +112,7 @@ def predict(model: Any, branches: tuple[str, ...] = ("positive", "negative"), *,
         return args["conds_out"]
 
     model.set_model_sampler_pre_cfg_function(look)
-    more = {"area": (1, 6, 4, 0, 2, 2), "strength": 1.0, "set_area_to_bounds": False} if area else {}
+    more = {"area": (1, 6, 4, 0, 2, 2), "strength": 1.0, "set_area_to_bounds": False} if area else more or {}
     conds = [[[INPUTS[(texts or {}).get(branch, branch)], dict(more)]] for branch in branches]
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conds[0], conds[-1])
@@ -381,6 +386,51 @@ def lora_inside(model: Any) -> None:
         report(case, got, expected, layers=len(loaded.patches), placed=len(found.matches), effect=apart(got, plain))
 
 
+class Merged(comfy.weight_adapter.WeightAdapterBase):
+    """Our kind of patch, as nodes/host has it."""
+
+    name = "image_prompt_lora"
+
+    def __init__(self, parts: tuple[Any, ...]) -> None:
+        self.loaded_keys, self.parts = set[str](), parts
+
+    def calculate_weight(self, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+        return weight + backend_lora.merge_parts(weight, self.parts)
+
+
+def live_beside_the_texts_adapter() -> None:
+    """A live LoRA on blocks and on the text's adapter, which the host runs before the steps, next to the host's own loader."""
+    sizes = {"source_dim": TEXT, "target_dim": TEXT, "model_dim": TEXT, "num_layers": 1, "num_heads": 2}
+    model = transformer(partial(ADAPTER, **sizes))
+    prompt = {"t5xxl_ids": torch.tensor([3, 8, 1, 9]), "t5xxl_weights": torch.tensor([1.0, 1.1, 0.9, 1.0])}
+    layers = {f"llm_adapter.blocks.0.{name}": (TEXT, TEXT) for name in ("cross_attn.q_proj", "self_attn.o_proj")}
+    layers |= {"llm_adapter.blocks.0.mlp.0": (4 * TEXT, TEXT), "blocks.1.self_attn.q_proj": (WIDTH, WIDTH)}
+    state: dict[str, Tensor] = {}
+    for seed, (path, (rows, columns)) in enumerate(layers.items()):
+        state[f"diffusion_model.{path}.lora_down.weight"] = numbers(2, columns, seed=seed)
+        state[f"diffusion_model.{path}.lora_up.weight"] = numbers(rows, 2, seed=20 + seed)
+    own = {name: tensor for name, tensor in state.items() if "llm_adapter" in name}
+    for case, tensors in (("live LoRA", state), ("live LoRA on the text's adapter alone", own)):
+        patch = LoRAPatch(backend_lora.place(load_lora(dict(tensors), name="live"), model), strength=0.7)
+        plain = predict(model, more=prompt)
+        expected = predict(comfy.sd.load_lora_for_models(model, None, dict(tensors), 0.7, 0)[0], more=prompt)
+        beside = predict(backend_lora.apply_unfused(model, patch.apart()[1]), more=prompt)
+        got = predict(backend_lora.apply_live(model, patch, Merged), more=prompt)
+        report(case, got, expected, effect=apart(got, plain), without=apart(beside, expected))
+        report(
+            f"after {case}",
+            {},
+            same=all(torch.equal(a, plain[name]) for name, a in predict(model, more=prompt).items()),
+        )
+    scheduled = replace(patch, window=Window(end_percent=0.5))
+    try:
+        choose_mode([scheduled])
+        said = ""
+    except ipadapter_core.InvalidInputError as error:
+        said = str(error)
+    report("scheduled", {}, said=said)
+
+
 def half(model: Any) -> None:
     """Blocks compute in bfloat16 beside a residual stream in float32."""
     halved = model.model.diffusion_model.to(torch.bfloat16)
@@ -407,6 +457,7 @@ def main() -> None:
         failing(model)
         costs(model)
         lora_inside(model)
+        live_beside_the_texts_adapter()
     with torch.no_grad():
         report("outside of inference mode", predict(prompted(model)), by_hand(model, {}))
         half(model)

@@ -39,7 +39,7 @@ def rows() -> dict[str, dict[str, Any]]:
 
 def test_every_prediction_is_the_formulas(rows: dict[str, dict[str, Any]]) -> None:
     compared = {case: row["difference"] for case, row in rows.items() if row["difference"] is not None}
-    assert len(compared) == 28
+    assert len(compared) == 30
     assert {case: difference for case, difference in compared.items() if not difference < TOLERANCE} == {}
     assert [family for family in FAMILIES if rows[family]["effect"] < 0.1] == []
 
@@ -75,6 +75,16 @@ def test_the_lora_inside_reaches_every_layer_or_the_attention_to_the_text(rows: 
     for case, layers in (("LoRA", 30), ("LoRA, cross-attention", 12)):
         assert (rows[case]["layers"], rows[case]["placed"]) == (layers, layers)
         assert rows[case]["effect"] > 0.01
+
+
+def test_a_live_lora_reaches_the_texts_adapter_too(rows: dict[str, dict[str, Any]]) -> None:
+    """The host runs it once, before the steps, where nothing live acts: what it has of a LoRA is merged, as by the host's own loader."""
+    for case in ("live LoRA", "live LoRA on the text's adapter alone"):
+        assert rows[case]["difference"] < TOLERANCE
+        assert rows[case]["effect"] > 0.01
+        assert rows[case]["without"] > 0.01, "the layers beside it do all that is looked at"
+        assert rows[f"after {case}"]["same"]
+    assert "which the host runs once for a prompt, before the steps" in rows["scheduled"]["said"]
 
 
 def test_the_residual_stream_keeps_its_type(rows: dict[str, dict[str, Any]]) -> None:

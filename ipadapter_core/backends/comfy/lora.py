@@ -9,6 +9,7 @@ Merged: the host keeps, patches and restores weights itself; ours is only the fo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -70,10 +71,33 @@ def tables_of(
 
 def _hooked(unet: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
     """The targets, of which RMS norms can only be merged: the host hands their weights to kernels and does not call them."""
+    ahead = run_ahead(unet)
     return {
-        path: replace(target, beside=False) if Layer(unet.get_submodule(path)).is_rms_norm else target
+        path: replace(
+            target,
+            beside=not Layer(unet.get_submodule(path)).is_rms_norm and target.beside,
+            ahead=path.split(".")[0] in ahead,
+        )
         for path, target in targets.items()
     }
+
+
+def run_ahead(unet: nn.Module) -> frozenset[str]:
+    """The parts of a model that the host runs when it prepares a prompt, once for all steps.
+
+    Since 0.10 models may have a method for that, which ``extra_conds`` of the host's model calls: the parts that it and the methods
+    that it uses name (Anima's ``llm_adapter``, the connectors of LTX-2, MiniMax's refiner).
+    """
+    kind, children = type(unet), {name for name, _ in unet.named_children()}
+    found, seen, todo = set[str](), set[str](), ["preprocess_text_embeds"]
+    while todo:
+        name = todo.pop()
+        code = getattr(inspect.unwrap(getattr(kind, name, len)), "__code__", None)
+        if code is not None and name not in seen:
+            seen.add(name)
+            found |= children.intersection(code.co_names)
+            todo += [other for other in code.co_names if inspect.isfunction(getattr(kind, other, None))]
+    return frozenset(found)
 
 
 def place(
@@ -108,6 +132,18 @@ def apply_unfused(model: LoRAPatcherLike, patch: LoRAPatch, attention: Attention
     for layout, site in slots.values():
         _install_region(clone, layout, site, attention or torch_attention)
     return clone
+
+
+def apply_live(
+    model: LoRAPatcherLike,
+    patch: LoRAPatch,
+    wrap: Callable[[tuple[Part, ...]], object],
+    attention: Attention | None = None,
+) -> LoRAPatcherLike:
+    """``apply_unfused``, with what the host runs ahead of the model's calls merged by ``wrap``, as ``apply_merged`` has it."""
+    ahead, rest = patch.apart()
+    model = apply_unfused(model, rest, attention)
+    return apply_merged(model, ahead, ("denoiser",), wrap) if ahead.acting("denoiser") else model
 
 
 def _slots_of(model: PatcherLike, paths: Sequence[str]) -> dict[str, tuple[ModelLayout, Site]]:
