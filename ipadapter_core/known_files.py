@@ -193,16 +193,27 @@ def choose_encoder(
 
     ``widths`` tells the hidden size and the projection width of a file, None if it is no image encoder.
     """
-    known = ENCODERS.get(spec.encoder)
-    pattern = CLIP_VISION_PATTERNS.get(spec.encoder)
-    named = [name for name in files if pattern is not None and re.search(pattern, name, re.IGNORECASE)]
-    for name in [*named, *(name for name in files if name not in named)]:
+    if spec.encoder in ENCODERS:
+        return encoder_file(spec.encoder, files, widths)
+    for name in files:
         found = widths(name)
-        if found is None:
-            continue
-        if known is not None and found == (known.hidden_size, known.projection_dim):
-            return name
-        width = found[1] if spec.format.feature.encoded == "image_embeds" else found[0]
-        if known is None and spec.feature_dim == width:
+        if found and spec.feature_dim == found[spec.format.feature.encoded == "image_embeds"]:
             return name
     return None
+
+
+def encoder_file(encoder: str, files: Sequence[str], widths: Callable[[str], tuple[int, int] | None]) -> str | None:
+    """The file of a published encoder (its name in ENCODERS), those with its name first; None if there is none."""
+    known = ENCODERS[encoder]
+    pattern = CLIP_VISION_PATTERNS.get(encoder)
+    named = [name for name in files if pattern is not None and re.search(pattern, name, re.IGNORECASE)]
+    others = [name for name in files if name not in named]
+    fitting = (name for name in [*named, *others] if widths(name) == (known.hidden_size, known.projection_dim))
+    return next(fitting, None)
+
+
+def lora_file(entry: KnownFile | None, files: Sequence[str]) -> str | None:
+    """The file of the LoRA that is published beside an adapter; None if there is none."""
+    pattern = entry.lora if entry else ""
+    found = (name for name in files if re.search(rf"({pattern})\.safetensors$", name, re.IGNORECASE))
+    return next(found, None) if pattern else None

@@ -3,15 +3,15 @@ those that look alike, or said what is missing and where it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .bake import check_spec
-from .checkpoints import FORMATS, AdapterSpec
-from .downloads import DOWNLOADS
+from .checkpoints import FORMATS, AdapterSpec, Format, format_named
+from .downloads import DOWNLOADS, Download
 from .errors import IncompatibleAdapterError, InvalidInputError, quoted
 from .features import ENCODERS
-from .known_files import KNOWN_FILES, KnownFile, choose_encoder, recognise
+from .known_files import KNOWN_FILES, KnownFile, choose_encoder, encoder_file, lora_file, recognise
 from .models.sites import ModelLayout
 from .models.unet import SD15, SDXL
 
@@ -52,17 +52,32 @@ def pick(
     ``describe`` tells what a file holds, None for one that is no adapter. Raises InvalidInputError that names what to put
     into ``folder``.
     """
+    check_wish(wish)
+    fitting = _fitting(layout, files, describe)
+    found = _strongest(wish, fitting)
+    if found is None:
+        raise InvalidInputError(_missing(wish, layout.name, fitting, folder))
+    return found
+
+
+def check_wish(wish: str) -> None:
+    """Raises InvalidInputError for a text that is none of WISHES."""
     if wish not in WISHES:
         raise InvalidInputError(f"the need {quoted(wish)} is none of {', '.join(WISHES)}")
-    fitting: list[Picked] = []
+
+
+def _fitting(layout: ModelLayout, files: Iterable[str], describe: Callable[[str], AdapterSpec | None]) -> list[Picked]:
+    found: list[Picked] = []
     for file in files:
         spec = describe(file)
         if spec is not None and fits(spec, file, layout):
-            fitting.append(Picked(file, spec, recognise(file, spec)))
+            found.append(Picked(file, spec, recognise(file, spec)))
+    return found
+
+
+def _strongest(wish: str, fitting: Sequence[Picked]) -> Picked | None:
     serving = [one for one in fitting if one.rank(wish)]
-    if not serving:
-        raise InvalidInputError(_missing(wish, layout, fitting, folder))
-    return min(serving, key=lambda one: (-one.rank(wish), one.known is None, one.file))
+    return min(serving, key=lambda one: (-one.rank(wish), one.known is None, one.file), default=None)
 
 
 def fits(spec: AdapterSpec, name: str, layout: ModelLayout) -> bool:
@@ -84,12 +99,12 @@ def public_files(wish: str, base_model: str) -> list[str]:
     return [name for rank, name in sorted(ranked, key=lambda entry: -entry[0]) if rank]
 
 
-def _missing(wish: str, layout: ModelLayout, fitting: Sequence[Picked], folder: str) -> str:
-    there = f"no adapter for {quoted(wish)} on a {layout.name} model lies in {folder}"
-    best = public_files(wish, layout.name)
+def _missing(wish: str, base_model: str, fitting: Sequence[Picked], folder: str) -> str:
+    there = f"no adapter for {quoted(wish)} on a {base_model} model lies in {folder}"
+    best = public_files(wish, base_model)
     if best:
         return f"{there}: put {DOWNLOADS[best[0]].where} there"
-    others = [other for other in WISHES if public_files(other, layout.name) or any(one.rank(other) for one in fitting)]
+    others = [other for other in WISHES if public_files(other, base_model) or any(one.rank(other) for one in fitting)]
     tail = f"for this model there is {', '.join(others)}" if others else "for this model nobody has published one"
     return f"{there}, and none is known that one could download; {tail}"
 
@@ -113,3 +128,84 @@ def pick_encoders(
             )
         found.append(file)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """One file that serving a wish takes: ``part`` says what it is, as ``image encoder ViT-H/14``, and ``folder`` where it belongs below ``models``.
+
+    ``file`` is the one that is there, nothing where it is missing; ``public`` then is what to download, None where none is known.
+    """
+
+    part: str
+    folder: str
+    file: str
+    public: Download | None
+
+
+def needed(
+    wish: str,
+    base_model: str,
+    layout: ModelLayout | None,
+    there: Mapping[str, Sequence[str]],
+    describe: Callable[[str], AdapterSpec | None],
+    widths: Callable[[str], tuple[int, int] | None],
+) -> list[Needed]:
+    """The files that a wish takes on a base model, whether they are there or not; the adapter is the first.
+
+    ``there`` are the files of each folder (``ipadapter``, ``clip_vision``, ``loras``) and the packs of ``insightface/models``;
+    ``describe`` and ``widths`` as in ``pick`` and ``pick_encoders``. Without ``layout``, as long as the model itself is not there,
+    the adapter is known by its name. Raises InvalidInputError where nobody has published one and none is there.
+    """
+    check_wish(wish)
+    fitting = _fitting(layout, there["ipadapter"], describe) if layout else []
+    picked = _strongest(wish, fitting)
+    if picked is not None:
+        form, known, spec, file = picked.spec.format, picked.known, picked.spec, picked.file
+        release = known.release if known else ""
+    else:
+        release = next(iter(public_files(wish, base_model)), "")
+        if not release:
+            raise InvalidInputError(_missing(wish, base_model, fitting, "models/ipadapter"))
+        known = next((entry for entry in KNOWN_FILES if entry.release == release), None)
+        form, spec = _format_of(release, known), None
+        names = there["ipadapter"] if layout is None else ()
+        file = next((name for name in names if name.replace("\\", "/").rsplit("/", 1)[-1] == release), "")
+    found = [Needed("adapter", "ipadapter", file, DOWNLOADS.get(release))]
+    if form.feature.encoded is not None:
+        found += _encoders(form, known, spec, there["clip_vision"], widths)
+    lora = next((one for name, one in DOWNLOADS.items() if one.folder == "loras" and lora_file(known, [name])), None)
+    if lora is not None and not (spec and spec.lora_layers):
+        found.append(Needed("LoRA", "loras", lora_file(known, there["loras"]) or "", lora))
+    if form.feature.embedding is not None:
+        pack, folder = spec.face_model if spec else "buffalo_l", "insightface/models"
+        found.append(Needed("face model", folder, pack if pack in there[folder] else "", DOWNLOADS[f"{pack}.zip"]))
+    return found
+
+
+def _format_of(release: str, known: KnownFile | None) -> Format:
+    if known:
+        return format_named(known.family)
+    return next(form for form in FORMATS if form.public and form.public[1] == release)
+
+
+def _encoders(
+    form: Format,
+    known: KnownFile | None,
+    spec: AdapterSpec | None,
+    files: Sequence[str],
+    widths: Callable[[str], tuple[int, int] | None],
+) -> list[Needed]:
+    """The encoders of an adapter; of a released one that is not there and whose width alone tells, none yet."""
+    if spec is not None:
+        names = spec.encoders
+        there = [choose_encoder(replace(spec, encoder=name), files, widths) for name in names]
+    else:
+        told = (known.encoder,) if known else (form.encoder,) if form.encoder else ()
+        names = tuple(look.encoder for look in form.feature.looks) or told
+        there = [encoder_file(name, files, widths) for name in names]
+    public = [DOWNLOADS.get(ENCODERS[name].public) if name in ENCODERS else None for name in names]
+    return [
+        Needed(f"image encoder {name}", "clip_vision", file or "", download)
+        for name, file, download in zip(names, there, public, strict=True)
+    ]

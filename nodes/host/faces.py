@@ -20,6 +20,14 @@ def load(pack: str, provider: str) -> FaceAnalyzer:
         raise InvalidInputError(f"the face model {quoted(pack)} is none of {', '.join(PACKS)}")
     key = (pack, provider)
     if key not in _FACE_MODELS:
-        root = Path(folder_paths.models_dir) / "insightface"
-        _FACE_MODELS[key] = open_face_model(root, pack, provider)
+        _FACE_MODELS[key] = open_face_model(_root(), pack, provider)
     return _FACE_MODELS[key]
+
+
+def there() -> list[str]:
+    """The packs that lie in ``models/insightface/models``."""
+    return [pack for pack in PACKS if any((_root() / "models" / pack).glob("*.onnx"))]
+
+
+def _root() -> Path:
+    return Path(folder_paths.models_dir) / "insightface"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from typing import Literal
 
 from aiohttp import web
 from server import PromptServer
@@ -25,7 +26,7 @@ from ...ipadapter_core.lora import LoRAWeights, describe_lora, load_lora, parse_
 from ...ipadapter_core.lora.blocks import block_shares, parse_presets, presets_for
 from ...ipadapter_core.lora.inspection import draw_heat_map, heat_map, lora_facts
 from ...ipadapter_core.narrowing import is_row
-from . import demo, files, sites
+from . import by_need, demo, files, sites
 
 PREFIX = "/image_prompt/"
 LONGEST = 1000
@@ -154,15 +155,35 @@ def sites_of_model(query: Query) -> Answer:
 
     The model of the node Demo World is ``kind=demo``, without a file.
     """
-    kind = query.get("kind", "")
-    if kind == "demo":
+    kind = _kind_of_model(query)
+    if kind is None:
         return sites.site_table(demo.layout(), query.get("sites", ""))
-    if kind not in ("checkpoints", "diffusion_models"):
-        raise InvalidInputError(
-            f"the query needs kind=checkpoints, kind=diffusion_models or kind=demo; it has {quoted(kind)}"
-        )
     layout = sites.layout_of_file(files.version(kind, _asked(query, "file")), query["file"])
     return sites.site_table(layout, query.get("sites", ""))
+
+
+def files_of_need(query: Query) -> Answer:
+    """``?need=&kind=&file=``: the files that a need takes on a model, each with the one that is there or what to download.
+
+    The model's own file may be missing: then its name tells what it is.
+    """
+    kind = _kind_of_model(query)
+    if kind is None:
+        raise InvalidInputError("Demo World has its own adapter and image encoder: connect these outputs of it instead")
+    found = by_need.files_for(_asked(query, "need"), kind, _asked(query, "file"))
+    return {"files": [asdict(one) | {"comes_as": one.public.comes_as if one.public else ""} for one in found]}
+
+
+def _kind_of_model(query: Query) -> Literal["checkpoints", "diffusion_models"] | None:
+    """The folder that a model's file is of; None for the demo world's, which is no file."""
+    kind = query.get("kind", "")
+    if kind == "demo":
+        return None
+    if kind == "checkpoints" or kind == "diffusion_models":
+        return kind
+    raise InvalidInputError(
+        f"the query needs kind=checkpoints, kind=diffusion_models or kind=demo; it has {quoted(kind)}"
+    )
 
 
 def _asked(query: Query, name: str) -> str:
@@ -204,6 +225,7 @@ ROUTES: tuple[Route | Posted, ...] = (
     Route("lora/facts", facts_of_lora),
     Route("lora/heatmap", heat_map_of_lora),
     Route("lora/presets", presets_of_lora),
+    Route("needs", files_of_need),
     Route("sites", sites_of_model),
 )
 

@@ -254,16 +254,8 @@ function textWidget(node, name, type, initial, least, make) {
       node.setDirtyCanvas?.(true, true);
     },
   });
-  // wide enough before the host gives it a place: words under each other would make the node tall for good
-  const content = h("div", { style: "min-width: 280px" }, drawn.element);
-  const element = h("div", { class: "image-prompt", "aria-label": name, role: "group" }, content);
-  // keys of the editor, such as Delete, are not meant for the node while a control has the focus
-  element.addEventListener("keydown", (event) => event.ctrlKey || event.metaKey || event.stopPropagation());
-  const height = () => (content.offsetHeight || least) + 2 * MARGIN;
-  const widget = node.addDOMWidget(name, type, element, {
-    hideOnZoom: false,
-    getMinHeight: height,
-    getMaxHeight: height,
+  const widget = place(node, name, type, drawn.element, {
+    least,
     getValue: () => text,
     setValue(next) {
       text = String(next ?? "");
@@ -271,6 +263,18 @@ function textWidget(node, name, type, initial, least, make) {
     },
   });
   drawn.show(text);
+  return widget;
+}
+
+/** Put an element among the widgets of a node, as tall as what is in it; `least` is its height before it was drawn. */
+export function place(node, name, type, drawn, { least, ...options }) {
+  // wide enough before the host gives it a place: words under each other would make the node tall for good
+  const content = h("div", { style: "min-width: 280px" }, drawn);
+  const element = h("div", { class: "image-prompt", "aria-label": name, role: "group" }, content);
+  // keys of the editor, such as Delete, are not meant for the node while a control has the focus
+  element.addEventListener("keydown", (event) => event.ctrlKey || event.metaKey || event.stopPropagation());
+  const height = () => (content.offsetHeight || least) + 2 * MARGIN;
+  const widget = node.addDOMWidget(name, type, element, { hideOnZoom: false, getMinHeight: height, getMaxHeight: height, ...options });
   new ResizeObserver(() => fit(node)).observe(content);
   return widget;
 }
@@ -303,6 +307,10 @@ const STYLE = `
 .image-prompt input.image-prompt-number { flex: none; width: 52px; text-align: center; cursor: ew-resize; }
 .image-prompt input.image-prompt-number:focus { cursor: text; }
 .image-prompt input[type="checkbox"] { flex: none; width: 16px; height: 16px; cursor: pointer; accent-color: var(--p-primary-color, #4a9eff); }
+.image-prompt-wrap { padding: 0 2px 4px; overflow-wrap: anywhere; }
+.image-prompt a.image-prompt-button { flex: none; color: var(--input-text); text-decoration: none; background: var(--comfy-input-bg);
+  border: 1px solid var(--p-primary-color, #4a9eff); border-radius: 4px; padding: 2px 8px; }
+.image-prompt a.image-prompt-button:hover { background: var(--border-color); }
 .image-prompt-note { color: var(--descrip-text); }
 .image-prompt-error { color: var(--error-text, #ff4444); }
 .image-prompt-off { opacity: 0.5; }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -16,7 +16,7 @@ from ipadapter_core.known_files import KNOWN_FILES, SERVES
 from ipadapter_core.models.flux import FLUX
 from ipadapter_core.models.sites import BaseModel, ModelLayout, Site
 from ipadapter_core.models.unet import SD15, SDXL
-from ipadapter_core.wishes import WISHES, pick, pick_encoders, public_files
+from ipadapter_core.wishes import WISHES, Needed, needed, pick, pick_encoders, public_files
 
 
 def layout(model: BaseModel = SD15, width: int = 768) -> ModelLayout:
@@ -116,3 +116,73 @@ def test_every_wish_has_a_file_and_every_promise_is_a_wish() -> None:
     assert {form.public[1] for form in FORMATS if form.public} <= set(DOWNLOADS)
     assert {encoder.public for encoder in ENCODERS.values() if encoder.public} <= set(DOWNLOADS)
     assert set(SERVES) <= {entry.preset for entry in KNOWN_FILES}
+
+
+There = Mapping[str, Mapping[str, AdapterSpec | None]]
+
+VIT_H = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+
+
+def listed(
+    wish: str, model: ModelLayout | None = None, base_model: str = SD15.name, there: There | None = None
+) -> list[tuple[str, str, str, str]]:
+    """The needed files by part, folder, the one that is there, and the public one."""
+    empty: There = {"ipadapter": {}, "clip_vision": {}, "loras": {}, "insightface/models": {}}
+    folders = {**empty, **(there or {})}
+    found: list[Needed] = needed(
+        wish, model.name if model else base_model, model, {folder: list(names) for folder, names in folders.items()},
+        folders["ipadapter"].get, widths(folders["clip_vision"]).get,
+    )  # fmt: skip
+    return [(one.part, one.folder, one.file, one.public.name if one.public else "") for one in found]
+
+
+def test_of_what_is_missing_all_is_listed_at_once() -> None:
+    """Whether the model is there, and told by its header, or not, and told by its name."""
+    plus = "ip-adapter-plus_sd15.safetensors"
+    missing = [("adapter", "ipadapter", "", plus), ("image encoder ViT-H/14", "clip_vision", "", VIT_H)]
+    assert listed("general") == listed("general", layout()) == missing
+    assert listed("general", there={"ipadapter": {f"mine/{plus}": None}})[0][2] == f"mine/{plus}", "by its name"
+    assert listed("general", layout(), there={"ipadapter": {plus: None}})[0][2] == "", "it is no adapter"
+    there: There = {"ipadapter": {"mine.bin": spec("plus")}, "clip_vision": {VIT_H: None}}
+    assert [row[2] for row in listed("general", layout(), there=there)] == ["mine.bin", VIT_H]
+    assert listed("face", layout(), there=there)[0] == (
+        "adapter",
+        "ipadapter",
+        "",
+        "ip-adapter-plus-face_sd15.safetensors",
+    )
+    assert listed("style", base_model=FLUX.name) == [("adapter", "ipadapter", "", "flux-ip-adapter-v2.safetensors")]
+    with pytest.raises(InvalidInputError, match=r"for this model there is general"):
+        listed("faceid", base_model=FLUX.name)
+    with pytest.raises(InvalidInputError, match="'grand' is none of"):
+        listed("grand")
+
+
+def test_faces_need_more() -> None:
+    adapter, lora = "ip-adapter-faceid-plusv2_sd15.bin", "ip-adapter-faceid-plusv2_sd15_lora.safetensors"
+    rows = [
+        ("adapter", "ipadapter", "", adapter),
+        ("image encoder ViT-H/14", "clip_vision", "", VIT_H),
+        ("LoRA", "loras", "", lora),
+        ("face model", "insightface/models", "", "buffalo_l.zip"),
+    ]
+    assert listed("faceid") == rows
+    there = {
+        "ipadapter": {adapter: spec("faceid-plus")},
+        "loras": {lora: None},
+        "insightface/models": {"buffalo_l": None},
+    }
+    assert [row[2] for row in listed("faceid", layout(), there=there)] == [adapter, "", lora, "buffalo_l"]
+    there = {**there, "ipadapter": {adapter: replace(spec("faceid-plus"), lora_layers=3)}}
+    assert "LoRA" not in [row[0] for row in listed("faceid", layout(), there=there)], "it carries its own"
+
+
+def test_every_wish_can_be_listed_before_anything_is_there() -> None:
+    for model in (SD15, SDXL, FLUX):
+        for wish in WISHES:
+            if public_files(wish, model.name):
+                rows = listed(wish, base_model=model.name)
+                assert rows[0][:3] == ("adapter", "ipadapter", "")
+                public = {part: DOWNLOADS[name].folder == folder for part, folder, _, name in rows if name}
+                assert all(public.values())
+                assert {part for part, *_ in rows} - set(public) <= {"image encoder DINOv2 giant/14"}, "has no address"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import urllib.error
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +82,30 @@ def fails(server: ComfyServer, checkpoint: str, wish: str) -> str:
     return failed.value.message
 
 
+def needs(server: ComfyServer, **query: str) -> list[dict[str, Any]]:
+    return server.get("/image_prompt/needs?" + urllib.parse.urlencode(query))["files"]
+
+
+def test_files_of_a_need_are_told_before_anything_is_there(bare: ComfyServer) -> None:
+    """A model that is missing is known by its name."""
+    found = needs(bare, need="faceid", kind="checkpoints", file="sd_xl_base_1.0.safetensors")
+    assert [one["part"] for one in found] == ["adapter", "image encoder ViT-H/14", "LoRA", "face model"]
+    assert [one["folder"] for one in found] == ["ipadapter", "clip_vision", "loras", "insightface/models"]
+    for one in found:
+        public = DOWNLOADS[one["public"]["name"]]
+        assert (one["file"], one["public"]["url"], one["comes_as"]) == ("", public.url, public.comes_as)
+    for query, word in (
+        ({"need": "grand", "kind": "checkpoints", "file": "sd_xl_base_1.0.safetensors"}, "'grand' is none of"),
+        ({"need": "face", "kind": "loras", "file": "a"}, "kind="),
+        ({"need": "face", "kind": "checkpoints", "file": "../../secret.safetensors"}, "does not tell"),
+        ({"need": "face", "kind": "diffusion_models", "file": "flux1-dev.safetensors"}, "for this model there is"),
+        ({"need": "face", "kind": "demo"}, "Demo World has its own"),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            needs(bare, **query)
+        assert word in json.loads(refused.value.read())["error"]
+
+
 def test_models_are_picked_by_need_or_named_with_their_place(
     bare: ComfyServer, model_cache: Path, adapters: Path, tmp_path: Path
 ) -> None:
@@ -93,6 +120,8 @@ def test_models_are_picked_by_need_or_named_with_their_place(
         feature = {} if family == "faceid" else {"feature_dim": SIGLIP_WIDTH}
         save_file(tiny_state(family, **sizes, **feature), tmp_path / name)
         bare.add_model("ipadapter", tmp_path / name)
+    adapter, encoder = needs(bare, need="general", kind="checkpoints", file=sd15)
+    assert (adapter["file"], encoder["file"], encoder["part"]) == ("a.safetensors", "", "image encoder custom")
     sentence = fails(bare, sd15, "general")
     assert "'a.safetensors' reads the image encoder custom" in sentence
     assert str(bare.models("clip_vision")) in sentence

@@ -156,7 +156,8 @@ class Editor:
     def nodes(self) -> dict[str, Node]:
         """The open graph's nodes, as they are drawn."""
         found = self.page.evaluate(
-            "() => app.graph.nodes.map(n => [String(n.id), n.type, n.title, [...n.pos], [...n.size]])"
+            """() => app.graph.nodes.map(n => [String(n.id), n.type, n.title, [...n.pos],
+                                             n.flags.collapsed ? [n._collapsed_width ?? 0, 0] : [...n.size]])"""
         )
         return {number: Node(kind, title, *pos, *size) for number, kind, title, pos, size in found}
 
@@ -208,7 +209,7 @@ class Editor:
 
 @dataclass(frozen=True)
 class Node:
-    """A node as it is drawn, in the graph's own units; ``y`` is below the title."""
+    """A node as it is drawn, in the graph's own units; ``y`` is below the title, of a folded one the end of it."""
 
     kind: str
     title: str
