@@ -64,7 +64,7 @@ NEEDED = {
     "12 Closer to the reference",
     "13 Style only",
     "14 Composition only",
-    "15 Faces (FaceID)",
+    "15 Faces, FaceID",
     "16 Several references",
     "17 Two regions, two references",
     "18 Strength over the steps",
@@ -313,10 +313,7 @@ def test_workflow_is_tidy(file: Path) -> None:
     assert all(node.get("mode", ALWAYS) == ALWAYS for node in nodes)
     for node in nodes:
         assert node["size"][1] >= tidy.height(node), f"{node['type']} {node['id']} is taller in the newer renderer"
-    boxes = {
-        n["id"]: (n["pos"][0], n["pos"][1] - tidy.TITLE, n["size"][0], n["size"][1] + tidy.TITLE + tidy.FOOTER)
-        for n in nodes
-    }
+    boxes = {n["id"]: tidy.room(n) for n in nodes}
     for a, (ax, ay, aw, ah) in boxes.items():
         for b, (bx, by, bw, bh) in boxes.items():
             apart = ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay

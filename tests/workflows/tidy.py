@@ -35,8 +35,8 @@ Json = dict[str, Any]
 TITLE, FOOTER, AIR = 30, 26, 18
 """Pixels: of a node's title, of what the newer renderer hangs below a node (its errors, its folded inputs), between nodes."""
 MARGIN = 20
-PICTURES = {"LoadImage": 360, "PreviewAny": 170, "PreviewImage": 120, "SaveImage": 120}
-"""Least heights of nodes that show something."""
+PICTURES = {"LoadImage": 360, "PreviewAny": 170, "PreviewImage": 120, "SaveImage": 120, "ImagePromptLoadModels": 470}
+"""Least heights of nodes that show something: pictures, texts, or the files that a need takes, of which there are up to four."""
 
 
 def is_ours(node: Json) -> bool:
@@ -53,6 +53,19 @@ def height(node: Json) -> int:
     rows = max(len(sockets), len(node.get("outputs", ())))
     needed = 50 + 20 * rows + 28 * len(node.get("widgets_values") or ()) + (24 if is_ours(node) else 0)
     return max(needed, PICTURES.get(node["type"], 0))
+
+
+def is_folded(node: Json) -> bool:
+    """Whether only a node's title is drawn."""
+    return bool(node.get("flags", {}).get("collapsed"))
+
+
+def room(node: Json) -> tuple[float, float, float, float]:
+    """The box that a node takes at most in either renderer: x, y, width, height."""
+    (x, y), (width, tall) = node["pos"], node["size"]
+    if is_folded(node):
+        return x, y - TITLE, 60 + 9 * len(node.get("title") or node["type"]), TITLE
+    return x, y - TITLE, width, TITLE + tall + FOOTER
 
 
 def shown(markdown: str) -> str:
@@ -146,7 +159,8 @@ def spread(nodes: list[Json], groups: list[Json]) -> list[Json]:
                 least = height(node)
                 node["size"] = [node["size"][0], least if node["type"] in NOTES else max(node["size"][1], least)]
                 node["pos"] = [node["pos"][0], free or node["pos"][1]]
-                free = node["pos"][1] + node["size"][1] + FOOTER + AIR + TITLE
+                _, above, _, tall = room(node)
+                free = above + tall + AIR + TITLE
             bottom = max(bottom, free - AIR - TITLE + MARGIN)
         found[group["id"]] = {**group, "bounding": [x, y, width, bottom - y]}
     return [found[group["id"]] for group in groups]
