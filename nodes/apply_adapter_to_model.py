@@ -41,6 +41,11 @@ class ApplyAdapterToModel(io.ComfyNode):
                 "reference image",
                 "regional",
                 "attention mask",
+                "style only",
+                "composition only",
+                "two regions",
+                "region mask",
+                "copy style",
             ],
             description="Lets an image prompt steer a model. Chain the node for several adapters; order does not matter.",
             inputs=[

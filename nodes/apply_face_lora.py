@@ -20,7 +20,12 @@ class ApplyFaceLoRA(io.ComfyNode):
             node_id="ImagePromptApplyFaceLoRA",
             display_name="Apply Face LoRA",
             category=LORA_CATEGORY,
-            search_aliases=["faceid", "face id", "faceid lora", "ipadapter faceid"],
+            search_aliases=[
+                "faceid",
+                "face id",
+                "faceid lora",
+                "faceid of ipadapter",
+            ],
             description="Applies the LoRA that an adapter (FaceID, Anima Character Reference) carries in its own file; no second "
             "download is needed.",
             inputs=[

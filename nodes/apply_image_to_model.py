@@ -47,6 +47,10 @@ class ApplyImageToModel(io.ComfyNode):
                 "style reference",
                 "reference only",
                 "regional",
+                "style only",
+                "composition only",
+                "two regions",
+                "copy style",
             ],
             description="Encode Image Prompt and Apply Adapter to Model in one node, for when the image prompt is used once.",
             inputs=[

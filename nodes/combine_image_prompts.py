@@ -33,8 +33,8 @@ class CombineImagePrompts(io.ComfyNode):
             display_name="Combine Image Prompts",
             category=CATEGORY,
             search_aliases=[
-                "ipadapter combine",
-                "ipadapter combine embeds",
+                "combine ipadapter",
+                "combine embeds of ipadapter",
                 "merge",
                 "mix images",
                 "average",

@@ -22,10 +22,12 @@ class DemoWorld(io.ComfyNode):
                 "example",
                 "tutorial",
                 "first picture",
-                "ipadapter demo",
+                "demo of ipadapter",
                 "checkpoint",
                 "load model",
                 "quick start",
+                "try it",
+                "test",
             ],
             description="A small world of 64-pixel emoji that ships with this pack: everything that a first picture needs, as Load "
             "Checkpoint, Load CLIP Vision, Load IP-Adapter and Load Image would give it. Draw on an Empty Latent Image of 128 x "

@@ -27,12 +27,14 @@ class EncodeFacePrompt(io.ComfyNode):
             search_aliases=[
                 "faceid",
                 "face id",
-                "ipadapter faceid",
+                "faceid for ipadapter",
                 "instantid",
                 "portrait",
                 "identity",
                 "same person",
                 "character",
+                "likeness",
+                "face swap",
             ],
             description="Turns faces in reference images into an image prompt for a FaceID adapter.",
             inputs=[

@@ -43,6 +43,8 @@ class EncodeImagePrompt(io.ComfyNode):
                 "reference image",
                 "clip vision encode",
                 "image to prompt",
+                "image to image prompt",
+                "several references",
             ],
             description="Turns reference images into an image prompt for one adapter. A batch of images is several references.",
             inputs=[

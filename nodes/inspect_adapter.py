@@ -19,7 +19,13 @@ class InspectAdapter(io.ComfyNode):
             node_id="ImagePromptInspect",
             display_name="Inspect Adapter",
             category=CATEGORY,
-            search_aliases=["ipadapter", "ip adapter", "adapter facts", "what is this file", "weights", "layers"],
+            search_aliases=[
+                "adapter facts",
+                "what is this file",
+                "weights",
+                "layers",
+                "inspect ipadapter",
+            ],
             description="Shows what an adapter file is, which image encoder and base model it needs, and which sites of a model "
             "it reaches with which weight.",
             inputs=[

@@ -24,7 +24,7 @@ class LoadFaceModel(io.ComfyNode):
                 "faceid",
                 "face id",
                 "face analysis",
-                "ipadapter insightface loader",
+                "insightface loader of ipadapter",
             ],
             description="Loads what finds and recognises faces, from models/insightface/models. Needs the package onnxruntime; "
             "insightface is used where it is installed.",

@@ -17,7 +17,11 @@ class LoadImagePrompt(io.ComfyNode):
             node_id="ImagePromptLoad",
             display_name="Load Image Prompt",
             category=CATEGORY,
-            search_aliases=["ipadapter load embeds", "ipadpt", "saved reference"],
+            search_aliases=[
+                "load embeds of ipadapter",
+                "ipadpt",
+                "saved reference",
+            ],
             description="Loads saved references from output/image_prompts or models/image_prompts, and .ipadpt files of other "
             "tools also from input. No picture and, for files of Save Image Prompt, no image encoder is needed.",
             inputs=[

@@ -33,6 +33,9 @@ class LoRARows(io.ComfyNode):
                 "lora stacker",
                 "lora block weight",
                 "trigger words",
+                "lora by block",
+                "lora by layer",
+                "loras",
             ],
             description="Any number of LoRAs, a row each: switched, searched by name, weighted by dragging, by block where wanted; ⓘ "
             "tells base model, trigger words and where it acts.",

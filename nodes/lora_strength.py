@@ -43,6 +43,10 @@ class LoRAStrength(io.ComfyNode):
                 "lycoris",
                 "locon",
                 "dora",
+                "lora by block",
+                "lora by layer",
+                "two loras in two regions",
+                "lora region",
             ],
             description="Applies a LoRA of any format, exactly: by block and layer, over the steps, in a region. Chain the node for "
             "several; order does not matter.",

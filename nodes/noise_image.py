@@ -19,7 +19,11 @@ class NoiseImage(io.ComfyNode):
             node_id="ImagePromptNoise",
             display_name="Noise Image",
             category=CATEGORY,
-            search_aliases=["ipadapter noise", "negative image", "image noise"],
+            search_aliases=[
+                "noise for ipadapter",
+                "negative image",
+                "image noise",
+            ],
             description="Noise, or a reference disturbed by it, for 'negative' of Encode Image Prompt: steering away from a "
             "disturbed copy of the reference makes pictures cleaner and richer. The same image always gives the same noise.",
             inputs=[

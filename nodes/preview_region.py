@@ -27,7 +27,16 @@ class PreviewRegion(io.ComfyNode):
             node_id="ImagePromptPreviewRegion",
             display_name="Preview Region",
             category=CATEGORY,
-            search_aliases=["mask preview", "attention mask", "regional", "token grid", "mask resolution"],
+            search_aliases=[
+                "mask preview",
+                "attention mask",
+                "regional",
+                "token grid",
+                "mask resolution",
+                "region mask",
+                "two regions",
+                "regions",
+            ],
             description="Shows a region mask as the layers of a model see it: how much of every token lies inside, over the picture, at every "
             "resolution that the model has.",
             inputs=[

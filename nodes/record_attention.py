@@ -16,7 +16,15 @@ class RecordAttention(io.ComfyNode):
             node_id="ImagePromptRecord",
             display_name="Record Image Attention",
             category=CATEGORY,
-            search_aliases=["attention map", "heat map", "where did the image act", "ipadapter debug", "saliency"],
+            search_aliases=[
+                "attention map",
+                "heat map",
+                "where did the image act",
+                "debug ipadapter",
+                "saliency",
+                "heatmap",
+                "attention heatmap",
+            ],
             description="Records, while a sampler runs, how much every place of the picture takes from each reference. Connect the model "
             "to the sampler and the recording to Show Image Attention. The picture stays the same to the bit; sampling takes a little longer.",
             inputs=[

@@ -18,7 +18,11 @@ class SaveImagePrompt(io.ComfyNode):
             node_id="ImagePromptSave",
             display_name="Save Image Prompt",
             category=CATEGORY,
-            search_aliases=["ipadapter save embeds", "ipadpt", "keep reference"],
+            search_aliases=[
+                "save embeds of ipadapter",
+                "ipadpt",
+                "keep reference",
+            ],
             description="Writes what the image encoder saw in the references to output/image_prompts, to use again or to share. "
             "The file serves every adapter that reads the same of the same encoder; the pictures are not in it.",
             inputs=[

@@ -20,7 +20,7 @@ class AdapterSchedule(io.ComfyNode):
             display_name="Adapter Schedule",
             category=CATEGORY,
             search_aliases=[
-                "ipadapter weights",
+                "weights of ipadapter",
                 "weights",
                 "weight schedule",
                 "strength over time",
@@ -28,8 +28,9 @@ class AdapterSchedule(io.ComfyNode):
                 "block weight",
                 "layer weights",
                 "fade",
-                "ipadapter mad scientist",
+                "mad scientist of ipadapter",
                 "composition",
+                "strength over steps",
             ],
             description="Finer control for Apply Adapter to Model: strength over the steps and per place in the model.",
             inputs=[

@@ -31,9 +31,12 @@ class ShowAttention(io.ComfyNode):
                 "attention map",
                 "heat map",
                 "where did the image act",
-                "ipadapter debug",
+                "debug ipadapter",
                 "saliency",
                 "layer weights",
+                "heatmap",
+                "attention heatmap",
+                "attention heat map",
             ],
             description="Shows where the references of image prompts acted in a picture: heat maps for the whole run and its stages, a bar "
             "for every attention of the model, and numbers. The picture must come from the sampler whose model is recorded.",

@@ -138,7 +138,15 @@ class TrainIPAdapter(io.ComfyNode):
             node_id="ImagePromptTrain",
             display_name="Train IP-Adapter",
             category=CATEGORY,
-            search_aliases=["train ipadapter", "training", "fine-tune", "finetune", "kohya", "learn"],
+            search_aliases=[
+                "train ipadapter",
+                "training",
+                "fine-tune",
+                "finetune",
+                "kohya",
+                "learn",
+                "train an adapter",
+            ],
             description="Trains an IP-Adapter on pictures with captions, in a process of its own. Cancelling saves its state; "
             "queueing it again goes on from there. The result lies in output/ipadapter and can be loaded at once.",
             name="my-adapter",

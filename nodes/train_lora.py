@@ -30,6 +30,7 @@ class TrainLoRA(io.ComfyNode):
                 "dreambooth",
                 "learn a style",
                 "ai-toolkit",
+                "train a lora",
             ],
             description="Trains a LoRA on pictures with captions, in a process of its own. Cancelling saves its state; queueing it "
             "again goes on from there. The result lies in output/loras, where LoRA lists find it.",

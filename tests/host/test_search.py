@@ -42,6 +42,21 @@ WORDS = {
     "try": {"ImagePromptDemoWorld"},
     "example": {"ImagePromptDemoWorld"},
     "trigger words": {"ImagePromptLoRAInspect"},
+    "style": {"ImagePromptApply", "ImagePromptApplyImage", "ImagePromptLoadModels"},
+    "style only": {"ImagePromptApply", "ImagePromptApplyImage"},
+    "two regions": {"ImagePromptApply", "ImagePromptApplyImage", "ImagePromptPreviewRegion"},
+    "region": {"ImagePromptApply", "ImagePromptPreviewRegion"},
+    "lora by block": {"ImagePromptLoRAStrength", "ImagePromptLoRARows"},
+    "face": {"ImagePromptEncodeFace", "ImagePromptLoadFaceModel"},
+    "training": {"ImagePromptTrain", "ImagePromptTrainLoRA"},
+    "train lora": {"ImagePromptTrainLoRA"},
+    "image prompt": {"ImagePromptEncode", "ImagePromptApplyImage"},
+    "attention map": {"ImagePromptRecord", "ImagePromptAttentionMaps"},
+    "heatmap": {"ImagePromptRecord", "ImagePromptAttentionMaps"},
+    "demo": {"ImagePromptDemoWorld"},
+    "no download": {"ImagePromptDemoWorld"},
+    "likeness": {"ImagePromptEncodeFace"},
+    "character": {"ImagePromptEncodeFace", "ImagePromptLoadModels"},
 }
 """What somebody types, and the nodes that must then be offered, whatever else is."""
 
@@ -54,9 +69,10 @@ ADVANCED = {
 
 
 def found(nodes: dict[str, Any], words: str) -> set[str]:
-    """Nodes whose name, title or aliases hold the words; ComfyUI's own search forgives errors besides."""
+    """Nodes of which one name, title or alias holds all words; ComfyUI's own search forgives errors besides."""
     texts = {kind: [kind, info["display_name"], *info["search_aliases"]] for kind, info in nodes.items()}
-    return {kind for kind, names in texts.items() if any(words in name.lower() for name in names)}
+    parts = words.split()
+    return {kind for kind, names in texts.items() if any(all(p in n.lower() for p in parts) for n in names)}
 
 
 def test_people_find_nodes_by_their_own_words(server: ComfyServer) -> None:

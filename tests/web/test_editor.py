@@ -22,6 +22,7 @@ from host.test_search import WORDS
 from host.tiny_lora_files import lora_tensors
 from ipadapter_core.attention.presets import parse_site_factors
 from ipadapter_core.attention.schedule import parse_curve
+from ipadapter_core.downloads import DOWNLOADS
 
 if TYPE_CHECKING:
     from web.browser import Editor
@@ -57,7 +58,8 @@ def grouped(workflow: Mapping[str, Any]) -> list[tuple[int, list[float]]]:
     """Nodes of a workflow and the groups that they lie in, by their middle as they were saved."""
     found: list[tuple[int, list[float]]] = []
     for node in workflow["nodes"]:
-        x, y = (at + side / 2 for at, side in zip(node["pos"], node["size"], strict=True))
+        sides = (0, 0) if node["flags"].get("collapsed") else node["size"]
+        x, y = (at + side / 2 for at, side in zip(node["pos"], sides, strict=True))
         for group in workflow.get("groups") or ():
             left, top, width, height = group["bounding"]
             if left <= x <= left + width and top <= y <= top + height:
@@ -253,14 +255,28 @@ def read(editor: Editor, sentence: str) -> None:
 
 # --- what is found ----------------------------------------------------------------------------------------------------
 
-TYPED = ("style transfer", "faceid", "regional", "block weight", "power lora", "train", "unified loader", "no download")
+TYPED = ("style transfer", "regional", "train", "unified loader")
+FIRST = {
+    "ipadapter": "Load IP-Adapter",
+    "style only": "Apply Adapter to Model",
+    "two regions": "Preview Region",
+    "lora by block": "LoRA Strength",
+    "power lora": "LoRA Rows",
+    "faceid": "Load Face Model",
+    "training": "Train IP-Adapter",
+    "reference": "Reference image (IP-Adapter)",
+    "heatmap": "Show Image Attention",
+    "demo": "Demo World",
+    "try": "Demo World",
+    "no download": "Demo World",
+}
+"""What somebody types, and what then is among the first six of some hundred nodes; most of ComfyUI's own have these words in titles."""
 
 
 def test_words_that_people_type_find_nodes_in_the_search_box(editor: Editor) -> None:
-    """Those of ``WORDS`` and one more; the box of older hosts knows titles alone, and shows its results in the list that it has."""
-    words = {**WORDS, "no download": {"ImagePromptDemoWorld"}}
+    """Those of ``WORDS`` and ``FIRST``; the box of older hosts knows titles alone, and shows its results in the list that it has."""
     titles = {kind: info["display_name"] for kind, info in editor.server.pack_nodes().items()}
-    asked = {typed: {titles[kind] for kind in words[typed]} for typed in TYPED}
+    asked = {typed: {titles[kind] for kind in WORDS[typed]} for typed in TYPED} | {k: {v} for k, v in FIRST.items()}
     if len(editor.renderers) == 1:
         asked = {title.lower(): {title} for title in ("Apply Adapter to Model", "LoRA Rows", "Demo World")}
     page = editor.page
@@ -297,6 +313,36 @@ def test_a_template_offers_its_files_for_download(editor: Editor) -> None:
         page.get_by_role("button", name=file).first.wait_for()
     assert page.get_by_role("button").filter(has_text=re.compile("^Download$")).count() == len(files)
     page.get_by_role("button", name="Toggle properties panel").click()
+
+
+def test_files_of_a_need_are_listed_in_its_node_with_buttons(editor: Editor) -> None:
+    """Older hosts and ``.bin`` files too; the list follows the need and the model, and no graph stores it."""
+    page = editor.page
+    workflow = json.loads((WORKFLOWS[0].parent / "9 The right files by need.json").read_text())
+    number = next(node["id"] for node in workflow["nodes"] if node["type"] == "ImagePromptLoadModels")
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        with editor.quiet(f"files of a need, {renderer}"):
+            editor.load(workflow)
+            page.get_by_role("link", name="download ip-adapter-plus_sd15.safetensors").wait_for()
+            for name, value in (("need", "faceid"), ("ckpt_name", "sd_xl_base_1.0.safetensors")):
+                page.evaluate(
+                    """([name, value]) => { for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
+                       if (widget.name === name) widget.value = value;
+                       const changes = app.extensionManager.workflow.activeWorkflow.changeTracker;
+                       (changes.captureCanvasState ?? changes.checkState).call(changes) }""",
+                    [name, value],
+                )
+            adapter = page.get_by_role("link", name="download ip-adapter-faceid-plusv2_sdxl.bin")
+            adapter.wait_for()
+            editor.settle()
+            editor.shot(f"files of a need {renderer}")
+            file = DOWNLOADS["ip-adapter-faceid-plusv2_sdxl.bin"]
+            assert (adapter.get_attribute("href"), adapter.get_attribute("download")) == (file.url, file.name)
+            assert page.get_by_role("link", name=re.compile("^download ")).count() == 4
+            assert editor.prompt()[str(number)].keys() == {"need", "lora_strength", "provider", "model"}
+            saved = next(node for node in editor.saved()["nodes"] if node["id"] == number)
+            assert saved["widgets_values"] == ["faceid", 0.6, "CPU"]
 
 
 def test_help_opens_with_its_picture(editor: Editor) -> None:
@@ -452,21 +498,25 @@ def test_an_old_node_inside_a_subgraph_is_converted_there(editor: Editor) -> Non
             assert types() == [outside, inside]
 
 
+BLUEPRINT = "Reference image (IP-Adapter)"
+"""Its name is all that the search box knows of it."""
+
+
 def test_the_blueprint_opens_as_one_node_and_sends_three(editor: Editor) -> None:
     """ComfyUI offers what lies in subgraphs/ beside its own; older ones know none."""
     if len(editor.renderers) == 1:
         return
     offered = editor.server.get("/global_subgraphs").values()
     ours = [entry["name"] for entry in offered if entry["info"]["node_pack"] == "custom_nodes.ipadapter-studio"]
-    assert ours == ["Image prompt"]
-    blueprint = json.loads((WORKFLOWS[0].parents[1] / "subgraphs/Image prompt.json").read_text())
+    assert ours == [BLUEPRINT]
+    blueprint = json.loads((WORKFLOWS[0].parents[1] / f"subgraphs/{BLUEPRINT}.json").read_text())
     for renderer in editor.renderers:
         editor.use(renderer)
         with editor.quiet("blueprint"):
             editor.load(blueprint)
         editor.shot(f"blueprint {renderer}")
         (node,) = editor.nodes().values()
-        assert node.title == "Image prompt"
+        assert node.title == BLUEPRINT
         editor.page.evaluate(
             "() => { for (const widget of app.graph.nodes[0].widgets) if (widget.name === 'need') widget.value = 'style' }"
         )
