@@ -48,9 +48,9 @@ def _config(part: str) -> dict[str, Any]:
     return json.loads((FOLDER / part / "config.json").read_text(encoding="utf-8"))
 
 
-def _weights(part: str, file: str = "model") -> dict[str, Tensor]:
-    weights = comfy.utils.load_torch_file(str(FOLDER / part / f"{file}.safetensors"))
-    return {key: value.float() for key, value in weights.items()}
+def _weights(part: str) -> dict[str, Tensor]:
+    files = sorted((FOLDER / part).glob("*.safetensors"))  # several where one would be too large
+    return {key: value.float() for file in files for key, value in comfy.utils.load_torch_file(str(file)).items()}
 
 
 def _patcher(model: nn.Module, device: torch.device, offload: torch.device) -> comfy.model_patcher.ModelPatcher:
@@ -112,7 +112,7 @@ def _load_model() -> comfy.model_patcher.ModelPatcher:
     described = _described(_config("unet"))
     model = _model(described)
     names = comfy.utils.unet_to_diffusers(described.unet_config)
-    weights = _weights("unet", "diffusion_pytorch_model")
+    weights = _weights("unet")
     model.diffusion_model.load_state_dict({names[key]: value for key, value in weights.items() if key in names})
     device = comfy.model_management.get_torch_device()
     return _patcher(model, device, comfy.model_management.unet_offload_device())
@@ -274,7 +274,7 @@ class DemoVAE(comfy.sd.VAE):
 def _load_vae() -> DemoVAE:
     config = _config("vae")
     network = TinyAutoencoder(config)
-    network.load_state_dict(_weights("vae", "diffusion_pytorch_model"))
+    network.load_state_dict(_weights("vae"))
     return DemoVAE(
         network.requires_grad_(False), 2 ** (len(config["decoder_block_out_channels"]) - 1), config["latent_channels"]
     )
