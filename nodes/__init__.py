@@ -85,7 +85,6 @@ class ImagePromptExtension(ComfyExtension):
 def comfy_entrypoint() -> ImagePromptExtension:
     host.files.register_folders()
     host.frontend.name_errors_shortly([AdapterError])
-    host.demo.register_style()
     host.routes.register()
     if host.frontend.wants_old_names():
         host.frontend.register_nodes(LEGACY_NODES)

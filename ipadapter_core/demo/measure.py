@@ -22,10 +22,8 @@ from .halves import Half, half_similarity, right_half_mask
 from .judge import background_names, similarity, with_decoys
 from .pictures import BACKGROUNDS, SIZE
 from .poster import off_the_inks, posters
-from .world import FOLDER, World
+from .world import STYLE, World
 
-STYLE = FOLDER / "loras" / "demo-world-style.safetensors"
-"""The shipped LoRA, a poster in blue ink, made by ``train_lora``."""
 STYLED = WeightSchedule(preset="composition", end_percent=0.5)
 """How the image leaves colours and texture to a style LoRA: it acts where the layout is decided, and not on the last steps."""
 STYLE_STRENGTH = 1.25

@@ -27,6 +27,8 @@ from .pictures import SIZE
 
 FOLDER = Path(__file__).parent / "world"
 REFERENCES = Path(__file__).parent / "references"
+STYLE = FOLDER / "loras" / "demo-world-style.safetensors"
+"""The shipped LoRA, a poster in blue ink, made by ``train_lora``."""
 GUIDANCE = 2.0
 
 

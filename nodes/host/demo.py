@@ -20,7 +20,6 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.utils
-import folder_paths
 import torch
 from torch import Tensor, nn
 
@@ -326,8 +325,3 @@ def reference(name: str) -> Tensor:
     """One reference ``1 y x 3`` by a name of ``reference_names``, or all of them as a batch."""
     images = _references().images.movedim(1, -1)
     return images if name == ALL else images[reference_names().index(name)][None]
-
-
-def register_style() -> None:
-    """Let loaders of LoRAs list the one that was trained on the world."""
-    folder_paths.add_model_folder_path("loras", str(FOLDER / "loras"))

@@ -9,6 +9,7 @@ from typing import Literal
 import folder_paths
 
 from ...ipadapter_core import InvalidInputError
+from ...ipadapter_core.demo.world import STYLE
 from ...ipadapter_core.downloads import DOWNLOADS
 from .access import listed, marked, readable
 
@@ -60,10 +61,18 @@ def folder_of(kind: Kind) -> str:
     return folder_paths.get_folder_paths(kind)[0]
 
 
+SHIPPED: dict[Kind, dict[str, Path]] = {"loras": {STYLE.name: STYLE}}
+"""Files that come with this pack, for graphs that need no download: last on this pack's own lists, and on nobody else's."""
+
+
 def names(kind: Kind) -> list[str]:
-    """The files of a kind that a widget offers; image prompts also lie in the input folder, where other tools save them."""
+    """The files of a kind that a widget offers; image prompts also lie in the input folder, where other tools save them.
+
+    What comes with this pack is last.
+    """
     loose = input_names((".ipadpt", ".ipadpt.safetensors")) if kind == "image_prompts" else []
-    return [*folder_paths.get_filename_list(kind), *(name + IN_INPUT for name in loose)]
+    own = [*folder_paths.get_filename_list(kind), *(name + IN_INPUT for name in loose)]
+    return [*own, *(name for name in SHIPPED.get(kind, {}) if name not in own)]
 
 
 EXAMPLES: dict[Kind, str] = {
@@ -98,6 +107,8 @@ def path(kind: Kind, name: str) -> str:
         raise InvalidInputError(
             f"there is no file in {folder_of(kind)} yet: put one there ({EXAMPLES[kind]}), press R in ComfyUI's editor and choose it"
         )
+    if name in SHIPPED.get(kind, {}) and name not in folder_paths.get_filename_list(kind):
+        return str(SHIPPED[kind][name])
     return readable(name, "file") if kind == "image_prompts" and marked(name) else listed(kind, name)
 
 
@@ -106,11 +117,10 @@ def named(kind: Kind, text: str) -> str:
 
     It may have the other kind of slashes, or be the whole path of a listed file, as LoRA stackers give them.
     """
-    listed = folder_paths.get_filename_list(kind)
     texts = [text]
     for folder in folder_paths.get_folder_paths(kind) if os.path.isabs(text) else ():
         texts.append(os.path.relpath(text, folder))
-    return next((name for wanted in texts for name in listed if _slashed(name) == _slashed(wanted)), text)
+    return next((name for wanted in texts for name in names(kind) if _slashed(name) == _slashed(wanted)), text)
 
 
 def _slashed(name: str) -> str:

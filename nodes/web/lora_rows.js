@@ -1,7 +1,7 @@
 // LoRA Rows: any number of LoRAs, a row each, over the JSON list in the node's `rows`.
 
 import { blockSliders } from "./blocks.js";
-import { ask, button, chooseName, copy, drag, drawText, h, namesOf, numberField, pictureAt } from "./shared.js";
+import { ask, button, chooseName, copy, drag, drawText, h, namesOfLoras, numberField, pictureAt } from "./shared.js";
 
 drawText({ kind: "ImagePromptLoRARows", input: "rows", type: "IMAGE_PROMPT_LORA_ROWS", least: 70, width: 480, make: rowsEditor });
 
@@ -24,7 +24,7 @@ function rowsEditor({ change }) {
     draw();
   });
   const add = button("+ add LoRA", "add a LoRA", async () => {
-    const names = await namesOf("loras");
+    const names = await namesOfLoras();
     chooseName({
       anchor: add,
       label: "add a LoRA",
@@ -178,7 +178,7 @@ function rowElement(row, { emit, remove, move, place, placeAt }) {
     },
   });
   const name = button("", "choose a file", async () => {
-    const names = await namesOf("loras");
+    const names = await namesOfLoras();
     chooseName({
       anchor: name,
       label: "choose a LoRA",

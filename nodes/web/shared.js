@@ -40,10 +40,11 @@ function address(path, query) {
   return `/image_prompt/${path}?${new URLSearchParams(query)}`;
 }
 
-/** Names of files of a kind (`loras`), as ComfyUI lists them. */
-export async function namesOf(kind) {
-  const answer = await api.fetchApi(`/models/${kind}`);
-  return answer.ok ? answer.json() : [];
+/** Names of LoRAs, as this pack's own nodes list them now. */
+export async function namesOfLoras() {
+  const node = "ImagePromptLoRAStrength";
+  const answer = await api.fetchApi(`/object_info/${node}`);
+  return answer.ok ? (await answer.json())[node].input.required.file[1].options : [];
 }
 
 /** Put a text on the clipboard, also where the page is not served over HTTPS. */

@@ -25,7 +25,7 @@ EMPTY = {
     "ImagePromptLoad": ("file", "image_prompts"),
     "ImagePromptLoRAExtract": ("tuned", "checkpoints"),
 }
-"""Nodes with a list of files, and the folder that the list is of; lists of LoRAs and of what trains begin with the demo world."""
+"""Nodes with a list of files, and the folder that the list is of; lists of LoRAs and of what trains have the demo world then."""
 
 
 @pytest.fixture(scope="module", params=HOSTS or [None], ids=lambda host: host.name if host else "no-comfyui")
@@ -35,6 +35,12 @@ def bare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pytest.skip("no ComfyUI at $COMFYUI_PATH or ~/comfy/ComfyUI")
     with ComfyServer(host, tmp_path_factory.mktemp("bare")) as running:
         yield running
+
+
+def nodes_of_the_host(server: ComfyServer) -> list[str]:
+    """What ComfyUI's own loader of LoRAs lists."""
+    kind, *more = server.object_info()["LoraLoader"]["input"]["required"]["lora_name"]
+    return more[0]["options"] if kind == "COMBO" else kind
 
 
 def told(server: ComfyServer, kind: str, **inputs: Any) -> str:
@@ -59,7 +65,17 @@ def test_an_empty_folder_says_so_in_the_list_and_when_run(bare: ComfyServer) -> 
     sentence = told(bare, "ImagePromptLoadEncoder", file="no file in models/clip_vision yet")
     assert DOWNLOADS["CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"].where in sentence
     (demo,) = nodes["ImagePromptLoRAInspect"]["input"]["required"]["file"][1]["options"]
-    assert demo == "demo-world-style.safetensors", "the demo world's LoRA is always there"
+    assert demo == "demo-world-style.safetensors", "the demo world's LoRA needs no download"
+    assert nodes_of_the_host(bare) == [], "it is on nobody else's list"
+    bare.models("loras").mkdir(parents=True, exist_ok=True)
+    own = bare.models("loras") / "zebra.safetensors"
+    own.write_bytes(b"")
+    try:
+        (_, info) = bare.pack_nodes()["ImagePromptLoRAInspect"]["input"]["required"]["file"]
+        assert info["options"] == ["zebra.safetensors", demo], "behind people's own"
+        assert nodes_of_the_host(bare) == ["zebra.safetensors"]
+    finally:
+        own.unlink()
     # before it runs, or on a host that looks at no such lists, when it does
     with pytest.raises((GraphRejected, ExecutionFailed), match="no file in models/ipadapter yet"):
         bare.run({"1": {"class_type": "ImagePromptInspect", "inputs": {"adapter": ["2", 0]}}} | {
