@@ -179,9 +179,9 @@ class TimedTokens:
 
     def release(self, device: torch.device) -> None:
         """Forget what lives on other devices than ``device``."""
-        for key, tokens in list(self._kept.items()):
+        for key, tokens in self._kept.items():
             if tokens.device != device:
-                self._kept.pop(key, None)
+                self._kept.drop(key)
 
     def forget(self) -> None:
         """Forget all."""
@@ -218,10 +218,10 @@ class Timed:
     def release(self, device: torch.device) -> None:
         """As SiteKV says; what is forgotten is made again where it is needed next."""
         self.tokens.release(device)
-        for key, baked in list(self._kept.items()):
+        for key, baked in self._kept.items():
             baked.release(device)
             if baked.k.device != device:
-                self._kept.pop(key, None)
+                self._kept.drop(key)
 
     def forget(self) -> None:
         """As SiteKV says."""

@@ -60,7 +60,7 @@ class Products:
     @property
     def held_bytes(self) -> int:
         """Bytes of the factors that are kept for devices now."""
-        return sum(t.nbytes for joined in list(self._joined.values()) for t in (joined.down, joined.up))
+        return sum(t.nbytes for _, joined in self._joined.items() for t in (joined.down, joined.up))
 
     def release(self) -> None:
         """Forget what was made for a device."""

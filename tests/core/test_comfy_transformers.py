@@ -32,6 +32,7 @@ from tiny_models import (
     tiny_adapter,
     tiny_prompt,
 )
+from torch_versions import WHOLE_GRAPHS
 
 TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}  # fp32, outputs of size 1
 X, TEXT = noise(2, 4, 10, 6, seed=3), noise(1, 7, 32, seed=4)
@@ -438,7 +439,13 @@ def test_a_compiled_model_is_one_graph_for_whatever_acts_in_it(counted: Any) -> 
             assert_close(got, want, rtol=0, atol=2e-5)
         made[name] = graphs(counted)
     # the plain model's code was forgotten once, when the first prompt came
-    assert made == {"plain": (1, 0), "one": (4, 0), "other": (0, 0), "masked": (0, 0), "plain again": (1, 0)}
+    assert not WHOLE_GRAPHS or made == {
+        "plain": (1, 0),
+        "one": (4, 0),
+        "other": (0, 0),
+        "masked": (0, 0),
+        "plain again": (1, 0),
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -452,7 +459,7 @@ def test_blocks_compiled_one_by_one(family: str, counted: Any) -> None:
             blocks_of[i] = torch.compile(block, backend="aot_eager")
     for want, of in ((plain, model), (expected, steered), (plain, model), (expected, steered)):
         assert_close(prediction(of), want, rtol=0, atol=2e-5)
-    assert graphs(counted)[1] == 0
+    assert not WHOLE_GRAPHS or graphs(counted)[1] == 0
 
 
 def test_code_made_for_one_call_does_not_serve_another_kind(counted: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ from tiny_models import (
     tiny_unet,
 )
 from tiny_sd3 import call_sd3, diffusers_sd3
+from torch_versions import GUARD_FILTERS, WHOLE_GRAPHS
 
 CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 2e-5}  # aot_eager decomposes operations; outputs of size 1
 
@@ -320,8 +321,9 @@ def test_a_recorded_run_of_a_compiled_model(unet: Any, way: str) -> None:
             assert_close(maps.by_site(), expected.by_site(), rtol=0, atol=1e-6)
             assert torch.equal(call(model, 300.0), before)
         assert float((maps.map(0) - maps.map(1)).abs().max()) > 0.01, "nothing tells the two apart"
-        assert sum(counters["graph_break"].values()) == broken
-        assert counters["stats"]["unique_graphs"] == 2 * made
+        if WHOLE_GRAPHS:
+            assert sum(counters["graph_break"].values()) == broken
+            assert counters["stats"]["unique_graphs"] == 2 * made
         if way == "blocks":  # gradients pass through a call that is recorded
             recorder, x = Recorder(1), noise(2, 4, 8, 8, seed=3).requires_grad_()
             handle.record(recorder)
@@ -384,7 +386,7 @@ def compiled_host(host: Any, models: Sequence[Any]) -> Counter[str]:
 
     module = host.model.diffusion_model
     skip = {"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]}
-    code = torch.compile(module, backend=backend, options=skip)
+    code = torch.compile(module, backend=backend, options=skip if GUARD_FILTERS else None)
 
     def through_compiled(executor: Any, *args: Any) -> Any:
         host.model.diffusion_model = code
@@ -428,11 +430,12 @@ def test_image_prompts_break_no_graph_of_a_compiled_comfyui_model() -> None:
             for name, out in Guider(models[i], conds)(x, percent).items():
                 assert_close(out, want[name], rtol=0, atol=1e-4)
             made.append(counted["made"])
-            if i < 2:
+            if i < 2 and WHOLE_GRAPHS:
                 assert counted["run"] - before == 1, "a graph broke"
-        assert made[:5] == [1] * 5, "code was made anew"
-        assert made[5] > 1, "another node's hook is part of the code, and shares none"
-        assert made[5:] == made[5:6] * 3, "code was made anew"
+        if WHOLE_GRAPHS:
+            assert made[:5] == [1] * 5, "code was made anew"
+            assert made[5] > 1, "another node's hook is part of the code, and shares none"
+            assert made[5:] == made[5:6] * 3, "code was made anew"
 
 
 def test_a_recorded_run_of_a_compiled_comfyui_model() -> None:
@@ -456,10 +459,10 @@ def test_a_recorded_run_of_a_compiled_comfyui_model() -> None:
         for percent in (0.2, 0.8):
             run = counted["run"]
             got = Guider(models[1], conds)(x, percent)
-            assert counted["run"] == run + 1, "a graph broke"
+            assert not WHOLE_GRAPHS or counted["run"] == run + 1, "a graph broke"
             if percent == 0.2:
                 assert all(torch.equal(got[name], before[name]) for name in before)
-        assert counted["made"] == made, "code was made anew"
+        assert not WHOLE_GRAPHS or counted["made"] == made, "code was made anew"
         assert all(torch.equal(one, before[name]) for name, one in Guider(steered, conds)(x, 0.2).items())
     want, have = (recording.recorder.maps() for recording in recordings)
     for stage in (0, 1):

@@ -24,7 +24,7 @@ def test_the_oldest_go_beyond_the_limit() -> None:
     cache: DeviceCache[int] = DeviceCache(3)
     for i in range(5):
         assert cache.keep((i,), i) == i
-    assert list(cache.values()) == [2, 3, 4]
+    assert cache.items() == [((i,), i) for i in (2, 3, 4)]
 
 
 def test_what_is_on_another_device_is_let_go() -> None:
@@ -32,13 +32,13 @@ def test_what_is_on_another_device_is_let_go() -> None:
     for key in ((1, CPU), (2, META), (3,), (META, 4)):
         cache.keep(key, 0)
     cache.release(CPU)
-    assert list(cache) == [(1, CPU), (3,)]
+    assert [key for key, _ in cache.items()] == [(1, CPU), (3,)]
     cache.release()
-    assert not cache
+    assert cache.items() == []
 
 
 def test_a_copy_starts_empty_with_the_same_limit() -> None:
     cache: DeviceCache[int] = DeviceCache(7)
     cache.keep((1,), 1)
     for made in (copy.deepcopy(cache), copy.copy(cache), pickle.loads(pickle.dumps(cache))):
-        assert (type(made), made.limit, dict(made)) == (DeviceCache, 7, {})
+        assert (type(made), made.limit, made.items()) == (DeviceCache, 7, [])
