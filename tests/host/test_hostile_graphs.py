@@ -529,7 +529,8 @@ def linked_for(trap: Trap, kind: Any) -> list[Any]:
 
 
 class Turns:
-    """Hostile values for inputs of one name and kind: the first node gets all of them, each later one the next few.
+    """Hostile values for inputs of one name and kind: beside the newest host the first node gets all of them, each later one,
+    and each beside older hosts, the next few.
 
     The old pack's nodes share most of their inputs and the code behind them; all values for all would take minutes.
     """
@@ -543,7 +544,8 @@ class Turns:
         if not self.rest:
             values, links = values_for(trap, kind), linked_for(trap, kind)
             self.rest = [(value, False) for value in values] + [(value, True) for value in links]
-            return self.rest
+            if trap.server.host == HOSTS[0]:
+                return self.rest
         chosen, self.rest = self.rest[: self.FEW], self.rest[self.FEW :] + self.rest[: self.FEW]
         return chosen
 

@@ -1,4 +1,8 @@
-"""Train IP-Adapter and Train LoRA in a running ComfyUI: they train, cancel, go on, and say what went wrong."""
+"""Train IP-Adapter and Train LoRA in a running ComfyUI: they train, cancel, go on, and say what went wrong.
+
+Every training is a process of the tests' own Python that takes five seconds to start: beside older hosts each node trains
+once, which shows what the host has a part in, and what is between the node and the trainer is asked beside the newest alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 
 from host.comfy_server import REPOSITORY, ComfyServer, ExecutionFailed, ExecutionInterrupted, Graph, GraphRejected, Node
+from host.servers import HOSTS
 from ipadapter_core import load_adapter
 from ipadapter_core.lora import load_lora
 from tiny_training import picture, save_model
@@ -21,6 +26,10 @@ SETTINGS = "\n".join(
         "watch.tensorboard=false", "watch.log_every=1",
     ]
 )  # fmt: skip
+
+
+def is_newest(server: ComfyServer) -> bool:
+    return server.host == HOSTS[0]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +72,8 @@ def test_it_trains_and_the_result_can_be_loaded(server: ComfyServer, model: str)
     assert json.loads(load_adapter(file).metadata["settings"])["train"]["steps"] == 4
     files = server.object_info("ImagePromptLoadAdapter")["input"]["required"]["file"][1]["options"]
     assert "first.safetensors" in files, "Load IP-Adapter lists it without a restart"
+    if not is_newest(server):
+        return
     longer, _, _ = training(server, model, "first", steps=6)
     server.run(longer)
     rows = (server.base / "output/ipadapter_training/first/progress.jsonl").read_text().splitlines()
@@ -103,6 +114,8 @@ def test_the_real_error_is_shown(server: ComfyServer, model: str) -> None:
     (server.base / "input/nothing").mkdir(parents=True, exist_ok=True)
     with pytest.raises(ExecutionFailed, match=r"holds no usable picture"):
         server.run(training(server, model, "failing", pictures="nothing")[0])
+    if not is_newest(server):
+        return
     with pytest.raises(ExecutionFailed, match="did you mean 'warmup'"):
         server.run(training(server, model, "typo", settings="train.warmpu=3")[0])
     with pytest.raises(ExecutionFailed, match="must be a plain file name"):
@@ -140,6 +153,8 @@ def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> Non
         kind, *more = server.object_info(node_type)["input"]["required"][field]
         files = more[0]["options"] if kind == "COMBO" else kind
         assert "my lora.safetensors" in files, "listed without a restart"
+    if not is_newest(server):
+        return
     longer, _, _ = training(server, model, "my lora", steps=6, **lora)
     server.run(longer)
     assert load_lora(file).metadata["ss_steps"] == "6"
@@ -156,6 +171,8 @@ def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> Non
 
 def test_the_workflow_without_downloads_trains_as_it_is(server: ComfyServer) -> None:
     """On the shipped world and its pictures; only the steps are fewer."""
+    if not is_newest(server):
+        return
     workflow = json.loads((REPOSITORY / "workflows/3 Train an adapter, no download.json").read_text("utf-8"))
     graph = to_prompt(workflow, server.object_info())
     for node in graph.values():
@@ -171,6 +188,8 @@ def test_the_workflow_without_downloads_trains_as_it_is(server: ComfyServer) -> 
 
 @pytest.mark.parametrize("file", ["50 Train an IP-Adapter", "51 Train a LoRA"])
 def test_the_workflow_trains(server: ComfyServer, model: str, file: str) -> None:
+    if not is_newest(server):
+        return
     workflow = json.loads((REPOSITORY / f"workflows/{file}.json").read_text("utf-8"))
     graph = to_prompt(workflow, server.object_info())
     more = "\nadapter.depth=1" if file == "50 Train an IP-Adapter" else ""
