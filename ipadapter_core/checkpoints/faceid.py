@@ -10,7 +10,7 @@ from ..features import FACE
 from ..files.state_dict import TensorFile
 from .containers import is_value_only
 from .embedded_lora import CarriesLoRA
-from .format import AdapterSpec, shape_of, tokens_in
+from .format import AdapterSpec, parse_vector
 from .projectors import MLPProjModelFaceId, Operations
 
 MLP_KEYS = r"proj\.[02]\.(weight|bias)|norm\.(weight|bias)"
@@ -31,11 +31,7 @@ class FaceID(CarriesLoRA):
         return not is_value_only(file.tensors)
 
     def parse(self, file: TensorFile) -> AdapterSpec:
-        hidden_dim, feature_dim = shape_of(file.tensors, "image_proj.proj.0.weight", rank=2)
-        norm = "image_proj.norm.weight"
-        num_tokens = tokens_in(file.tensors, "image_proj.proj.2.weight", norm)
-        options = {"hidden_dim": hidden_dim}
-        return self.spec(file.tensors, norm, num_tokens=num_tokens, feature_dim=feature_dim, options=options)
+        return parse_vector(self, file)
 
     def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
         sizes = spec.feature_dim, spec.options["hidden_dim"], spec.token_dim, spec.num_tokens

@@ -467,6 +467,16 @@ def tokens_in(state: StateDict, rows: str, width: str) -> int:
     return total // unit
 
 
+def parse_vector(of: Format, file: TensorFile) -> AdapterSpec:
+    """The spec of a file whose image_proj makes tokens of one vector: two layers (``proj.0``, ``proj.2``) and a norm of each token."""
+    hidden_dim, feature_dim = shape_of(file.tensors, "image_proj.proj.0.weight", rank=2)
+    norm = "image_proj.norm.weight"
+    num_tokens = tokens_in(file.tensors, "image_proj.proj.2.weight", norm)
+    return of.spec(
+        file.tensors, norm, num_tokens=num_tokens, feature_dim=feature_dim, options={"hidden_dim": hidden_dim}
+    )
+
+
 def resampler_depth(state: StateDict, group: str, name: str = "layers") -> int:
     """Number of layers called ``name`` under ``group``, ``image_proj.`` or deeper. Raises CorruptFileError when one is missing."""
     pattern = re.compile(rf"{re.escape(group + name)}\.(0|[1-9][0-9]{{0,3}})\..*")

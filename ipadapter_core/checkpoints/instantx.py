@@ -16,7 +16,7 @@ from ..features import PENULTIMATE, POOLED
 from ..files.state_dict import TensorFile
 from ..models.reach import Reach, every
 from .flux_layers import FluxFormat, heads_of
-from .format import AdapterModule, AdapterSpec, Format, shape_of, tokens_in
+from .format import AdapterModule, AdapterSpec, Format, parse_vector
 from .keys import numbered
 from .plus import Plus
 from .projectors import Operations, PooledTokens, rms_norm
@@ -52,11 +52,7 @@ class InstantX(InstantXLayers):
     allowed = re.compile(r"proj\.[02]\.(weight|bias)|norm\.(weight|bias)")
 
     def parse(self, file: TensorFile) -> AdapterSpec:
-        hidden_dim, feature_dim = shape_of(file.tensors, "image_proj.proj.0.weight", rank=2)
-        norm = "image_proj.norm.weight"
-        num_tokens = tokens_in(file.tensors, "image_proj.proj.2.weight", norm)
-        options = {"hidden_dim": hidden_dim}
-        return self.spec(file.tensors, norm, num_tokens=num_tokens, feature_dim=feature_dim, options=options)
+        return parse_vector(self, file)
 
     def projector(self, spec: AdapterSpec, operations: Operations) -> nn.Module:
         sizes = spec.feature_dim, spec.options["hidden_dim"], spec.token_dim, spec.num_tokens

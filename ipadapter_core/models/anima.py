@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .grids import Patches
-from .naming import Blocks, Naming, Row, Signs, layer
+from .naming import Blocks, Naming, Row, Signs, attention, layer
 from .sites import BaseModel, ModelLayout, Site
 from .streams import Streams
 
@@ -52,19 +52,12 @@ def streams(model: nn.Module) -> Streams | None:
 # --- names of layers -------------------------------------------------------------------------------------------------
 
 
-def _attention(name: str, short: str, words: str) -> tuple[Row, ...]:
-    return (
-        *(layer(f"{name}.{n}_proj", f"{short}.to_{n}", f"{words} attn {n}") for n in "qkv"),
-        layer(f"{name}.output_proj", f"{short}.to_out.0", f"{words} attn out"),
-        layer(f"{name}.q_norm", f"{short}.norm_q", f"{words} attn"),
-        layer(f"{name}.k_norm", f"{short}.norm_k", f"{words} attn"),
-    )
-
+_ATTENTION = {"projection": "{}_proj", "out": "output_proj", "norm": "{}_norm"}
 
 # diffusers' names: its CosmosTransformer3DModel, which Anima is but for the adapter of the text
 _BLOCK = (
-    *_attention("self_attn", "attn1", "attn1 self"),
-    *_attention("cross_attn", "attn2", "attn2 cross"),
+    *attention("self_attn", "attn1", "attn1 self", **_ATTENTION),
+    *attention("cross_attn", "attn2", "attn2 cross", **_ATTENTION),
     layer("mlp.layer1", "ff.net.0.proj", "ff"),
     layer("mlp.layer2", "ff.net.2", "ff"),
     *(

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from .naming import Blocks, Naming, Row, Signs, layer
+from .naming import Blocks, Naming, Signs, attention, layer
 from .sites import BaseModel
 
-
-def _attention(name: str, words: str) -> tuple[Row, ...]:
-    return (
-        *(layer(f"{name}.to_{n}", f"{name}.to_{n}", f"{words} attn {n}") for n in "qkv"),
-        layer(f"{name}.to_out.0", f"{name}.to_out.0", f"{words} attn out"),
-        *(layer(f"{name}.{n}_norm", f"{name}.norm_{n}", f"{words} attn") for n in "qk"),
-    )
-
-
+_ATTENTION = {"projection": "to_{}", "out": "to_out.0", "norm": "{}_norm"}
 _BLOCK = (
-    *_attention("attn1", "attn1 self"),
-    *_attention("attn2", "attn2 cross"),
+    *attention("attn1", "attn1", "attn1 self", **_ATTENTION),
+    *attention("attn2", "attn2", "attn2 cross", **_ATTENTION),
     layer("ff.net.0.proj", "ff.net.0.proj", "ff"),
     layer("ff.net.2", "ff.net.2", "ff"),
 )

@@ -61,6 +61,18 @@ def layer(original: str, diffusers: str, words: str, *aliases: str, ratio: float
     return Row(original, (diffusers,), (words,), aliases, halves=halves, ratio=ratio)
 
 
+def attention(name: str, short: str, words: str, *, projection: str, out: str, norm: str) -> tuple[Row, ...]:
+    """The layers of an attention ``name`` that diffusers calls ``short``: queries, keys and values, output, norms of the first two.
+
+    ``projection`` and ``norm`` are the original's names of one with ``{}`` for its letter, ``out`` that of the output.
+    """
+    return (
+        *(layer(f"{name}.{projection.format(n)}", f"{short}.to_{n}", f"{words} attn {n}") for n in "qkv"),
+        layer(f"{name}.{out}", f"{short}.to_out.0", f"{words} attn out"),
+        *(layer(f"{name}.{norm.format(n)}", f"{short}.norm_{n}", f"{words} attn") for n in "qk"),
+    )
+
+
 def fused(original: str, diffusers: str, words: str, *aliases: str, parts: str = "qkv", ratio: float | None = None) -> Row:  # fmt: skip
     """One layer of the original that diffusers keeps apart; ``{}`` stands for the part's letter in its names."""
     names = tuple(diffusers.format(part) for part in parts)

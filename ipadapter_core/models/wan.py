@@ -5,24 +5,16 @@ from __future__ import annotations
 from torch import nn
 
 from .grids import Patches
-from .naming import Blocks, Naming, Row, Signs, layer
+from .naming import Blocks, Naming, Signs, attention, layer
 from .sites import BaseModel
 from .streams import Streams
 
-
-def _attention(name: str, short: str, words: str) -> tuple[Row, ...]:
-    return (
-        *(layer(f"{name}.{n}", f"{short}.to_{n}", f"{words} attn {n}") for n in "qkv"),
-        layer(f"{name}.o", f"{short}.to_out.0", f"{words} attn out"),
-        layer(f"{name}.norm_q", f"{short}.norm_q", f"{words} attn"),
-        layer(f"{name}.norm_k", f"{short}.norm_k", f"{words} attn"),
-    )
-
+_ATTENTION = {"projection": "{}", "out": "o", "norm": "norm_{}"}
 
 # diffusers' names: its converter of Wan's checkpoints
 _BLOCK = (
-    *_attention("self_attn", "attn1", "attn1 self"),
-    *_attention("cross_attn", "attn2", "attn2 cross"),
+    *attention("self_attn", "attn1", "attn1 self", **_ATTENTION),
+    *attention("cross_attn", "attn2", "attn2 cross", **_ATTENTION),
     layer("cross_attn.k_img", "attn2.add_k_proj", "attn2 cross attn k"),
     layer("cross_attn.v_img", "attn2.add_v_proj", "attn2 cross attn v"),
     layer("cross_attn.norm_k_img", "attn2.norm_added_k", "attn2 cross attn"),

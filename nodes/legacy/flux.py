@@ -5,7 +5,7 @@ Both packs replace parts of the model and run on no current ComfyUI. Here their 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -51,6 +51,14 @@ class XLabsNode(LegacyNode):
     PACK = "x-flux-comfyui"
 
 
+class XLabsModelNode(XLabsNode):
+    """One that gives the model with something applied."""
+
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("MODEL",)
+    SOURCE: ClassVar[Inputs] = {"model": MODEL, "ip_adapter_flux": ("IP_ADAPTER_FLUX",), "image": IMAGE}
+
+
 class LoadFluxIPAdapter(XLabsNode):
     REPLACEMENT = "Load IP-Adapter, and Load CLIP Vision"
     RETURN_TYPES = ("IP_ADAPTER_FLUX",)
@@ -71,34 +79,27 @@ class LoadFluxIPAdapter(XLabsNode):
         return (Pipeline(host.adapters.load(ipadatper), host.clip_vision.load(clip_vision)),)
 
 
-class ApplyFluxIPAdapter(XLabsNode):
-    RETURN_TYPES = ("MODEL",)
-    RETURN_NAMES = ("MODEL",)
+class ApplyFluxIPAdapter(XLabsModelNode):
     FUNCTION = "applymodel"
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        inputs = {"model": MODEL, "ip_adapter_flux": ("IP_ADAPTER_FLUX",), "image": IMAGE}
-        return {"required": inputs | {"ip_scale": number(0.93, 0.0, 1.0, 0.001)}}
+        return {"required": cls.SOURCE | {"ip_scale": number(0.93, 0.0, 1.0, 0.001)}}
 
     def applymodel(self, model: Any, ip_adapter_flux: Any, image: Tensor, ip_scale: float) -> tuple[Any, ...]:
         pipeline = carried(ip_adapter_flux, "Load Flux IPAdapter")
         return apply_picture(model, pipeline, image, WeightSchedule(strength=ip_scale))
 
 
-class ApplyAdvancedFluxIPAdapter(XLabsNode):
+class ApplyAdvancedFluxIPAdapter(XLabsModelNode):
     REPLACEMENT = "Encode Image Prompt, Adapter Schedule (sites) and Apply Adapter to Model"
-    RETURN_TYPES = ("MODEL",)
-    RETURN_NAMES = ("MODEL",)
     FUNCTION = "applymodel"
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "model": MODEL,
-                "ip_adapter_flux": ("IP_ADAPTER_FLUX",),
-                "image": IMAGE,
+                **cls.SOURCE,
                 "begin_strength": number(0.0, -100.0, 100.0, 0.01),
                 "end_strength": number(1.0, -100.0, 100.0, 0.01),
                 "smothing_type": choice(SMOOTHINGS),
@@ -114,10 +115,8 @@ class ApplyAdvancedFluxIPAdapter(XLabsNode):
         return apply_picture(model, pipeline, image, WeightSchedule(layers=layers), average=True)
 
 
-class FluxLoraLoader(XLabsNode):
+class FluxLoraLoader(XLabsModelNode):
     REPLACEMENT = "LoRA Strength"
-    RETURN_TYPES = ("MODEL",)
-    RETURN_NAMES = ("MODEL",)
     FUNCTION = "loadmodel"
 
     @classmethod
@@ -208,6 +207,11 @@ class XlabsSampler(XLabsNode):
 
 class ShakkerNode(LegacyNode):
     PACK = "ComfyUI-IPAdapter-Flux"
+    SOURCE: ClassVar[Inputs] = {"model": MODEL, "ipadapter_flux": ("IP_ADAPTER_FLUX_INSTANTX",), "image": IMAGE}
+    WINDOW: ClassVar[Inputs] = {
+        "start_percent": number(0.0, 0.0, 1.0, 0.001),
+        "end_percent": number(1.0, 0.0, 1.0, 0.001),
+    }
 
 
 class IPAdapterFluxLoader(ShakkerNode):
@@ -237,16 +241,7 @@ class ApplyIPAdapterFlux(ShakkerNode):
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        return {
-            "required": {
-                "model": MODEL,
-                "ipadapter_flux": ("IP_ADAPTER_FLUX_INSTANTX",),
-                "image": IMAGE,
-                "weight": number(1.0, -1.0, 5.0),
-                "start_percent": number(0.0, 0.0, 1.0, 0.001),
-                "end_percent": number(1.0, 0.0, 1.0, 0.001),
-            }
-        }
+        return {"required": {**cls.SOURCE, "weight": number(1.0, -1.0, 5.0), **cls.WINDOW}}
 
     def apply_ipadapter_flux(
         self, model: Any, ipadapter_flux: Any, image: Tensor, weight: float, start_percent: float, end_percent: float
@@ -274,14 +269,11 @@ class ApplyIPAdapterFluxAdvanced(ShakkerNode):
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "model": MODEL,
-                "ipadapter_flux": ("IP_ADAPTER_FLUX_INSTANTX",),
-                "image": IMAGE,
+                **cls.SOURCE,
                 "weight_start": number(0.0, -1.0, 5.0),
                 "weight_end": number(1.0, -1.0, 5.0),
                 "steps": integer(10, 1, 100),
-                "start_percent": number(0.0, 0.0, 1.0, 0.001),
-                "end_percent": number(1.0, 0.0, 1.0, 0.001),
+                **cls.WINDOW,
             }
         }
 
