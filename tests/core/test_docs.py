@@ -141,6 +141,39 @@ def test_commands_that_texts_mention_are_there(place: str, capsys: pytest.Captur
     assert f"usage: ipadapter {command}" in capsys.readouterr().out
 
 
+TROUBLE = ROOT / "nodes/web/docs/guides/troubleshooting.md"
+
+
+def strings_of_the_code() -> str:
+    """Every text that the code can print, a line each; \0 stands for what is filled in."""
+    found: list[str] = []
+    for path in (one for folder in ("ipadapter_core", "nodes") for one in sorted((ROOT / folder).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(text.replace("\n", " ") for text in found)
+
+
+def quoted_errors() -> list[str]:
+    """Sentences in the first column of the tables of that page."""
+    rows = re.findall(r"^\| (\*.+?\*) \|", TROUBLE.read_text(encoding="utf-8"), re.MULTILINE)
+    return [sentence for row in rows for sentence in re.findall(r"\*(.+?)\*(?:, |$)", row)]
+
+
+def test_errors_that_a_page_explains_are_errors_of_the_code() -> None:
+    code, sentences = strings_of_the_code(), quoted_errors()
+    assert len(sentences) > 50
+
+    def is_there(sentence: str) -> bool:
+        parts = [re.escape(part.strip()) for part in sentence.strip("… ").split("…")]
+        return re.search(r"[^\n]*?".join(parts), code) is not None
+
+    assert [sentence for sentence in sentences if not is_there(sentence)] == []
+    assert not is_there("the model is a …, which is of no family that this pack ever heard of")
+
+
 def test_the_picture_of_the_presets_has_a_cell_for_each() -> None:
     """Drawn by ``python -m ipadapter_core.demo.presets_sheet nodes/web/docs/presets.webp``; the list in a node cuts it up."""
     from PIL import Image

@@ -80,11 +80,11 @@ TITLE = 30
 class Editor:
     """A page with the editor of one server."""
 
-    def __init__(self, browser: Browser, server: ComfyServer) -> None:
+    def __init__(self, browser: Browser, server: ComfyServer, sharp: float = 1) -> None:
         self.server = server
         self.errors: list[str] = []
         server.post("/settings", SETTINGS)
-        self.page: Page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        self.page: Page = browser.new_page(viewport={"width": 1600, "height": 1000}, device_scale_factor=sharp)
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("response", self._answered)
@@ -230,11 +230,11 @@ class Node:
 
 
 @contextmanager
-def editor(server: ComfyServer) -> Generator[Editor]:
-    """An editor in a browser of its own."""
+def editor(server: ComfyServer, sharp: float = 1) -> Generator[Editor]:
+    """An editor in a browser of its own; ``sharp`` pixels of a screenshot for one of the page."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
-            yield Editor(browser, server)
+            yield Editor(browser, server, sharp)
         finally:
             browser.close()
