@@ -13,7 +13,9 @@ from typing import Literal, get_args
 from .errors import InvalidInputError
 
 Compatibility = Literal["correct", "IPAdapter_plus", "IPAdapter-Flux"]
+"""Whose pictures are made: those of the adapters' training, or another pack's, its errors included."""
 COMPATIBILITIES: tuple[Compatibility, ...] = get_args(Compatibility)
+"""All of them, the usual one first."""
 
 
 @dataclass(frozen=True, slots=True)

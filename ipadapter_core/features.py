@@ -189,6 +189,7 @@ ENCODERS: dict[str, EncoderSpec] = {
         ), ("last",)),
     )
 }  # fmt: skip
+"""The published image encoders, by name."""
 
 
 def find_encoder(encoded: Encoded, width: int) -> EncoderSpec | None:
@@ -246,11 +247,19 @@ class ImageEncoder(TakesPixels, Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Of the model or its file, for messages."""
+        ...
+
     @property
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        """Width of its inner tokens."""
+        ...
+
     @property
-    def projection_dim(self) -> int: ...
+    def projection_dim(self) -> int:
+        """Width of image_embeds; 0 for an encoder that gives none."""
+        ...
 
     def encode(self, pixel_values: Tensor) -> ImageFeatures:
         """Normalised pixels ``b 3 y x`` of side image_size to features; moves them to its own device and dtype."""

@@ -17,6 +17,7 @@ from .presets import SiteRule, SiteWeight, SiteWeights, check_count, check_finit
 
 Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+"""What a strength may multiply: values, keys and values, with a penalty for narrow layers, keys and the mean of values."""
 
 MOST_POINTS = 10_000
 """Points of a curve; samplers take at most some hundred steps."""

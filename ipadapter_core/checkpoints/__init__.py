@@ -86,6 +86,7 @@ FORMATS: tuple[Format, ...] = (
     anima_character.FORMAT,
     anima_pe.FORMAT,
 )
+"""Every family of adapter files that is known, one value per file of this package."""
 
 TOLD_BY_SHAPES = {"SD1.5", "SD2", "SDXL", "Kolors", "FLUX", "SD3.5", "Anima"}
 """Base models that metadata cannot claim: an adapter for them has their shapes."""

@@ -1,6 +1,7 @@
-"""What each weight preset does, drawn by the demo world: ``python -m ipadapter_core.demo.presets_sheet OUT.webp``.
+"""What each weight preset does, drawn by the demo world: ``python -m ipadapter_core.demo.presets_sheet FOLDER``.
 
-The help page of Apply Adapter to Model shows it, and the list of presets in a node its cells (``nodes/web/preset_pictures.js``).
+``presets.webp`` is one reference under all of them: the help page of Apply Adapter to Model shows it, and the list of presets in a node
+its cells (``nodes/web/preset_pictures.js``). ``gallery.webp`` has several, for the page of that name.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -8,9 +9,12 @@ The help page of Apply Adapter to Model shows it, and the list of presets in a n
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from ..attention.presets import PRESETS
 from ..attention.schedule import WeightSchedule
@@ -55,5 +59,53 @@ def draw_presets(world: World, reference: str = REFERENCE, prompt: str = PROMPT,
     return sheet
 
 
+GALLERY = (
+    ("sunflower.png", "fish on blue background"),
+    ("owl.png", "hamburger on orange background"),
+    ("wine-glass.png", "cat on red background"),
+    ("guide-dog.png", "watermelon on grey background"),
+    ("leopard.png", "penguin on yellow background"),
+)
+"""References of the gallery, and what the text names beside each."""
+NAMES, HEADER = 170, 48
+"""Room for the presets' names on the left of the gallery, and for the texts above it."""
+
+
+def draw_gallery(world: World, pairs: Sequence[tuple[str, str]] = GALLERY, seed: int = SEED, steps: int = STEPS) -> Image.Image:  # fmt: skip
+    """One row for each preset, one column for each reference with its text; on top the references and what the texts give."""
+    images = torch.stack([world.references.images[world.references.names.index(reference)] for reference, _ in pairs])
+    texts = [text for _, text in pairs]
+
+    def drawn(preset: str, strength: float = 1) -> Sequence[Tensor]:
+        schedule = WeightSchedule(strength=strength, preset=preset)
+        made = world.draw("plus", images, schedule, texts, seeds=[seed] * len(pairs), steps=steps)
+        return [picture.permute(1, 2, 0) for picture in made]
+
+    rows = [("the reference", [picture.permute(1, 2, 0) for picture in images]), ("the text alone", drawn("linear", 0))]
+    rows += [(preset, drawn(preset)) for preset in PRESETS]
+    sheet = Image.new("RGB", (NAMES + len(pairs) * (CELL + GAP), HEADER + len(rows) * (CELL + GAP)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for column, text in enumerate(texts):
+        middle = NAMES + column * (CELL + GAP) + CELL / 2
+        pen.multiline_text((middle, HEADER - 6), text.replace(" on ", "\non "), "black", font, "md", align="center")
+    for row, (name, pictures) in enumerate(rows):
+        top = HEADER + row * (CELL + GAP)
+        pen.multiline_text((NAMES - 12, top + CELL / 2), _two_lines(name), "black", font, "rm", align="right")
+        for column, picture in enumerate(pictures):
+            large = to_pillow(picture).resize((CELL, CELL), Image.Resampling.BICUBIC)
+            sheet.paste(large, (NAMES + column * (CELL + GAP), top))
+    return sheet
+
+
+def _two_lines(name: str) -> str:
+    return name if len(name) < 20 else "\nand ".join(name.rsplit(" and ", 1))
+
+
+def main() -> None:
+    folder, world = Path(sys.argv[1]), load_world()
+    draw_presets(world).save(folder / "presets.webp", quality=82, method=6)
+    draw_gallery(world).save(folder / "gallery.webp", quality=82, method=6)
+
+
 if __name__ == "__main__":
-    draw_presets(load_world()).save(Path(sys.argv[1]), quality=82, method=6)
+    main()

@@ -87,6 +87,7 @@ class Layer:
         return like.new_zeros(self.shape[0]) if bias is None else bias.detach().to(like.device, like.dtype)
 
     def without_bias(self, output: Tensor) -> Tensor:
+        """What the layer gave, less its bias."""
         if getattr(self._module, "bias", None) is None:
             return output
         return output - self.along(self.bias_vector(output), output)

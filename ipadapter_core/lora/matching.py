@@ -123,6 +123,7 @@ class MatchedLoRA:
 
 
 Partial = Literal["refuse", "allow"]
+"""What happens to a file of which a part that matters has no place in the model."""
 PARTIAL: tuple[Partial, ...] = ("refuse", "allow")
 
 NO_PLACE = "modules that the model does not have"

@@ -54,6 +54,7 @@ class LoRAPatch:
 
     @property
     def name(self) -> str:
+        """The file's name, for messages."""
         return self.matched.weights.name
 
     @property

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import runpy
 import shlex
@@ -18,6 +20,7 @@ import torch
 
 from ipadapter_core.commands import cli
 from ipadapter_core.demo.world import FOLDER, load_world
+from ipadapter_core.downloads import DOWNLOADS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -35,6 +38,19 @@ FILES = {
     "mask.png": "../references/snail.png",
 }
 """Files that snippets name, and what of the demo world stands for them."""
+OF_COMMANDS = {
+    "ip-adapter-plus_sdxl_vit-h.safetensors": "adapters/ip-adapter-plus.safetensors",
+    "my-adapter.safetensors": "adapters/ip-adapter-base.safetensors",
+    "my-plus.safetensors": "adapters/ip-adapter-plus.safetensors",
+    "detail.safetensors": "loras/demo-world-style.safetensors",
+    "path/to/diffusers-model": ".",
+    "sdxl.safetensors": ".",
+    "photo.png": "../references/turtle.png",
+    "sky.png": "../references/snail.png",
+    "region.png": "../references/snail.png",
+    "left.png": "../references/snail.png",
+}
+"""What commands name besides: their models are folders of the demo world."""
 
 
 def blocks(text: str, language: str) -> Iterator[tuple[int, str]]:
@@ -53,6 +69,8 @@ def examples(path: Path) -> Iterator[tuple[int, str]]:
 def snippets() -> dict[str, str]:
     found: dict[str, str] = {}
     for path in DOCUMENTS:
+        if path.name == "http.md":
+            continue  # wants a ComfyUI: tests/host/test_routes.py
         for line, text in blocks(path.read_text(encoding="utf-8"), "python"):
             found[f"{path.relative_to(ROOT)}:{line}"] = text
     for folder in ("ipadapter_core", "nodes"):
@@ -132,6 +150,50 @@ def test_command_lines_are_understood(place: str, tmp_path: Path, monkeypatch: p
     assert callable(cli._parse(shlex.split(COMMANDS[place], comments=True)).run)
 
 
+NOT_RUN = {
+    "demo": "a minute of drawing and measuring: tests/core/test_demo.py",
+    "train run.toml": "a training: tests/core/test_training_run.py",
+    "train try.toml": "a training: tests/core/test_training_run.py",
+    "generate --model stable-diffusion-v1-5": "fetches a model from the Hub: tests/core/test_hub.py",
+    "export my-adapter.safetensors out/my-adapter.safetensors --push": "writes to the Hub: tests/core/test_sharing.py",
+    "lora extract": "wants two checkpoints: tests/core/test_lora_tools.py",
+}
+"""Beginnings of commands that are not run here, and why."""
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "nodes/web/docs/guides").glob("*.md"))]
+RUN = {
+    place: text
+    for place, text in COMMANDS.items()
+    if place.split(":")[0] in {path.relative_to(ROOT).as_posix() for path in GUIDES}
+    and not text.startswith((*NOT_RUN,))
+}
+
+
+def test_commands_that_are_not_run_are_there() -> None:
+    assert [start for start in NOT_RUN if not any(text.startswith(start) for text in COMMANDS.values())] == []
+    assert len(RUN) > 15
+
+
+@pytest.fixture(scope="module")
+def at_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all files that commands of the guides name, each of the demo world; what a command makes stays for the next."""
+    folder = tmp_path_factory.mktemp("home")
+    for name, source in {**FILES, **OF_COMMANDS}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (FOLDER / source).is_dir() else shutil.copyfile
+        copy(FOLDER / source, folder / name)
+    (folder / "out").mkdir()
+    (folder / "old_workflow.json").write_text('{"nodes": [], "links": []}')
+    return folder
+
+
+@pytest.mark.parametrize("place", RUN)
+def test_commands_of_the_guides_run(place: str, at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the page, with two steps where a picture is drawn."""
+    monkeypatch.chdir(at_home)
+    words = shlex.split(RUN[place], comments=True)
+    assert cli.main([*words, *(["--steps", "2"] if words[0] == "generate" else [])]) == 0
+
+
 @pytest.mark.parametrize("place", MENTIONS)
 def test_commands_that_texts_mention_are_there(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -174,8 +236,55 @@ def test_errors_that_a_page_explains_are_errors_of_the_code() -> None:
     assert not is_there("the model is a …, which is of no family that this pack ever heard of")
 
 
+PUBLIC = ("ipadapter_core", "ipadapter_core.lora", "ipadapter_core.backends.diffusers")
+"""Modules of the Python reference."""
+
+
+def undocumented(module: str) -> Iterator[str]:
+    """Names that the reference shows without a word about them."""
+    shown = importlib.import_module(module)
+    for name in shown.__all__:
+        value = getattr(shown, name)
+        if inspect.isfunction(value) and not value.__doc__:
+            yield name
+        if inspect.isclass(value) and value.__module__.startswith("ipadapter_core"):
+            written = inspect.getdoc(value) or ""
+            if not written or written.startswith(f"{value.__name__}("):  # dataclasses write their own
+                yield name
+            for part, member in vars(value).items():
+                function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+                if not part.startswith("_") and inspect.isfunction(function) and not function.__doc__:
+                    yield f"{name}.{part}"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_all_that_is_public_is_documented(module: str) -> None:
+    assert list(undocumented(module)) == []
+
+
+def download_rows() -> str:
+    """What the guide to files says of public ones, from their table."""
+    rows = ["| file | folder of `models` | |", "|---|---|---|"]
+    for one in DOWNLOADS.values():
+        notes = ", ".join(filter(None, (f"there it is called {one.comes_as}" if one.comes_as else "", one.note)))
+        rows.append(f"| [{one.name}]({one.url}) | {one.folder} | {notes} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_addresses_of_public_files_are_those_of_the_table() -> None:
+    assert download_rows() in (ROOT / "nodes/web/docs/guides/files.md").read_text(encoding="utf-8")
+
+
+def test_the_gallery_says_of_every_preset_what_it_does() -> None:
+    from ipadapter_core.attention.presets import MEANINGS
+
+    page = (ROOT / "nodes/web/docs/guides/presets.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]*\|$", page, re.MULTILINE)
+    assert dict(rows[1:]) == MEANINGS
+
+
 def test_the_picture_of_the_presets_has_a_cell_for_each() -> None:
-    """Drawn by ``python -m ipadapter_core.demo.presets_sheet nodes/web/docs/presets.webp``; the list in a node cuts it up."""
+    """Drawn by ``python -m ipadapter_core.demo.presets_sheet nodes/web/docs``; the list in a node cuts it up."""
     from PIL import Image
 
     from ipadapter_core.attention.presets import PRESETS
@@ -183,6 +292,7 @@ def test_the_picture_of_the_presets_has_a_cell_for_each() -> None:
 
     file = ROOT / "nodes/web/docs/presets.webp"
     assert file.stat().st_size < 80_000
+    assert all(picture.stat().st_size < 250_000 for picture in file.parent.glob("*.webp"))
     with Image.open(file) as picture:
         assert picture.size == (COLUMNS * (CELL + GAP), -(-(4 + len(PRESETS)) // COLUMNS) * (CELL + LABEL + GAP))
     script = (ROOT / "nodes/web/preset_pictures.js").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -258,3 +259,23 @@ def test_models_that_are_none_are_refused(server: ComfyServer) -> None:
         ({"kind": "checkpoints", "file": lora_file.name}, "ComfyUI"),
     ):
         assert word in table(server, "sites", 400, **query)["error"]
+
+
+PAGE = Path(__file__).resolve().parents[2] / "nodes/web/docs/guides/http.md"
+ADDRESS = "http://127.0.0.1:8188"
+
+
+def test_what_the_guide_shows_runs_as_written(
+    server: ComfyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = PAGE.read_text(encoding="utf-8").replace(ADDRESS, server.url)
+    (script,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(script, "http.md", "exec"), {})
+    with Image.open("sunflower.png") as picture:
+        assert picture.size == (64, 64)
+    addresses = re.findall(r"^curl .*'(http.*)'$", text, re.MULTILINE)
+    assert len(addresses) == 4
+    for address in addresses:
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            assert answer.status == 200
