@@ -87,7 +87,14 @@ def draw_gallery(world: World, pairs: Sequence[tuple[str, str]] = GALLERY, seed:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for column, text in enumerate(texts):
         middle = NAMES + column * (CELL + GAP) + CELL / 2
-        pen.multiline_text((middle, HEADER - 6), text.replace(" on ", "\non "), "black", font, "md", align="center")
+        pen.multiline_text(
+            (middle, HEADER - 6),
+            text.removesuffix(" background").replace(" on ", "\non "),
+            "black",
+            font,
+            "md",
+            align="center",
+        )
     for row, (name, pictures) in enumerate(rows):
         top = HEADER + row * (CELL + GAP)
         pen.multiline_text((NAMES - 12, top + CELL / 2), _two_lines(name), "black", font, "rm", align="right")

@@ -262,6 +262,21 @@ def test_all_that_is_public_is_documented(module: str) -> None:
     assert list(undocumented(module)) == []
 
 
+def test_every_node_has_a_wish_and_a_place_on_the_site() -> None:
+    pages = {page.name for page in (ROOT / "nodes/web/docs").glob("ImagePrompt*.md")}
+    assert len(pages) > 25
+    for table in ("nodes/web/docs/guides/which_node.md", "nodes/web/mkdocs.yml"):
+        text = (ROOT / table).read_text(encoding="utf-8")
+        assert [page for page in sorted(pages) if page not in text] == [], table
+    readme = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .replace("Save, Load, Combine Image Prompts", "Save Image Prompt, Load Image Prompt, Combine Image Prompts")
+    )
+    titles = [(ROOT / "nodes/web/docs" / page).read_text(encoding="utf-8").split("\n")[0][2:] for page in sorted(pages)]
+    assert [title for title in titles if title not in readme] == []
+
+
 def download_rows() -> str:
     """What the guide to files says of public ones, from their table."""
     rows = ["| file | folder of `models` | |", "|---|---|---|"]
