@@ -65,9 +65,9 @@ class Steering:
             "ImagePromptApply", model=model, adapter=adapter, image_prompt=prompt, **(APPLY | settings)
         )
 
-    def schedule(self, curve: str = "", sites: str = "") -> Node:
+    def schedule(self, curve: str = "", sites: str = "", **drawn: Any) -> Node:
         settings = {"separate_composition": False, "composition_strength": 1.0, "boost": 1.0}
-        return self.graph.add("ImagePromptSchedule", curve=curve, sites=sites, **settings)
+        return self.graph.add("ImagePromptSchedule", curve=curve, sites=sites, **settings, **drawn)
 
     def mask(self, left: float, right: float, width: int | None = None, height: int | None = None) -> Node:
         """A mask of two halves, at the picture's size or another."""

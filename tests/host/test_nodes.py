@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -385,6 +386,37 @@ def test_tiles_steer_their_own_places(make: Callable[..., Steering]) -> None:
     np.testing.assert_allclose(result.tensor(saved[0]), result.tensor(saved[1]), rtol=0, atol=1e-3)
     assert result.sha256(saved[2]) == result.sha256(saved[3]) != result.sha256(saved[0])
     assert [result.tensor(node).shape for node in shown] == [(2, 64, 64, 3), (2, 64, 128)]
+
+
+def test_a_drawn_curve_is_sampled_as_the_same_curve_in_words(
+    server: ComfyServer, make: Callable[..., Steering]
+) -> None:
+    """Numbers of another node, above 1 too, and the curve of the host's own editor, where it has one."""
+    s = make(steps=6)
+    adapter = s.adapter("base")
+    prompt = s.encode(adapter, s.photo())
+
+    def sampled(**settings: Any) -> Any:
+        return s.sample(s.apply(s.model, adapter, prompt, schedule=s.schedule(**settings)))
+
+    def floats(*numbers: float) -> Any:
+        return s.graph.add("TestFloats", numbers=json.dumps(numbers))
+
+    words, constant = sampled(curve="0: 1.5, 0.5: 0.75, 1: 0"), sampled(curve="0: 1.5, 1: 1.5")
+    listed, halved = sampled(drawn=floats(1.5, 0.75, 0)), sampled(drawn=floats(0.75, 0.375, 0), top=2.0)
+    one = sampled(drawn=floats(1.5))
+    edited: list[Any] = []
+    if "CurveEditor" in server.object_info():
+        line = {"points": [[0, 1], [1, 0]], "interpolation": "linear"}
+        edited.append(sampled(drawn=s.graph.add("CurveEditor", curve=line), top=1.5))
+    else:
+        assert server.host.version == "0.3.64", "newer hosts draw curves"
+    result = s.run()
+    assert result.sha256(listed) == result.sha256(halved) == result.sha256(words)
+    assert result.sha256(one) == result.sha256(constant) != result.sha256(words)
+    for node in edited:
+        np.testing.assert_allclose(result.tensor(node), result.tensor(words), rtol=0, atol=1e-3)
+        assert np.abs(result.tensor(node) - result.tensor(constant)).max() > 1e-2
 
 
 def test_noise_is_made_of_the_image(make: Callable[..., Steering]) -> None:

@@ -607,6 +607,21 @@ class TestSameObject:
         return {"ui": {"text": ["same" if known is value and run else "first" if not run else "another"]}}
 
 
+class TestFloats:
+    """A list of numbers in one FLOAT, as nodes that draw splines give it."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("FLOAT",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"numbers": ("STRING", {})}}
+
+    def make(self, numbers):
+        return (json.loads(numbers),)
+
+
 NODES = (
     TestConditioning,
     TestClipVision,
@@ -628,5 +643,6 @@ NODES = (
     TestCensus,
     TestCompile,
     TestSameObject,
+    TestFloats,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}
