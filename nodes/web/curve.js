@@ -14,7 +14,9 @@ const SHAPES = {
   "in the middle": "0: 0, 0.5: 1, 1: 0",
 };
 
-drawText({ kind: "ImagePromptSchedule", input: "curve", type: "IMAGE_PROMPT_CURVE", least: 190, width: 400, make: curveEditor });
+drawText({
+  kind: "ImagePromptSchedule", input: "curve", type: "IMAGE_PROMPT_CURVE", least: 190, width: 400, instead: ["drawn"], make: curveEditor,
+});
 
 function curveEditor({ change }) {
   let points = [];

@@ -59,15 +59,8 @@ function rowsEditor({ change }) {
   function read(text) {
     try {
       const found = JSON.parse(text.trim() || "[]");
-      if (!Array.isArray(found) || !found.every((row) => row && typeof row === "object")) throw new Error("a list of rows was expected");
-      rows = found.map(({ lora, strengthTwo, ...row }) => ({
-        ...row,
-        on: row.on ?? true,
-        file: row.file ?? lora ?? "",
-        strength: Number(row.strength ?? 1),
-        text_strength: row.text_strength ?? strengthTwo ?? null,
-        selector: row.selector ?? "",
-      }));
+      if (!Array.isArray(found) || found.length > MOST_ROWS) throw new Error(`a list of at most ${MOST_ROWS} rows was expected`);
+      rows = found.map(rowOf);
       problem = "";
     } catch (reason) {
       problem = `This is no list of rows: ${reason.message}`;
@@ -144,6 +137,28 @@ function rowsEditor({ change }) {
       draw();
     },
   };
+}
+
+const MOST_ROWS = 200; // as the server takes
+
+/** A row of a list from elsewhere, also of rgthree's node. Throws what the server would refuse too, in a few words. */
+function rowOf(found, index) {
+  const expected = (what) => new Error(`row ${index + 1} has no ${what}`);
+  if (found === null || typeof found !== "object") throw expected("names and values");
+  const { lora, strengthTwo, ...named } = found;
+  const row = {
+    on: named.on ?? true,
+    file: named.file ?? lora ?? "",
+    strength: "strength" in named ? named.strength : 1,
+    text_strength: named.text_strength ?? strengthTwo ?? null,
+    selector: named.selector ?? "",
+  };
+  if (typeof row.file !== "string" || typeof row.selector !== "string") throw expected("texts for its file and its selector");
+  if (typeof row.on !== "boolean") throw expected("true or false for 'on'");
+  for (const value of [row.strength, row.text_strength ?? 0]) {
+    if (typeof value !== "number" || Math.abs(value) > 20) throw expected("strength within -20 to 20");
+  }
+  return row;
 }
 
 /** One row; `update()` draws what the row is now. */

@@ -224,14 +224,15 @@ export function chooseName({ anchor, label, names, current, chosen }) {
 /**
  * Draw a text input of a node with an element. `make({node, change})` gives `element`, and `show(text)`, which is called
  * with every text that comes from elsewhere; it calls `change(text)` with what the user made of it. The element is as tall
- * as what is in it; `least` is its height before it was drawn, `width` that of a new node.
+ * as what is in it; `least` is its height before it was drawn, `width` that of a new node. Of the inputs in `instead`, what is
+ * connected counts in place of the text, as a text that is connected itself.
  */
-export function drawText({ kind, input, type, least = 60, width = 1, make }) {
+export function drawText({ kind, input, type, least = 60, width = 1, instead = [], make }) {
   app.registerExtension({
     name: `image_prompt.${kind}.${input}`,
     getCustomWidgets: () => ({
       [type]: (node, name, spec) => ({
-        widget: textWidget(node, name, type, spec[1]?.default ?? "", least, make),
+        widget: textWidget(node, name, type, spec[1]?.default ?? "", least, [name, ...instead], make),
         minWidth: width,
       }),
     }),
@@ -245,7 +246,7 @@ export function drawText({ kind, input, type, least = 60, width = 1, make }) {
 
 const MARGIN = 10; // that the host leaves around an element, on all sides
 
-function textWidget(node, name, type, initial, least, make) {
+function textWidget(node, name, type, initial, least, inputs, make) {
   let text = initial;
   const drawn = make({
     node,
@@ -255,7 +256,15 @@ function textWidget(node, name, type, initial, least, make) {
       node.setDirtyCanvas?.(true, true);
     },
   });
-  const widget = place(node, name, type, drawn.element, {
+  const note = h("div", { class: "image-prompt-note", hidden: true }, "what is connected counts, not what is drawn here");
+  const { onConnectionsChange } = node;
+  node.onConnectionsChange = function (...change) {
+    const linked = node.inputs?.some((input) => inputs.includes(input.name) && input.link != null) ?? false;
+    note.hidden = !linked;
+    drawn.element.classList.toggle("image-prompt-off", linked);
+    return onConnectionsChange?.apply(this, change);
+  };
+  const widget = place(node, name, type, h("div", {}, note, drawn.element), {
     least,
     getValue: () => text,
     setValue(next) {
@@ -267,6 +276,35 @@ function textWidget(node, name, type, initial, least, make) {
   return widget;
 }
 
+const owners = new WeakMap(); // elements among the widgets of nodes, and of which
+
+/**
+ * Show the elements of the nodes that are there. The newer renderer keeps those of nodes that were there before under the same
+ * number, as after undo or in the next tab (its component takes an element when it is mounted, and never again).
+ */
+function showThoseThatAre() {
+  for (const element of document.querySelectorAll(".image-prompt")) {
+    const owner = owners.get(element);
+    const node = owner && app.canvas.graph?.getNodeById(owner.node.id);
+    if (!node || node === owner.node) continue;
+    const heir = node.widgets?.find((widget) => widget.name === owner.name && owners.has(widget.element))?.element;
+    if (heir && !heir.isConnected) element.replaceWith(heir);
+  }
+}
+
+async function afterDrawing() {
+  for (let frame = 0; frame < 5; frame++) {
+    await new Promise(requestAnimationFrame);
+    showThoseThatAre();
+  }
+}
+
+app.registerExtension({
+  name: "image_prompt.shared",
+  afterConfigureGraph: () => void afterDrawing(),
+  setup: () => app.canvas.canvas.addEventListener("litegraph:set-graph", afterDrawing),
+});
+
 /** Put an element among the widgets of a node, as tall as what is in it; `least` is its height before it was drawn. */
 export function place(node, name, type, drawn, { least, ...options }) {
   // wide enough before the host gives it a place: words under each other would make the node tall for good
@@ -276,6 +314,7 @@ export function place(node, name, type, drawn, { least, ...options }) {
   element.addEventListener("keydown", (event) => event.ctrlKey || event.metaKey || event.stopPropagation());
   const height = () => (content.offsetHeight || least) + 2 * MARGIN;
   const widget = node.addDOMWidget(name, type, element, { hideOnZoom: false, getMinHeight: height, getMaxHeight: height, ...options });
+  owners.set(element, { node, name });
   new ResizeObserver(() => fit(node)).observe(content);
   return widget;
 }

@@ -122,8 +122,8 @@ class Editor:
     def load(self, workflow: Mapping[str, Any]) -> None:
         """Open a workflow in place of what is there, whole in view."""
         self.page.evaluate("graph => app.loadGraphData(graph)", workflow)
-        self.page.evaluate(FIT)
-        self.settle()
+        self.page.evaluate("() => app.extensionManager.toast.removeAll()")  # older hosts find fault with small graphs
+        self.fit()
 
     def empty(self) -> None:
         """Open a graph without nodes."""
@@ -136,8 +136,7 @@ class Editor:
             "kind => { const node = LiteGraph.createNode(kind); app.graph.add(node); node.pos = [0, 0]; return node.id }",
             kind,
         )
-        self.page.evaluate(FIT)
-        self.settle()
+        self.fit()
         return made
 
     def enter(self, subgraph: str) -> None:
@@ -146,6 +145,10 @@ class Editor:
             "name => app.canvas.setGraph([...(app.rootGraph ?? app.graph).subgraphs.values()].find(g => g.name === name))",
             subgraph,
         )
+        self.fit()
+
+    def fit(self) -> None:
+        """Have the whole open graph in view."""
         self.page.evaluate(FIT)
         self.settle()
 

@@ -187,6 +187,66 @@ def test_rows_that_are_no_list_stay_as_they_were_written(editor: Editor) -> None
     assert rows_of(editor, node) == [{"on": True, "file": "x", "strength": 1, "text_strength": 0.5}]
 
 
+BROKEN = (
+    "null",
+    "{}",
+    "[1]",
+    '[{"file": 5}]',
+    '[{"file": "a", "strength": "x"}]',
+    '[{"file": "a", "on": 1}]',
+    '[{"selector": []}]',
+)
+
+
+def test_a_graph_with_broken_rows_opens_and_keeps_them(editor: Editor) -> None:
+    for broken in BROKEN:
+        graph = json.loads(json.dumps(SELECTED))
+        graph["nodes"][0] |= {"type": "ImagePromptLoRARows", "widgets_values": [broken, "auto", "refuse"]}
+        with editor.quiet(broken):
+            editor.load(graph)
+        assert "no list of rows" in editor.page.locator(".image-prompt-error").inner_text()
+        assert editor.prompt()["1"]["rows"] == broken
+
+
+def test_rows_are_undone_copied_and_fed_from_elsewhere(editor: Editor, lora_files: list[str]) -> None:
+    """A drag is one step back; a copy is a node of its own; a text that is connected counts."""
+    page = editor.page
+    files = json.dumps([{"file": file} for file in lora_files])
+    for renderer in editor.renderers:
+        editor.use(renderer)
+        graph = json.loads(json.dumps(SELECTED))
+        graph["nodes"][0] |= {"type": "ImagePromptLoRARows", "widgets_values": [files, "auto", "refuse"]}
+        with editor.quiet(f"undone and copied, {renderer}"):
+            editor.load(graph)
+            strength = page.get_by_role("spinbutton", name="strength", exact=True)
+            editor.drag(strength.nth(0), by=(-40, 0))
+            assert [row["strength"] for row in rows_of(editor, 1)] == [0.6, 1]
+            page.mouse.click(900, 850)
+            page.keyboard.press("Control+z")
+            page.wait_for_function(
+                "() => !app.graph.getNodeById(1).widgets.find(w => w.name === 'rows').value.includes('0.6')"
+            )
+            editor.settle()
+            page.wait_for_function("() => document.querySelector('.image-prompt-number').value === '1'")
+            page.evaluate(
+                """() => { app.canvas.selectNode(app.graph.nodes[0]); app.canvas.copyToClipboard(); app.canvas.pasteFromClipboard();
+                           app.graph.nodes[1].pos = [700, 0] }"""
+            )
+            editor.fit()
+            editor.shot(f"copied rows {renderer}")
+            page.get_by_role("button", name="remove").nth(3).click()
+            numbers = list(editor.nodes())
+            assert [len(rows_of(editor, number)) for number in numbers] == [2, 1]
+            page.evaluate(
+                """() => { const text = LiteGraph.createNode('PrimitiveString'); app.graph.add(text); const rows = app.graph.nodes[0];
+                           text.connect(0, rows, rows.inputs.findIndex(input => input.name === 'rows')) }"""
+            )
+            editor.settle()
+            assert isinstance(editor.prompt()[numbers[0]]["rows"], list), "a link"
+            if renderer == "nodes 2.0":  # the other one takes the rows away
+                assert page.get_by_text("what is connected counts").locator("visible=true").count() == 1
+
+
 def rows_of(editor: Editor, node: int | str) -> list[dict[str, Any]]:
     """What the server would get."""
     return json.loads(editor.prompt()[str(node)]["rows"])
@@ -611,6 +671,29 @@ def test_a_curve_is_drawn_over_the_steps(editor: Editor) -> None:
             editor.set_text(2, "curve", "0: 1, what")
             assert schedule_of(editor)[0] == "0: 1, what"
             assert "progress: factor" in page.locator(".image-prompt-error:visible").inner_text()
+
+
+def test_a_curve_of_the_hosts_own_editor_comes_in(editor: Editor) -> None:
+    """Drawn in ComfyUI's node, where it draws; ours says that it does not count then."""
+    if len(editor.renderers) == 1:
+        return
+    page = editor.page
+    editor.use("nodes 2.0")
+    with editor.quiet("the host's curve"):
+        editor.load(SCHEDULED)
+        page.evaluate(
+            """() => { const curve = LiteGraph.createNode('CurveEditor'), schedule = app.graph.getNodeById(2); app.graph.add(curve);
+                       curve.pos = [-500, 200];
+                       curve.connect(0, schedule, schedule.inputs.findIndex(input => input.name === 'drawn')) }"""
+        )
+        editor.fit()
+        editor.drag(page.get_by_test_id("curve-point").nth(1), by=(0, 60))
+        editor.shot("curve of the host")
+        sent = editor.prompt()
+        number = sent["2"]["drawn"][0]
+        (_, start), (_, end) = sent[number]["curve"]["points"]
+        assert start == 0 < end < 1
+        assert page.get_by_text("what is connected counts").locator("visible=true").count() == 1
 
 
 def test_strengths_per_layer_are_bars_of_the_connected_model(
