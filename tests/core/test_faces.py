@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from ipadapter_core import EncodeOptions, load_adapter
 from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.images.faces import (
     Face,
@@ -27,6 +28,9 @@ from ipadapter_core.images.faces import (
     template,
     usable_providers,
 )
+from ipadapter_core.prompt.faces import encode_face_prompt
+from tiny import tiny_state
+from tiny_onnx import write_face_models
 
 
 def turned(points: Tensor, angle: float, scale: float, shift: tuple[float, float]) -> Tensor:
@@ -238,3 +242,32 @@ def test_face_models_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_missing_package_or_model_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"pip install onnxruntime|det_10g\.onnx.*buffalo_l\.zip"):
         open_face_model(tmp_path)
+
+
+# --- onnxruntime ------------------------------------------------------------------------------------------------------
+
+
+def test_models_of_insightfaces_shapes_run_on_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found in the picture's own pixels, cut out, recognised, and read by a FaceID adapter."""
+    monkeypatch.setitem(sys.modules, "insightface", None)
+    write_face_models(tmp_path)
+    analyzer = open_face_model(tmp_path)
+    picture = torch.full((1, 320, 320, 3), 0.2)
+    for top, left in ((96, 160), (208, 32)):  # the search is at 640: two cells of 32 pixels are 32 here
+        picture[0, top : top + 48, left : left + 48] = torch.tensor([1.0, 0.0, 0.0])
+    faces = sorted(analyzer.find(picture[0], 640), key=lambda face: float(face.box[0]))
+    assert [face.box.tolist() for face in faces] == [[32, 208, 80, 256], [160, 96, 208, 144]]
+    assert_close(faces[0].points, faces[0].box[:2] + template(112).float() / 112 * 48, rtol=0, atol=1e-3)
+    found = find_faces(analyzer, picture, 224, which=Nth(1, "left"))
+    assert_close(
+        found.crops[:, 8:216, 8:216], torch.tensor([1.0, 0.0, 0.0]).expand(1, 208, 208, 3), rtol=0, atol=2 / 255
+    )
+    colour = align(picture[0], faces[0].points, 112).mean((0, 1)) * 2 - 1
+    matrix = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32))
+    assert_close(found.embeddings[0], colour @ matrix, rtol=0, atol=1e-4)
+    with pytest.raises(InvalidInputError, match="found 0 faces"):
+        find_faces(analyzer, torch.zeros(1, 64, 64, 3), 224)
+    adapter = load_adapter({k: v.contiguous() for k, v in tiny_state("faceid", face_dim=512).items()}, name="faces")
+    prompt, seen = encode_face_prompt(adapter, analyzer, None, picture, EncodeOptions(which="all"))
+    assert seen.crops.shape[0] == 2
+    assert prompt.cond.shape[1] == 2 * adapter.spec.num_tokens
