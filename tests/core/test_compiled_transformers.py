@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from ipadapter_core import WeightSchedule, bake
 from ipadapter_core.backends.comfy import doors
+from ipadapter_core.backends.comfy.recording import Recording, record
 from ipadapter_core.checkpoints.format import Format
 from tiny_anima import comfy_anima
 from tiny_models import (
@@ -59,6 +60,7 @@ def test_compiled_models_predict_the_same(case: str, counted: Any) -> None:
     adapter = tiny_adapter(layout, channels=tuple(site.channels for site in layout.sites))
     adapter = replace(adapter, spec=replace(adapter.spec, format=form))
     steered = doors.apply(model, bake(adapter, tiny_prompt(adapter), layout, WeightSchedule(0.8), torch.ones(8, 8)))
+    recordings = Recording(2), Recording(2)
     x, texts = noise(2, 4, 10, 6), {name: noise(1, 7, 32, seed=i) for i, name in enumerate(("positive", "negative"))}
 
     def predictions(model: FakePatcher) -> list[dict[str, torch.Tensor]]:
@@ -67,6 +69,7 @@ def test_compiled_models_predict_the_same(case: str, counted: Any) -> None:
             return [Guider(model, conds)(x, percent) for percent in (0.3, 0.6, 0.3)]
 
     plain, expected = predictions(model), predictions(steered)
+    predictions(record(steered, recordings[0]))
     model.model.diffusion_model = torch.compile(model.model.diffusion_model, backend="aot_eager", dynamic=False)
     for of, wanted in ((model, plain), (steered, expected), (model, plain), (steered, expected)):
         for got, want in zip(predictions(of), wanted, strict=True):
