@@ -51,8 +51,8 @@ def usage() -> Generator[None]:
 @contextmanager
 def folder_for(path: Path, what: str, option: str = "--out") -> Generator[None]:
     """A folder for what is made in the block; one that stays empty goes again. Raises InvalidInputError where there can be none."""
-    there = path.exists()
     try:
+        there = path.exists()
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

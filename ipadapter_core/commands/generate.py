@@ -620,6 +620,7 @@ class _Run:
         from ..images.encoder import load_image_encoder
         from ..lora import load_lora, parse_where
         from ..model_folders import config_folder, layout_in, read_table
+        from ..quiet import quietly
         from ..steering import check_fit, face_analyzer, find_encoders
 
         settings = self.settings
@@ -627,7 +628,8 @@ class _Run:
         self.config = _config(self.model, settings["config"])
         self.home = config_folder(self.model, self.config)
         layout = layout_in(self.model, self.config)
-        kind = getattr(diffusers, str(read_table(self.home / "model_index.json").get("_class_name")), None)
+        with quietly("diffusers", "transformers"):
+            kind = getattr(diffusers, str(read_table(self.home / "model_index.json").get("_class_name")), None)
         beginning = self.beginning()
         if beginning is not None:
             beginning.sampled(settings["steps"] or layout.model.steps)

@@ -182,6 +182,7 @@ def test_inspect(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "{a}"], "models in one file are read as .safetensors"),
         (["--config", "{folder}"], "--config"),
         (["--out", "/proc/nothing"], "cannot be the folder for pictures"),
+        (["--out", "a" * 300], "cannot be the folder for pictures (File name too long)"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2_before_a_model_is_loaded(
