@@ -167,8 +167,9 @@ def waves(width: int, side: int) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images ``b 3 y x`` in 0..1 to CLIP pixel values."""
-    return (images - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    """Images ``b 3 y x`` in 0..1 to CLIP pixel values; numbers of Python, which a recorded step need not copy to its device."""
+    channels = zip(images.unbind(1), CLIP_MEAN, CLIP_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
 class EncoderTraining(nn.Module):
