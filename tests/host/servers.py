@@ -19,6 +19,10 @@ from host.comfy_server import ComfyServer, Host, find_hosts
 from host.shrunk import build_checkpoint
 
 HOSTS = find_hosts()
+newest = pytest.mark.parametrize(
+    "server", HOSTS[:1] or [None], indirect=True, ids=lambda host: host.name if host else "no-comfyui"
+)
+"""A test that shows nothing more on an older host."""
 # ComfyUI's own Python has no diffusers; trainings run with the tests'
 os.environ.setdefault("IPADAPTER_TRAIN_PYTHON", sys.executable)
 

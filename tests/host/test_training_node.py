@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from host.comfy_server import REPOSITORY, ComfyServer, ExecutionFailed, ExecutionInterrupted, Graph, GraphRejected, Node
-from host.servers import HOSTS
+from host.servers import HOSTS, newest
 from ipadapter_core import load_adapter
 from ipadapter_core.lora import load_lora
 from tiny_training import picture, save_model
@@ -169,10 +169,9 @@ def test_a_lora_is_trained_on_and_listed(server: ComfyServer, model: str) -> Non
         server.run(training(server, model, "none", "ImagePromptTrainLoRA", images=None)[0])
 
 
+@newest
 def test_the_workflow_without_downloads_trains_as_it_is(server: ComfyServer) -> None:
     """On the shipped world and its pictures; only the steps are fewer."""
-    if not is_newest(server):
-        return
     workflow = json.loads((REPOSITORY / "workflows/3 Train an adapter, no download.json").read_text("utf-8"))
     graph = to_prompt(workflow, server.object_info())
     for node in graph.values():
@@ -186,10 +185,9 @@ def test_the_workflow_without_downloads_trains_as_it_is(server: ComfyServer) -> 
     assert load_adapter(server.base / "output/ipadapter/demo-world-adapter.safetensors").spec.num_tokens == 4
 
 
+@newest
 @pytest.mark.parametrize("file", ["50 Train an IP-Adapter", "51 Train a LoRA"])
 def test_the_workflow_trains(server: ComfyServer, model: str, file: str) -> None:
-    if not is_newest(server):
-        return
     workflow = json.loads((REPOSITORY / f"workflows/{file}.json").read_text("utf-8"))
     graph = to_prompt(workflow, server.object_info())
     more = "\nadapter.depth=1" if file == "50 Train an IP-Adapter" else ""
