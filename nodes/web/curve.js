@@ -3,7 +3,7 @@
 import { clamp, drag, drawText, h, oneLine, shown } from "./shared.js";
 
 const HEIGHT = 130;
-const LEFT = 26; // for the numbers beside the curve
+const LEFT = 30; // for the numbers beside the curve
 const SHAPES = {
   constant: "0: 1, 1: 1",
   "fade out": "0: 1, 1: 0",
@@ -110,7 +110,7 @@ function curveEditor({ change }) {
     const grid = [];
     for (let y = bottom(); y <= top(); y += top() - bottom() > 6 ? 2 : 1) {
       grid.push(svg("line", { x1: LEFT, x2: width - 8, y1: toY(y), y2: toY(y), stroke: "var(--border-color)" }));
-      const label = svg("text", { x: LEFT - 6, y: toY(y) + 4, "text-anchor": "end", "font-size": 10, fill: "var(--descrip-text)" });
+      const label = svg("text", { x: LEFT - 9, y: toY(y) + 4, "text-anchor": "end", "font-size": 10, fill: "var(--descrip-text)" });
       label.textContent = String(y);
       grid.push(label);
     }

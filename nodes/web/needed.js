@@ -7,6 +7,7 @@ import { modelBefore } from "./models.js";
 import { ask, button, h, place } from "./shared.js";
 
 const KIND = "ImagePromptLoadModels";
+const WIDTH = 380; // of a new node: names of files are long
 const panels = new Set();
 
 app.registerExtension({
@@ -20,6 +21,7 @@ app.registerExtension({
       return onRemoved?.apply(this, args);
     };
     panels.add(panel);
+    node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
     setTimeout(panel.refresh); // when it has its values
   },
   afterConfigureGraph: () => refreshAll(),
@@ -34,7 +36,7 @@ function refreshAll(anew = false) {
 
 function filesPanel(node) {
   const list = h("ul", { "aria-label": "files for this need" });
-  const title = h("span", { class: "image-prompt-fill image-prompt-note", role: "status" });
+  const title = h("span", { class: "image-prompt-note", role: "status", style: "flex: 1 1 0" });
   const again = button("↻", "look again", () => refresh(true));
   place(node, "files", "IMAGE_PROMPT_FILES", h("div", {}, h("div", { class: "image-prompt-line" }, title, again), list), {
     least: 60, serialize: false, getValue: () => undefined, setValue: () => {},

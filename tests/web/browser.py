@@ -31,10 +31,10 @@ SETTINGS = {
 }
 
 HOSTS_OWN = re.compile(
-    r"Failed to load resource|Content Security Policy|Fetch API cannot load https://|for graph that was never set up"
+    r"Failed to load resource|Content Security Policy|Fetch API cannot load https://|for graph that was never set up|primevue/autocomplete"
 )
 """What the host's own frontend writes as errors: files of users that are not there yet, models that it would look up, a graph that
-takes the place of one whose subgraph is open."""
+takes the place of one whose subgraph is open, a search box that is closed."""
 
 TRANSLATED_HELP = re.compile(r"/docs/[^/]+/[^/]+\.md$")
 """Help pages are asked for in the editor's language first, then in the one in which they are written."""

@@ -357,13 +357,24 @@ def test_words_that_people_type_find_nodes_in_the_search_box(editor: Editor) -> 
 
 
 def test_a_template_offers_its_files_for_download(editor: Editor) -> None:
-    """Older hosts ask before they open it, with the same files."""
-    if len(editor.renderers) == 1:
-        return
+    """In the panel of errors, or on older hosts in a dialog before anything else."""
     page = editor.page
     workflow = json.loads((WORKFLOWS[0].parent / "10 Image prompt, SD1.5.json").read_text())
     files = {model["name"] for node in workflow["nodes"] for model in node["properties"].get("models", ())}
     assert len(files) == 3
+    buttons = page.get_by_role("button").filter(has_text=re.compile("^Download( |$)"))
+    if len(editor.renderers) == 1:
+        setting = "Comfy.Workflow.ShowMissingModelsWarning"
+        page.evaluate("name => app.extensionManager.setting.set(name, true)", setting)
+        page.evaluate("graph => void app.loadGraphData(graph)", workflow)
+        buttons.nth(len(files) - 1).wait_for()
+        editor.shot("missing models")
+        for file in files:
+            page.get_by_text(file).first.wait_for()
+        assert buttons.count() == len(files)
+        page.keyboard.press("Escape")
+        page.evaluate("name => app.extensionManager.setting.set(name, false)", setting)
+        return
     editor.use("nodes 2.0")
     editor.load(workflow)
     page.get_by_role("button", name="View details").click()
@@ -371,8 +382,33 @@ def test_a_template_offers_its_files_for_download(editor: Editor) -> None:
     editor.shot("missing models")
     for file in files:
         page.get_by_role("button", name=file).first.wait_for()
-    assert page.get_by_role("button").filter(has_text=re.compile("^Download$")).count() == len(files)
+    assert buttons.filter(has_not_text="all").count() == len(files)
     page.get_by_role("button", name="Toggle properties panel").click()
+
+
+FIRST_PICTURE = "1 Try it, no download"
+
+
+def test_a_first_picture_is_three_clicks_away(editor: Editor) -> None:
+    """From the templates, with no model there: the pack, the card with its picture, Run."""
+    page = editor.page
+    editor.empty()
+    with editor.quiet("first picture"):
+        page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        page.get_by_text("ipadapter-studio").first.click()
+        card = page.get_by_text(FIRST_PICTURE, exact=True).first
+        card.wait_for()
+        page.wait_for_function("() => [...document.images].filter(image => image.naturalWidth === 512).length > 3")
+        editor.shot("templates")
+        card.click()
+        page.wait_for_function("() => app.graph.nodes.some(node => node.type === 'ImagePromptDemoWorld')")
+        page.get_by_role("button", name="Run", exact=True).first.click()
+        page.wait_for_function(
+            "() => app.graph.nodes.filter(node => node.type === 'SaveImage').every(node => node.imgs?.length)",
+            timeout=120_000,
+        )
+        editor.settle()
+        editor.shot("first picture")
 
 
 def test_files_of_a_need_are_listed_in_its_node_with_buttons(editor: Editor) -> None:
