@@ -22,6 +22,18 @@ from comfy.comfy_types import IO
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import nodes_torch_compile
+from server import PromptServer
+
+# Of an error the host keeps every input as text, and a picture's numbers take longer to write than most nodes to run.
+torch.set_printoptions(edgeitems=1, threshold=8)
+
+
+async def freeze(app):
+    """Collections look at what was made since the server is up, not at all of the host's modules each time."""
+    gc.freeze()
+
+
+PromptServer.instance.app.on_startup.append(freeze)
 
 VISION = {
     "model_type": "clip_vision_model",
