@@ -20,6 +20,7 @@ from ..model_folders import check_configs, hold_in_memory, load_pipeline, open_s
 from ..models import BASE_MODELS, layout_of, listed
 from ..models.sites import Training
 from ..models.unet import CHECKPOINT_PREFIX, FIRST_KEY, unet_of_width
+from ..quiet import quietly
 from .objectives import Scheduler
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class FrozenBase:
             return open_single_file(Path(self.folder), Path(self.config), **parts)
         from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **parts)
+        with quietly("diffusers", "transformers"):
+            return DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **parts)
 
     @property
     def reads_sizes(self) -> bool:
@@ -152,7 +154,8 @@ class FrozenBase:
 
 def onto(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Move a model; one that stays on the CPU gets memory of its own, apart from its files."""
-    module.to(device, dtype)
+    with quietly("diffusers"):  # it warns of any other dtype than a model was loaded in
+        module.to(device, dtype)
     if device.type == "cpu":
         hold_in_memory(module)
 

@@ -31,7 +31,7 @@ from ipadapter_core.training import RunConfig, TrainingFailed, dry_run, train, w
 from ipadapter_core.training import loop as loop_module
 from ipadapter_core.training.adapter_trainee import AdapterStep
 from ipadapter_core.training.config import OutputConfig
-from ipadapter_core.training.frozen import checkpoint_blocks, load_base, load_encoder
+from ipadapter_core.training.frozen import checkpoint_blocks, load_base, load_encoder, onto
 from ipadapter_core.training.log import Log, curves
 from ipadapter_core.training.state import RunFolder, write_note
 from tiny_training import fingerprint, picture, save_model, save_pictures, tiny_config
@@ -838,3 +838,20 @@ def test_export(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] > 0
     half = {key: value.half() for key, value in state(uninterrupted[0]).items()}
     assert_same(load_adapter(tmp_path / "b.safetensors").module.checkpoint_state(), half)
+
+
+def test_moving_a_model_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """diffusers warns of every other dtype than a model was loaded in, and lists modules that should stay in float32: none."""
+    from diffusers.utils import logging
+
+    class Talking(torch.nn.Linear):
+        def to(self, *where: Any) -> Any:
+            print("lists none", file=sys.stderr if logging.get_verbosity() <= logging.WARNING else sys.stdout)
+            return super().to(*where)
+
+    model = Talking(2, 2)
+    model.to(torch.float64)
+    assert "lists none" in capfd.readouterr().err
+    onto(model, torch.device("cpu"), torch.float16)
+    assert capfd.readouterr().err == ""
+    assert model.weight.dtype == torch.float16
