@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import save_file
 
 from host.comfy_server import ComfyServer
+from host.servers import newest
 from host.shrunk import build_checkpoint
 from host.test_search import WORDS
 from host.tiny_lora_files import lora_tensors
@@ -598,10 +599,9 @@ BLUEPRINT = "Reference image (IP-Adapter)"
 """Its name is all that the search box knows of it."""
 
 
+@newest
 def test_the_blueprint_opens_as_one_node_and_sends_three(editor: Editor) -> None:
     """ComfyUI offers what lies in subgraphs/ beside its own; older ones know none."""
-    if len(editor.renderers) == 1:
-        return
     offered = editor.server.get("/global_subgraphs").values()
     ours = [entry["name"] for entry in offered if entry["info"]["node_pack"] == "custom_nodes.ipadapter-studio"]
     assert ours == [BLUEPRINT]
@@ -709,10 +709,9 @@ def test_a_curve_is_drawn_over_the_steps(editor: Editor) -> None:
             assert "progress: factor" in page.locator(".image-prompt-error:visible").inner_text()
 
 
+@newest
 def test_a_curve_of_the_hosts_own_editor_comes_in(editor: Editor) -> None:
     """Drawn in ComfyUI's node, where it draws; ours says that it does not count then."""
-    if len(editor.renderers) == 1:
-        return
     page = editor.page
     editor.use("nodes 2.0")
     with editor.quiet("the host's curve"):
