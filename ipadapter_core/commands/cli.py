@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        return _fail(args, f"{error.name} is not installed; run: pip install 'ipadapter-studio[demo]'")
+        return _fail(args, f"{error.name} is not installed; run in the folder of this pack: pip install -e '.[train]'")
     except BrokenPipeError:
         raise
     except (WrongUsage, FileNotFoundError) as error:

@@ -386,7 +386,9 @@ def open_source(config: DataConfig) -> Source:
             raise InvalidInputError(f"{shown(path)} matches no .tar shard")
         return TarSource(shards, config.caption_key, encoding)
     if not os.path.exists(path):
-        raise InvalidInputError(f"{shown(path)} does not exist")
+        raise InvalidInputError(
+            f"data.path: {shown(path)} does not exist; give a folder of pictures, a list or webdataset shards"
+        )
     if kind == "huggingface" and path.is_dir():
         path = next((path / name for name in METADATA if (path / name).is_file()), path)
         allowed(str(path))

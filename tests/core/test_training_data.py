@@ -109,7 +109,7 @@ def test_remote_shards_are_streamed_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: p / "nowhere", "does not exist"),
+        (lambda p: p / "nowhere", r"data.path: .*nowhere.* does not exist"),
         (lambda p: p / "x*.tar", "matches no .tar"),
         (lambda p: p / "{0..3}.tar", "4 shards do not exist"),
         (lambda p: "https://host/list.json", "only webdataset shards"),
