@@ -4,12 +4,40 @@ import { clamp, drag, h, numberField, shown } from "./shared.js";
 
 const HEIGHT = 72; // pixels of a bar at the greatest value
 
+/** Rules `[{where, factor}]` as the text that the server reads. */
+export function textOf(rules) {
+  return rules.map(({ where, factor }) => `${where}: ${factor}`).join(", ");
+}
+
+/**
+ * Show `bars`, `[{group, key, label, low, high}]`, by group, and write what the user makes of them into `rules`, those that the
+ * server read of the text. `whole(group)` is what a rule calls a whole group; `change(text)` is called with every new text,
+ * also while the user drags, and `done()` when they let go.
+ */
+export function barsOfRules(bars, { rules, whole, change, done }) {
+  const groups = new Map();
+  for (const bar of bars) groups.set(bar.group, [...(groups.get(bar.group) ?? []), bar]);
+  const replace = (wheres, values) => {
+    rules = rules.filter(({ where }) => !wheres.has(where));
+    for (const [where, factor] of values) rules.push({ where, factor });
+    change(textOf(rules));
+  };
+  return barsOf([...groups].map(([name, bars]) => ({ name, bars })), {
+    change: (values) => replace(new Set(values.keys()), values),
+    done,
+    setGroup({ name, bars }, factor) {
+      replace(new Set([...bars.map((bar) => bar.key), whole(name)]), [[whole(name), factor]]);
+      done();
+    },
+  });
+}
+
 /**
  * Show `groups`: `[{name, bars: [{key, label, low, high}]}]`, where low and high differ if what a bar stands for has
  * several values. `change(values)` is called while the user drags, with a Map of the keys that changed, and `done()` when
- * they let go; `setGroup(name, value)` when a whole group gets one value.
+ * they let go; `setGroup(group, value)` when a whole group gets one value.
  */
-export function barsOf(groups, { top = 2, change, done, setGroup }) {
+function barsOf(groups, { top = 2, change, done, setGroup }) {
   const status = h("div", { class: "image-prompt-note", role: "status" }, "drag a bar, or across several; arrow keys, 0 and 1");
   const all = groups.flatMap((group) => group.bars);
   const high = Math.max(top, ...all.map((bar) => bar.high));
@@ -102,7 +130,7 @@ export function barsOf(groups, { top = 2, change, done, setGroup }) {
                 label: `all of ${group.name}`,
                 value: same(group.bars),
                 empty: "…",
-                change: (value) => value != null && setGroup(group.name, value),
+                change: (value) => value != null && setGroup(group, value),
               })
             : null,
         ),

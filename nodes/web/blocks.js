@@ -1,6 +1,6 @@
 // The selector of a LoRA as sliders: a bar for each block of the file, presets, and the text itself.
 
-import { barsOf } from "./bars.js";
+import { barsOfRules } from "./bars.js";
 import { ask, button, copy, h } from "./shared.js";
 
 export const SELECTOR = {
@@ -20,19 +20,11 @@ export function blockSliders({ file, selector, change, field = null }) {
     onchange: () => presets.value && write(presets.value),
   });
   const body = h("div", {});
-  let rules = [];
   let asked = 0;
 
   const write = (next) => {
     change(next);
     refresh();
-  };
-  const written = () => rules.map(({ where, factor }) => `${where}: ${factor}`).join(", ");
-  const setRules = (wheres, pairs) => {
-    rules = rules.filter(({ where }) => !wheres.has(where));
-    for (const [where, factor] of pairs) rules.push({ where, factor });
-    text.value = written();
-    change(text.value);
   };
 
   async function refresh() {
@@ -43,17 +35,12 @@ export function blockSliders({ file, selector, change, field = null }) {
     try {
       const found = await ask("lora/blocks", { file: file(), selector: selector() });
       if (turn !== asked) return;
-      rules = found.rules;
-      const groups = grouped(found.blocks);
       body.replaceChildren(
-        barsOf(groups, {
-          change: (values) => setRules(new Set(values.keys()), values),
+        barsOfRules(found.blocks.map(barOf), {
+          rules: found.rules,
+          whole: (group) => `${group}*`,
+          change: (next) => change((text.value = next)),
           done: refresh,
-          setGroup(name, factor) {
-            const members = groups.find((group) => group.name === name).bars.map((bar) => bar.key);
-            setRules(new Set([...members, `${name}*`]), [[`${name}*`, factor]]);
-            refresh();
-          },
         }),
       );
       await offer(found.base_model, turn);
@@ -90,14 +77,8 @@ export function blockSliders({ file, selector, change, field = null }) {
   return { element, refresh };
 }
 
-/** Blocks such as in4 by what they begin with; what has no number is a group of its own. */
-function grouped(blocks) {
-  const groups = new Map();
-  for (const { block, layers, low, high } of blocks) {
-    const [, name, number] = block.match(/^(.*?)(\d*)$/);
-    const group = number && !name.startsWith("te") ? name : block;
-    if (!groups.has(group)) groups.set(group, []);
-    groups.get(group).push({ key: block, label: `${block} (${layers} layers)`, low, high });
-  }
-  return [...groups].map(([name, bars]) => ({ name, bars }));
+/** Blocks such as in4 are grouped by what they begin with; what has no number is a group of its own. */
+function barOf({ block, layers, low, high }) {
+  const [, name, number] = block.match(/^(.*?)(\d*)$/);
+  return { group: number && !name.startsWith("te") ? name : block, key: block, label: `${block} (${layers} layers)`, low, high };
 }

@@ -1,6 +1,6 @@
 // Strength per layer: bars for the model that the schedule's prompt is applied to, over the table in a node's `sites`.
 
-import { barsOf } from "./bars.js";
+import { barsOfRules, textOf } from "./bars.js";
 import { modelAfter } from "./models.js";
 import { ask, button, copy, drawText, h, oneLine } from "./shared.js";
 
@@ -8,7 +8,6 @@ drawText({ kind: "ImagePromptSchedule", input: "sites", type: "IMAGE_PROMPT_LAYE
 
 function layerEditor({ node, change }) {
   let written = "";
-  let rules = [];
   let asked = 0;
   const text = h("input", {
     class: "image-prompt-fill", type: "text", spellcheck: "false", "aria-label": "factor per place: all: 0.2, output: 1, …",
@@ -41,14 +40,6 @@ function layerEditor({ node, change }) {
     refresh();
   }
 
-  function setRules(wheres, pairs) {
-    rules = rules.filter(({ where }) => !wheres.has(where));
-    for (const [where, factor] of pairs) rules.push({ where, factor });
-    written = joined(rules);
-    text.value = written;
-    change(written);
-  }
-
   async function refresh() {
     if (body.hidden) return;
     const turn = ++asked;
@@ -64,22 +55,17 @@ function layerEditor({ node, change }) {
       const found = await ask("sites", { ...asks, sites: written });
       if (turn !== asked) return;
       model.textContent = `${found.base_model}: ${name}`;
-      rules = found.rules;
-      const groups = grouped(found.layers);
       bars.replaceChildren(
-        barsOf(groups, {
-          change: (values) => setRules(new Set(values.keys()), values),
+        barsOfRules(found.layers.map(barOf), {
+          rules: found.rules,
+          whole: (group) => group,
+          change: (next) => change((written = text.value = next)),
           done: refresh,
-          setGroup(name, factor) {
-            const members = groups.find((group) => group.name === name).bars.map((bar) => bar.key);
-            setRules(new Set([...members, name]), [[name, factor]]);
-            refresh();
-          },
         }),
       );
       const option = (name, value) => h("option", { value }, name);
       const tables = Object.entries(found.presets).map(([name, factors]) =>
-        [name, joined(Object.entries(factors).map(([where, factor]) => ({ where, factor })))]);
+        [name, textOf(Object.entries(factors).map(([where, factor]) => ({ where, factor })))]);
       presets.replaceChildren(option("fill from a preset…", ""), ...tables.map(([name, table]) => option(name, table)));
       presets.value = tables.some(([, table]) => table === written) ? written : "";
     } catch (error) {
@@ -97,16 +83,7 @@ function layerEditor({ node, change }) {
   };
 }
 
-function joined(rules) {
-  return rules.map(({ where, factor }) => `${where}: ${factor}`).join(", ");
-}
-
-function grouped(layers) {
-  const groups = new Map();
-  for (const { order, group, number, sites, role, low, high } of layers) {
-    if (!groups.has(group)) groups.set(group, []);
-    const label = [`${group} ${number} (t${order})`, sites > 1 ? `${sites} attentions` : "", role].filter(Boolean).join(", ");
-    groups.get(group).push({ key: `t${order}`, label, low, high });
-  }
-  return [...groups].map(([name, bars]) => ({ name, bars }));
+function barOf({ order, group, number, sites, role, low, high }) {
+  const label = [`${group} ${number} (t${order})`, sites > 1 ? `${sites} attentions` : "", role].filter(Boolean).join(", ");
+  return { group, key: `t${order}`, label, low, high };
 }
