@@ -132,9 +132,10 @@ def pick_encoders(
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """One file that serving a wish takes: ``part`` says what it is, as ``image encoder ViT-H/14``, and ``folder`` where it belongs below ``models``.
+    """One file that serving a wish takes.
 
-    ``file`` is the one that is there, nothing where it is missing; ``public`` then is what to download, None where none is known.
+    ``part`` says what it is, as ``image encoder ViT-H/14``, and ``folder`` where it belongs below ``models``. ``file`` is the one
+    that is there, nothing where it is missing; ``public`` then is what to download, None where none is known.
     """
 
     part: str

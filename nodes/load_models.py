@@ -18,7 +18,11 @@ class LoadImagePromptModels(io.ComfyNode):
             node_id="ImagePromptLoadModels",
             display_name="Load Image Prompt Models",
             category=CATEGORY,
-            search_aliases=["ipadapter", "ip adapter", "ipadapter unified loader", "unified loader", "load ipadapter", "style transfer", "composition", "faceid", "face id", "reference", "image reference", "clip vision", "style only", "which file", "missing models", "character",],
+            search_aliases=[
+                "ipadapter", "ip adapter", "ipadapter unified loader", "unified loader", "load ipadapter", "style transfer",
+                "composition", "faceid", "face id", "reference", "image reference", "clip vision", "style only", "which file",
+                "missing models", "character",
+            ],
             description="Picks the adapter that serves a need on the connected model, its image encoders, its LoRA and its face model "
             "from the files that are there; where one is missing it says which, where it belongs and where it is.",
             inputs=[

@@ -425,12 +425,10 @@ class _Run:
                     counts[stage, row, top : top + height, left : left + width] += calls
             edges = [i / self.stages for i in range(self.stages + 1)]
             stages = (Stage(edges[i], edges[i + 1], float(counts[i].mean())) for i in range(self.stages))
-            prompts = sorted(
-                self._references, key=lambda patch: patch.made
-            )  # not as they were first heard at some site
-            order = {
-                number: place for place, number in enumerate(i for patch in prompts for i in self._references[patch])
-            }
+            # not in the order in which they were first heard, which is that of the sites where they act
+            prompts = sorted(self._references, key=lambda patch: patch.made)
+            numbers = [number for patch in prompts for number in self._references[patch]]
+            order = {number: place for place, number in enumerate(numbers)}
             return AttentionMaps(
                 self._named(prompts),
                 tuple(stages),

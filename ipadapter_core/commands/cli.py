@@ -1,8 +1,7 @@
 """The command ``ipadapter``: generate, inspect, demo, lora, train, cache, export, migrate.
 
 Exit codes: 0 done, 1 an error (one line on stderr says the cause), 2 wrong usage, a value that cannot be used or a file that is not
-there, told before anything is computed, 130 interrupted or asked to end by a
-signal, 141 the reader of the output went away (``| head``).
+there, 130 interrupted or asked to end by a signal, 141 the reader of the output went away (``| head``).
 """
 
 from __future__ import annotations

@@ -293,6 +293,7 @@ function showThoseThatAre() {
 }
 
 async function afterDrawing() {
+  // nothing tells when the renderer has mounted its components: now, or some frames later in a large graph
   for (let frame = 0; frame < 5; frame++) {
     await new Promise(requestAnimationFrame);
     showThoseThatAre();
