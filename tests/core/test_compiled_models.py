@@ -332,6 +332,21 @@ def test_a_recorded_run_of_a_compiled_model(unet: Any, way: str) -> None:
             assert len(recorder.maps().references) == 2
 
 
+def test_a_recorded_run_of_a_compiled_copy(unet: Any) -> None:
+    """A copy of a steered model records its own calls, also while the first model is gone on with."""
+    with images.apply(unet, image_on(unet)) as handle:
+        other, copied = copy.deepcopy((unet, handle))
+        maps: list[Tensor] = []
+        for model in (other, compiled(other, "wrapped")):
+            recorder = Recorder(1)
+            copied.record(recorder)
+            call(model, 300.0)
+            call(unet, 900.0)
+            maps.append(recorder.maps().map())
+    assert_close(maps[1], maps[0], rtol=0, atol=1e-6)
+    assert float(maps[0].min()) > 0
+
+
 def test_gradients_through_a_compiled_checkpointed_model(unet: Any) -> None:
     """Two forwards, one backward, each at its own progress."""
     curve = WeightSchedule(curve=((0.0, 1.0), (1.0, 0.1)))

@@ -230,11 +230,18 @@ class _SiteHook:
     def __init__(self, owner: AppliedAdapters, place: int, index: int, site: Site, entry: Entry) -> None:
         self.owner, self.place, self.index, self.site, self.entry = owner, place, index, site, entry
         self._calls = owner.calls
-        self.number = next(_NUMBERS)
-        _HOOKS[self.number] = self
         self._modules: tuple[nn.Module, ...] = ()
         self._heard = 0
         self._handles: list[RemovableHandle] = []
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_NUMBERS)
+        _HOOKS[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take_number()  # a copy is heard by itself
 
     def attach(self) -> None:
         modules = self.entry.modules()
