@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -50,9 +50,12 @@ def usage() -> Generator[None]:
 
 @contextmanager
 def folder_for(path: Path, what: str, option: str = "--out") -> Generator[None]:
-    """A folder for what is made in the block; one that stays empty goes again. Raises InvalidInputError where there can be none."""
+    """A folder for what is made in the block; those made for it go again where they stay empty.
+
+    Raises InvalidInputError where there can be none.
+    """
     try:
-        there = path.exists()
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -63,8 +66,9 @@ def folder_for(path: Path, what: str, option: str = "--out") -> Generator[None]:
     try:
         yield
     finally:
-        if not there and not any(path.iterdir()):
-            path.rmdir()
+        with suppress(OSError):  # one holds something, or is gone
+            for folder in made:
+                folder.rmdir()
 
 
 def within(low: float, high: float) -> Callable[[str], float]:

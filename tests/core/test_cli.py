@@ -204,7 +204,7 @@ def test_mistakes_are_one_line_and_exit_code_2_before_a_model_is_loaded(
     }
     filled = [argument.format(**files) for argument in arguments]
     try:
-        code = run(model_folder, tmp_path / "out", *filled)
+        code = run(model_folder, tmp_path / "out/of/this", *filled)
     except SystemExit as ended:
         code = ended.code
     assert code == 2
