@@ -607,9 +607,9 @@ class _Run:
         )
 
     def look(self) -> None:
-        """Everything that files say without their weights: whether adapters, places and LoRAs fit the model, and what is missing.
+        """Everything that files say without the base model's weights: whether adapters, places and LoRAs fit it, and what is missing.
 
-        Raises InvalidInputError.
+        Image encoders are loaded here, as their sizes tell whether an adapter reads them. Raises InvalidInputError.
         """
         import diffusers
 
