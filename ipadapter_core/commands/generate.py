@@ -354,7 +354,7 @@ def settled(args: argparse.Namespace) -> dict[str, Any]:
     given = vars(args)
     found, repeated = OF_RUN | {name: given[name] for name in OF_RUN if name in given}, None
     if "repeat" in given:
-        repeated = _repeated(args.repeat, given.get("look_in", []))
+        repeated = _repeated(args.repeat, given.get("look_in", []), given)
         found = OF_RUN | {name: value for name, value in repeated.items() if name in OF_RUN}
         found |= {name: given[name] for name in OF_RUN if name in given}
         found["only"] = None if {"seed", "batch", "at_once"} & given.keys() else repeated.get("only")
@@ -374,8 +374,8 @@ class _Told(Parser):
         raise argparse.ArgumentTypeError(message)
 
 
-def _repeated(picture: Path, places: Sequence[Path]) -> dict[str, Any]:
-    """The settings of a picture, as if they were given; files that moved are looked for."""
+def _repeated(picture: Path, places: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a picture, as if they were given; files that moved are looked for, but those in whose place others are given."""
     from ..recipe import arguments, read_settings, sha256
 
     said = read_settings(picture)
@@ -404,13 +404,14 @@ def _repeated(picture: Path, places: Sequence[Path]) -> dict[str, Any]:
             )
         return place
 
-    for settings in (found, found.get("shared", {}), *found.get("adapters", ())):
+    replaced = {*given, *given.get("shared", ())}
+    for settings in (found, *([] if "adapters" in given else (found.get("shared", {}), *found.get("adapters", ())))):
         for name in FILES:
-            if name in settings:
+            if name in settings and name not in replaced:
                 settings[name] = (
                     [here(one) for one in settings[name]] if isinstance(settings[name], list) else here(settings[name])
                 )
-    if "lora" in found:
+    if "lora" in found and "lora" not in given:
         found["lora"] = [replace(lora, file=here(lora.file)) for lora in found["lora"]]
     only = said.get("only")
     return {**found, "only": only if isinstance(only, int) and 0 <= only < len(found.get("seed", ())) else None}
@@ -642,7 +643,7 @@ class _Run:
             adapter = AdapterWeights(spec, empty_module(spec, BARE), one["file"].name)
             check_fit(adapter, layout, one["schedule"], one["face_models"])
             if one["face_models"] is not None and spec.format.feature.embedding is not None:
-                one["face_models"] = face_analyzer(one["face_models"])
+                one["faces"] = face_analyzer(one["face_models"])
             if one["image_encoder"]:
                 one["encoder"] = tuple(load_image_encoder(folder_on_disk(place)) for place in one["image_encoder"])
             elif spec.format.feature.encoded is not None:
@@ -674,7 +675,7 @@ class _Run:
                 pipeline, one["file"], one["pictures"],
                 one["schedule"] if one["strength"] is not None else usual_strength(one["schedule"]), mask=one["region"],
                 negative=one["away"], encoder=one.pop("encoder", None),
-                faces=one["face_models"], options=one["options"], home=self.home, device=torch.device(self.device),
+                faces=one.pop("faces", None), options=one["options"], home=self.home, device=torch.device(self.device),
             )  # fmt: skip
             one["strength"] = patch.schedule.strength
             self.patches.append(patch)

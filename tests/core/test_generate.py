@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from ipadapter_core.errors import InvalidInputError
 from ipadapter_core.generate import Beginning, generate, save_maps, size_for, to_pillow
 from ipadapter_core.images.pictures import as_picture
 from ipadapter_core.lora import load_lora, parse_where
-from ipadapter_core.model_folders import load_pipeline, published_as
+from ipadapter_core.model_folders import layout_in, load_pipeline, published_as
 from ipadapter_core.models import layout_of
 from ipadapter_core.steering import prompt_patch
 from tiny import tiny_state
 from tiny_folder import sd15_folder
 from tiny_models import checkpoint_channels
+from tiny_onnx import write_face_models
 from tiny_pipelines import chroma_pipeline, flux_pipeline, sd3_pipeline
 
 LAYER = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -282,6 +284,26 @@ def test_a_picture_is_made_again_bit_for_bit(made: Path, tmp_path: Path, seed: i
     assert settings_of(tmp_path / "again" / name) == settings_of(made / name)
 
 
+def test_a_picture_of_a_face_is_made_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "insightface", None)
+    pack = write_face_models(tmp_path)
+    face = np.full((320, 320, 3), 51, np.uint8)
+    face[96:144, 160:208] = 255, 0, 0
+    Image.fromarray(face).save(tmp_path / "face.png")
+    channels = tuple(checkpoint_channels(layout_in(folder)))
+    state = tiny_state("faceid", token_dim=32, channels=channels, face_dim=512)
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "faces.safetensors")
+    monkeypatch.chdir(tmp_path)
+    (picture,) = run(
+        folder, tmp_path / "out", "--adapter", "faces.safetensors", "--image", "face.png", "--face-models", "models/buffalo_l",
+    )  # fmt: skip
+    told = settings_of(tmp_path / "out/seed-000000.png")["adapters"]
+    assert told[0]["face_models"] == pack.relative_to(tmp_path).as_posix()
+    assert np.abs(picture.astype(int) - run(folder, tmp_path / "plain")[0]).max() > 0
+    assert main(["generate", "--from", "out/seed-000000.png", "--model", str(folder), "--out", "again"]) == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "again/seed-000000.png"), picture)
+
+
 def test_a_whole_sheet_is_made_again(made: Path, tmp_path: Path) -> None:
     assert main(["generate", "--from", str(made / "grid.png"), "--out", str(tmp_path / "again")]) == 0
     np.testing.assert_array_equal(pixels(tmp_path / "again" / "grid.png"), pixels(made / "grid.png"))
@@ -297,6 +319,22 @@ def test_what_is_given_replaces_what_a_picture_says(made: Path, tmp_path: Path) 
     told = settings_of(tmp_path / "again" / "seed-000005.png")
     assert [(one["adapter"], one["image"]) for one in told["adapters"]] == [("plus.safetensors", ["a.png"])]
     assert told["lora"] == ["oil.safetensors:1"]
+
+
+def test_files_in_whose_place_others_are_given_need_not_be_there(
+    made: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    again = ["generate", "--from", str(made / "seed-000005.png"), "--out", "again", "--init", str(folder / "a.png")]
+    given = {
+        "adapter.safetensors": ["--adapter", str(folder / "plus.safetensors"), "--image", str(folder / "a.png")],
+        "ink.safetensors": ["--lora", str(folder / "oil.safetensors")],
+    }
+    for missing in given:
+        others = [word for name, words in given.items() if name != missing for word in words]
+        assert main([*again, "--model", str(folder), *others]) == 2
+        assert f"'{missing}', which is not there" in capsys.readouterr().err
+    assert main([*again, "--model", str(folder), *given["adapter.safetensors"], *given["ink.safetensors"]]) == 0
 
 
 def test_files_that_moved_are_looked_for_and_changed_ones_told(
