@@ -75,7 +75,7 @@ function filesPanel(node) {
 function row({ part, folder, file, public: found, comes_as: comesAs }) {
   if (file) return h("li", { class: "image-prompt-line" }, h("span", { class: "image-prompt-fill", title: file }, `✓ ${part}: ${file}`));
   if (!found) return h("li", { class: "image-prompt-line" }, `${part}: no public file is known; put yours into models/${folder}`);
-  const place = h("div", { class: "image-prompt-note image-prompt-wrap" },
+  const where = h("div", { class: "image-prompt-note image-prompt-wrap" },
     `${part} → models/${folder}${comesAs ? `, saved under the name above (there it is ${comesAs})` : ""}${found.note ? `; ${found.note}` : ""}`);
   const link = h("a", {
     class: "image-prompt-button", href: found.url, download: found.name, target: "_blank", rel: "noopener noreferrer",
@@ -83,7 +83,7 @@ function row({ part, folder, file, public: found, comes_as: comesAs }) {
   }, "Download");
   for (const event of ["pointerenter", "focus"]) link.addEventListener(event, () => tellSize(found.url, link), { once: true });
   return h("li", {},
-    h("div", { class: "image-prompt-line" }, h("span", { class: "image-prompt-fill", title: found.name }, found.name), link), place);
+    h("div", { class: "image-prompt-line" }, h("span", { class: "image-prompt-fill", title: found.name }, found.name), link), where);
 }
 
 /** Write how large a file is on its button, where the other server tells, which is asked when somebody points at the button. */
