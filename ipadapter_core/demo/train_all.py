@@ -70,7 +70,8 @@ class Settings:
 def shares(base: type[Base]) -> dict[str, float]:
     """What of the time each stage gets."""
     _, *others = base.adapters
-    return {"image_encoder": 0.10, "vae": 0.05, base.part: 0.72} | dict.fromkeys(others, 0.13 / len(others))
+    alone = dict.fromkeys(others, 0.13 / max(len(others), 1))
+    return {"image_encoder": 0.10, "vae": 0.05, base.part: 0.85 - sum(alone.values())} | alone
 
 
 class Workshop:

@@ -270,6 +270,14 @@ def test_the_transformer_is_small_and_shaped_as_flux() -> None:
     assert model.config.guidance_embeds
 
 
+def test_stages_share_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a base model with a single adapter, which learns together with it."""
+    for base in train_all.BASES.values():
+        assert sum(train_all.shares(base).values()) == pytest.approx(1)
+    monkeypatch.setattr(SmallFlux, "adapters", {"xlabs": SmallFlux.adapters["xlabs"]})
+    assert train_all.shares(SmallFlux) == pytest.approx({"image_encoder": 0.10, "vae": 0.05, "transformer": 0.85})
+
+
 class Recordable(TorchDispatchMode):
     """Fails where a step copies numbers from Python to its device or reads what is there, which no CUDA graph records."""
 
