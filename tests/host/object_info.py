@@ -15,7 +15,10 @@ from typing import Any
 FILE = Path(__file__).resolve().parents[1] / "core" / "object_info.json"
 KEPT = ("default", "min", "max", "step", "multiline", "forceInput", "options")
 """What is kept of an input beside its type."""
-FILES = ("file", "tuned", "base", "base_model", "image_encoder", "start_from", "clip_name", "ipadapter_file", "embeds")
+FILES = (
+    "file", "tuned", "base", "base_model", "image_encoder", "start_from", "clip_name", "ipadapter_file", "embeds", "lora_name",
+    "ipadapter", "ipadatper", "clip_vision",
+)  # fmt: skip
 """Inputs whose options are files of the machine: ``file_1`` too."""
 
 
