@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from host.comfy_server import ComfyServer, ExecutionFailed, Graph, GraphRejected, Link, Node
+from host.servers import newest
 from host.shrunk import WIDTH
 from host.shrunk_transformers import POOLED, TEXT, build_transformer, build_transformer_loras
 from host.steering import Steering
@@ -506,8 +507,9 @@ def test_mistakes_get_one_sentence(scene: Callable[..., Scene]) -> None:
         typo.run()
 
 
+@newest
 def test_live_loras_on_a_compiled_model(scene: Callable[..., Scene]) -> None:
-    """Plain, two LoRAs, a window over the steps, beside an image prompt: each as without torch.compile."""
+    """Plain, two LoRAs, a window over the steps: each as without torch.compile."""
     s = scene()
     models = {
         "plain": s.model,
