@@ -32,6 +32,14 @@ export function barsOfRules(bars, { rules, whole, change, done }) {
   });
 }
 
+/** Put `bars` in place of those in `place`; the keyboard stays where it was. */
+export function putBars(place, bars) {
+  const stops = () => [...place.querySelectorAll("[tabindex], input")];
+  const at = stops().indexOf(document.activeElement);
+  place.replaceChildren(bars);
+  if (at >= 0) stops()[at]?.focus();
+}
+
 /**
  * Show `groups`: `[{name, bars: [{key, label, low, high}]}]`, where low and high differ if what a bar stands for has
  * several values. `change(values)` is called while the user drags, with a Map of the keys that changed, and `done()` when

@@ -1,6 +1,6 @@
 // The selector of a LoRA as sliders: a bar for each block of the file, presets, and the text itself.
 
-import { barsOfRules } from "./bars.js";
+import { barsOfRules, putBars } from "./bars.js";
 import { ask, button, copy, h } from "./shared.js";
 
 export const SELECTOR = {
@@ -35,11 +35,15 @@ export function blockSliders({ file, selector, change, field = null }) {
     try {
       const found = await ask("lora/blocks", { file: file(), selector: selector() });
       if (turn !== asked) return;
-      body.replaceChildren(
+      putBars(
+        body,
         barsOfRules(found.blocks.map(barOf), {
           rules: found.rules,
           whole: (group) => `${group}*`,
-          change: (next) => change((text.value = next)),
+          change(next) {
+            asked++; // what is being drawn is of before, and would take the bars out of the user's hand
+            change((text.value = next));
+          },
           done: refresh,
         }),
       );

@@ -1,6 +1,6 @@
 // Strength per layer: bars for the model that the schedule's prompt is applied to, over the table in a node's `sites`.
 
-import { barsOfRules, textOf } from "./bars.js";
+import { barsOfRules, putBars, textOf } from "./bars.js";
 import { modelAfter } from "./models.js";
 import { ask, button, copy, drawText, h, oneLine } from "./shared.js";
 
@@ -55,11 +55,15 @@ function layerEditor({ node, change }) {
       const found = await ask("sites", { ...asks, sites: written });
       if (turn !== asked) return;
       model.textContent = `${found.base_model}: ${name}`;
-      bars.replaceChildren(
+      putBars(
+        bars,
         barsOfRules(found.layers.map(barOf), {
           rules: found.rules,
           whole: (group) => group,
-          change: (next) => change((written = text.value = next)),
+          change(next) {
+            asked++; // as in blocks.js
+            change((written = text.value = next));
+          },
           done: refresh,
         }),
       );

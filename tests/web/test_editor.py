@@ -94,13 +94,18 @@ def test_lora_rows_are_added_dragged_ordered_and_sent(editor: Editor, lora_files
             page.get_by_role("button", name="strength by block").nth(1).click()
             bars = page.get_by_role("slider")
             bars.nth(3).wait_for()
-            editor.drag(bars.nth(0), to=bars.nth(2), down=0.9)
-            bars.nth(3).press("0")
+            with page.expect_response(lambda answer: "lora/blocks" in answer.url):
+                editor.drag(bars.nth(0), to=bars.nth(2), down=0.9)
+            editor.settle()
+            with page.expect_response(lambda answer: "lora/blocks" in answer.url):
+                bars.nth(3).press("0")
+            editor.settle()
+            page.keyboard.press("ArrowUp")  # on a bar that was drawn anew
             editor.shot(f"LoRA Rows blocks {renderer}")
             selector = rows_of(editor, node)[1]["selector"]
             names = [(bar.get_attribute("aria-label") or "").split()[0] for bar in bars.all()[:4]]
             assert [entry.split(": ")[0] for entry in selector.split(", ")] == names
-            assert selector.endswith(f"{names[3]}: 0")
+            assert selector.endswith(f"{names[3]}: 0.05")
             page.get_by_role("combobox", name="preset").select_option("SD-OUTALL")
             assert rows_of(editor, node)[1]["selector"] == "SD-OUTALL"
 
